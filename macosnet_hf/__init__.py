@@ -1,0 +1,73 @@
+"""Show, Match and Segment: joint semantic matching and object co-segmentation for the Hugging Face ecosystem.
+
+Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither torch nor transformers. The first use of
+a configuration, model or processor class also registers all of them with transformers' auto classes.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError, DataError, ImageError, InputError, MaCoSNetError, OutputError
+
+if TYPE_CHECKING:
+    from .configuration_macosnet import MaCoSNetConfig
+    from .image_io import load_image
+    from .image_processing_macosnet import MaCoSNetImageProcessor
+    from .modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
+    from .pair import PairResult, match_pair
+
+__version__ = "0.1.0"
+
+DEFAULT_CHECKPOINT: str = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "macosnet-lite")
+"""Folder of the checkpoint that is installed with the package; `from_pretrained` takes it as it is."""
+
+__all__ = [
+    "DEFAULT_CHECKPOINT",
+    "CheckpointError",
+    "DataError",
+    "ImageError",
+    "InputError",
+    "MaCoSNetConfig",
+    "MaCoSNetError",
+    "MaCoSNetForKeypointMatching",
+    "MaCoSNetImageProcessor",
+    "MaCoSNetModel",
+    "OutputError",
+    "PairResult",
+    "__version__",
+    "load_image",
+    "match_pair",
+]
+
+_TRANSFORMERS_CLASSES = {
+    "MaCoSNetConfig": ".configuration_macosnet",
+    "MaCoSNetForKeypointMatching": ".modeling_macosnet",
+    "MaCoSNetImageProcessor": ".image_processing_macosnet",
+    "MaCoSNetModel": ".modeling_macosnet",
+}
+_LAZY_NAMES = {
+    **_TRANSFORMERS_CLASSES,
+    "PairResult": ".pair",
+    "load_image": ".image_io",
+    "match_pair": ".pair",
+}
+
+
+if not TYPE_CHECKING:  # a checker sees the imports above, and reports names that do not exist
+
+    def __getattr__(name: str) -> object:
+        """Imports the module that holds `name`; raises `AttributeError` for a name that the package does not export."""
+        if name not in _LAZY_NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _TRANSFORMERS_CLASSES:
+            from ._registration import register_auto_classes
+
+            register_auto_classes()
+        value: object = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
+        globals()[name] = value  # later accesses do not come through here
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,151 @@
+"""Configuration of MaCoSNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from .errors import InputError
+
+# Encoders by name: an explicit backbone configuration each, since a bare backbone name would call the network.
+_PRESETS: dict[str, dict[str, Any]] = {
+    # The paper: ResNet-101 through conv4-23 (stride 16, 1024 channels).
+    "paper": {"backbone": "resnet101", "out_indices": [0, 1, 2, 3], "decoder_widths": [64, 48, 24, 16]},
+    # The embedded checkpoint: EfficientNet-Lite0 to stride 16 (112 channels), about a fortieth of the parameters.
+    "lite": {"backbone": "tf_efficientnet_lite0", "out_indices": [0, 1, 2, 3], "decoder_widths": [64, 32, 24, 16]},
+    # The paper's second encoder (Table 3): VGG-16 to its last stride-16 convolution (512 channels).
+    "vgg16": {"backbone": "vgg16", "out_indices": [1, 2, 3, 4], "decoder_widths": [64, 48, 24, 16]},
+}
+
+
+class MaCoSNetConfig(PretrainedConfig):
+    r"""Configuration of [`MaCoSNetModel`] and [`MaCoSNetForKeypointMatching`].
+
+    Args:
+        backbone_config (`PretrainedConfig` or `dict`, *optional*):
+            Encoder E: any timm (`TimmBackboneConfig`) or transformers backbone whose last chosen stage has stride 16.
+            Defaults to the `lite` preset. Weights are never downloaded from here; training loads ImageNet weights itself.
+        feature_strides (`list[int]`, *optional*):
+            Strides of the chosen stages, coarsest last and equal to 16. Defaults to the last of 2, 4, 8, 16. The finer
+            ones are the decoder's skip connections.
+        image_size (`int`, defaults to 240): both sides of the network's input, a multiple of 16.
+        predictor_channels (`list[int]`, defaults to `[128, 64]`) and predictor_kernel_sizes (`[7, 5]`):
+            the two convolutions of each head of the transformation predictor G.
+        tps_regularization (`float`, defaults to 0.0): regularisation factor of the thin-plate spline.
+        cascade (`str`, defaults to `"exact"`):
+            how the TPS stage sees the affinely warped source: `"exact"` warps its pixels and encodes them again (the
+            paper), `"features"` warps its feature map (no further encoder pass).
+        padding_mode (`str`, defaults to `"zeros"`): what the warped source shows outside its frame.
+        decoder_widths (`list[int]`): channels of the four blocks of the decoder D.
+        local_matching (`bool`, defaults to `True`):
+            let a transferred point land on the best feature match near the place where the transform sends it.
+        local_matching_sigma (`float`): width of that neighbourhood, normalised coordinates (the picture is 2 wide).
+        local_matching_temperature (`float`): factor on the cosine similarity before the soft-argmax.
+        match_consistency_sigma (`float`):
+            forward-backward error, in normalised coordinates, at which a match's score falls to exp(-1/2).
+        match_mask_threshold (`float`, defaults to 0.5): matches are kept where both masks exceed it.
+
+    Example:
+
+    ```python
+    >>> from macosnet_hf import MaCoSNetConfig, MaCoSNetModel
+
+    >>> config = MaCoSNetConfig.from_preset("paper")
+    >>> model = MaCoSNetModel(config)  # random weights
+    ```
+    """
+
+    model_type = "macosnet"
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        feature_strides: list[int] | None = None,
+        image_size: int = 240,
+        predictor_channels: list[int] | None = None,
+        predictor_kernel_sizes: list[int] | None = None,
+        tps_regularization: float = 0.0,
+        cascade: str = "exact",
+        padding_mode: str = "zeros",
+        decoder_widths: list[int] | None = None,
+        local_matching: bool = True,
+        local_matching_sigma: float = 0.15,
+        local_matching_temperature: float = 10.0,
+        match_consistency_sigma: float = 0.2,
+        match_mask_threshold: float = 0.5,
+        **kwargs: Any,
+    ):
+        if backbone_config is None:
+            backbone_config = _preset_arguments("lite")["backbone_config"]
+        if isinstance(backbone_config, dict):
+            arguments = dict(backbone_config)
+            model_type = arguments.pop("model_type", None)
+            if model_type is None:
+                raise InputError("backbone_config needs a model_type, such as 'timm_backbone' or 'resnet'.")
+            try:
+                backbone_config = AutoConfig.for_model(model_type, **arguments)
+            except ValueError as error:
+                raise InputError(f"backbone_config names an unknown model_type, {model_type!r}.") from error
+        self.backbone_config = backbone_config
+        if feature_strides is None:
+            feature_strides = [2, 4, 8, 16][-max(1, min(4, len(backbone_config.out_indices or [0]))) :]
+        self.feature_strides = list(feature_strides)
+        self.image_size = image_size
+        self.predictor_channels = list(predictor_channels or [128, 64])
+        self.predictor_kernel_sizes = list(predictor_kernel_sizes or [7, 5])
+        self.tps_regularization = tps_regularization
+        self.cascade = cascade
+        self.padding_mode = padding_mode
+        self.decoder_widths = list(decoder_widths or [64, 32, 24, 16])
+        self.local_matching = local_matching
+        self.local_matching_sigma = local_matching_sigma
+        self.local_matching_temperature = local_matching_temperature
+        self.match_consistency_sigma = match_consistency_sigma
+        self.match_mask_threshold = match_mask_threshold
+        super().__init__(**kwargs)
+        self._check()
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the stride-16 feature grid: 15 for 240 pixels."""
+        return self.image_size // 16
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs: Any) -> MaCoSNetConfig:
+        """Configuration by name: `"paper"` (ResNet-101), `"lite"` (EfficientNet-Lite0) or `"vgg16"`.
+
+        Raises:
+            InputError: if there is no such preset.
+        """
+        return cls(**{**_preset_arguments(name), **kwargs})
+
+    def _check(self) -> None:
+        if not isinstance(self.image_size, int) or self.image_size % 16 or self.image_size < 16:
+            raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size!r}.")
+        if len(self.predictor_channels) != len(self.predictor_kernel_sizes):
+            raise InputError("predictor_channels and predictor_kernel_sizes must have the same length.")
+        if self.grid_size - sum(kernel - 1 for kernel in self.predictor_kernel_sizes) < 1:
+            raise InputError(f"image_size {self.image_size} is too small for kernels {self.predictor_kernel_sizes}.")
+        strides = self.feature_strides
+        if not strides or strides[-1] != 16 or strides != sorted(set(strides)) or not set(strides) <= {2, 4, 8, 16}:
+            raise InputError(f"feature_strides must rise within 2, 4, 8, 16 and end with 16; got {strides}.")
+        if len(self.decoder_widths) != 4:
+            raise InputError(f"decoder_widths needs four numbers, one a block; got {self.decoder_widths}.")
+        if self.cascade not in ("exact", "features"):
+            raise InputError(f"cascade must be 'exact' or 'features'; got {self.cascade!r}.")
+        if self.padding_mode not in ("zeros", "border", "reflection"):
+            raise InputError(f"padding_mode must be 'zeros', 'border' or 'reflection'; got {self.padding_mode!r}.")
+
+
+def _preset_arguments(name: str) -> dict[str, Any]:
+    if name not in _PRESETS:
+        raise InputError(f"There is no preset {name!r}; choose one of {', '.join(sorted(_PRESETS))}.")
+    preset = _PRESETS[name]
+    backbone = AutoConfig.for_model("timm_backbone", backbone=preset["backbone"], out_indices=preset["out_indices"])
+    return {"backbone_config": backbone, "decoder_widths": list(preset["decoder_widths"])}
+
+
+MaCoSNetConfig.register_for_auto_class()
+
+__all__ = ["MaCoSNetConfig"]

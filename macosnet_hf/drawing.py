@@ -1,0 +1,478 @@
+"""Pictures for people: matches side by side, masks laid over photographs, cut-outs, contact sheets.
+
+Everything here takes and returns PIL pictures and needs PIL and numpy only. The module travels with the model to the
+Hub (the image processor draws with it), so its imports are relative. Points are (x, y) in pixels, 0 is the centre of
+the first pixel, as everywhere in this package.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .errors import InputError
+
+Picture: TypeAlias = "Image.Image | np.ndarray"
+Color: TypeAlias = tuple[int, int, int]
+
+OBJECT_COLOR: Color = (255, 176, 0)
+_SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
+_MAX_ASPECT = 3.0  # a picture that is wider than this is shown at full width, not at full height
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any picture to upright RGB
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where there is none, or none that makes sense."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:
+        # The block beside the pixels is damaged, and PIL raises many kinds of errors on that (struct.error,
+        # SyntaxError, ...). The pixels are not affected, and a viewer would show the picture as it is: so do we.
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _ORIENTATIONS else 1
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as a new, upright picture of mode "RGB" without EXIF (so it is not turned a second time).
+
+    Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers
+    are taken as 8-bit or 16-bit where they fit and are stretched from their smallest to their largest value
+    otherwise; floating-point pictures are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
+    """
+    image.load()  # before the orientation is asked for: TIFF turns its pixels itself while loading
+    orientation = exif_orientation(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        upright = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    elif image.has_transparency_data:
+        upright = _on_white(image)
+    else:
+        upright = image.convert("RGB")  # a copy, also of an RGB picture
+    if orientation in _ORIENTATIONS:
+        upright = upright.transpose(_ORIENTATIONS[orientation])
+    upright.info = {}
+    return upright
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
+
+
+def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Wide greyscale `(H, W)` of PIL mode "I", "I;16*" or "F" to uint8."""
+    if mode == "F":
+        finite = np.isfinite(values)
+        low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
+        values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
+        full_scale = 1.0 if high <= 1 else 255.0
+    else:
+        low, high = float(values.min()), float(values.max())
+        full_scale = 65535.0 if mode != "I" or high > 255 else 255.0
+    if low < 0 or high > full_scale:
+        offset, scale = low, 255.0 / max(high - low, 1e-12)
+    else:
+        offset, scale = 0.0, 255.0 / full_scale
+    return np.clip((values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5, 0, 255).astype(np.uint8)
+
+
+def _as_rgb(picture: Picture, what: str) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return upright_rgb(picture)
+    array = np.asarray(picture)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise InputError(
+            f"The {what} must be a PIL picture or a uint8 array (height, width, 3), not {array.dtype} {array.shape}."
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """A bool mask `(H, W)` of a picture of PIL size (W, H)."""
+    array = np.asarray(mask)
+    if array.shape != (size[1], size[0]):
+        raise InputError(
+            f"A mask must have its picture's height and width {(size[1], size[0])}; this one has {array.shape}."
+        )
+    if array.dtype != np.bool_:
+        raise InputError(f"A mask must be bool, not {array.dtype}; compare it with a threshold first.")
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_matches(
+    source: Picture,
+    target: Picture,
+    source_points: Any,
+    target_points: Any,
+    scores: Any = None,
+    *,
+    max_matches: int | None = 40,
+    max_width: int = 1600,
+    gap: int = 16,
+    background: Color = (255, 255, 255),
+) -> Image.Image:
+    """Two pictures side by side at the same height, with a line from each point to its partner.
+
+    The colour tells where on the object a point lies: the hue is its direction from the middle of the source points,
+    so that neighbours look alike and a line can be followed to its end. Lines of low score are fainter. Pairs with a
+    point outside its picture are not drawn.
+
+    Args:
+        source: left picture.
+        target: right picture.
+        source_points: `(N, 2)` points of the left picture, (x, y) in its pixels.
+        target_points: `(N, 2)` their partners in the right picture, (x, y) in its pixels.
+        scores: `(N,)` non-negative, optional; the better a match the likelier and the stronger it is drawn.
+        max_matches: draw at most so many, spread over the object; `None` for all.
+        max_width: largest width of the result in pixels.
+        gap: width of the strip between the pictures.
+        background: colour of the strip.
+
+    Raises:
+        InputError: pictures, points or scores of the wrong shape.
+    """
+    left, right = _as_rgb(source, "source"), _as_rgb(target, "target")
+    starts, partners = _points_array(source_points, "source"), _points_array(target_points, "target")
+    if len(starts) != len(partners):
+        raise InputError(
+            f"source_points and target_points are partners row by row, but there are {len(starts)} and {len(partners)}."
+        )
+    points = np.stack((starts, partners))
+    weights = _scores_array(scores, points.shape[1])
+    canvas, boxes = _side_by_side(left, right, max_width, gap, background)
+
+    sizes = np.array([left.size, right.size], dtype=np.float64)[:, None]
+    with np.errstate(invalid="ignore"):
+        drawable = ((points >= -0.5) & (points <= sizes - 0.5)).all(axis=(0, 2))  # false for NaN
+    points, weights = points[:, drawable], weights[drawable]
+    chosen = _spread(points[0], weights, max_matches)
+    points, weights = points[:, chosen], weights[chosen]
+    if not len(weights):
+        return canvas
+
+    colors = position_colors(points[0])
+    ends = np.stack([_onto_canvas(points[side], sizes[side, 0], boxes[side]) for side in range(2)])
+    strength = 0.5 + 0.5 * weights / max(float(weights.max()), 1e-12)
+    return _draw_lines(canvas, ends, colors, strength)
+
+
+def position_colors(points: np.ndarray) -> list[Color]:
+    """A colour for each of `(N, 2)` points: hue by direction from their middle, paler towards the middle."""
+    offset = points - np.median(points, axis=0)
+    radius = np.hypot(offset[:, 0], offset[:, 1])
+    radius = radius / max(float(radius.max()), 1e-12)
+    angle = np.arctan2(offset[:, 1], offset[:, 0]) / (2 * math.pi) % 1.0
+    colors = []
+    for hue, distance in zip(angle.tolist(), radius.tolist(), strict=True):
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.45 + 0.55 * distance, 1.0)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def _points_array(points: Any, what: str) -> np.ndarray:
+    array = np.asarray(points, dtype=np.float64)
+    if array.size == 0:
+        return np.zeros((0, 2))
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise InputError(f"The {what} points must be an array (N, 2) of (x, y), not of shape {array.shape}.")
+    return array
+
+
+def _scores_array(scores: Any, count: int) -> np.ndarray:
+    if scores is None:
+        return np.ones(count)
+    array = np.asarray(scores, dtype=np.float64)
+    if array.shape != (count,) or not np.isfinite(array).all() or (array < 0).any():
+        raise InputError(f"scores must be {count} finite numbers of at least 0, one for each match.")
+    return array
+
+
+def _spread(points: np.ndarray, weights: np.ndarray, count: int | None) -> np.ndarray:
+    """Indices of at most `count` points: the best one, then again and again the one farthest from the chosen, times
+    its score."""
+    if count is None or len(points) <= count:
+        return np.arange(len(points))
+    if count < 1:
+        return np.arange(0)
+    chosen = [int(weights.argmax())]
+    distance = np.full(len(points), np.inf)
+    while len(chosen) < count:
+        distance = np.minimum(distance, np.hypot(*(points - points[chosen[-1]]).T))
+        gain = distance * (weights + 1e-9 * max(1.0, float(weights.max())))
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
+    return np.array(sorted(chosen))
+
+
+def _side_by_side(
+    left: Image.Image, right: Image.Image, max_width: int, gap: int, background: Color
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """Canvas with both pictures, and the box (x, y, width, height) of each."""
+    aspects = [min(max(p.width / p.height, 1 / _MAX_ASPECT), _MAX_ASPECT) for p in (left, right)]
+    height = min(max(left.height, right.height, 480), 720)
+    height = max(1, min(height, int((max_width - gap) / sum(aspects))))
+    boxes, x = [], 0
+    for picture, aspect in zip((left, right), aspects, strict=True):
+        cell = max(1, round(height * aspect))
+        scale = min(cell / picture.width, height / picture.height)
+        size = (max(1, min(cell, round(picture.width * scale))), max(1, min(height, round(picture.height * scale))))
+        boxes.append((x + (cell - size[0]) // 2, (height - size[1]) // 2, *size))
+        x += cell + gap
+    canvas = Image.new("RGB", (x - gap, height), background)
+    for picture, (left_edge, top, width, tall) in zip((left, right), boxes, strict=True):
+        canvas.paste(_resized(picture, (width, tall)), (left_edge, top))
+    return canvas, boxes
+
+
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if picture.size == size:
+        return picture
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _onto_canvas(points: np.ndarray, size: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Points in a picture's pixels to places on the canvas, where the pixel k covers [k, k+1]."""
+    return (points + 0.5) * (np.array(box[2:]) / size) + np.array(box[:2])
+
+
+def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], strength: np.ndarray) -> Image.Image:
+    """Antialiased lines and dots: drawn on a larger transparent layer, which is reduced and laid over the canvas.
+
+    Args:
+        canvas: RGB.
+        ends: `(2, N, 2)` places of the line ends on the canvas.
+        colors: N colours.
+        strength: `(N,)` opacity of the lines, 0 to 1.
+    """
+    k = _SUPERSAMPLING
+    layer = Image.new("RGBA", (canvas.width * k, canvas.height * k), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(layer)
+    width = max(1.6, canvas.height / 280) * k
+    radius = max(2.6, canvas.height / 130) * k
+    places = [[(float(x) * k, float(y) * k) for x, y in side] for side in ends]
+    for index in np.argsort(strength, kind="stable"):  # strong lines on top
+        line = (places[0][index], places[1][index])
+        alpha = round(255 * float(strength[index]))
+        draw.line(line, fill=(0, 0, 0, alpha // 3), width=round(width * 2))
+        draw.line(line, fill=(*colors[index], alpha), width=round(width))
+    for side in places:
+        for (x, y), color in zip(side, colors, strict=True):
+            for size, fill in ((radius * 1.55, (0, 0, 0)), (radius * 1.3, (255, 255, 255)), (radius, color)):
+                draw.ellipse((x - size, y - size, x + size, y + size), fill=(*fill, 255))
+    # Reduced with premultiplied alpha: otherwise the black of the empty layer would bleed into every edge.
+    layer = layer.convert("RGBa").reduce(k).convert("RGBA")
+    return Image.alpha_composite(canvas.convert("RGBA"), layer).convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def overlay_mask(
+    image: Picture,
+    mask: Any,
+    color: Color = OBJECT_COLOR,
+    alpha: float = 0.35,
+    *,
+    fade: float = 0.0,
+    contour: bool = True,
+) -> Image.Image:
+    """The picture with its object tinted and outlined.
+
+    Args:
+        image: picture `(H, W)`.
+        mask: bool `(H, W)`, true on the object.
+        color: colour of the tint and of the outline.
+        alpha: strength of the tint, 0 (none) to 1.
+        fade: how far the background is turned to light grey, 0 (not at all) to 1.
+        contour: whether to outline the object.
+
+    Raises:
+        InputError: a mask that does not fit its picture, or is not bool.
+    """
+    rgb = _as_rgb(image, "picture")
+    inside = _as_mask(mask, rgb.size)
+    if not (0 <= alpha <= 1 and 0 <= fade <= 1):
+        raise InputError("alpha and fade must lie between 0 and 1.")
+    stencil = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
+    tinted = Image.blend(rgb, Image.new("RGB", rgb.size, color), alpha)
+    faded = rgb
+    if fade:
+        grey = Image.blend(rgb.convert("L").convert("RGB"), Image.new("RGB", rgb.size, (255, 255, 255)), 0.55)
+        faded = Image.blend(rgb, grey, fade)
+    result = Image.composite(tinted, faded, stencil)
+    if contour and inside.any() and not inside.all():
+        width = max(1.0, max(rgb.size) / 320)
+        result.paste((255, 255, 255), mask=_outline(stencil, 2.2 * width))
+        result.paste(color, mask=_outline(stencil, 1.2 * width))
+    return result
+
+
+def _outline(stencil: Image.Image, width: float) -> Image.Image:
+    """Soft line of about `width` pixels along a 0/255 mask's edge: where the blurred mask is about one half."""
+    blurred = stencil.filter(ImageFilter.GaussianBlur(width))
+    # At a straight edge the blurred value falls by 1 / (sqrt(2 pi) width) a pixel; the ramp is one pixel wide at each
+    # side.
+    slope = 1 / (math.sqrt(2 * math.pi) * width)
+    table = [round(255 * min(1.0, max(0.0, width / 2 + 0.5 - abs(v / 255 - 0.5) / slope))) for v in range(256)]
+    return blurred.point(table)
+
+
+def cutout(image: Picture, mask: Any, *, feather: float = 0.7) -> Image.Image:
+    """The object alone: RGBA, transparent outside the mask, with a soft edge inside it.
+
+    Args:
+        image: picture `(H, W)`.
+        mask: bool `(H, W)`, true on the object.
+        feather: width of the soft edge in pixels; 0 for a hard one. It never adds background.
+
+    Returns:
+        RGBA of the picture's size. Transparent pixels are white, so nothing of the background stays in the file.
+
+    Raises:
+        InputError: a mask that does not fit its picture, or is not bool.
+    """
+    rgb = _as_rgb(image, "picture")
+    inside = _as_mask(mask, rgb.size)
+    alpha = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
+    if feather > 0:
+        # Just inside a straight edge the blurred mask is at least 0.7, so only that pixel is softened, and thin parts
+        # stay visible.
+        soft = alpha.filter(ImageFilter.GaussianBlur(feather)).point([min(255, round(v / 0.85)) for v in range(256)])
+        alpha = Image.composite(soft, Image.new("L", rgb.size, 0), alpha)
+    result = Image.new("RGBA", rgb.size, (255, 255, 255, 0))
+    result.paste(rgb, mask=alpha.point([0] + [255] * 255))
+    result.putalpha(alpha)
+    return result
+
+
+def on_checkerboard(cut: Image.Image, *, square: int | None = None) -> Image.Image:
+    """An RGBA cut-out on the usual light checkerboard, as RGB."""
+    square = square or max(4, max(cut.size) // 40)
+    rows = np.arange(cut.height)[:, None] // square
+    columns = np.arange(cut.width)[None] // square
+    board = np.where((rows + columns) % 2, np.uint8(255), np.uint8(226))
+    result = Image.fromarray(board).convert("RGB")
+    result.paste(cut, mask=cut.getchannel("A"))
+    return result
+
+
+def overview(
+    images: Sequence[Picture],
+    masks: Sequence[Any] | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    cell: int = 300,
+    max_width: int = 1600,
+    margin: int = 14,
+    background: Color = (250, 250, 250),
+) -> Image.Image:
+    """A contact sheet: each photograph with its object outlined, below it the cut-out, below that its label.
+
+    Args:
+        images: N pictures of any sizes.
+        masks: N bool masks, each of its picture's size; `None` shows the photographs alone.
+        labels: N short texts.
+        columns: number of columns; by default chosen for a sheet of about 3:2.
+        cell: largest side of one photograph on the sheet, in pixels.
+        max_width: largest width of the sheet; cells shrink to keep it.
+        margin: space between cells.
+        background: colour of the sheet.
+
+    Raises:
+        InputError: no pictures, or lists of different lengths, or masks that do not fit.
+    """
+    count = len(images)
+    if not count:
+        raise InputError("An overview needs at least one picture.")
+    for values, what in ((masks, "masks"), (labels, "labels")):
+        if values is not None and len(values) != count:
+            raise InputError(f"{count} pictures need {count} {what}, not {len(values)}.")
+    parts = 1 if masks is None else 2
+    if columns is None:
+        rows_wanted = math.ceil(count / max(1, round(math.sqrt(1.5 * count * parts))))
+        columns = math.ceil(count / rows_wanted)  # no single picture alone in the last row
+    cell = max(48, min(cell, (max_width - margin) // columns - margin))
+    tiles = []
+    for index, image in enumerate(images):
+        rgb = _as_rgb(image, "picture")
+        small = _resized(rgb, _fitted(rgb.size, cell))
+        if masks is None:
+            tiles.append([small])
+            continue
+        full = Image.fromarray(np.where(_as_mask(masks[index], rgb.size), np.uint8(255), np.uint8(0)))
+        soft = full.resize(small.size, Image.Resampling.BILINEAR)
+        cut = small.copy()
+        cut.putalpha(soft)
+        outlined = overlay_mask(small, np.asarray(soft) >= 128, alpha=0.12, fade=0.55)
+        tiles.append([outlined, on_checkerboard(cut, square=8)])
+
+    font_size = max(11, cell // 18)
+    font = ImageFont.load_default(font_size)
+    label_height = 0 if labels is None else round(font_size * 1.9)
+    rows = [tiles[start : start + columns] for start in range(0, count, columns)]
+    heights = [max(tile[0].height for tile in row) for row in rows]
+    inner = margin // 3
+    row_heights = [height * parts + inner * (parts - 1) + label_height for height in heights]
+    sheet = Image.new(
+        "RGB", (columns * (cell + margin) + margin, sum(row_heights) + margin * (len(rows) + 1)), background
+    )
+    draw = ImageDraw.Draw(sheet)
+    top = margin
+    for number, (row, height, row_height) in enumerate(zip(rows, heights, row_heights, strict=True)):
+        for column, tile in enumerate(row):
+            left = margin + column * (cell + margin)
+            for part, picture in enumerate(tile):
+                part_top = top + part * (height + inner)
+                # Photographs stand on a common line, cut-outs hang from it.
+                offset = height - picture.height if part == 0 and parts == 2 else 0
+                sheet.paste(picture, (left + (cell - picture.width) // 2, part_top + offset))
+            if labels is not None:
+                text = _shortened(str(labels[number * columns + column]), font, cell)
+                place = (left + cell / 2, top + row_height - label_height / 2)
+                draw.text(place, text, fill=(60, 60, 60), font=font, anchor="mm")
+        top += row_height + margin
+    return sheet
+
+
+def _fitted(size: tuple[int, int], cell: int) -> tuple[int, int]:
+    scale = cell / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    """The text, on one line, cut with an ellipsis where it is wider than `width` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

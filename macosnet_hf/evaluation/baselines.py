@@ -1,0 +1,120 @@
+"""What one gets without a model: predictors with the interface of [`ModelPredictor`], so that every table can show them.
+
+* `identity`: a point stays where it is, in normalised coordinates.
+* `nearest-neighbour`: the cell of most similar encoder features, with a soft-argmax over its 3x3 neighbourhood.
+* `nearest-neighbour-prior`: the same with a Gaussian prior around the identity position.
+* `centre-grabcut`: the mask is an ellipse in the middle of the picture, which `--refine grabcut` then turns into an object.
+  It takes no look at the picture before, and is stronger than one thinks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InputError
+from .inference import MASK_SIDE, EncodedPicture, FeaturePredictor, Predictor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BASELINES = ("identity", "nearest-neighbour", "nearest-neighbour-prior", "centre-grabcut")
+
+PRIOR_SIGMA = 0.3
+"""Width of the prior around the identity position, normalised coordinates (the picture is 2 wide)."""
+
+TEMPERATURE = 10.0
+"""Factor on the cosine similarity before any exponential."""
+
+
+class IdentityPredictor(Predictor):
+    """Points keep their normalised coordinates. Needs no encoder and no weights."""
+
+    name = "identity"
+    variants = ("identity",)
+    gives_points = True
+
+    def describe(self) -> dict[str, object]:
+        return {"baseline": self.name}
+
+    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+        return {"identity": points}
+
+
+class NearestNeighbourPredictor(FeaturePredictor):
+    """Most similar stride-16 feature of the other picture, with a soft-argmax over the 3x3 cells around it.
+
+    Args:
+        model, processor, device: the encoder is the model's.
+        prior: whether to add a Gaussian prior around the identity position to the similarity.
+    """
+
+    variants = ("nearest-neighbour",)
+    gives_points = True
+
+    def __init__(self, model, processor, *, device: str = "cpu", prior: bool = False):
+        super().__init__(model, processor, device=device)
+        self.prior = prior
+        self.name = "nearest-neighbour-prior" if prior else "nearest-neighbour"
+
+    def describe(self) -> dict[str, object]:
+        return {"baseline": self.name, **super().describe()}
+
+    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+        import torch
+        import torch.nn.functional as F
+
+        from ..geometry import make_grid, sample_at
+
+        descriptors = F.normalize(sample_at(start.features.normalized.float(), points), dim=-1)
+        target = end.features.normalized.float()
+        height, width = target.shape[-2:]
+        score = TEMPERATURE * torch.bmm(descriptors, target.flatten(2))
+        grid = make_grid(height, width, device=score.device, dtype=score.dtype).reshape(-1, 2)
+        if self.prior:
+            score = score - torch.cdist(points, grid[None]).square() / (2 * PRIOR_SIGMA**2)
+        best = score.argmax(dim=-1, keepdim=True)
+        cell = torch.arange(height * width, device=score.device)
+        near = ((cell // width - best // width).abs() <= 1) & ((cell % width - best % width).abs() <= 1)
+        weights = torch.softmax(score.masked_fill(~near, -torch.inf), dim=-1)
+        return {"nearest-neighbour": weights @ grid}
+
+
+class CentreGrabCutPredictor(Predictor):
+    """The same ellipse in the middle of every picture, as a probability that falls from the centre outwards."""
+
+    name = "centre-grabcut"
+    gives_masks = True
+
+    def describe(self) -> dict[str, object]:
+        return {"baseline": self.name}
+
+    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
+        return np.repeat(centre_ellipse(MASK_SIDE, MASK_SIDE)[None], len(pictures), axis=0)
+
+
+def centre_ellipse(height: int, width: int, radius: float = 0.7) -> np.ndarray:
+    """Probability `(height, width)` of an ellipse in the middle of the picture: 0.5 at `radius`, where the half sides of
+    the picture are 1, more inside, less outside; float32 in [0, 1]."""
+    y = np.linspace(-1, 1, height)[:, None]
+    x = np.linspace(-1, 1, width)[None]
+    distance = np.sqrt(x**2 + y**2) / radius
+    return (1 / (1 + np.exp(8 * (distance - 1)))).astype(np.float32)
+
+
+def make_baseline(name: str, model=None, processor=None, *, device: str = "cpu") -> Predictor:
+    """The baseline of that name; the two with nearest neighbours need a model, whose encoder they use.
+
+    Raises:
+        InputError: if there is no such baseline, or no model where one is needed.
+    """
+    if name == "identity":
+        return IdentityPredictor()
+    if name == "centre-grabcut":
+        return CentreGrabCutPredictor()
+    if name in ("nearest-neighbour", "nearest-neighbour-prior"):
+        if model is None or processor is None:
+            raise InputError(f"The baseline {name} needs a model for its encoder.")
+        return NearestNeighbourPredictor(model, processor, device=device, prior=name.endswith("prior"))
+    raise InputError(f"There is no baseline {name!r}; choose one of {', '.join(BASELINES)}.")

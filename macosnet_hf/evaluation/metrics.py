@@ -1,0 +1,239 @@
+"""The metrics, each with its protocol, units and source. Plain NumPy, one sample at a time, float64.
+
+Points are (x, y) in pixels of the original picture, 0 the centre of the first pixel; sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import DataError, InputError
+
+SCNET_SIDE = 224
+"""Side to which the `image` protocol scales both pictures (SCNet, Han et al., ICCV 2017)."""
+
+INVALID_FLOW = 1e9
+
+PCK_PROTOCOLS = ("bbox", "image")
+
+
+def present_points(points: np.ndarray, padding: float = -1.0) -> np.ndarray:
+    """Which rows of a padded point list `(N, 2)` are key-points: bool `(N,)`.
+
+    Published loaders pad absent key-points with -1 in both coordinates, some with NaN. A box or a mean taken over the
+    padding is wrong (it inflates the threshold of published PF-WILLOW figures), so this mask comes first.
+    """
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    return ~((points == padding).all(axis=-1) | np.isnan(points).any(axis=-1))
+
+
+def points_box(points: np.ndarray, valid: np.ndarray | None = None) -> tuple[float, float, float, float]:
+    """The tight box `(x0, y0, x1, y1)` of those points `(N, 2)` that are valid.
+
+    Raises:
+        DataError: if no point is valid.
+    """
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    points = points[present_points(points) if valid is None else np.asarray(valid, dtype=bool)]
+    if len(points) == 0:
+        raise DataError("A box cannot be taken of no key-point at all.")
+    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def box_length(box: Sequence[float]) -> float:
+    """Reference length of protocol `bbox`: the longer side, in pixels, of a box `(x0, y0, x1, y1)`.
+
+    Raises:
+        DataError: if the box has no extent, so that no prediction could be right.
+    """
+    length = float(max(box[2] - box[0], box[3] - box[1]))
+    if not length > 0:
+        raise DataError("The reference box has no extent, so PCK `bbox` is not defined.")
+    return length
+
+
+@dataclass(frozen=True)
+class KeypointErrors:
+    """Errors of one sample under one protocol.
+
+    Attributes:
+        errors: distance of each valid key-point, `(N,)`, in the protocol's unit.
+        length: reference length in the same unit; a key-point is right at alpha when `error <= alpha * length`.
+    """
+
+    errors: np.ndarray
+    length: float
+
+    def correct(self, alpha: float) -> int:
+        """How many key-points are right at this alpha (`<=`, as in the published code)."""
+        return int((self.errors <= alpha * self.length).sum())
+
+    def pck(self, alpha: float) -> float:
+        """Share of right key-points of this sample."""
+        return self.correct(alpha) / len(self.errors)
+
+
+def keypoint_errors(
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    protocol: str,
+    *,
+    size: tuple[int, int] | None = None,
+    box: Sequence[float] | None = None,
+    valid: np.ndarray | None = None,
+) -> KeypointErrors:
+    """Errors of transferred key-points under a protocol of PCK (Yang and Ramanan, 2013).
+
+    * `bbox` (the paper, section 4.1; SPair-71k): distance in pixels of the picture that the points were transferred to;
+      the reference is the longer side of that picture's annotated box, or, without one (PF-WILLOW, PF-PASCAL), of the
+      box of its own key-points.
+    * `image` (SCNet; the default of the authors' loaders for PF-PASCAL and PF-WILLOW, Tables 4 and 5): the picture is
+      scaled to 224x224, each axis by itself, and the reference is 224.
+
+    Args:
+        predicted: `(N, 2)` transferred key-points in pixels.
+        truth: `(N, 2)` annotated key-points of the same picture.
+        protocol: `"bbox"` or `"image"`.
+        size: `(height, width)` of that picture; needed for `image`.
+        box: `(x0, y0, x1, y1)` annotated box of that picture, for `bbox`.
+        valid: which rows count; default: rows that are not padding, see [`present_points`].
+
+    Raises:
+        InputError: for another protocol, shapes that differ, or a missing size.
+        DataError: if no key-point is valid, a prediction is not finite, or the box has no extent.
+    """
+    predicted = np.asarray(predicted, dtype=np.float64).reshape(-1, 2)
+    truth = np.asarray(truth, dtype=np.float64).reshape(-1, 2)
+    if predicted.shape != truth.shape:
+        raise InputError(f"{len(predicted)} predicted key-points cannot be compared with {len(truth)} annotated ones.")
+    valid = present_points(truth) if valid is None else np.asarray(valid, dtype=bool)
+    if not valid.any():
+        raise DataError("There is no valid key-point.")
+    predicted, truth = predicted[valid], truth[valid]
+    if not np.isfinite(predicted).all():
+        raise DataError("A predicted key-point is not a finite number.")
+    difference = predicted - truth
+    if protocol == "bbox":
+        length = box_length(points_box(truth, np.ones(len(truth), dtype=bool)) if box is None else box)
+        return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), length)
+    if protocol == "image":
+        if size is None:
+            raise InputError("PCK `image` needs the size of the picture.")
+        height, width = size
+        return KeypointErrors(
+            np.hypot(difference[:, 0] * SCNET_SIDE / width, difference[:, 1] * SCNET_SIDE / height), float(SCNET_SIDE)
+        )
+    raise InputError(f"There is no PCK protocol {protocol!r}; choose one of {', '.join(PCK_PROTOCOLS)}.")
+
+
+def valid_flow(flow: np.ndarray) -> np.ndarray:
+    """Pixels with ground truth: bool `(h, w)` for a flow `(h, w, 2)`. Invalid is >= 1e9 in size, or not finite."""
+    with np.errstate(invalid="ignore"):
+        return np.isfinite(flow).all(axis=-1) & (np.abs(flow) < INVALID_FLOW).all(axis=-1)
+
+
+def flow_errors(
+    places: np.ndarray, flow: np.ndarray, target_mask: np.ndarray, source_size: tuple[int, int]
+) -> KeypointErrors:
+    """Errors of a dense prediction on TSS (Taniai et al., CVPR 2016), over the target's foreground with valid flow.
+
+    The reference is the longer side of the source picture, in whose pixels the errors are measured (as in the
+    benchmark's own evaluation, which takes the size of the other picture's flow); alpha = 0.05 is the paper's Table 1.
+
+    Args:
+        places: `(h, w, 2)` predicted place in the source, in pixels, of each pixel of the target.
+        flow: `(h, w, 2)` annotated (dx, dy).
+        target_mask: bool `(h, w)`.
+        source_size: `(height, width)` of the source.
+
+    Raises:
+        InputError: if the shapes differ.
+        DataError: if no pixel of the foreground has valid flow, or a prediction there is not finite.
+    """
+    places, flow = np.asarray(places, dtype=np.float64), np.asarray(flow, dtype=np.float64)
+    if places.shape != flow.shape or tuple(target_mask.shape) != flow.shape[:2]:
+        raise InputError(
+            f"Prediction {places.shape}, flow {flow.shape} and mask {target_mask.shape} must be of one height and width."
+        )
+    used = valid_flow(flow) & np.asarray(target_mask, dtype=bool)
+    if not used.any():
+        raise DataError("No pixel of the target's foreground has a valid flow.")
+    rows, columns = np.nonzero(used)
+    truth = np.stack((columns, rows), axis=-1) + flow[rows, columns]
+    difference = places[rows, columns] - truth
+    if not np.isfinite(difference).all():
+        raise DataError("A predicted place is not a finite number.")
+    return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), float(max(source_size)))
+
+
+def _same_shape(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    predicted, truth = np.asarray(predicted), np.asarray(truth)
+    if predicted.dtype != np.bool_ or truth.dtype != np.bool_:
+        raise InputError("Masks must be boolean.")
+    if predicted.shape != truth.shape or truth.size == 0:
+        raise InputError(f"A predicted mask {predicted.shape} cannot be compared with a mask {truth.shape}.")
+    return predicted, truth
+
+
+def precision(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """P: share of correctly labelled pixels, foreground and background alike (the paper, section 4.1).
+
+    Raises:
+        InputError: if the masks are not boolean or differ in shape.
+    """
+    predicted, truth = _same_shape(predicted, truth)
+    return float((predicted == truth).mean())
+
+
+def jaccard(predicted: np.ndarray, truth: np.ndarray) -> float | None:
+    """J: intersection over union of the foreground; `None` where the truth holds no object (Internet's noise pictures),
+    which the literature leaves out of the mean.
+
+    Raises:
+        InputError: if the masks are not boolean or differ in shape.
+    """
+    predicted, truth = _same_shape(predicted, truth)
+    if not truth.any():
+        return None
+    return float((predicted & truth).sum() / (predicted | truth).sum())
+
+
+def transfer_mask(source_mask: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The source's mask as seen from the target: bool `(h, w)`.
+
+    Args:
+        source_mask: bool `(H, W)`.
+        places: `(h, w, 2)` place in the source, in pixels, of each pixel of the target; rounded to the nearest pixel,
+            and background outside the source.
+    """
+    height, width = source_mask.shape
+    places = np.asarray(places)
+    finite = np.isfinite(places).all(axis=-1)
+    nearest = np.floor(np.where(finite[..., None], places, -1.0) + 0.5)
+    x, y = nearest[..., 0], nearest[..., 1]
+    inside = finite & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    result = np.zeros(places.shape[:2], dtype=bool)
+    result[inside] = source_mask[y[inside].astype(np.int64), x[inside].astype(np.int64)]
+    return result
+
+
+def label_transfer(
+    source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray
+) -> tuple[float, float | None]:
+    """Label transfer: the source's annotated mask, warped onto the target, against the target's annotated mask.
+
+    Joins both tasks and needs no key-points (Liu et al., "SIFT Flow", 2011; Kim et al., "Deformable Spatial Pyramid",
+    2013, where the figures are called LT-ACC and IoU).
+
+    Returns:
+        accuracy (share of equal pixels) and intersection over union (`None` if the target's mask is empty).
+
+    Raises:
+        InputError: if the masks are not boolean or `places` is not of the target's size.
+    """
+    warped = transfer_mask(np.asarray(source_mask, dtype=bool), places)
+    return precision(warped, target_mask), jaccard(warped, target_mask)

@@ -1,0 +1,182 @@
+"""Predictions on disk, so that a changed metric needs no new inference.
+
+A folder with `manifest.json` and shards `samples-<process>-<number>.npz` of some samples each. The manifest is written
+last and the folder gets its name last, so half-written predictions are never taken for whole; and it holds the
+fingerprint of the predictor, the data's benchmark and split and the options that change predictions, so that predictions
+of another model or configuration are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..datasets.schema import Record
+from ..errors import InputError, OutputError
+from .inference import Prediction
+
+FORMAT = 1
+SAMPLES_PER_SHARD = 64
+
+
+def record_stamp(record: Record) -> str:
+    """A short hash of what a prediction answers: the pictures' ids and the key-points."""
+    parts = [record.get(key) for key in ("source_id", "target_id", "source_keypoints", "target_keypoints")]
+    plain = json.dumps(parts, default=lambda value: np.asarray(value).tolist())
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+class PredictionWriter:
+    """Writes predictions of one process.
+
+    Args:
+        folder: the final folder; what is written goes to `<folder>.partial` until [`finish_predictions`].
+        rank: number of this process.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], rank: int = 0):
+        self.partial = partial_folder(folder)
+        self.rank = rank
+        self.index: dict[str, tuple[str, str]] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._pending = 0
+        self._shards = 0
+
+    def add(self, record: Record, prediction: Prediction) -> None:
+        """Adds the prediction of a record.
+
+        Raises:
+            InputError: if there is a prediction of this id already.
+            OutputError: if the shard cannot be written.
+        """
+        if record["id"] in self.index:
+            raise InputError(f"Two samples have the id {record['id']!r}.")
+        name = f"samples-{self.rank:03d}-{self._shards:05d}.npz"
+        self.index[record["id"]] = (name, f"{self._pending}|{record_stamp(record)}")
+        for key, array in prediction.items():
+            self._arrays[f"{self._pending}|{key}"] = array
+        self._pending += 1
+        if self._pending == SAMPLES_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        if not self._pending:
+            return
+        path = self.partial / f"samples-{self.rank:03d}-{self._shards:05d}.npz"
+        try:
+            np.savez_compressed(path, **self._arrays)
+        except OSError as error:
+            raise OutputError(f"The predictions cannot be written to {path}: {error}.") from error
+        self._arrays, self._pending = {}, 0
+        self._shards += 1
+
+
+def partial_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where predictions lie while they are being written."""
+    folder = Path(folder)
+    return folder.with_name(folder.name + ".partial")
+
+
+def start_predictions(folder: str | os.PathLike[str]) -> None:
+    """Makes an empty partial folder; the rest of an earlier run that was cut off is removed.
+
+    Raises:
+        OutputError: if the folder cannot be made, or something that is not a set of predictions has its name.
+    """
+    partial = partial_folder(folder)
+    if Path(folder).exists():
+        raise OutputError(f"{folder} exists and is not a complete set of predictions; remove it or choose another name.")
+    try:
+        if partial.is_dir():
+            strange = [path.name for path in partial.iterdir() if not path.name.startswith("samples-")]
+            if [name for name in strange if name != "manifest.json"]:
+                raise OutputError(f"{partial} holds other files than predictions; remove it or choose another name.")
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"The folder {partial} cannot be made: {error}.") from error
+
+
+def finish_predictions(
+    folder: str | os.PathLike[str], manifest: dict[str, Any], index: dict[str, tuple[str, str]]
+) -> None:
+    """Writes the manifest and gives the folder its name.
+
+    Raises:
+        OutputError: if that fails.
+    """
+    partial = partial_folder(folder)
+    try:
+        text = json.dumps({**manifest, "format": FORMAT, "samples": index}, indent=0, default=str)
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        os.replace(partial, folder)
+    except OSError as error:
+        raise OutputError(f"The predictions cannot be completed in {folder}: {error}.") from error
+
+
+def has_predictions(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder is a complete set of predictions."""
+    return (Path(folder) / "manifest.json").is_file()
+
+
+class PredictionReader:
+    """Reads predictions back.
+
+    Args:
+        folder: a complete set of predictions.
+        manifest: what they must have been made with: same keys and values as given to [`finish_predictions`].
+
+    Raises:
+        InputError: if they were made with another model, configuration, benchmark, split or options, or are damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: dict[str, Any]):
+        self.folder = Path(folder)
+        try:
+            stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            self.index: dict[str, tuple[str, str]] = dict(stored.pop("samples"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"The predictions in {folder} are incomplete or damaged.") from error
+        expected = json.loads(json.dumps({**manifest, "format": FORMAT}, default=str))
+        for key in expected:
+            if stored.get(key) != expected[key]:
+                raise InputError(
+                    f"The predictions in {folder} were made with another {key}; remove the folder or name another one."
+                )
+        self._name: str | None = None
+        self._shard: dict[str, np.ndarray] = {}
+
+    def get(self, record: Record) -> Prediction:
+        """The prediction of a record.
+
+        Raises:
+            InputError: if there is none, or it was made for other pictures or key-points.
+        """
+        entry = self.index.get(record["id"])
+        if entry is None:
+            raise InputError(f"The predictions in {self.folder} do not hold the sample {record['id']!r}.")
+        name, place = entry
+        number, stamp = place.split("|")
+        if stamp != record_stamp(record):
+            raise InputError(f"The prediction of {record['id']!r} was made for other pictures or key-points.")
+        if name != self._name:
+            try:
+                with np.load(self.folder / name, allow_pickle=False) as shard:
+                    self._shard = {key: shard[key] for key in shard.files}
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise InputError(f"The predictions in {self.folder / name} are missing or damaged.") from error
+            self._name = name
+        prefix = f"{number}|"
+        return {key[len(prefix) :]: array for key, array in self._shard.items() if key.startswith(prefix)}

@@ -1,0 +1,278 @@
+"""Affine and thin-plate-spline transforms on points and on sampling grids. The only file that knows coordinates.
+
+Conventions (fixed: converted weights depend on them)
+-----------------------------------------------------
+* A point is `(x, y)`, x to the right, y down, in the last dimension.
+* *Normalised* coordinates run from -1 to +1, and -1 and +1 are the **centres of the corner pixels**
+  (`align_corners=True` everywhere). *Pixel* coordinates run from 0 to W-1 and 0 to H-1.
+* A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, sampling_grid(T_AB))` samples A
+  and looks like B (the paper's "T_AB warps A onto B"), a key-point of B goes to A through `T_AB`, and a key-point of A
+  goes to B through `T_BA`.
+* An affine transform is 6 numbers, a row-major 2x3 matrix; the identity is `[1, 0, 0, 0, 1, 0]`.
+* A thin-plate spline (TPS) is 18 numbers: the 9 x and then the 9 y of the moved control points of a 3x3 grid on
+  [-1, 1]^2. Control point k = 3 i + j starts at `(x, y) = (a[i], a[j])` with `a = (-1, 0, 1)`: x varies slowest, as in
+  all published checkpoints of this line of work.
+* The cascade is affine after TPS: a point of B goes through the TPS, then through the affine, to reach A.
+
+Half-precision parameters are raised to float32: a bf16 coordinate is wrong by several pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+AFFINE_PARAMETERS = 6
+TPS_GRID_SIZE = 3
+TPS_PARAMETERS = 2 * TPS_GRID_SIZE**2
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    """Raises integers and half precision to float32; float32 and float64 stay as they are."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels and normalised coordinates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _half_extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
+    """`(height, width)` to `((W-1)/2, (H-1)/2)`, with sides of one pixel guarded, broadcast against the points."""
+    size = torch.as_tensor(size, dtype=points.dtype, device=points.device)
+    if size.shape[-1] != 2:
+        raise InputError(f"A picture size must be (height, width); got a tensor of shape {tuple(size.shape)}.")
+    half = (size.flip(-1) - 1).clamp(min=1) / 2
+    while half.dim() > 1 and half.dim() < points.dim():
+        half = half.unsqueeze(-2)
+    return half
+
+
+def normalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
+    """Pixels to normalised coordinates.
+
+    Args:
+        points: `(..., 2)` as (x, y) in pixels, 0 is the centre of the first pixel.
+        size: `(height, width)`, or a tensor `(B, 2)` of them for points `(B, ..., 2)`.
+
+    Returns:
+        `(..., 2)` in [-1, 1] for points inside the picture.
+    """
+    points = _as_float(points)
+    return points / _half_extent(size, points) - 1
+
+
+def denormalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
+    """Normalised coordinates to pixels; the inverse of [`normalize_points`], with the same shapes."""
+    points = _as_float(points)
+    return (points + 1) * _half_extent(size, points)
+
+
+def make_grid(
+    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normalised coordinates of every pixel centre: `(height, width, 2)`, row by row."""
+    ys = torch.linspace(-1, 1, height, device=device, dtype=dtype) if height > 1 else torch.zeros(1, device=device)
+    xs = torch.linspace(-1, 1, width, device=device, dtype=dtype) if width > 1 else torch.zeros(1, device=device)
+    y, x = torch.meshgrid(ys.to(dtype or ys.dtype), xs.to(dtype or xs.dtype), indexing="ij")
+    return torch.stack((x, y), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Affine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def identity_affine(
+    *batch_shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`(*batch_shape, 6)` identity affine parameters."""
+    identity = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], device=device, dtype=dtype)
+    return identity.expand(*batch_shape, AFFINE_PARAMETERS).clone()
+
+
+def _affine_matrix(affine: Tensor) -> Tensor:
+    if affine.shape[-1] != AFFINE_PARAMETERS:
+        raise InputError(f"An affine transform has 6 parameters; got a tensor of shape {tuple(affine.shape)}.")
+    return _as_float(affine).unflatten(-1, (2, 3))
+
+
+def apply_affine(points: Tensor, affine: Tensor) -> Tensor:
+    """Maps points `(B, N, 2)` through affine parameters `(B, 6)`; normalised coordinates in and out."""
+    matrix = _affine_matrix(affine)
+    points = points.to(matrix.dtype)
+    return points @ matrix[..., :2].transpose(-1, -2) + matrix[..., 2].unsqueeze(-2)
+
+
+def compose_affine(outer: Tensor, inner: Tensor) -> Tensor:
+    """Parameters `(..., 6)` of `outer(inner(p))`."""
+    a, b = _affine_matrix(outer), _affine_matrix(inner)
+    linear = a[..., :2] @ b[..., :2]
+    shift = a[..., :2] @ b[..., 2:] + a[..., 2:]
+    return torch.cat((linear, shift), dim=-1).flatten(-2)
+
+
+def invert_affine(affine: Tensor) -> Tensor:
+    """Parameters `(..., 6)` of the inverse map.
+
+    Raises:
+        InputError: if a transform is singular (its determinant is zero or not finite).
+    """
+    matrix = _affine_matrix(affine)
+    a, b, tx = matrix[..., 0, 0], matrix[..., 0, 1], matrix[..., 0, 2]
+    c, d, ty = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
+    determinant = a * d - b * c
+    if not bool((determinant.abs() > torch.finfo(matrix.dtype).tiny).all()):
+        raise InputError("An affine transform that flattens the picture (determinant 0) cannot be inverted.")
+    rows = (d, -b, b * ty - d * tx, -c, a, c * tx - a * ty)
+    return torch.stack(rows, dim=-1) / determinant.unsqueeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Thin-plate spline
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def control_points(
+    grid_size: int = TPS_GRID_SIZE, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Resting positions `(grid_size**2, 2)` of the TPS control points, x varying slowest (see the module's text)."""
+    axis = torch.linspace(-1, 1, grid_size, device=device, dtype=dtype)
+    x, y = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack((x.flatten(), y.flatten()), dim=-1)
+
+
+def identity_tps(
+    *batch_shape: int,
+    grid_size: int = TPS_GRID_SIZE,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`(*batch_shape, 18)` parameters that leave every control point where it is."""
+    identity = control_points(grid_size, device=device, dtype=dtype).t().flatten()
+    return identity.expand(*batch_shape, identity.numel()).clone()
+
+
+@functools.lru_cache(maxsize=16)
+def _tps_system(grid_size: int, regularization: float) -> tuple[tuple[float, ...], ...]:
+    """First n columns of the inverse of the TPS system `[[K + reg I, P], [P^T, 0]]`, n = grid_size**2, as plain numbers.
+
+    Bookstein, "Principal warps" (1989), with `U(r) = r^2 log r^2`. Row k < n gives the weight of the radial function
+    at control point k, the last three rows the affine part (constant, x, y), both as a linear function of the moved
+    control points. Kept as Python floats: a tensor made in one inference mode, device or dtype must not leak into another.
+    """
+    axis = np.linspace(-1.0, 1.0, grid_size)
+    x, y = (grid.reshape(-1) for grid in np.meshgrid(axis, axis, indexing="ij"))
+    count = grid_size**2
+    distance2 = (x[:, None] - x[None]) ** 2 + (y[:, None] - y[None]) ** 2
+    kernel = distance2 * np.log(np.where(distance2 == 0, 1.0, distance2)) + regularization * np.eye(count)
+    polynomial = np.stack((np.ones(count), x, y), axis=1)
+    system = np.block([[kernel, polynomial], [polynomial.T, np.zeros((3, 3))]])
+    return tuple(map(tuple, np.linalg.inv(system)[:, :count].tolist()))
+
+
+def tps_basis(points: Tensor, *, grid_size: int = TPS_GRID_SIZE, regularization: float = 0.0) -> Tensor:
+    """How much each control point moves each point: `(..., 2)` normalised points to `(..., grid_size**2)` weights.
+
+    A TPS is linear in its control points: the mapped point is `basis @ moved_control_points`.
+    """
+    points = _as_float(points)
+    system = torch.tensor(_tps_system(grid_size, float(regularization)), device=points.device, dtype=points.dtype)
+    centres = control_points(grid_size, device=points.device, dtype=points.dtype)
+    distance2 = (points.unsqueeze(-2) - centres).square().sum(-1)
+    # The limit of r^2 log r^2 at 0 is 0, and so is its gradient; the floor keeps autograd from 0 * inf.
+    radial = distance2 * distance2.clamp(min=torch.finfo(points.dtype).tiny).log()
+    affine_part = torch.cat((torch.ones_like(points[..., :1]), points), dim=-1)
+    return torch.cat((radial, affine_part), dim=-1) @ system
+
+
+def apply_tps(points: Tensor, tps: Tensor, *, regularization: float = 0.0) -> Tensor:
+    """Maps points `(B, N, 2)` through TPS parameters `(B, 2 n)`; normalised coordinates in and out."""
+    tps = _as_float(tps)
+    grid_size = round((tps.shape[-1] / 2) ** 0.5)
+    if 2 * grid_size**2 != tps.shape[-1] or grid_size < 2:
+        raise InputError(f"A 3x3 thin-plate spline has 18 parameters; got a tensor of shape {tuple(tps.shape)}.")
+    basis = tps_basis(points.to(tps.dtype), grid_size=grid_size, regularization=regularization)
+    return basis @ tps.unflatten(-1, (2, grid_size**2)).transpose(-1, -2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cascade and warping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def apply_cascade(points: Tensor, affine: Tensor, tps: Tensor | None = None, *, regularization: float = 0.0) -> Tensor:
+    """Maps points of B into A through `T_AB`: TPS first (when given), then affine.
+
+    Args:
+        points: `(B, N, 2)` normalised points of the target B.
+        affine: `(B, 6)`.
+        tps: `(B, 18)` or `None` for the affine alone.
+        regularization: TPS regularisation factor (0 at test).
+
+    Returns:
+        `(B, N, 2)` normalised points of the source A.
+    """
+    if tps is not None:
+        points = apply_tps(points, tps, regularization=regularization)
+    return apply_affine(points, affine)
+
+
+def sampling_grid(
+    affine: Tensor, tps: Tensor | None = None, *, size: Sequence[int], regularization: float = 0.0
+) -> Tensor:
+    """Where each pixel of B lies in A: `(B, height, width, 2)` for `size = (height, width)` of B, normalised."""
+    height, width = int(size[0]), int(size[1])
+    affine = _as_float(affine)
+    grid = make_grid(height, width, device=affine.device, dtype=affine.dtype).reshape(1, height * width, 2)
+    if tps is not None:
+        # The basis depends on the grid alone, so it is computed once for the whole batch.
+        tps = _as_float(tps)
+        grid_size = round((tps.shape[-1] / 2) ** 0.5)
+        basis = tps_basis(grid, grid_size=grid_size, regularization=regularization)
+        grid = basis @ tps.unflatten(-1, (2, grid_size**2)).transpose(-1, -2)
+    return apply_affine(grid, affine).unflatten(1, (height, width))
+
+
+def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
+    """Samples A at the places where B's pixels lie: `warp(A, sampling_grid(T_AB))` looks like B.
+
+    Args:
+        image: `(B, C, H, W)` picture, feature map or mask of A.
+        grid: `(B, h, w, 2)` normalised places in A.
+        mode: `"bilinear"` or `"nearest"`.
+        padding_mode: what lies outside A: `"zeros"`, `"border"` or `"reflection"`.
+
+    Returns:
+        `(B, C, h, w)` in the picture's dtype.
+    """
+    sampled = F.grid_sample(
+        _as_float(image), grid.to(_as_float(image).dtype), mode=mode, padding_mode=padding_mode, align_corners=True
+    )
+    return sampled.to(image.dtype)
+
+
+def inside(points: Tensor, *, margin: float = 0.0) -> Tensor:
+    """Which normalised points `(..., 2)` lie within the picture (plus a margin): bool `(...)`."""
+    return (points.abs() <= 1 + margin).all(dim=-1)
+
+
+def sample_at(features: Tensor, points: Tensor, *, padding_mode: str = "border") -> Tensor:
+    """Bilinear samples of a map `(B, C, h, w)` at normalised points `(B, N, 2)`: `(B, N, C)`."""
+    return warp(features, points.unsqueeze(1), padding_mode=padding_mode).squeeze(2).transpose(1, 2)
+
+
+def folded(affine: Tensor, tps: Tensor | None = None, *, samples: int = 12, regularization: float = 0.0) -> Tensor:
+    """Share of the grid's cells that a transform turns inside out or flattens: `(B,)` in [0, 1]; 0 is a sane transform."""
+    grid = sampling_grid(affine, tps, size=(samples, samples), regularization=regularization)
+    right = grid[:, :-1, 1:] - grid[:, :-1, :-1]
+    down = grid[:, 1:, :-1] - grid[:, :-1, :-1]
+    area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]
+    return (area <= 0).float().mean(dim=(1, 2))

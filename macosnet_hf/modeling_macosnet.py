@@ -1,0 +1,653 @@
+"""MaCoSNet: joint semantic matching and object co-segmentation (Chen, Lin, Yang, Huang, "Show, Match and Segment").
+
+Equation numbers are the paper's. An ordered pair (i, j) of views stands for source i and target j: its transform T_ij maps
+points of view j into view i (see `geometry.py`), and its mask is the mask of view i given its partner j.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_macosnet import MaCoSNetConfig
+from .errors import InputError
+from .geometry import (
+    TPS_PARAMETERS,
+    apply_cascade,
+    denormalize_points,
+    identity_affine,
+    identity_tps,
+    make_grid,
+    normalize_points,
+    sample_at,
+    sampling_grid,
+    warp,
+)
+
+# Added under the root of every L2 normalisation, as in the published networks (converted weights depend on it).
+_NORM_EPSILON = 1e-6
+
+
+def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
+    """The ordered pairs (source, target) of 2 or 3 views, each followed by its reverse.
+
+    2 views give ((0, 1), (1, 0)); 3 views give ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)).
+    """
+    pairs = []
+    for i in range(num_views):
+        for j in range(i + 1, num_views):
+            pairs += [(i, j), (j, i)]
+    return tuple(pairs)
+
+
+@dataclass
+class MaCoSNetFeatures(ModelOutput):
+    """What the encoder E says about N pictures; made once by `get_image_features` and used for every pair and both tasks.
+
+    Args:
+        last (`(N, C, h, w)`): stride-16 feature map, as the encoder gives it.
+        normalized (`(N, C, h, w)`): the same with unit length over channels: f in the paper.
+        skips (tuple of `(N, c, H/s, W/s)`): maps of the finer stages, coarsest last.
+    """
+
+    last: Tensor | None = None
+    normalized: Tensor | None = None
+    skips: tuple[Tensor, ...] | None = None
+
+    def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
+        """The features of some of the pictures, in the given order."""
+        if isinstance(index, list):
+            index = torch.tensor(index, device=self.last.device)
+        return MaCoSNetFeatures(
+            last=self.last[index], normalized=self.normalized[index], skips=tuple(skip[index] for skip in self.skips)
+        )
+
+
+@dataclass
+class MaCoSNetModelOutput(ModelOutput):
+    """Output of [`MaCoSNetModel`]. B batch, V views (2 or 3), P = V (V - 1) ordered pairs in the order of `ordered_pairs`.
+
+    Args:
+        affine (`(B, P, 6)`): affine part of T_ij, target (view j) to source (view i), normalised coordinates.
+        tps (`(B, P, 18)`): thin-plate-spline part of T_ij; points go through it first.
+        correlation (`(B, P, h*w, h, w)`): S_ij, one channel per position of view i (row by row), spatial layout of view j.
+        mask_logits (`(B, P, H, W)`): logits of the mask of view i given partner j. For a pair: `[:, 0]` source, `[:, 1]` target.
+        features (`(B, V, C, h, w)`): stride-16 features, unit length over channels.
+        flow (`(B, P, H, W, 2)`, on request): for each pixel of view j at network resolution, where it lies in view i minus
+            where it lies in view j, both in pixels of the original pictures.
+    """
+
+    affine: Tensor | None = None
+    tps: Tensor | None = None
+    correlation: Tensor | None = None
+    mask_logits: Tensor | None = None
+    features: Tensor | None = None
+    flow: Tensor | None = None
+
+
+@dataclass
+class MaCoSNetKeypointMatchingOutput(ModelOutput):
+    """Output of [`MaCoSNetForKeypointMatching`]. N = h*w key-points on a regular grid over the source.
+
+    Args:
+        loss (`()`, when `labels` are given): mean distance of transferred key-points from their labels, normalised to [0, 1].
+        matches (`(B, 2, N)`): index of the partner in the other picture, -1 for unmatched.
+        matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
+        keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
+        mask_logits (`(B, 2, H, W)`), affine (`(B, 2, 6)`), tps (`(B, 2, 18)`), correlation (`(B, 2, h*w, h, w)`),
+            features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request): as in [`MaCoSNetModelOutput`].
+    """
+
+    loss: Tensor | None = None
+    matches: Tensor | None = None
+    matching_scores: Tensor | None = None
+    keypoints: Tensor | None = None
+    mask_logits: Tensor | None = None
+    affine: Tensor | None = None
+    tps: Tensor | None = None
+    correlation: Tensor | None = None
+    features: Tensor | None = None
+    flow: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sub-networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def l2_normalize(tensor: Tensor, dim: int = 1) -> Tensor:
+    """Unit length over a dimension, as in the published networks: `x / sqrt(sum x^2 + 1e-6)`."""
+    return tensor * torch.rsqrt(tensor.float().square().sum(dim, keepdim=True) + _NORM_EPSILON).to(tensor.dtype)
+
+
+def correlate(source: Tensor, target: Tensor) -> Tensor:
+    """Correlation map S_AB of unit-length features.
+
+    Inner products of all positions, ReLU, then unit length over the positions of A.
+
+    Args:
+        source: f_A, `(B, C, h, w)`.
+        target: f_B, `(B, C, h', w')`.
+
+    Returns:
+        `(B, h*w, h', w')`: one channel per position of A (row by row), spatial layout of B.
+    """
+    similarity = torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2))
+    return l2_normalize(F.relu(similarity)).unflatten(-1, target.shape[-2:])
+
+
+class MaCoSNetEncoder(nn.Module):
+    """E: any backbone with a stride-16 stage. Stages behind the last one that is used are cut off, not just ignored."""
+
+    def __init__(self, config: MaCoSNetConfig):
+        super().__init__()
+        self.strides = tuple(config.feature_strides)
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.channels = tuple(self.backbone.channels)
+        if len(self.channels) != len(self.strides):
+            raise InputError(
+                f"The backbone gives {len(self.channels)} stages, but feature_strides names {len(self.strides)}."
+            )
+        _cut_unused_stages(self.backbone)
+
+    def forward(self, pixel_values: Tensor) -> MaCoSNetFeatures:
+        """`(N, 3, H, W)` normalised pictures to [`MaCoSNetFeatures`]."""
+        maps = self.backbone(pixel_values).feature_maps
+        for stride, feature_map in zip(self.strides, maps, strict=True):
+            expected = (pixel_values.shape[-2] // stride, pixel_values.shape[-1] // stride)
+            if tuple(feature_map.shape[-2:]) != expected:
+                raise InputError(
+                    f"The backbone's stage for stride {stride} gives a map of {tuple(feature_map.shape[-2:])} instead of "
+                    f"{expected}: choose other stages (out_indices) or other feature_strides."
+                )
+        return MaCoSNetFeatures(last=maps[-1], normalized=l2_normalize(maps[-1]), skips=tuple(maps[:-1]))
+
+
+def _cut_unused_stages(backbone: nn.Module) -> None:
+    """Removes the stages that no chosen output needs, where the kind of backbone is known; else leaves it alone."""
+    timm_model = getattr(backbone, "_backbone", None)
+    if hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks"):  # timm's EfficientNet family
+        timm_model.blocks = timm_model.blocks[: max(timm_model._stage_out_idx)]
+    encoder = getattr(backbone, "encoder", None)
+    if timm_model is None and isinstance(getattr(encoder, "stages", None), nn.ModuleList):  # transformers' ResNet family
+        last = max(backbone.stage_names.index(name) for name in backbone.out_features)
+        if last >= 1:
+            encoder.stages = encoder.stages[:last]
+
+
+class MaCoSNetTransformationHead(nn.Module):
+    """One head of G: convolutions without padding over a correlation map, then a linear layer to the parameters."""
+
+    def __init__(self, config: MaCoSNetConfig, num_parameters: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels, side = config.grid_size**2, config.grid_size
+        for width, kernel in zip(config.predictor_channels, config.predictor_kernel_sizes, strict=True):
+            layers += [nn.Conv2d(channels, width, kernel), nn.BatchNorm2d(width), nn.ReLU()]
+            channels, side = width, side - kernel + 1
+        self.conv = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels * side * side, num_parameters)
+
+    def forward(self, correlation: Tensor) -> Tensor:
+        """`(B, h*w, h, w)` to `(B, num_parameters)`, in float32 whatever the precision of the convolutions."""
+        hidden = self.conv(correlation).flatten(1)
+        return self.linear(hidden).float()
+
+
+class MaCoSNetDecoderBlock(nn.Module):
+    """Transposed convolution (x2), then two convolutions over its output and the encoder's map of the same stride."""
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        # A 1x1 projection keeps the wide skip connections of ResNet-101 from dominating the cost of the decoder.
+        self.skip = nn.Conv2d(skip_channels, out_channels, 1) if skip_channels else None
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden: Tensor, skip: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """`(P, c, h, w)` to `(P, out, 2h, 2w)`; `index` `(P,)` names the picture of each row in `skip` `(N, ...)`."""
+        hidden = self.upsample(hidden)
+        if self.skip is not None and skip is not None:
+            projected = self.skip(skip)
+            hidden = hidden + (projected if index is None else projected[index])
+        hidden = F.relu(self.norm1(self.conv1(hidden)))
+        return F.relu(self.norm2(self.conv2(hidden)))
+
+
+class MaCoSNetDecoder(nn.Module):
+    """D: four blocks from stride 16 to every pixel, one logit each. Shared by both pictures (siamese)."""
+
+    def __init__(self, config: MaCoSNetConfig, channels: tuple[int, ...]):
+        super().__init__()
+        in_channels = channels[-1] + config.grid_size**2
+        # Features and correlations differ in scale by orders of magnitude; this puts them on a common footing.
+        self.input_norm = nn.BatchNorm2d(in_channels)
+        skip_channels = dict(zip(config.feature_strides[:-1], channels[:-1], strict=True))
+        self.skip_strides = [stride if stride in skip_channels else None for stride in (8, 4, 2, 1)]
+        widths = [in_channels, *config.decoder_widths]
+        self.blocks = nn.ModuleList(
+            MaCoSNetDecoderBlock(widths[k], skip_channels.get(stride, 0), widths[k + 1])
+            for k, stride in enumerate((8, 4, 2, 1))
+        )
+        self.classifier = nn.Conv2d(widths[-1], 1, 1)
+        self.strides = tuple(config.feature_strides[:-1])
+
+    def forward(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
+        """Mask logits from `C_A = [f_A, S]`.
+
+        Args:
+            features: of N pictures.
+            correlation: `(P, h*w, h, w)`, spatial layout of the picture that is segmented, one channel per position of its
+                partner (that is S_BA for A).
+            index: `(P,)` the picture of each row; `None` when P = N in the same order.
+
+        Returns:
+            `(P, H, W)` logits.
+        """
+        last = features.last if index is None else features.last[index]
+        hidden = self.input_norm(torch.cat((last, correlation.to(last.dtype)), dim=1))
+        skips = dict(zip(self.strides, features.skips, strict=True))
+        for block, stride in zip(self.blocks, self.skip_strides, strict=True):
+            hidden = block(hidden, skips[stride] if stride is not None else None, index)
+        return self.classifier(hidden).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MaCoSNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading for all MaCoSNet models."""
+
+    config: MaCoSNetConfig
+    config_class = MaCoSNetConfig
+    base_model_prefix = "macosnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+    _no_split_modules = ("MaCoSNetTransformationHead", "MaCoSNetDecoderBlock")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """G starts at the identity transform; convolutions follow He et al.; the encoder initialises itself."""
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if module.running_mean is not None:
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, nn.Linear):
+            identity = identity_tps(1) if module.out_features == TPS_PARAMETERS else identity_affine(1)
+            init.normal_(module.weight, std=1e-3)
+            init.copy_(module.bias, identity[0].to(module.bias))
+
+
+class MaCoSNetModel(MaCoSNetPreTrainedModel):
+    """The paper's joint network: encoder E, correlation, transformation predictor G (affine, then TPS) and decoder D.
+
+    ```python
+    >>> outputs = model(pixel_values)        # (B, 2, 3, 240, 240)
+    >>> outputs.affine[:, 0]                 # T_AB: points of B into A
+    >>> outputs.mask_logits[:, 0].sigmoid()  # mask of A
+    ```
+    """
+
+    def __init__(self, config: MaCoSNetConfig):
+        super().__init__(config)
+        self.encoder = MaCoSNetEncoder(config)
+        self.affine_head = MaCoSNetTransformationHead(config, 6)
+        self.tps_head = MaCoSNetTransformationHead(config, TPS_PARAMETERS)
+        self.decoder = MaCoSNetDecoder(config, self.encoder.channels)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor) -> MaCoSNetFeatures:
+        """Encodes N single pictures `(N, 3, H, W)`: the only call that runs the encoder on them.
+
+        Raises:
+            InputError: if the pictures do not have the configuration's `image_size`.
+        """
+        size = self.config.image_size
+        if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
+            raise InputError(f"Pictures of shape (N, 3, {size}, {size}) are expected; got {tuple(pixel_values.shape)}.")
+        return self.encoder(pixel_values.to(self.dtype))
+
+    def predict_transforms(
+        self,
+        source: MaCoSNetFeatures,
+        target: MaCoSNetFeatures,
+        source_pixel_values: Tensor | None = None,
+        correlation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The cascade of G for N ordered pairs: affine on (A, B), A warped by it, TPS on (warped A, B).
+
+        Args:
+            source: features of A, one row per pair.
+            target: features of B, likewise.
+            source_pixel_values: `(N, 3, H, W)` pixels of A, encoded again after the affine warp (the paper, exact). Without
+                them the feature map of A is warped instead, which costs no encoder pass.
+            correlation: S_AB when it is known already.
+
+        Returns:
+            affine `(N, 6)` and tps `(N, 18)` of T_AB, float32.
+        """
+        if correlation is None:
+            correlation = correlate(source.normalized, target.normalized)
+        affine = self.affine_head(correlation)
+        padding_mode = self.config.padding_mode
+        if source_pixel_values is not None:
+            grid = sampling_grid(affine, size=source_pixel_values.shape[-2:])
+            warped_pixels = warp(source_pixel_values.to(self.dtype), grid, padding_mode=padding_mode)
+            warped = self.encoder(warped_pixels).normalized
+        else:
+            grid = sampling_grid(affine, size=source.last.shape[-2:])
+            warped = l2_normalize(warp(source.last, grid, padding_mode=padding_mode))
+        return affine, self.tps_head(correlate(warped, target.normalized))
+
+    def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
+        """Mask logits `(P, H, W)`; `correlation` `(P, h*w, h, w)` lies in the segmented picture's layout (S_BA for A)."""
+        return self.decoder(features, correlation, index)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_masks: bool = True,
+        output_flow: bool = False,
+        image_sizes: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MaCoSNetModelOutput | tuple[Tensor, ...]:
+        """Both directions of every pair of views: transforms, correlations and masks.
+
+        Args:
+            pixel_values: `(B, V, 3, H, W)`, V = 2 (pairs) or 3 (triplets), resized to `image_size` and normalised.
+            output_masks: whether to run the decoder.
+            output_flow: whether to add the dense flow of every ordered pair.
+            image_sizes: `(B, V, 2)` sizes (height, width) of the original pictures, the unit of the flow.
+            return_dict: whether to return a [`MaCoSNetModelOutput`] (default) or a tuple.
+
+        Raises:
+            InputError: if shapes do not fit.
+        """
+        if pixel_values.dim() != 5 or pixel_values.shape[1] not in (2, 3):
+            raise InputError(
+                f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
+            )
+        if output_flow and image_sizes is None:
+            raise InputError("output_flow needs image_sizes (B, V, 2): the flow is in pixels of the original pictures.")
+        batch, views = pixel_values.shape[:2]
+        pairs = ordered_pairs(views)
+        first_view = torch.arange(batch, device=pixel_values.device).unsqueeze(1) * views
+        source = (first_view + torch.tensor([i for i, _ in pairs], device=pixel_values.device)).flatten()
+        target = (first_view + torch.tensor([j for _, j in pairs], device=pixel_values.device)).flatten()
+
+        pictures = pixel_values.flatten(0, 1)
+        features = self.get_image_features(pictures)
+        correlation = correlate(features.normalized[source], features.normalized[target])
+        affine, tps = self.predict_transforms(
+            features.select(source),
+            features.select(target),
+            pictures[source] if self.config.cascade == "exact" else None,
+            correlation,
+        )
+        masks = None
+        if output_masks:
+            # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
+            reverse = torch.arange(len(pairs), device=pixel_values.device) ^ 1
+            partner = correlation.unflatten(0, (batch, len(pairs)))[:, reverse].flatten(0, 1)
+            masks = self.predict_masks(features, partner, source).unflatten(0, (batch, len(pairs)))
+
+        output = MaCoSNetModelOutput(
+            affine=affine.unflatten(0, (batch, len(pairs))),
+            tps=tps.unflatten(0, (batch, len(pairs))),
+            correlation=correlation.unflatten(0, (batch, len(pairs))),
+            mask_logits=masks,
+            features=features.normalized.unflatten(0, (batch, views)),
+        )
+        if output_flow:
+            output.flow = self._dense_flow(output, image_sizes.to(pixel_values.device), pairs)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def _dense_flow(
+        self, output: MaCoSNetModelOutput, image_sizes: Tensor, pairs: tuple[tuple[int, int], ...]
+    ) -> Tensor:
+        size = self.config.image_size
+        source_sizes = image_sizes[:, [i for i, _ in pairs]].flatten(0, 1)
+        target_sizes = image_sizes[:, [j for _, j in pairs]].flatten(0, 1)
+        grid = make_grid(size, size, device=output.affine.device, dtype=output.affine.dtype).reshape(1, -1, 2)
+        grid = grid.expand(len(source_sizes), -1, -1)
+        mapped = apply_cascade(
+            grid,
+            output.affine.flatten(0, 1),
+            output.tps.flatten(0, 1),
+            regularization=self.config.tps_regularization,
+        )
+        flow = denormalize_points(mapped, source_sizes) - denormalize_points(grid, target_sizes)
+        return flow.unflatten(0, (-1, len(pairs))).unflatten(2, (size, size))
+
+
+class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
+    """MaCoSNet with the interface of transformers' key-point matchers, plus masks and point transfer.
+
+    ```python
+    >>> inputs = processor([[source, target]], return_tensors="pt")
+    >>> outputs = model(**inputs)
+    >>> sizes = torch.tensor([[[source.height, source.width], [target.height, target.width]]])
+    >>> matches = processor.post_process_keypoint_matching(outputs, sizes, threshold=0.2)[0]
+    >>> model.transfer_points(outputs, torch.tensor([[[120.0, 80.0]]]), sizes)  # pixels of the source to the target's
+    ```
+    """
+
+    def __init__(self, config: MaCoSNetConfig):
+        super().__init__(config)
+        self.macosnet = MaCoSNetModel(config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor) -> MaCoSNetFeatures:
+        """See [`MaCoSNetModel.get_image_features`]."""
+        return self.macosnet.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_flow: bool = False,
+        image_sizes: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MaCoSNetKeypointMatchingOutput | tuple[Tensor, ...]:
+        """Matches and masks of a batch of pairs.
+
+        Args:
+            pixel_values: `(B, 2, 3, H, W)`.
+            labels: `(B, 2, K, 2)` corresponding key-points as (x, y) in [0, 1], negative where absent. Asks for `loss`.
+                (The paper's weakly supervised objective is `macosnet_hf.losses`; labels are for those who have some.)
+            output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
+
+        Raises:
+            InputError: if shapes do not fit.
+        """
+        if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
+            raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
+        base = self.macosnet(
+            pixel_values, output_flow=output_flow, image_sizes=image_sizes, return_dict=True, **kwargs
+        )
+        loss = None if labels is None else self._keypoint_loss(base, labels)
+        keypoints, matches, scores = self._match_grid(base)
+        output = MaCoSNetKeypointMatchingOutput(
+            loss=loss, matches=matches, matching_scores=scores, keypoints=keypoints, **base
+        )
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def _map_points(
+        self,
+        outputs: MaCoSNetModelOutput | MaCoSNetKeypointMatchingOutput,
+        points: Tensor,
+        view: int,
+        local_matching: bool | None = None,
+    ) -> Tensor:
+        """Normalised points `(B, N, 2)` of a view to the other view of a pair."""
+        # T_ij maps j to i, so points of view 0 travel by T_10 (index 1) and points of view 1 by T_01 (index 0).
+        pair = 1 - view
+        mapped = apply_cascade(
+            points,
+            outputs.affine[:, pair],
+            outputs.tps[:, pair],
+            regularization=self.config.tps_regularization,
+        )
+        use_local = self.config.local_matching if local_matching is None else local_matching
+        if not use_local:
+            return mapped
+        return match_locally(
+            outputs.features[:, view],
+            outputs.features[:, 1 - view],
+            points,
+            mapped,
+            sigma=self.config.local_matching_sigma,
+            temperature=self.config.local_matching_temperature,
+        )
+
+    def transfer_points(
+        self,
+        outputs: MaCoSNetModelOutput | MaCoSNetKeypointMatchingOutput,
+        points: Tensor,
+        image_sizes: Tensor,
+        direction: str = "source_to_target",
+        local_matching: bool | None = None,
+    ) -> Tensor:
+        """Where any points of one picture lie in the other, in pixels of the original pictures.
+
+        Args:
+            outputs: what `forward` returned for the pairs.
+            points: `(B, N, 2)` as (x, y) in pixels of the picture that they are on.
+            image_sizes: `(B, 2, 2)` sizes (height, width) of source and target.
+            direction: `"source_to_target"` or `"target_to_source"`.
+            local_matching: whether a point lands on the best feature match near where the transform sends it; default
+                is the configuration's `local_matching`.
+
+        Returns:
+            `(B, N, 2)` as (x, y) in pixels of the other picture; a point may fall outside of it.
+
+        Raises:
+            InputError: for another direction or shapes that do not fit.
+        """
+        views = {"source_to_target": 0, "target_to_source": 1}
+        if direction not in views:
+            raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
+        batch = outputs.affine.shape[0]
+        if points.dim() != 3 or points.shape[0] != batch or points.shape[-1] != 2:
+            raise InputError(f"points must be ({batch}, N, 2) as (x, y); got {tuple(points.shape)}.")
+        image_sizes = torch.as_tensor(image_sizes, device=outputs.affine.device)
+        if tuple(image_sizes.shape) != (batch, 2, 2):
+            raise InputError(f"image_sizes must be ({batch}, 2, 2) as (height, width); got {tuple(image_sizes.shape)}.")
+        view = views[direction]
+        normalized = normalize_points(points.to(outputs.affine), image_sizes[:, view])
+        mapped = self._map_points(outputs, normalized, view, local_matching)
+        return denormalize_points(mapped, image_sizes[:, 1 - view])
+
+    def _match_grid(self, outputs: MaCoSNetModelOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Key-points on a regular grid of the source, their places in the target, and how far each match can be trusted.
+
+        The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
+        the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e.
+        """
+        batch, side = outputs.affine.shape[0], self.config.grid_size
+        # Cell centres rather than the picture's corners, where no object's point is worth a match.
+        step = torch.arange(side, device=outputs.affine.device, dtype=outputs.affine.dtype)
+        axis = (2 * step + 1) / side - 1
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        source = torch.stack((x, y), dim=-1).reshape(1, -1, 2).expand(batch, -1, -1)
+        target = self._map_points(outputs, source, 0)
+        back = self._map_points(outputs, target, 1)
+        error = (back - source).norm(dim=-1)
+        consistency = torch.exp(-0.5 * (error / self.config.match_consistency_sigma) ** 2)
+
+        masks = outputs.mask_logits.float().sigmoid().unsqueeze(2)
+        on_source = sample_at(masks[:, 0], source).squeeze(-1)
+        on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
+        features = outputs.features.float()
+        similarity = F.cosine_similarity(sample_at(features[:, 0], source), sample_at(features[:, 1], target), dim=-1)
+        scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
+
+        threshold = self.config.match_mask_threshold
+        matched = (on_source > threshold) & (on_target > threshold) & (target.abs() <= 1).all(-1)
+        index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
+        matches = torch.where(matched, index, -1)
+        scores = torch.where(matched, scores, torch.zeros_like(scores))
+        keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
+        return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
+
+    def _keypoint_loss(self, outputs: MaCoSNetModelOutput, labels: Tensor) -> Tensor:
+        if labels.dim() != 4 or labels.shape[1] != 2 or labels.shape[-1] != 2:
+            raise InputError(f"labels must be (B, 2, K, 2); got {tuple(labels.shape)}.")
+        labels = labels.to(outputs.affine)
+        present = (labels >= 0).all(dim=-1).all(dim=1)
+        points = labels * 2 - 1
+        error = sum(
+            (self._map_points(outputs, points[:, view], view) - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1)
+        )
+        return (error * present).sum() / (2 * present.sum().clamp(min=1))
+
+
+def match_locally(
+    source: Tensor, target: Tensor, points: Tensor, mapped: Tensor, *, sigma: float, temperature: float
+) -> Tensor:
+    """Moves transferred points to the best feature match near where the transform sent them.
+
+    The transform is a Gaussian prior on the position, the cosine similarity of the features is the evidence, and the
+    answer is the expectation over the target's feature grid (a soft-argmax).
+
+    Args:
+        source, target: unit-length features `(B, C, h, w)` of the picture that the points are on, and of the other.
+        points: `(B, N, 2)` normalised points.
+        mapped: `(B, N, 2)` where the transform sends them.
+        sigma: width of the neighbourhood, normalised coordinates.
+        temperature: factor on the similarity.
+
+    Returns:
+        `(B, N, 2)` normalised points of the other picture.
+    """
+    descriptors = l2_normalize(sample_at(source.float(), points), dim=-1)
+    similarity = torch.bmm(descriptors, target.float().flatten(2))
+    grid = make_grid(*target.shape[-2:], device=mapped.device, dtype=mapped.dtype).reshape(-1, 2)
+    distance2 = torch.cdist(mapped, grid.expand(len(mapped), -1, -1)).square()
+    weights = torch.softmax(temperature * similarity - distance2 / (2 * sigma**2), dim=-1)
+    # The prior's own expectation is taken off, so that a featureless neighbourhood leaves the point exactly where it was
+    # instead of pulling it to the middle of the grid.
+    prior = torch.softmax(-distance2 / (2 * sigma**2), dim=-1)
+    return mapped + (weights - prior) @ grid
+
+
+MaCoSNetModel.register_for_auto_class("AutoModel")
+MaCoSNetForKeypointMatching.register_for_auto_class("AutoModelForKeypointMatching")
+
+__all__ = [
+    "MaCoSNetFeatures",
+    "MaCoSNetForKeypointMatching",
+    "MaCoSNetKeypointMatchingOutput",
+    "MaCoSNetModel",
+    "MaCoSNetModelOutput",
+    "MaCoSNetPreTrainedModel",
+    "correlate",
+    "match_locally",
+    "ordered_pairs",
+]

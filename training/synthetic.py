@@ -1,0 +1,142 @@
+"""Random warps and photometric changes: the strong supervision of the first stage, made on the fly from single photographs.
+
+Everything is batched tensor code that runs on the device of its input, and all randomness comes from the generator that is
+passed in, so that a run can be resumed at any step with the same pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from macosnet_hf.geometry import compose_affine, identity_tps, sampling_grid, warp
+
+
+@dataclass
+class WarpRange:
+    """How far random warps go. Angles in radians, lengths in normalised coordinates (the picture is 2 wide)."""
+
+    rotation: float = 0.30
+    log_scale: float = 0.45
+    log_aspect: float = 0.20
+    shear: float = 0.25
+    translation: float = 0.35
+    tps_jitter: float = 0.20
+
+
+def _uniform(generator: torch.Generator, *shape: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [-1, 1); drawn on the generator's device, so that CPU and GPU runs see the same warps."""
+    return (torch.rand(*shape, generator=generator) * 2 - 1).to(device)
+
+
+def random_affine(batch: int, limits: WarpRange, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`(B, 6)` random affine parameters: rotation, scale, aspect, shear and translation."""
+    draw = _uniform(generator, batch, 6, device=device)
+    angle, shear = draw[:, 0] * limits.rotation, draw[:, 1] * limits.shear
+    scale, aspect = (draw[:, 2] * limits.log_scale).exp(), (draw[:, 3] * limits.log_aspect).exp()
+    scale_x, scale_y = scale * aspect, scale / aspect
+    cos, sin = angle.cos(), angle.sin()
+    # rotation @ shear @ scale
+    rows = (
+        cos * scale_x,
+        (cos * shear - sin) * scale_y,
+        draw[:, 4] * limits.translation,
+        sin * scale_x,
+        (sin * shear + cos) * scale_y,
+        draw[:, 5] * limits.translation,
+    )
+    return torch.stack(rows, dim=1)
+
+
+def random_tps(batch: int, limits: WarpRange, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`(B, 18)` thin-plate splines whose control points are moved by up to `tps_jitter`."""
+    identity = identity_tps(batch, device=device)
+    strength = (_uniform(generator, batch, 1, device=device) + 1) / 2
+    return identity + strength * _uniform(generator, batch, identity.shape[1], device=device) * limits.tps_jitter
+
+
+def random_view(batch: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`(B, 6)` random crops of up to a quarter, half of them mirrored: which part of the photograph is picture A."""
+    draw = _uniform(generator, batch, 4, device=device)
+    scale = 0.9 + 0.15 * draw[:, 0]
+    flip = torch.where(draw[:, 1] < 0, -1.0, 1.0)
+    zero = torch.zeros_like(scale)
+    return torch.stack((scale * flip, zero, 0.1 * draw[:, 2], zero, scale, 0.1 * draw[:, 3]), dim=1)
+
+
+def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, contrast, saturation, colour cast, gamma, greyscale, blur and noise for `(B, 3, H, W)` in [0, 1]."""
+    batch, device = images.shape[0], images.device
+    draw = _uniform(generator, batch, 10, device=device).view(batch, 10, 1, 1, 1)
+    images = images.clamp(0, 1) ** (draw[:, 0] * 0.35).exp()
+    images = images * (draw[:, 1] * 0.35).exp()
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (draw[:, 2] * 0.4).exp()
+    grey = images.mean(dim=1, keepdim=True)
+    saturation = torch.where(draw[:, 3] > 0.7, torch.zeros_like(draw[:, 3]), (draw[:, 4] * 0.6).exp())
+    images = grey + (images - grey) * saturation
+    images = images * (draw[:, 5:8].squeeze(2) * 0.15).exp()
+    blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+    images = torch.where(draw[:, 8] > 0.6, blurred, images)
+    noise = torch.randn(images.shape, generator=generator).to(device)
+    return (images + noise * 0.03 * (draw[:, 9] + 1) / 2).clamp(0, 1)
+
+
+def soft_ellipse(batch: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`(B, 1, size, size)` soft ellipses near the centre, 1 inside: a stand-in for the object when backgrounds are swapped."""
+    draw = _uniform(generator, batch, 4, device=device).view(batch, 4, 1, 1)
+    axis = torch.linspace(-1, 1, size, device=device)
+    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+    radius_x, radius_y = 0.7 + 0.25 * draw[:, 0], 0.7 + 0.25 * draw[:, 1]
+    distance = ((x - 0.15 * draw[:, 2]) / radius_x) ** 2 + ((y - 0.15 * draw[:, 3]) / radius_y) ** 2
+    return torch.sigmoid((1 - distance) * 12).unsqueeze(1)
+
+
+@dataclass
+class SyntheticPairs:
+    """A batch of pairs with known transforms.
+
+    Args:
+        source, target: `(B, 3, H, W)` pictures in [0, 1].
+        affine, tps: `(B, 6)` and `(B, 18)`: T_AB, target points to source points.
+    """
+
+    source: Tensor
+    target: Tensor
+    affine: Tensor
+    tps: Tensor
+
+
+def make_pairs(
+    photographs: Tensor,
+    size: int,
+    limits: WarpRange,
+    generator: torch.Generator,
+    *,
+    background_swap: float = 0.5,
+) -> SyntheticPairs:
+    """Makes pairs from single photographs `(B, 3, S, S)` in [0, 1].
+
+    A is a random view of the photograph and B is A warped by a known transform. What lies outside the photograph is filled by
+    reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft ellipse around the
+    middle of A is replaced by another photograph of the batch: in real pairs the background does not match either.
+    """
+    batch, device = photographs.shape[0], photographs.device
+    view = random_view(batch, generator, device)
+    affine, tps = random_affine(batch, limits, generator, device), random_tps(batch, limits, generator, device)
+    source = warp(photographs, sampling_grid(view, size=(size, size)), padding_mode="reflection")
+    grid = sampling_grid(compose_affine(view, affine), tps, size=(size, size))
+    target = warp(photographs, grid, padding_mode="reflection")
+
+    other_view = random_view(batch, generator, device)
+    other = warp(photographs.roll(1, dims=0), sampling_grid(other_view, size=(size, size)), padding_mode="reflection")
+    ellipse = soft_ellipse(batch, size, generator, device)
+    kept = warp(ellipse, sampling_grid(affine, tps, size=(size, size)))
+    swap = (torch.rand(batch, 1, 1, 1, generator=generator).to(device) < background_swap).float()
+    kept = 1 - swap * (1 - kept)
+    target = kept * target + (1 - kept) * other
+
+    return SyntheticPairs(photometric(source, generator), photometric(target, generator), affine, tps)
