@@ -18,13 +18,15 @@ from PIL import Image
 import macosnet_hf
 from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetError
 from macosnet_hf.drawing import overlay_mask
+from macosnet_hf.loading import load_model_and_processor
 
 logger = logging.getLogger("macosnet_hf.app")
 
 MAX_FILE_MEGABYTES = 20
 MAX_WAITING = 20
 DISPLAY_SIDE = 1400  # pixels; a page has no use for more, and a phone's photograph takes seconds to encode
-RESULT_HEIGHT = 320  # pixels on the page, of the smaller results
+UPLOAD_HEIGHT = 280  # pixels on the page
+RESULT_HEIGHT = 320  # the same, of the smaller results
 RESULT_MIN_WIDTH = 260  # narrower than this, they stand below one another
 
 TITLE = "Show, Match and Segment"
@@ -35,7 +37,13 @@ LIMITS = (
     "Best with one clear object in each photograph, seen from a similar side; thin parts are easily missed. "
     f"Files up to {MAX_FILE_MEGABYTES} MB."
 )
+VERDICTS = {
+    "good": "These two fit together well.",
+    "fair": "These two fit together in part.",
+    "poor": "These two hardly fit together; do not rely on the result.",
+}
 # Photographs that come with gradio itself, so the page has examples without a download.
+EXAMPLES_FOLDER = MEDIA_ROOT / "images"
 EXAMPLES = (("cheetah1.jpg", "lion.jpg"), ("lion.jpg", "cheetah.jpg"))
 
 # Fonts that every computer has: nothing on the page is fetched from elsewhere.
@@ -72,15 +80,6 @@ footer .divider { display: none; }
 """
 
 
-class Photograph(gr.Image):
-    """An upload that stays a file: `load_image` turns it upright, and says in plain words what is wrong with it."""
-
-    is_template = True  # the page shows it as the image component that it derives from
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload else None
-
-
 class Matcher:
     """The one model of this process: loaded once, by whichever thread asks first, while the others wait for it."""
 
@@ -93,10 +92,8 @@ class Matcher:
         """Returns the arguments `model` and `processor` of `match_pair`. Raises `CheckpointError`."""
         with self._lock:
             if not self._loaded:
-                self._loaded = {
-                    "model": macosnet_hf.MaCoSNetForKeypointMatching.from_pretrained(self.checkpoint).eval(),
-                    "processor": macosnet_hf.MaCoSNetImageProcessor.from_pretrained(self.checkpoint),
-                }
+                model, processor = load_model_and_processor(self.checkpoint)
+                self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
     def match(self, source: Image.Image, target: Image.Image) -> "macosnet_hf.PairResult":
@@ -106,13 +103,13 @@ class Matcher:
 def open_photograph(path: str | None, role: str) -> Image.Image:
     """The upright picture in an uploaded file. Raises `gr.Error`, which the page shows as a message."""
     if path is None:
-        raise gr.Error("Choose two photographs first.", title=f"The {role} is missing", print_exception=False)
+        raise gr.Error("Choose two photographs first.", print_exception=False)
     try:
         return macosnet_hf.load_image(path)
     except MaCoSNetError as error:
         # The person knows the file by its name, not by the folder that it was uploaded to.
         sentence = str(error).replace(path, os.path.basename(path))
-        raise gr.Error(sentence, title=f"The {role} cannot be used", print_exception=False) from error
+        raise gr.Error(f"{role}: {sentence}", print_exception=False) from error
 
 
 def for_display(image: Image.Image) -> Image.Image:
@@ -123,14 +120,34 @@ def for_display(image: Image.Image) -> Image.Image:
 
 
 def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture in display size, its object in colour and outlined, the rest faded."""
-    return for_display(overlay_mask(image, mask, fade=0.8))
+    """The picture in display size with the object of its `(H, W)` mask in colour and outlined, the rest faded."""
+    shown = for_display(image)
+    shown_mask = Image.fromarray(mask).resize(shown.size, Image.Resampling.NEAREST)
+    return overlay_mask(shown, np.asarray(shown_mask), fade=0.8)
 
 
 def verdict(result: "macosnet_hf.PairResult") -> str:
-    """One line of Markdown on how well the two photographs fit together."""
+    """One line of Markdown: how far the result can be trusted, and how many matches there are."""
     count = len(result.matches)
-    return f"**{result.quality.capitalize()}**: {count} matching {'point' if count == 1 else 'points'} on the object"
+    return f"**{VERDICTS[result.quality]}** {count} matching {'point' if count == 1 else 'points'} on the object."
+
+
+def upload(name: str) -> gr.Image:
+    """A place for a photograph of the visitor, which hands over the uploaded file as it is.
+
+    `load_image` turns it upright and says in plain words what is wrong with it; gradio's own reading would do neither.
+    """
+    image = gr.Image(
+        elem_id=name.lower(),
+        label=name,
+        sources=["upload", "clipboard"],
+        type="filepath",
+        image_mode=None,
+        height=UPLOAD_HEIGHT,
+    )
+    # On the instance, because gradio writes a file of type stubs beside every module that derives from a component.
+    image.preprocess = lambda payload: payload.path if payload else None
+    return image
 
 
 def picture(label: str, height: int | None = None) -> gr.Image:
@@ -150,8 +167,8 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
     matcher = matcher or Matcher()
 
     def match(source_path: str | None, target_path: str | None) -> tuple[Any, ...]:
-        source = open_photograph(source_path, "source photograph")
-        target = open_photograph(target_path, "target photograph")
+        source = open_photograph(source_path, "Source")
+        target = open_photograph(target_path, "Target")
         try:
             result = matcher.match(source, target)
             return (
@@ -162,7 +179,7 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
                 (for_display(result.target), for_display(result.warped_source())),
             )
         except MaCoSNetError as error:
-            raise gr.Error(str(error), title="These photographs cannot be matched", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
         except Exception as error:
             logger.exception("Matching failed")
             raise gr.Error(
@@ -172,12 +189,14 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.HTML(f"<h1>{TITLE}</h1><p>{SUMMARY}</p>", elem_id="header")
         with gr.Row(equal_height=True):
-            source = Photograph(label="Source", sources=["upload", "clipboard"], height=280)
-            target = Photograph(label="Target", sources=["upload", "clipboard"], height=280)
+            source, target = upload("Source"), upload("Target")
         button = gr.Button("Match", variant="primary", size="lg")
-        with gr.Column(elem_id="examples"):
-            examples = [[str(MEDIA_ROOT / "images" / name) for name in pair] for pair in EXAMPLES]
-            gr.Examples(examples, inputs=[source, target], cache_examples=False, api_visibility="private")
+        examples = gr.Dataset(
+            elem_id="examples",
+            label="Examples",
+            components=[source, target],
+            samples=[[str(EXAMPLES_FOLDER / name) for name in pair] for pair in EXAMPLES],
+        )
         line = gr.Markdown(elem_id="verdict")
         with gr.Column(visible=False) as results:
             matches = picture("Matching points")
@@ -194,6 +213,15 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
                     min_width=RESULT_MIN_WIDTH,
                 )
         gr.Markdown(LIMITS, elem_id="limits")
+        # Not gr.Examples: it replaces the uploads by ones that read the photographs in gradio's own way.
+        examples.click(
+            lambda pair: pair,
+            inputs=examples,
+            outputs=[source, target],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         matching = button.click(
             match,
             inputs=[source, target],
@@ -203,6 +231,9 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
             show_progress_on=line,
         )
         matching.success(lambda: gr.Column(visible=True), outputs=results, queue=False, api_visibility="private")
+        matching.failure(
+            lambda: ("", gr.Column(visible=False)), outputs=[line, results], queue=False, api_visibility="private"
+        )
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -218,6 +249,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         theme=THEME,
         css=CSS,
         footer_links=["api"],
+        allowed_paths=[str(EXAMPLES_FOLDER)],
         quiet=True,
     )
     return address
@@ -234,13 +266,19 @@ def main(arguments: list[str] | None = None) -> int:
     demo = build_demo(matcher)
     try:
         address = serve(demo, options.host, options.port)
-        print(f"Open {address} in a browser. Stop with Ctrl+C.", flush=True)
-        matcher.load()  # while the person looks at the page, so that the first match does not wait for it
-    except (OSError, MaCoSNetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        demo.close()
+    except OSError:
+        print(f"error: cannot listen on {options.host}:{options.port}; choose another --port.", file=sys.stderr)
         return 2
-    demo.block_thread()
+    print(f"Open {address} in a browser. Stop with Ctrl+C.", flush=True)
+    try:
+        matcher.load()  # while the person looks at the page, so that the first match does not wait for it
+        demo.block_thread()
+    except MaCoSNetError as error:
+        demo.close(verbose=False)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # gradio handles it while blocking; this is Ctrl+C while the model loads
+        demo.close(verbose=False)
     return 0
 
 

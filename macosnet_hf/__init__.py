@@ -1,7 +1,7 @@
 """Show, Match and Segment: joint semantic matching and object co-segmentation for the Hugging Face ecosystem.
 
-Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither torch nor transformers. The first use of
-a configuration, model or processor class also registers all of them with transformers' auto classes.
+Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither torch nor transformers. The first use
+of a configuration, model or processor class also registers all of them with transformers' auto classes.
 """
 
 import importlib

@@ -184,6 +184,8 @@ def draw_matches(
 
 def position_colors(points: np.ndarray) -> list[Color]:
     """A colour for each of `(N, 2)` points: hue by direction from their middle, paler towards the middle."""
+    if not len(points):
+        return []
     offset = points - np.median(points, axis=0)
     radius = np.hypot(offset[:, 0], offset[:, 1])
     radius = radius / max(float(radius.max()), 1e-12)
@@ -285,9 +287,7 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
         for (x, y), color in zip(side, colors, strict=True):
             for size, fill in ((radius * 1.55, (0, 0, 0)), (radius * 1.3, (255, 255, 255)), (radius, color)):
                 draw.ellipse((x - size, y - size, x + size, y + size), fill=(*fill, 255))
-    # Reduced with premultiplied alpha: otherwise the black of the empty layer would bleed into every edge.
-    layer = layer.convert("RGBa").reduce(k).convert("RGBA")
-    return Image.alpha_composite(canvas.convert("RGBA"), layer).convert("RGB")
+    return Image.alpha_composite(canvas.convert("RGBA"), layer.reduce(k)).convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

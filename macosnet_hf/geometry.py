@@ -232,13 +232,8 @@ def sampling_grid(
     height, width = int(size[0]), int(size[1])
     affine = _as_float(affine)
     grid = make_grid(height, width, device=affine.device, dtype=affine.dtype).reshape(1, height * width, 2)
-    if tps is not None:
-        # The basis depends on the grid alone, so it is computed once for the whole batch.
-        tps = _as_float(tps)
-        grid_size = round((tps.shape[-1] / 2) ** 0.5)
-        basis = tps_basis(grid, grid_size=grid_size, regularization=regularization)
-        grid = basis @ tps.unflatten(-1, (2, grid_size**2)).transpose(-1, -2)
-    return apply_affine(grid, affine).unflatten(1, (height, width))
+    # The grid has a batch of one, so the spline's basis is computed once for all transforms.
+    return apply_cascade(grid, affine, tps, regularization=regularization).unflatten(1, (height, width))
 
 
 def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .drawing import exif_orientation, upright_rgb
 from .errors import ImageError
@@ -115,13 +115,13 @@ def _stream(source: Any, name: str) -> Iterator[IO[bytes]]:
     """A seekable binary stream over the source. Files opened here are closed here; a caller's file object stays
     open."""
     if isinstance(source, bytes | bytearray | memoryview):
-        with io.BytesIO(source) as stream:
-            _refuse_empty(stream, name)
-            yield stream
+        with io.BytesIO(source) as memory:
+            _refuse_empty(memory, name)
+            yield memory
     elif isinstance(source, str | os.PathLike):
-        with _open_file(source, name) as stream:
-            _refuse_empty(stream, name)
-            yield stream
+        with _open_file(source, name) as file:
+            _refuse_empty(file, name)
+            yield file
     elif hasattr(source, "read"):
         stream = _as_seekable(source, name)
         _refuse_empty(stream, name)
@@ -185,7 +185,7 @@ def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         try:
             try:
                 return Image.open(stream, formats=_COMMON_FORMATS)
-            except Image.UnidentifiedImageError:
+            except UnidentifiedImageError:
                 Image.init()
                 return Image.open(stream, formats=[f for f in _FURTHER_FORMATS if f in Image.OPEN])
         except Image.DecompressionBombError as error:
@@ -193,7 +193,7 @@ def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise ImageError(
                 f"{name} has more than {_megapixels(limit)} megapixels; make it smaller and try again."
             ) from error
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             stream.seek(4)
             if stream.read(4) == b"ftyp":
                 raise ImageError(

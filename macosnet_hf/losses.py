@@ -523,7 +523,7 @@ class MaCoSNetLossWeights:
             raise InputError(f"unit must be one of {', '.join(UNITS)}; got {self.unit!r}.")
 
     @classmethod
-    def from_benchmark(cls, name: str, **options: float | str | bool) -> MaCoSNetLossWeights:
+    def from_benchmark(cls, name: str, **options: Any) -> MaCoSNetLossWeights:
         """The paper's weights for a benchmark: `tss`, `internet`, `pf-pascal` (also for `pf-willow`) or `spair-71k`.
 
         Args:
@@ -537,8 +537,7 @@ class MaCoSNetLossWeights:
         if weights is None:
             known = ", ".join(sorted(_BENCHMARK_WEIGHTS))
             raise InputError(f"There are no loss weights for {name!r}; choose one of {known}.")
-        return cls(**{**dict(zip(("cycle", "trans", "contrast", "task"), weights, strict=True)), **options})  # type:
-        ignore[arg - type]
+        return cls(**{**dict(zip(("cycle", "trans", "contrast", "task"), weights, strict=True)), **options})
 
 
 # Section 3.4: lambda_cycle, lambda_trans, lambda_contrast, lambda_task.
@@ -560,7 +559,7 @@ class PerceptualNetwork(nn.Module):
     Args:
         architecture: any timm classifier; the paper uses ResNet-50 (2048 features).
         image_mean, image_std: statistics that the pictures were normalised with (the processor's). They are normalised
-            anew with ImageNet's, which the network expects.
+            anew with those that the network was trained with.
 
     Attributes:
         num_features: c of eq. 9 and 10, 2048 for ResNet-50.
@@ -592,7 +591,7 @@ class PerceptualNetwork(nn.Module):
             f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier)
         )
         given_mean, given_std = torch.tensor(image_mean), torch.tensor(image_std)
-        wanted_mean, wanted_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        wanted_mean, wanted_std = torch.tensor(network.default_cfg["mean"]), torch.tensor(network.default_cfg["std"])
         self.register_buffer("scale", (given_std / wanted_std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - wanted_mean) / wanted_std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -620,8 +619,8 @@ class PerceptualNetwork(nn.Module):
         faults += [name for name in given if name not in own]
         if faults:
             raise CheckpointError(
-                f"These weights do not fit {self.architecture}: {len(faults)} entries are missing, unknown or of another "
-                f"shape, the first is {faults[0]}."
+                f"These weights do not fit {self.architecture}: {len(faults)} entries are missing, unknown or of "
+                f"another shape; the first is {faults[0]}."
             )
         self.network.load_state_dict(given)
         return self
@@ -633,7 +632,7 @@ class PerceptualNetwork(nn.Module):
 
 
 class MaCoSNetObjective(nn.Module):
-    """The training objective (eq. 1): the matching loss plus the weighted cycle, transitivity, contrast and task losses.
+    """The training objective (eq. 1): the matching loss plus the weighted cycle, transitivity, contrast and task terms.
 
     It stands apart from the model, so that the perceptual network never gets into a checkpoint.
 

@@ -6,6 +6,7 @@ points of view j into view i (see `geometry.py`), and its mask is the mask of vi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_macosnet import MaCoSNetConfig
 from .errors import InputError
@@ -198,7 +200,9 @@ class MaCoSNetTransformationHead(nn.Module):
     def forward(self, correlation: Tensor) -> Tensor:
         """`(B, h*w, h, w)` to `(B, num_parameters)`, in float32 whatever the precision of the convolutions."""
         hidden = self.conv(correlation).flatten(1)
-        return self.linear(hidden).float()
+        # Half precision resolves a coordinate near 1 to half a pixel only, so autocast stops before the last layer.
+        with maybe_autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.to(self.linear.weight.dtype)).float()
 
 
 class MaCoSNetDecoderBlock(nn.Module):
@@ -277,6 +281,17 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
     _no_split_modules = ("MaCoSNetTransformationHead", "MaCoSNetDecoderBlock")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the folder serves every auto class of ours, whichever class is saved."""
+        # A class has one `_auto_class`, and transformers writes only that of the class that it saves.
+        module = __name__.rpartition(".")[2]
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModel": f"{module}.MaCoSNetModel",
+            "AutoModelForKeypointMatching": f"{module}.MaCoSNetForKeypointMatching",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,14 +1,17 @@
 """One reader for the original archive of each benchmark, all giving the record of [`macosnet_hf.datasets.schema`].
 
-| benchmark | layout under the source folder | records | splits |
-|---|---|---|---|
-| `pf-willow` | `PF-dataset/<class>/*.png`, `*.mat`, `test_pairs.csv` | pairs, 10 key-points | test |
-| `pf-pascal` | `PF-dataset-PASCAL/JPEGImages/*.jpg`, `{train,val,test}_pairs.csv` | pairs; key-points in validation and test | train, validation, test |
-| `spair-71k` | `JPEGImages/<class>/*.jpg`, `PairAnnotation/{trn,val,test}/*.json`, `Layout/large/*.txt`, `Segmentation/<class>/*.png` | pairs, boxes, difficulty | train, validation, test |
-| `tss` | `TSS_CVPR2016/{FG3DCar,JODS,PASCAL}/<pair>/...` | pairs, masks, flow; each pair in both directions | test |
-| `internet` | `Data/{Airplane100,Car100,Horse100}/*.jpg` with `GroundTruth/*.png` | pictures with masks | test |
-| `coseg` | `images/<class>/*`, optional `masks/<class>/*.png`; or plain class folders | pictures, masks if there are any | test (`train` without masks) |
-| `pairs` | a CSV in PF's columns and the pictures it names | pairs, key-points | test |
+Layout under the source folder, and what a record is:
+
+* `pf-willow`: `PF-dataset/<class>/*.png` with `*.mat`, and `test_pairs.csv`. Pairs with 10 key-points (test).
+* `pf-pascal`: `PF-dataset-PASCAL/JPEGImages/*.jpg` and `{train,val,test}_pairs.csv`. Pairs; key-points in validation
+  and test.
+* `spair-71k`: `JPEGImages/<class>/*.jpg`, `PairAnnotation/{trn,val,test}/*.json`, `Layout/large/*.txt`,
+  `Segmentation/<class>/*.png`. Pairs with key-points, boxes and difficulty (train, validation, test).
+* `tss`: `TSS_CVPR2016/{FG3DCar,JODS,PASCAL}/<pair>/` with `image{1,2}.png`, `mask{1,2}.png`, `flow{1,2}.flo`,
+  `flip_gt.txt`. Each pair in both directions, with masks and flow (test).
+* `internet`: `Data/{Airplane100,Car100,Horse100}/*.jpg` with `GroundTruth/*.png`. Single pictures with masks (test).
+* `coseg`: `images/<class>/*` with optional `masks/<class>/*.png`, or plain class folders. Single pictures.
+* `pairs`: a CSV in PF's columns and the pictures that it names. Pairs with key-points.
 
 Reading is lazy: a reader yields records with the paths of pictures; only flows are loaded. What is wrong with a file or
 a row ends in a [`DataError`] that names both, or, with `Problems(skip=True)`, in a list of what was left out.
@@ -424,9 +427,7 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
             "keypoint_ids": [int(ids[index]) for index in kept] if ids else None,
             "source_box": list(map(float, annotation["src_bndbox"])),
             "target_box": list(map(float, annotation["trg_bndbox"])),
-            "difficulty": {
-                name: None if difficulty[name] is None else int(difficulty[name]) for name in DIFFICULTIES
-            },
+            "difficulty": {name: None if difficulty[name] is None else int(difficulty[name]) for name in DIFFICULTIES},
         }
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, DataError):

@@ -2,29 +2,33 @@
 
 A record is a *pair* (both `source_*` and `target_*` filled) or a *single picture* (`target_image` is `None`). Columns:
 
-| column | type | meaning |
-|---|---|---|
-| `id` | string | unique in its split |
-| `split` | string | `train`, `validation` or `test` |
-| `class_name` | string | object class; for TSS the group (FG3DCar, JODS, PASCAL), by which the paper reports |
-| `source_id`, `target_id` | string | id of each picture; equal ids mean the same picture |
-| `source_image`, `target_image` | image | the picture as in the original archive, bytes unchanged |
-| `source_keypoints`, `target_keypoints` | list of [x, y] | pixels of the original picture, 0 = centre of the first pixel; row i of both correspond; no padding |
-| `keypoint_ids` | list of int | which part each key-point is, where the data set says so |
-| `source_box`, `target_box` | [x0, y0, x1, y1] | annotated box in pixels, where the data set has one |
-| `source_mask`, `target_mask` | image | object mask of the picture's own size; see [`mask_from_picture`] |
-| `mirror_source` | bool | the source has to be mirrored left-right before matching (TSS `flip_gt.txt`); annotations are *not* mirrored |
-| `flip_both` | bool | training only: mirror both pictures (the `flip` column of PF-PASCAL's training list) |
-| `flow`, `flow_size` | float list, [h, w] | for each pixel of the target, row by row, (dx, dy) in pixels to its place in the source; invalid is >= 1e9 or not finite |
-| `difficulty` | struct of int | SPair-71k's `viewpoint`, `scale`, `truncation`, `occlusion`, `mirror` |
+* `id` (string): unique in its split.
+* `split` (string): `train`, `validation` or `test`.
+* `class_name` (string): object class; for TSS the group (FG3DCar, JODS, PASCAL), by which the paper reports.
+* `source_id`, `target_id` (string): id of each picture; equal ids mean the same picture.
+* `source_image`, `target_image` (image): the picture as in the original archive, bytes unchanged.
+* `source_keypoints`, `target_keypoints` (list of [x, y]): in pixels of the original picture, 0 is the centre of the
+  first pixel; row i of both correspond; there is no padding.
+* `keypoint_ids` (list of int): which part each key-point is, where the data set says so.
+* `source_box`, `target_box` ([x0, y0, x1, y1]): annotated box in pixels, where the data set has one.
+* `source_mask`, `target_mask` (image): object mask of the picture's own size; see [`mask_from_picture`].
+* `mirror_source` (bool): the source has to be mirrored left-right before matching (TSS `flip_gt.txt`); the annotations
+  are
+  *not* mirrored.
+* `flip_both` (bool): training only: mirror both pictures (the `flip` column of PF-PASCAL's training list).
+* `flow` (list of float), `flow_size` ([h, w]): for each pixel of the target, row by row, (dx, dy) in pixels to its
+  place in the source; invalid is >= 1e9 or not finite.
+* `difficulty` (struct of int): SPair-71k's `viewpoint`, `scale`, `truncation`, `occlusion`, `mirror`.
 
-Absent values are `None`. Pictures in a record are `{"path": ..., "bytes": ...}`, the undecoded form of `datasets.Image`.
+Absent values are `None`. Pictures in a record are `{"path": ..., "bytes": ...}`, the undecoded form of
+`datasets.Image`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,6 +162,8 @@ def picture_name(picture: Any) -> str:
     """How to call a picture in an error: its path, or that it is embedded."""
     if isinstance(picture, dict):
         return str(picture.get("path") or "embedded picture")
+    if isinstance(picture, (str, os.PathLike)):
+        return os.fspath(picture)
     return str(getattr(picture, "filename", "") or "picture")
 
 
@@ -186,6 +192,25 @@ def open_picture(picture: Any, where: str) -> Image.Image:
         source = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
     try:
         return load_image(source)
+    except ImageError as error:
+        raise DataError(f"{where}: {picture_name(picture)}: {error}") from error
+
+
+def picture_size(picture: Any, where: str) -> tuple[int, int]:
+    """(height, width) of a record's picture, upright, from its header.
+
+    Raises:
+        DataError: if the header cannot be read.
+    """
+    from ..image_io import image_size
+
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    source = picture
+    if isinstance(picture, dict):
+        source = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+    try:
+        return image_size(source)
     except ImageError as error:
         raise DataError(f"{where}: {picture_name(picture)}: {error}") from error
 

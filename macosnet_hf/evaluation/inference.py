@@ -6,7 +6,7 @@ A *prediction* is a dictionary of NumPy arrays, everything that scoring needs an
 |---|---|---|
 | `sizes` | (2, 2) int | (height, width) of source and target |
 | `points/<variant>` | (N, 2) float32 | transferred key-points, pixels of the picture they were transferred to |
-| `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a regular grid over the target (corners included) |
+| `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a grid over the target, corners included |
 | `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single picture), times 255 |
 | `partner` | () string | single pictures: id of the record that the field leads to |
 
@@ -128,9 +128,11 @@ class Predictor:
         """What has to be known of a picture before it meets another. The base needs only its size."""
         return EncodedPicture(size=(picture.height, picture.width))
 
-    def mirror(self, encoded: EncodedPicture) -> EncodedPicture:
+    def mirror(self, picture: Image.Image) -> EncodedPicture:
         """The same for the picture mirrored left-right."""
-        return encoded
+        from PIL import ImageOps
+
+        return self.encode(ImageOps.mirror(picture))
 
     def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
         """Normalised points `(B, N, 2)` of pictures `start` (batched) to `end`, by variant."""
@@ -153,12 +155,10 @@ class Predictor:
             DataError: if the picture is missing or damaged.
         """
         key = record.get(f"{side}_id") or f"{record['id']}/{side}"
-        plain = lambda: self.encode(open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image"))  # noqa: E731
-        if not mirrored:
-            return self.cache.get(key, plain)
+        encode = self.mirror if mirrored else self.encode
         return self.cache.get(
-            f"{key} mirrored",
-            lambda: self.mirror(open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")),
+            f"{key} mirrored" if mirrored else key,
+            lambda: encode(open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")),
         )
 
     def predict_pairs(
@@ -202,7 +202,8 @@ class Predictor:
 
         Args:
             records: the group; its pictures can be opened.
-            partners: for each picture the indices of those it is paired with; the mask is the mean probability over them.
+            partners: for each picture the indices of those it is paired with; the mask is the mean probability over
+            them.
             batch_size: pairs at a time.
             dense: whether to add the field that leads from each picture to its first partner.
         """
@@ -223,12 +224,12 @@ class Predictor:
                 prediction["mask/target"] = quantize(np.asarray(sums[index]) / len(partners[index]))
         if self.gives_points and dense:
             for start in range(0, len(records), batch_size):
-                part = range(start, min(start + batch_size, len(records)))
+                end = start + batch_size
                 self._add_fields(
-                    [predictions[i] for i in part],
-                    [pictures[partners[i][0]] for i in part],
-                    [pictures[i] for i in part],
-                    [False] * len(part),
+                    predictions[start:end],
+                    [pictures[others[0]] for others in partners[start:end]],
+                    pictures[start:end],
+                    [False] * len(predictions[start:end]),
                 )
         return predictions
 
@@ -297,14 +298,13 @@ class FeaturePredictor(Predictor):
     Args:
         model: [`MaCoSNetModel`] or [`MaCoSNetForKeypointMatching`].
         processor: its image processor.
-        device: where to run.
     """
 
-    def __init__(self, model: Any, processor: Any, *, device: str = "cpu"):
+    def __init__(self, model: Any, processor: Any):
         super().__init__()
-        self.model = getattr(model, "macosnet", model).to(device).eval()
+        self.model = getattr(model, "macosnet", model).eval()
         self.processor = processor
-        self.device = device
+        self.device = self.model.device
         self.keep_skips = False
         self.keep_pixels = False
         self._weights: str | None = None
@@ -325,7 +325,7 @@ class FeaturePredictor(Predictor):
 
         from ..modeling_macosnet import MaCoSNetFeatures
 
-        pixel_values = pixel_values_of(self.processor, picture).to(self.device)
+        pixel_values = self.processor.preprocess_views(picture, return_tensors="pt")["pixel_values"].to(self.device)
         # One picture at a time: on a CPU a batch is no faster, and features must not depend on which pictures were
         # encoded together, or several processes would not give the same figures.
         with torch.inference_mode():
@@ -337,11 +337,6 @@ class FeaturePredictor(Predictor):
             features=features,
             pixel_values=pixel_values if self.keep_pixels else None,
         )
-
-    def mirror(self, picture: Image.Image) -> EncodedPicture:
-        from PIL import ImageOps
-
-        return self.encode(ImageOps.mirror(picture))
 
     def batch(self, pictures: list[EncodedPicture]) -> EncodedPicture:
         import torch
@@ -367,7 +362,7 @@ class ModelPredictor(FeaturePredictor):
     """The model itself. Variants: `local` and `transform`, the configuration's own choice first.
 
     Args:
-        model, processor, device: as in [`FeaturePredictor`].
+        model, processor: as in [`FeaturePredictor`].
         name: for tables.
         masks: whether masks will be asked for (the finer features are then kept with each picture).
     """
@@ -375,8 +370,8 @@ class ModelPredictor(FeaturePredictor):
     gives_points = True
     gives_masks = True
 
-    def __init__(self, model: Any, processor: Any, *, name: str = "model", device: str = "cpu", masks: bool = True):
-        super().__init__(model, processor, device=device)
+    def __init__(self, model: Any, processor: Any, *, name: str = "model", masks: bool = True):
+        super().__init__(model, processor)
         self.name = name
         self.keep_skips = masks
         self.gives_masks = masks
@@ -424,12 +419,6 @@ def weights_hash(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def pixel_values_of(processor: Any, picture: Image.Image) -> Tensor:
-    """A single picture through the image processor: `(1, 3, H, W)`."""
-    pixel_values = processor([[picture, picture]], return_tensors="pt")["pixel_values"]
-    return pixel_values[:, 0]
 
 
 def quantize(probabilities: np.ndarray) -> np.ndarray:

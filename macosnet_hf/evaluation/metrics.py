@@ -157,7 +157,7 @@ def flow_errors(
     places, flow = np.asarray(places, dtype=np.float64), np.asarray(flow, dtype=np.float64)
     if places.shape != flow.shape or tuple(target_mask.shape) != flow.shape[:2]:
         raise InputError(
-            f"Prediction {places.shape}, flow {flow.shape} and mask {target_mask.shape} must be of one height and width."
+            f"Prediction {places.shape}, flow {flow.shape} and mask {target_mask.shape} must share a height and width."
         )
     used = valid_flow(flow) & np.asarray(target_mask, dtype=bool)
     if not used.any():
@@ -221,9 +221,7 @@ def transfer_mask(source_mask: np.ndarray, places: np.ndarray) -> np.ndarray:
     return result
 
 
-def label_transfer(
-    source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray
-) -> tuple[float, float | None]:
+def label_transfer(source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray) -> tuple[float, float | None]:
     """Label transfer: the source's annotated mask, warped onto the target, against the target's annotated mask.
 
     Joins both tasks and needs no key-points (Liu et al., "SIFT Flow", 2011; Kim et al., "Deformable Spatial Pyramid",

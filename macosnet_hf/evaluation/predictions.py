@@ -2,8 +2,8 @@
 
 A folder with `manifest.json` and shards `samples-<process>-<number>.npz` of some samples each. The manifest is written
 last and the folder gets its name last, so half-written predictions are never taken for whole; and it holds the
-fingerprint of the predictor, the data's benchmark and split and the options that change predictions, so that predictions
-of another model or configuration are refused.
+fingerprint of the predictor, the data's benchmark and split and the options that change predictions, so that
+predictions of another model or configuration are refused.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PredictionWriter:
             return
         path = self.partial / f"samples-{self.rank:03d}-{self._shards:05d}.npz"
         try:
-            np.savez_compressed(path, **self._arrays)
+            np.savez_compressed(path, allow_pickle=False, **self._arrays)
         except OSError as error:
             raise OutputError(f"The predictions cannot be written to {path}: {error}.") from error
         self._arrays, self._pending = {}, 0
@@ -97,7 +97,9 @@ def start_predictions(folder: str | os.PathLike[str]) -> None:
     """
     partial = partial_folder(folder)
     if Path(folder).exists():
-        raise OutputError(f"{folder} exists and is not a complete set of predictions; remove it or choose another name.")
+        raise OutputError(
+            f"{folder} exists and is not a complete set of predictions; remove it or choose another name."
+        )
     try:
         if partial.is_dir():
             strange = [path.name for path in partial.iterdir() if not path.name.startswith("samples-")]

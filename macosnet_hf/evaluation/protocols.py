@@ -1,7 +1,7 @@
 """What each benchmark measures, and the loop that measures it.
 
-Two steps: a predictor answers each sample (see [`macosnet_hf.evaluation.inference`]), then the answers are scored. Scores
-go into running sums by class, so memory does not grow with the data.
+Two steps: a predictor answers each sample (see [`macosnet_hf.evaluation.inference`]), then the answers are scored.
+Scores go into running sums by class, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +61,8 @@ class Protocol:
 
 
 _KEYPOINT_TEXT = (
-    "Key-points of the target are transferred to the source. PCK `image`: both pictures scaled to 224x224, reference 224. "
-    "PCK `bbox`: reference is the longer side of the box of the source's key-points. "
+    "Key-points of the target are transferred to the source. PCK `image`: both pictures scaled to 224x224, reference "
+    "224. PCK `bbox`: reference is the longer side of the box of the source's key-points. "
     "Mean over pairs; per point in the JSON."
 )
 _MASK_TEXT = (
@@ -86,9 +87,9 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "tss",
             "pairs",
-            "Flow PCK: pixels of the target's foreground with valid flow whose place in the source is off by at most alpha "
-            "times the source's longer side, in pixels; both directions of each pair, mirrored pairs mirrored; mean over "
-            "pairs of a group, then over groups. " + _MASK_TEXT,
+            "Flow PCK: pixels of the target's foreground with valid flow whose place in the source is off by at most "
+            "alpha times the source's longer side, in pixels; both directions of each pair, mirrored pairs mirrored; "
+            "mean over pairs of a group, then over groups. " + _MASK_TEXT,
             alphas=(0.05, 0.1),
             flow=True,
             masks=True,
@@ -112,7 +113,7 @@ class Options:
 
     Attributes:
         refine: how soft masks become hard ones: `grabcut`, `otsu`, `crf`, or `none` (threshold 0.5).
-        refine_size: longer side, in pixels, at which masks are refined; 0 is the original size. Scores are always taken
+        refine_size: longer side, in pixels, at which masks are refined, 0 is the original size. Scores are always taken
             at the original size.
         partners: how many pictures of its class each single picture is paired with.
         seed: of the choice of partners.
@@ -121,7 +122,7 @@ class Options:
     """
 
     refine: str = "grabcut"
-    refine_size: int = 240
+    refine_size: int = 320
     partners: int = 3
     seed: int = 0
     alphas: tuple[float, ...] | None = None
@@ -218,6 +219,12 @@ class Evaluation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _sizes(prediction: Prediction) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of source and target."""
+    (source_height, source_width), (target_height, target_width) = prediction["sizes"].tolist()
+    return (source_height, source_width), (target_height, target_width)
+
+
 def _alphas(protocol: Protocol, options: Options) -> tuple[float, ...]:
     return options.alphas or protocol.alphas
 
@@ -240,7 +247,7 @@ def keypoint_scores(
     key = f"points/{variant}"
     if key not in prediction:
         raise InputError(f"The prediction of {record['id']!r} has no points of the variant {variant!r}.")
-    size = prediction["sizes"][0 if arrives == "source" else 1]
+    size = _sizes(prediction)[0 if arrives == "source" else 1]
     scores: Scores = {}
     for name in protocol.pck:
         try:
@@ -248,7 +255,7 @@ def keypoint_scores(
                 prediction[key],
                 truth,
                 name,
-                size=(int(size[0]), int(size[1])),
+                size=size,
                 box=record.get(f"{arrives}_box"),
                 valid=np.ones(len(truth), dtype=bool),
             )
@@ -266,7 +273,7 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
     Raises:
         DataError: if the annotated mask is missing, damaged, or of another size.
     """
-    size = (int(prediction["sizes"][1][0]), int(prediction["sizes"][1][1]))
+    size = _sizes(prediction)[1]
     truth = _true_mask(record, side, size)
     probability = prediction["mask/target"]
     soft = resize_probability(probability, size) >= 0.5
@@ -302,21 +309,16 @@ def resize_probability(probability: np.ndarray, size: tuple[int, int]) -> np.nda
 
 
 def refined_mask(picture: Any, probability: np.ndarray, options: Options) -> np.ndarray:
-    """The hard mask, bool of the picture's own size: refined at `options.refine_size`, then enlarged (nearest)."""
-    import cv2
-
+    """The hard mask, bool of the picture's own size, as `macosnet segment` would make it."""
     from ..refinement import refine_mask
 
-    width, height = picture.size
-    scale = min(1.0, options.refine_size / max(width, height)) if options.refine_size else 1.0
-    small = (max(2, round(height * scale)), max(2, round(width * scale)))
-    image = np.asarray(picture)
-    if small != (height, width):
-        image = cv2.resize(image, (small[1], small[0]), interpolation=cv2.INTER_AREA)
-    hard = refine_mask(np.ascontiguousarray(image), resize_probability(probability, small), method=options.refine)
-    if hard.shape != (height, width):
-        hard = cv2.resize(hard.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-    return np.asarray(hard, dtype=bool)
+    size = (picture.height, picture.width)
+    return refine_mask(
+        np.asarray(picture),
+        resize_probability(probability, size),
+        method=options.refine,
+        working_size=options.refine_size or max(size),
+    )
 
 
 def dense_scores(
@@ -333,7 +335,7 @@ def dense_scores(
     Raises:
         DataError: if an annotation is missing or of another size.
     """
-    source_size, target_size = (tuple(int(n) for n in size) for size in prediction["sizes"])
+    source_size, target_size = _sizes(prediction)
     places = field_to_places(prediction[f"field/{variant}"], source_size, target_size)
     target_mask = _true_mask(record, target_side, target_size)
     scores: Scores = {}
@@ -393,8 +395,8 @@ def class_groups(records: Iterable[Record], size: int = GROUP_SIZE) -> Iterator[
 
 
 def choose_partners(ids: Sequence[str], count: int, seed: int) -> list[list[int]]:
-    """For each of N >= 2 pictures `min(count, N - 1)` others, drawn without replacement. Depends on the ids and the seed
-    only."""
+    """For each of N >= 2 pictures `min(count, N - 1)` others, drawn without replacement. Depends on the ids and the
+    seed only."""
     text = "\n".join([str(seed), *ids])
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
     result = []
@@ -410,7 +412,6 @@ def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Opti
         "benchmark": protocol.benchmark,
         "split": split,
         "model or configuration": predictor.fingerprint(),
-        "predictor": predictor.name,
     }
     if protocol.kind == "pictures":
         manifest["choice of partners"] = [options.partners, options.seed]
@@ -466,10 +467,12 @@ def evaluate(
     if predictions is not None and has_predictions(predictions):
         reader = PredictionReader(predictions, predictions_manifest(protocol, predictor, options, split))
     elif predictions is not None:
-        if rank == 0:
-            start_predictions(predictions)
-        if barrier is not None:
-            barrier()
+        try:
+            if rank == 0:
+                start_predictions(predictions)
+        finally:  # whatever happened, the other processes must not wait here for ever
+            if barrier is not None:
+                barrier()
         writer = PredictionWriter(predictions, rank)
     start = time.monotonic()
     parts = class_groups(records) if protocol.kind == "pictures" else batches(records, options.batch_size)
@@ -554,17 +557,17 @@ def _treat_pairs(
             dense=protocol.flow or protocol.label_transfer,
             masks=protocol.masks,
         )
-    for record, prediction in zip(records, predictions, strict=True):
+    masked = _all_mask_scores(records, "target", predictions, protocol, options)
+    for record, prediction, mask_result in zip(records, predictions, masked, strict=True):
         if writer is not None:
             writer.add(record, prediction)
         try:
-            common: Scores = {"samples": (1, 1)}
-            if protocol.masks and "mask/target" in prediction:
-                common.update(mask_scores(record, "target", prediction, options))
+            if isinstance(mask_result, DataError):
+                raise mask_result
+            common: Scores = {"samples": (1, 1), **mask_result}
             source_mask = None
             if protocol.label_transfer:
-                size = tuple(int(n) for n in prediction["sizes"][0])
-                source_mask = _true_mask(record, "source", size)
+                source_mask = _true_mask(record, "source", _sizes(prediction)[0])
             scored = {}
             for variant in result.variants:
                 scores = dict(common)
@@ -595,7 +598,9 @@ def _treat_pictures(
     class_name = records[0]["class_name"]
     if len(records) < 2:
         problems.report(
-            DataError(f"{records[0]['id']}: co-segmentation needs two pictures of the class {class_name!r}; there is one.")
+            DataError(
+                f"{records[0]['id']}: co-segmentation needs two pictures of the class {class_name!r}; there is one."
+            )
         )
         return
     if reader is not None:
@@ -606,12 +611,13 @@ def _treat_pictures(
             records, partners, batch_size=options.batch_size, dense=protocol.label_transfer
         )
     by_id = {record["id"]: record for record in records}
-    for record, prediction in zip(records, predictions, strict=True):
+    masked = _all_mask_scores(records, "source", predictions, protocol, options)
+    for record, prediction, mask_result in zip(records, predictions, masked, strict=True):
         if writer is not None:
             writer.add(record, prediction)
-        common: Scores = {"samples": (1, 1)}
-        if "mask/target" in prediction:
-            common.update(mask_scores(record, "source", prediction, options))
+        if isinstance(mask_result, DataError):
+            raise mask_result
+        common: Scores = {"samples": (1, 1), **mask_result}
         partner = by_id.get(str(prediction["partner"]))
         if partner is None:
             raise InputError(f"The prediction of {record['id']!r} was made with a partner that is not in its group.")
@@ -619,8 +625,7 @@ def _treat_pictures(
         for variant in result.variants:
             scores = dict(common)
             if f"field/{variant}" in prediction:
-                source_size = (int(prediction["sizes"][0][0]), int(prediction["sizes"][0][1]))
-                source_mask = _true_mask(partner, "source", source_size)
+                source_mask = _true_mask(partner, "source", _sizes(prediction)[0])
                 scores.update(
                     dense_scores(record, prediction, protocol, options, variant, source_mask, target_side="source")
                 )
@@ -628,12 +633,30 @@ def _treat_pictures(
         _count(record, scored, result)
 
 
+def _all_mask_scores(
+    records: list[Record], side: str, predictions: list[Prediction], protocol: Protocol, options: Options
+) -> list[Scores | DataError]:
+    """P and J of each record, or why not. GrabCut takes most of an evaluation's time and runs beside Python, so threads
+    help; each mask is refined by itself, so their number changes nothing."""
+
+    def score(record: Record, prediction: Prediction) -> Scores | DataError:
+        if not protocol.masks or "mask/target" not in prediction:
+            return {}
+        try:
+            return mask_scores(record, side, prediction, options)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=max(1, min(8, os.cpu_count() or 1))) as pool:
+        return list(pool.map(score, records, predictions))
+
+
 class _NoEncoding(Predictor):
     """Opens pictures without encoding them, to find the damaged ones when predictions are there already."""
 
 
 def _with_masks(records: list[Record], problems: Problems) -> list[Record]:
-    """The records with a mask of the picture's own size; the others are reported before they become anyone's partner."""
+    """The records with a mask of the picture's own size; the others are reported, before they are anyone's partner."""
     from ..datasets.schema import picture_size
 
     good = []

@@ -1,0 +1,535 @@
+"""Image processor of MaCoSNet: photographs to network input, network output to matches, masks and flow in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .drawing import draw_matches, upright_rgb
+from .errors import ImageError, InputError
+from .geometry import apply_cascade, denormalize_points, normalize_points
+from .refinement import REFINEMENT_METHODS, refine_mask
+
+_VIEWS = (2, 3)  # pairs and triplets
+_POINTS_PER_CHUNK = 1 << 16  # bounds the memory of the spline, some 200 bytes a point
+
+
+class MaCoSNetImageProcessor(PilBackend):
+    r"""Prepares pairs (or triplets) of photographs and turns the network's outputs back into pixels of the originals.
+
+    Every picture is resized to `size` without keeping its aspect (bilinear, antialiased), scaled to [0, 1] and
+    normalised. The defaults belong to the `lite` preset; the `paper` preset has ImageNet's mean and standard deviation.
+
+    Args:
+        do_resize (`bool`, defaults to `True`): whether to resize to `size`.
+        size (`dict[str, int]`, defaults to `{"height": 240, "width": 240}`): size of the network's input.
+        resample (`PILImageResampling`, defaults to `BILINEAR`): filter of the resizing.
+        do_rescale (`bool`, defaults to `True`): whether to multiply by `rescale_factor`.
+        rescale_factor (`float`, defaults to `1 / 255`).
+        do_normalize (`bool`, defaults to `True`): whether to subtract `image_mean` and divide by `image_std`.
+        image_mean (`list[float]`, defaults to `[0.5, 0.5, 0.5]`), image_std (`list[float]`, defaults to `[0.5, 0.5,
+        0.5]`).
+
+    A picture may be a PIL picture of any mode (turned upright by its EXIF orientation, transparency laid on white), a
+    numpy array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays hold 0..255; a
+    floating-point array in which no value exceeds 1 is taken as 0..1.
+
+    ```python
+    >>> inputs = processor([source, target], return_tensors="pt")
+    >>> outputs = model(**inputs)
+    >>> sizes = [[(source.height, source.width), (target.height, target.width)]]
+    >>> matches = processor.post_process_keypoint_matching(outputs, sizes)[0]
+    >>> source_mask, target_mask = processor.post_process_cosegmentation(outputs, images=[source, target])[0]
+    ```
+    """
+
+    valid_kwargs = ImagesKwargs
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (the library's own attribute)
+    resample = PILImageResampling.BILINEAR
+    size = {"height": 240, "width": 240}  # noqa: RUF012
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]  # noqa: RUF012
+    image_std = [0.5, 0.5, 0.5]  # noqa: RUF012
+    _auto_class = "AutoImageProcessor"  # so that save_pretrained writes the code and its auto_map beside the settings
+
+    @classmethod
+    def from_preset(cls, name: str) -> MaCoSNetImageProcessor:
+        """The processor that goes with `MaCoSNetConfig.from_preset(name)`: the statistics its encoder was trained with.
+
+        Raises:
+            InputError: if there is no such preset.
+        """
+        if name == "lite":
+            return cls()
+        if name in ("paper", "vgg16"):
+            return cls(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+        raise InputError(f"There is no preset {name!r}; choose one of lite, paper, vgg16.")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the network
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
+        """Pairs or triplets of pictures to `pixel_values` `(B, V, 3, H, W)`, float32, V = 2 or 3.
+
+        Args:
+            images: one pair `[a, b]`, one triplet `[a, b, c]`, or a list of pairs or of triplets.
+            **kwargs: settings that differ from the processor's for this call, and `return_tensors` ("pt" or "np"; numpy
+                if not given).
+
+        Raises:
+            InputError: not pairs or triplets, or arrays that are no pictures, or settings that make no sense here.
+            ImageError: a path that cannot be read.
+        """
+        return super().preprocess(_as_groups(images), **kwargs)
+
+    def preprocess_views(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
+        """N single pictures to `pixel_values` `(N, 3, H, W)`: for encoding each picture of a collection once.
+
+        `preprocess([a, b])["pixel_values"][0]` equals `preprocess_views([a, b])["pixel_values"]`.
+
+        Args:
+            images: one picture or a list of pictures.
+            **kwargs: as in [`preprocess`].
+
+        Raises:
+            InputError, ImageError: as [`preprocess`].
+        """
+        pictures = [images] if _is_picture(images) else _as_list(images)
+        if not pictures or not all(_is_picture(picture) for picture in pictures):
+            raise InputError("A picture or a list of pictures is expected.")
+        features = super().preprocess([[picture] for picture in pictures], **kwargs)
+        features["pixel_values"] = features["pixel_values"][:, 0]
+        return features
+
+    def _prepare_images_structure(self, images: Any, **kwargs: Any) -> list[list[Any]]:
+        """The groups made by `preprocess`, with pictures in the place of paths."""
+        return self.fetch_images(images)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """As in the library, but a picture that cannot be read ends in an [`ImageError`]."""
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        try:
+            return super().fetch_images(image_url_or_urls)
+        except Exception as error:
+            # A path, a URL or base64: the library's loader and PIL raise many kinds of errors on a bad one.
+            raise ImageError(f"The picture '{image_url_or_urls[:200]}' cannot be read ({error}).") from error
+
+    def process_image(
+        self,
+        image: Any,
+        do_rescale: bool | None = True,
+        rescale_factor: float | None = 1 / 255,
+        input_data_format: Any = None,
+        **kwargs: Any,
+    ) -> Image.Image | np.ndarray:
+        """One picture to PIL RGB (8-bit sources) or to a float32 array `(H, W, 3)` in the unit of `rescale_factor`."""
+        if isinstance(image, Image.Image):
+            return upright_rgb(image)
+        array = _channels_last(image, input_data_format)
+        if not np.issubdtype(array.dtype, np.floating):
+            return _eight_bit_rgb(array)
+        array = _on_three_channels(array)
+        if not np.isfinite(array).all():
+            raise InputError("A picture contains values that are not finite numbers.")
+        if do_rescale and rescale_factor:
+            if array.min() < 0:
+                raise InputError("A picture contains negative values; give it before normalisation.")
+            if array.max() <= 1:
+                array = array / np.float32(rescale_factor)
+        return array
+
+    def _preprocess(
+        self,
+        images: list[list[Image.Image | np.ndarray]],
+        do_resize: bool,
+        size: Any,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float] | float | None,
+        image_std: Sequence[float] | float | None,
+        return_tensors: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Groups of pictures to one array `(B, V, 3, H, W)`."""
+        if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
+            raise InputError("MaCoSNet resizes the whole picture: do_center_crop and do_pad cannot be used.")
+        if str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last":
+            raise InputError("pixel_values are always channels first; data_format='channels_last' cannot be used.")
+        groups = []
+        for group in images:
+            arrays = [self._resized(image, size, resample) if do_resize else _float_array(image) for image in group]
+            if do_rescale:
+                arrays = [array * np.float32(rescale_factor) for array in arrays]
+            if do_normalize:
+                mean, std = (np.asarray(value, dtype=np.float32) for value in (image_mean, image_std))
+                arrays = [(array - mean) / std for array in arrays]
+            groups.append([array.transpose(2, 0, 1) for array in arrays])
+        shapes = {array.shape for group in groups for array in group}
+        if len(shapes) > 1:
+            raise InputError("Pictures of different sizes cannot be put into one batch without do_resize.")
+        features = BatchFeature(data={"pixel_values": np.array(groups, dtype=np.float32)}, tensor_type=return_tensors)
+        device = kwargs.get("device")
+        return features.to(device) if device is not None and isinstance(features["pixel_values"], Tensor) else features
+
+    @staticmethod
+    def _resized(image: Image.Image | np.ndarray, size: Any, resample: Any) -> np.ndarray:
+        """`(H, W, 3)` float32 at `size`; 8-bit pictures stay 8-bit in between, as in any PIL pipeline."""
+        height, width = getattr(size, "height", None), getattr(size, "width", None)
+        if not height or not width:
+            raise InputError(
+                f"size must give 'height' and 'width', such as {{'height': 240, 'width': 240}}; got {size}."
+            )
+        try:
+            resample = PILImageResampling(resample)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"resample must be one of PIL's filters, not {resample!r}.") from error
+        if isinstance(image, Image.Image):
+            return np.asarray(image.resize((width, height), resample), dtype=np.float32)
+        channels = [np.ascontiguousarray(image[..., channel]) for channel in range(3)]
+        resized = [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in channels]
+        return np.stack(resized, axis=-1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # After the network
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def post_process_keypoint_matching(
+        self, outputs: Any, target_sizes: Any, threshold: float = 0.0
+    ) -> list[dict[str, Tensor]]:
+        """Matches of every pair in pixels of the original pictures.
+
+        The network's key-points are (x, y) in [0, 1] with 0 and 1 the *centres* of the corner pixels, so a pixel is
+        `x * (width - 1)`: 0 is the centre of the first pixel, `width - 1` that of the last.
+
+        Args:
+            outputs: of [`MaCoSNetForKeypointMatching`].
+            target_sizes: `(B, 2, 2)`, a tensor or nested lists: (height, width) of both original pictures of each pair.
+            threshold: only matches with a score above this are kept.
+
+        Returns:
+            For each pair a dict of `keypoints0` and `keypoints1`, `(M, 2)` float32 (x, y) in pixels of the first and of
+            the second picture, partners row by row, and `matching_scores` `(M,)`.
+
+        Raises:
+            InputError: outputs without matches, or sizes that do not fit.
+        """
+        keypoints, matches, scores = (_field(outputs, n) for n in ("keypoints", "matches", "matching_scores"))
+        sizes = _as_sizes(target_sizes, keypoints.shape[0], keypoints.device)
+        # Key-points in [0, 1] are normalised coordinates moved and halved.
+        pixels = [denormalize_points(2 * keypoints[:, side].float() - 1, sizes[:, side]) for side in range(2)]
+        results = []
+        for row in range(keypoints.shape[0]):
+            partner = matches[row, 0]
+            kept = (partner >= 0) & (partner < keypoints.shape[2]) & (scores[row, 0] > threshold)
+            results.append(
+                {
+                    "keypoints0": pixels[0][row][kept],
+                    "keypoints1": pixels[1][row][partner[kept]],
+                    "matching_scores": scores[row, 0][kept],
+                }
+            )
+        return results
+
+    def post_process_cosegmentation(
+        self,
+        outputs: Any,
+        target_sizes: Any = None,
+        images: Any = None,
+        refine: str = "none",
+        threshold: float = 0.5,
+        **refine_options: Any,
+    ) -> list[list[Tensor]]:
+        """Hard masks of both pictures of every pair, each in its own picture's size.
+
+        The soft masks (sigmoid of the logits) are enlarged bilinearly with `align_corners=True`, then made hard.
+
+        Args:
+            outputs: of either model, for pairs; `mask_logits` `(B, 2, h, w)`.
+            target_sizes: `(B, 2, 2)` as (height, width) of the original pictures. Taken from `images` if not given;
+                without both, masks have the network's size.
+            images: one pair or a list of pairs, as given to [`preprocess`]. Needed by every `refine` that looks at
+                colours.
+            refine: `"none"`, `"grabcut"`, `"otsu"` or `"crf"`, see [`refinement.refine_mask`].
+            threshold: soft mask value at which the object begins.
+            **refine_options: further arguments of `refine_mask`, such as `working_size`.
+
+        Returns:
+            For each pair a list of two bool tensors `(height, width)`.
+
+        Raises:
+            InputError: sizes or pictures that do not fit, or a refinement without pictures.
+        """
+        if refine not in REFINEMENT_METHODS:
+            raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+        soft = self.post_process_soft_masks(outputs, target_sizes, images)
+        if refine == "none":
+            return [[mask >= threshold for mask in pair] for pair in soft]
+        if images is None:
+            raise InputError(f"The refinement '{refine}' needs the pictures: pass images=.")
+        pictures = [[self._rgb_array(image) for image in self.fetch_images(pair)] for pair in _as_groups(images, (2,))]
+        return [
+            [
+                torch.from_numpy(refine_mask(picture, mask, refine, threshold=threshold, **refine_options)).to(
+                    mask.device
+                )
+                for picture, mask in zip(*pair, strict=True)
+            ]
+            for pair in zip(pictures, soft, strict=True)
+        ]
+
+    def post_process_soft_masks(self, outputs: Any, target_sizes: Any = None, images: Any = None) -> list[list[Tensor]]:
+        """Soft masks in [0, 1], float32 `(height, width)`; arguments and errors as [`post_process_cosegmentation`]."""
+        logits = _field(outputs, "mask_logits")
+        if logits.shape[1] != 2:
+            raise InputError(f"Masks of pairs are expected, (B, 2, H, W); got {tuple(logits.shape)}.")
+        sizes = None if target_sizes is None else _as_sizes(target_sizes, logits.shape[0], logits.device)
+        if images is not None:
+            groups = _as_groups(images, (2,))
+            found = [[self._rgb_array(image).shape[:2] for image in self.fetch_images(pair)] for pair in groups]
+            image_sizes = _as_sizes(found, logits.shape[0], logits.device)
+            if sizes is not None and not torch.equal(sizes, image_sizes):
+                raise InputError("target_sizes and images disagree; target_sizes are (height, width) of each picture.")
+            sizes = image_sizes
+        soft = logits.float().sigmoid()
+        if sizes is None:
+            return [list(pair.unbind(0)) for pair in soft]
+        return [
+            [
+                F.interpolate(mask[None, None], size=tuple(size), mode="bilinear", align_corners=True)[0, 0].clamp(0, 1)
+                for mask, size in zip(pair, pair_sizes, strict=True)
+            ]
+            for pair, pair_sizes in zip(soft, sizes.tolist(), strict=True)
+        ]
+
+    def post_process_dense_flow(
+        self, outputs: Any, target_sizes: Any, tps_regularization: float = 0.0
+    ) -> list[dict[str, Tensor]]:
+        """Where every pixel of one picture lies in the other, as a displacement in pixels of the original pictures.
+
+        Evaluated at every pixel from the transforms themselves (affine after TPS), not enlarged from a coarse field.
+
+        Args:
+            outputs: of either model, for pairs: `affine` `(B, 2, 6)` and `tps` `(B, 2, 18)` or `None`.
+            target_sizes: `(B, 2, 2)` as (height, width) of the original pictures.
+            tps_regularization: the configuration's `tps_regularization`.
+
+        Returns:
+            For each pair a dict of `source_to_target` `(H_source, W_source, 2)` and `target_to_source`
+            `(H_target, W_target, 2)`, float32 (x, y): pixel (x, y) of the first-named picture lies at
+            `(x, y) + flow[y, x]` of the other.
+
+        Raises:
+            InputError: outputs of triplets, or sizes that do not fit.
+        """
+        affine = _field(outputs, "affine")
+        tps = None if getattr(outputs, "tps", None) is None else _field(outputs, "tps")
+        if affine.dim() != 3 or affine.shape[1] != 2:
+            raise InputError(f"Transforms of pairs are expected, (B, 2, 6); got {tuple(affine.shape)}.")
+        sizes = _as_sizes(target_sizes, affine.shape[0], affine.device)
+        results = []
+        for row, (source_size, target_size) in enumerate(sizes.tolist()):
+            # The transform of ordered pair (i, j) maps points of view j into view i: index 0 takes the target's
+            # points to the source, index 1 the source's to the target.
+            to_source, to_target = (
+                _dense_flow(
+                    affine[row, index : index + 1],
+                    None if tps is None else tps[row, index : index + 1],
+                    tps_regularization,
+                    *ends,
+                )
+                for index, ends in enumerate(((target_size, source_size), (source_size, target_size)))
+            )
+            results.append({"source_to_target": to_target, "target_to_source": to_source})
+        return results
+
+    def visualize_keypoint_matching(
+        self,
+        images: Any,
+        keypoint_matching_output: list[dict[str, Tensor]],
+        max_matches: int | None = 40,
+    ) -> list[Image.Image]:
+        """Each pair side by side, with coloured lines between the matches.
+
+        Args:
+            images: one pair or a list of pairs, as given to [`preprocess`].
+            keypoint_matching_output: what [`post_process_keypoint_matching`] returned for them.
+            max_matches: draw at most so many of each pair, spread over the picture; `None` for all.
+
+        Raises:
+            InputError: not as many results as pairs.
+        """
+        groups = _as_groups(images, (2,))
+        if len(groups) != len(keypoint_matching_output):
+            raise InputError(
+                f"{len(groups)} pairs of pictures need as many results; got {len(keypoint_matching_output)}."
+            )
+        drawings = []
+        for pair, result in zip(groups, keypoint_matching_output, strict=True):
+            source, target = (self._rgb_array(image) for image in self.fetch_images(pair))
+            points0, points1, scores = (
+                torch.as_tensor(result[name]).detach().cpu().float().numpy()
+                for name in ("keypoints0", "keypoints1", "matching_scores")
+            )
+            drawings.append(draw_matches(source, target, points0, points1, scores, max_matches=max_matches))
+        return drawings
+
+    def _rgb_array(self, image: Any) -> np.ndarray:
+        """Any accepted picture as uint8 `(H, W, 3)`, upright, in its own size."""
+        picture = self.process_image(image)
+        if isinstance(picture, Image.Image):
+            return np.asarray(picture)
+        return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.ndim in (2, 3)
+    return isinstance(value, (Image.Image, str))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A list, a tuple, or an array of pictures, as a list."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim > 3:
+        return list(value)
+    return []
+
+
+def _as_groups(images: Any, views: tuple[int, ...] = _VIEWS) -> list[list[Any]]:
+    """One pair or triplet, or a list of them, to a list of lists of pictures that all have the same length."""
+    outer = _as_list(images)
+    groups = [outer] if outer and all(_is_picture(item) for item in outer) else [_as_list(item) for item in outer]
+    lengths = {len(group) for group in groups}
+    if len(lengths) != 1 or not lengths <= set(views) or not all(_is_picture(p) for group in groups for p in group):
+        kinds = "pairs" if views == (2,) else "pairs [a, b] or triplets [a, b, c]"
+        raise InputError(f"Pictures are expected in {kinds}: one of them, or a list of them, all of the same length.")
+    return groups
+
+
+def _channels_last(image: Any, input_data_format: Any) -> np.ndarray:
+    """A numpy or torch picture as `(H, W, C)` of its own dtype, C = 1, 3 or 4."""
+    is_tensor = isinstance(image, Tensor)
+    if is_tensor:
+        image = image.detach().cpu()
+        array = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
+        raise InputError(
+            f"A picture must be a PIL picture, a numpy array or a torch tensor, not {type(image).__name__}."
+        )
+    layout = getattr(input_data_format, "value", input_data_format)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.ndim == 3:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        # Where both ends could be channels, torch's habit is channels first and numpy's channels last.
+        if layout == "channels_first" or (layout is None and first and (is_tensor or not last)):
+            array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise InputError(f"An array of shape {tuple(image.shape)} is not a picture of 1, 3 or 4 channels.")
+    return array
+
+
+def _eight_bit_rgb(array: np.ndarray) -> Image.Image:
+    """An integer array `(H, W, C)` of 0..255 as PIL RGB."""
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+            raise InputError(
+                f"An array picture must hold 0..255 as uint8, or floating-point numbers, not {array.dtype}."
+            )
+        array = array.astype(np.uint8)
+    array = array[:, :, 0] if array.shape[2] == 1 else array
+    return upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _on_three_channels(array: np.ndarray) -> np.ndarray:
+    """A floating-point array `(H, W, C)` as float32 `(H, W, 3)`; alpha is laid on white."""
+    array = array.astype(np.float32)
+    if array.shape[2] == 1:
+        return array.repeat(3, axis=2)
+    if array.shape[2] == 4:
+        white = np.float32(1 if array.max() <= 1 else 255)
+        alpha = array[:, :, 3:] / white
+        return array[:, :, :3] * alpha + white * (1 - alpha)
+    return array
+
+
+def _float_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _field(outputs: Any, name: str) -> Tensor:
+    value = getattr(outputs, name, None)
+    if value is None:
+        raise InputError(f"The outputs hold no {name}; pass what the model returned.")
+    return value.detach()
+
+
+def _as_sizes(target_sizes: Any, batch: int, device: torch.device) -> Tensor:
+    """`(B, 2, 2)` int64 (height, width), checked."""
+    expected = f"target_sizes must be ({batch}, 2, 2): for each pair the (height, width) of both pictures"
+    try:
+        sizes = torch.as_tensor(np.asarray(target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{expected}.") from error
+    if tuple(sizes.shape) != (batch, 2, 2):
+        raise InputError(f"{expected}; got the shape {tuple(sizes.shape)}.")
+    whole = sizes.long()
+    if not bool((whole == sizes).all()) or bool((whole < 1).any()):
+        raise InputError(f"{expected}, whole numbers of at least 1; got {sizes.tolist()}.")
+    return whole.to(device)
+
+
+def _dense_flow(
+    affine: Tensor, tps: Tensor | None, regularization: float, size: Sequence[int], other_size: Sequence[int]
+) -> Tensor:
+    """Displacement `(H, W, 2)` of every pixel of a picture of `size` into one of `other_size`, in strips of rows.
+
+    In float32: against float64 the difference on a picture 4000 pixels wide stays below a hundredth of a pixel.
+    """
+    height, width = size
+    affine = affine.float()
+    columns = torch.arange(width, device=affine.device, dtype=affine.dtype)
+    flow = torch.empty(height, width, 2, device=affine.device, dtype=torch.float32)
+    step = max(1, _POINTS_PER_CHUNK // width)
+    for top in range(0, height, step):
+        rows = torch.arange(top, min(top + step, height), device=affine.device, dtype=affine.dtype)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        pixels = torch.stack((x, y), dim=-1).reshape(1, -1, 2)
+        mapped = apply_cascade(normalize_points(pixels, size), affine, tps, regularization=regularization)
+        moved = denormalize_points(mapped, other_size) - pixels
+        flow[top : top + step] = moved.reshape(len(rows), width, 2)
+    return flow
+
+
+__all__ = ["MaCoSNetImageProcessor"]

@@ -1,0 +1,230 @@
+"""Two photographs in, matches and masks out: the one call behind the command line, the app and the README."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import DEFAULT_CHECKPOINT
+from .drawing import draw_matches
+from .errors import InputError
+from .geometry import denormalize_points, sampling_grid
+from .image_io import load_image
+from .loading import load_model_and_processor
+
+if TYPE_CHECKING:
+    from .image_processing_macosnet import MaCoSNetImageProcessor
+    from .modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetKeypointMatchingOutput
+
+DIRECTIONS = ("source_to_target", "target_to_source")
+
+
+@dataclass
+class PairResult:
+    """Everything known about a pair of photographs. Points are (x, y) in pixels of the original photographs.
+
+    Attributes:
+        source, target: the photographs, upright RGB.
+        keypoints: `(N, 2, 2)`, matched points: `[:, 0]` on the source, `[:, 1]` on the target, best first.
+        scores: `(N,)` in [0, 1].
+        source_mask, target_mask: `(H, W)` bool, in each photograph's own size.
+        affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the source
+            (T_AB), row 1 the other way.
+    """
+
+    source: Image.Image
+    target: Image.Image
+    keypoints: np.ndarray
+    scores: np.ndarray
+    source_mask: np.ndarray
+    target_mask: np.ndarray
+    affine: np.ndarray
+    tps: np.ndarray
+    _outputs: MaCoSNetKeypointMatchingOutput = field(repr=False)
+    _model: MaCoSNetForKeypointMatching = field(repr=False)
+
+    @property
+    def matches(self) -> list[dict[str, Any]]:
+        """List of `{"source": (x, y), "target": (x, y), "score": s}`, best first."""
+        return [
+            {"source": tuple(pair[0].tolist()), "target": tuple(pair[1].tolist()), "score": float(score)}
+            for pair, score in zip(self.keypoints, self.scores, strict=True)
+        ]
+
+    @property
+    def image_sizes(self) -> torch.Tensor:
+        """`(1, 2, 2)` sizes (height, width) of source and target."""
+        return torch.tensor([[[self.source.height, self.source.width], [self.target.height, self.target.width]]])
+
+    def transfer(
+        self,
+        points: Sequence[Sequence[float]] | np.ndarray,
+        direction: str = "source_to_target",
+        local_matching: bool | None = None,
+    ) -> np.ndarray:
+        """Where points of one photograph lie in the other: `(N, 2)` pixels to `(N, 2)` pixels.
+
+        Raises:
+            InputError: if the points are not N pairs of finite numbers, lie outside of the photograph, or the direction is
+                unknown.
+        """
+        if direction not in DIRECTIONS:
+            raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
+        photo = self.source if direction == "source_to_target" else self.target
+        checked = check_points(points, photo.size)
+        with torch.inference_mode():
+            moved = self._model.transfer_points(
+                self._outputs,
+                torch.from_numpy(checked).to(self._outputs.affine.device)[None],
+                self.image_sizes,
+                direction,
+                local_matching,
+            )
+        return moved[0].cpu().numpy().astype(np.float64)
+
+    def draw_matches(self, max_matches: int = 40) -> Image.Image:
+        """Both photographs side by side with the best matches as lines."""
+        return draw_matches(
+            self.source, self.target, self.keypoints[:, 0], self.keypoints[:, 1], self.scores, max_matches=max_matches
+        )
+
+    def warped_source(self) -> Image.Image:
+        """The source bent so that it lies on the target, in the target's size; black where the source shows nothing."""
+        import cv2
+
+        width, height = self.target.size
+        # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
+        coarse = (min(height, 512), min(width, 512))
+        with torch.inference_mode():
+            grid = sampling_grid(
+                torch.from_numpy(self.affine[:1]),
+                torch.from_numpy(self.tps[:1]),
+                size=coarse,
+                regularization=self._model.config.tps_regularization,
+            )
+            places = denormalize_points(grid, (self.source.height, self.source.width)).permute(0, 3, 1, 2)
+            full = torch.nn.functional.interpolate(places, size=(height, width), mode="bilinear", align_corners=True)
+        map_x, map_y = (plane.numpy() for plane in full[0].float())
+        return Image.fromarray(cv2.remap(np.asarray(self.source), map_x, map_y, cv2.INTER_LINEAR))
+
+    @property
+    def quality(self) -> str:
+        """How far the result can be trusted, in words: `"good"`, `"fair"`, `"poor"`."""
+        return quality_in_words(self.scores)
+
+
+def quality_in_words(scores: np.ndarray) -> str:
+    """`"good"`, `"fair"` or `"poor"` from the scores of a pair's matches `(N,)`."""
+    strength = float(np.sum(np.sort(scores)[::-1][:20])) / 20
+    return "good" if strength >= 0.45 else "fair" if strength >= 0.3 else "poor"
+
+
+def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Points of a photograph as float32 `(N, 2)`.
+
+    Args:
+        points: N pairs (x, y) in pixels.
+        size: (width, height) of the photograph.
+
+    Raises:
+        InputError: if they are not N pairs of finite numbers within the photograph.
+    """
+    try:
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError("Points must be pairs of numbers (x, y).") from error
+    if array.size == 0:
+        return np.zeros((0, 2), dtype=np.float32)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise InputError(f"Points must be pairs of numbers (x, y); got an array of shape {array.shape}.")
+    if not np.isfinite(array).all():
+        raise InputError("Points must be finite numbers.")
+    outside = ((array < 0) | (array > np.array(size) - 1)).any(axis=1)
+    if outside.any():
+        x, y = array[outside][0]
+        raise InputError(f"The point ({x:g}, {y:g}) lies outside of the photograph, which is {size[0]}x{size[1]} pixels.")
+    return array.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_checkpoint(
+    checkpoint: str, device: str
+) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
+    return load_model_and_processor(checkpoint, device)
+
+
+def match_pair(
+    source: Any,
+    target: Any,
+    *,
+    model: MaCoSNetForKeypointMatching | None = None,
+    processor: MaCoSNetImageProcessor | None = None,
+    checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT,
+    refine: str = "grabcut",
+    threshold: float = 0.0,
+    device: str = "auto",
+) -> PairResult:
+    """Matches two photographs of the same kind of object and cuts the object out of both.
+
+    Args:
+        source, target: path, bytes, file object, PIL picture or array: whatever [`load_image`] takes.
+        model, processor: loaded already; otherwise `checkpoint` is loaded on `device`, once per process.
+        refine: how soft masks become hard ones: `"grabcut"`, `"otsu"`, `"crf"` or `"none"`.
+        threshold: matches with a smaller score are dropped.
+
+    Returns:
+        [`PairResult`].
+
+    Raises:
+        ImageError: if a photograph cannot be read.
+        InputError: if an option cannot be used.
+        CheckpointError: if the checkpoint cannot be used.
+    """
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
+    photos = [load_image(source), load_image(target)]
+    if model is None or processor is None:
+        if model is not None or processor is not None:
+            raise InputError("Pass model and processor together, or neither.")
+        model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
+    pixels = processor([photos], return_tensors="pt")["pixel_values"]
+    sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
+    with torch.inference_mode():
+        outputs = model(pixels.to(model.device))
+    found = processor.post_process_keypoint_matching(outputs, sizes, threshold=threshold)[0]
+    hard = processor.post_process_cosegmentation(outputs, sizes, images=[photos], refine=refine)[0]
+    masks = [mask.cpu().numpy() for mask in hard]
+
+    points = torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy()
+    scores = found["matching_scores"].float().cpu().numpy()
+    keep = _on_masks(points, masks)
+    points, scores = points[keep], scores[keep]
+    order = np.argsort(-scores, kind="stable")
+    return PairResult(
+        source=photos[0],
+        target=photos[1],
+        keypoints=points[order].astype(np.float64),
+        scores=scores[order].astype(np.float64),
+        source_mask=masks[0],
+        target_mask=masks[1],
+        affine=outputs.affine[0].float().cpu().numpy(),
+        tps=outputs.tps[0].float().cpu().numpy(),
+        _outputs=outputs,
+        _model=model,
+    )
+
+
+def _on_masks(points: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+    """Which matches `(N, 2, 2)` lie on both hard masks: `(N,)` bool."""
+    keep = np.ones(len(points), dtype=bool)
+    for view, mask in enumerate(masks):
+        column, row = np.rint(points[:, view]).astype(int).T
+        keep &= mask[row.clip(0, mask.shape[0] - 1), column.clip(0, mask.shape[1] - 1)]
+    return keep

@@ -1,0 +1,287 @@
+"""From soft masks to hard ones: GrabCut (default), Otsu's threshold or DenseCRF, as in Table 9 of the paper.
+
+The module travels with the model to the Hub: its imports are relative, and OpenCV and pydensecrf are imported only
+where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError
+
+REFINEMENT_METHODS = ("grabcut", "otsu", "crf", "none")
+
+# Where GrabCut's answer is fixed beforehand. Chosen on msrc-coseg (52 photographs at 200 px) with true masks blurred,
+# shifted and disturbed for soft masks, J 0.59 before: J is 0.70 with these, 0.63 without a sure foreground, 0.65
+# without either, 0.65 at 0.2 and 0.9.
+SURE_BACKGROUND = 0.05
+SURE_FOREGROUND = 0.9
+
+_COMPONENTS = 5  # of each of GrabCut's two colour models; fewer samples than this cannot feed them
+_MIN_CONTRAST = (
+    0.1  # a soft mask that never crosses the threshold is split by Otsu only if it varies at least this much
+)
+_MIN_AREA_KEPT = 0.1  # GrabCut's answer is refused where less than this share of the first guess is left
+
+
+def refine_mask(
+    image: Any,
+    probability: Any,
+    method: str = "grabcut",
+    *,
+    threshold: float = 0.5,
+    working_size: int = 320,
+    iterations: int = 3,
+    sure_background: float = SURE_BACKGROUND,
+    sure_foreground: float = SURE_FOREGROUND,
+) -> np.ndarray:
+    """Hard mask of the object from its soft mask and the picture's colours.
+
+    - `"grabcut"`: two colour mixtures and a graph cut (Rother et al., 2004), started from the soft mask: below
+      `sure_background` and above `sure_foreground` the answer is fixed, in between the threshold gives the first guess.
+    - `"otsu"`: the threshold that separates the soft mask's values best (Otsu, 1979). Looks at no colours.
+    - `"crf"`: fully connected conditional random field (Krähenbühl and Koltun, 2011); needs the extra `crf`.
+    - `"none"`: `probability >= threshold`.
+
+    GrabCut and the CRF run on a copy whose longer side is at most `working_size`; the result is brought to full size
+    with a smooth edge. Both are deterministic: the same input gives the same mask (GrabCut sets the random generator
+    of OpenCV in the calling thread).
+
+    Where there is nothing to refine (the soft mask is the same everywhere, or object or background would have almost no
+    pixel), or where GrabCut loses the object (less than a tenth of the first guess is left), the thresholded mask
+    stays as it is. A soft mask that varies but lies on one side of `threshold` is split by Otsu's threshold for
+    GrabCut.
+
+    Args:
+        image: uint8 `(H, W, 3)` RGB array, or a PIL picture (taken as it is, without EXIF orientation).
+        probability: `(H, W)` numbers in [0, 1], numpy or torch; high on the object.
+        method: one of `REFINEMENT_METHODS`.
+        threshold: where the object begins, for "none" and as the first guess of "grabcut".
+        working_size: longer side, in pixels, at which GrabCut and the CRF run.
+        iterations: rounds of GrabCut; the CRF takes five mean-field steps whatever this says.
+        sure_background: soft mask value below which GrabCut may not see the object.
+        sure_foreground: soft mask value above which GrabCut must see it.
+
+    Returns:
+        bool `(H, W)`, true on the object.
+
+    Raises:
+        InputError: wrong shapes or types, values that are not finite or not in [0, 1], an unknown method, or "crf"
+            without its package.
+    """
+    if method not in REFINEMENT_METHODS:
+        raise InputError(f"Unknown refinement '{method}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+    rgb = _as_rgb_array(image)
+    soft = _as_probability(probability, rgb.shape[:2])
+    if method == "none":
+        return soft >= threshold
+    if method == "otsu":
+        return _above_otsu(soft, threshold)
+    small_rgb, small_soft = _at_working_size(rgb, soft, working_size)
+    if method == "grabcut":
+        refined = _grabcut(small_rgb, small_soft, threshold, iterations, sure_background, sure_foreground)
+    else:
+        refined = _dense_crf(small_rgb, small_soft)
+    if refined is None:
+        return soft >= threshold
+    return _smooth_upsample(refined, *soft.shape) >= 0.5
+
+
+def centre_prior(height: int, width: int, *, extent: float = 0.6) -> np.ndarray:
+    """The soft mask of someone who has not seen the picture: a Gaussian on its middle, float32 `(height, width)`.
+
+    It falls to 0.5 on the ellipse whose half axes are `extent` times half the picture's sides, and is 1 in the middle.
+    """
+    y = (np.arange(height, dtype=np.float32) + 0.5) / height * 2 - 1
+    x = (np.arange(width, dtype=np.float32) + 0.5) / width * 2 - 1
+    return np.exp2(-(y[:, None] ** 2 + x[None] ** 2) / np.float32(extent) ** 2)
+
+
+def centre_grabcut(image: Any, *, extent: float = 0.7, working_size: int = 240, iterations: int = 5) -> np.ndarray:
+    """The baseline without a model: GrabCut started from a centred ellipse.
+
+    Inside the ellipse the first guess is object, outside it background; nothing but what lies beyond the ellipse that
+    touches the borders (the corners) is fixed.
+
+    Args:
+        image: uint8 `(H, W, 3)` RGB array or a PIL picture.
+        extent: half axes of the ellipse in halves of the picture's sides.
+        working_size: longer side, in pixels, at which GrabCut runs.
+        iterations: rounds of GrabCut.
+
+    Returns:
+        bool `(H, W)`, true on the object.
+
+    Raises:
+        InputError: an image of the wrong shape or type.
+    """
+    rgb = _as_rgb_array(image)
+    prior = centre_prior(*rgb.shape[:2], extent=extent)
+    corner = 2.0 ** -(1 / extent**2)  # the prior's value on the ellipse that touches the borders
+    soft = np.where(prior < corner, 0.0, np.where(prior >= 0.5, 0.75, 0.25)).astype(np.float32)
+    return refine_mask(rgb, soft, "grabcut", working_size=working_size, iterations=iterations)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _as_rgb_array(image: Any) -> np.ndarray:
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise InputError(f"The image must be uint8 of shape (height, width, 3), not {array.dtype} of {array.shape}.")
+    return np.ascontiguousarray(array)
+
+
+def _as_probability(probability: Any, size: tuple[int, ...]) -> np.ndarray:
+    if hasattr(probability, "detach"):  # a torch tensor, of any precision and device
+        probability = probability.detach().cpu().float().numpy()
+    array = np.asarray(probability)
+    if array.shape != tuple(size):
+        raise InputError(f"The soft mask must have the image's height and width {tuple(size)}, not {array.shape}.")
+    if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"The soft mask must hold floating-point numbers in [0, 1], not {array.dtype}.")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("The soft mask contains values that are not finite numbers.")
+    if array.min() < -1e-3 or array.max() > 1 + 1e-3:
+        raise InputError("The soft mask must lie in [0, 1]; put logits through a sigmoid first.")
+    return array.clip(0, 1)
+
+
+def _at_working_size(rgb: np.ndarray, soft: np.ndarray, working_size: int) -> tuple[np.ndarray, np.ndarray]:
+    height, width = soft.shape
+    scale = working_size / max(height, width)
+    if working_size < 1:
+        raise InputError(f"working_size must be at least 1 pixel, not {working_size}.")
+    if scale >= 1:
+        return rgb, soft
+    cv2 = _opencv()
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # The mean over each small pixel's area, for both alike, keeps the two aligned.
+    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), cv2.resize(soft, size, interpolation=cv2.INTER_AREA)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 256) -> float | None:
+    """The threshold that maximises the variance between the two classes (Otsu, 1979); `None` if all values are
+    equal."""
+    low, high = float(values.min()), float(values.max())
+    if not high > low:
+        return None
+    counts, edges = np.histogram(values, bins=bins, range=(low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts).astype(np.float64)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    split = int(np.nan_to_num(between[:-1]).argmax())
+    return float(edges[split + 1])
+
+
+def _above_otsu(soft: np.ndarray, threshold: float) -> np.ndarray:
+    found = otsu_threshold(soft)
+    return soft >= (threshold if found is None else found)
+
+
+def _grabcut(
+    rgb: np.ndarray,
+    soft: np.ndarray,
+    threshold: float,
+    iterations: int,
+    background_below: float,
+    foreground_above: float,
+) -> np.ndarray | None:
+    """float32 `(h, w)` of 0 and 1, or `None` where GrabCut has nothing to work on."""
+    if iterations < 1:
+        raise InputError(f"GrabCut needs at least 1 iteration, not {iterations}.")
+    guess = soft >= threshold
+    sure_background, sure_foreground = soft < background_below, soft > foreground_above
+    if not _both_sides(guess):
+        if float(soft.max() - soft.min()) < _MIN_CONTRAST:
+            return None
+        guess = _above_otsu(soft, threshold)
+        # With the threshold far off the fixed levels mean nothing either.
+        sure_background, sure_foreground = np.zeros_like(guess), np.zeros_like(guess)
+        if not _both_sides(guess):
+            return None
+    cv2 = _opencv()
+    labels = np.where(guess, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
+    # Both kinds keep their pixels whatever the levels are: GrabCut cannot start without samples of either.
+    labels[sure_background & ~guess] = cv2.GC_BGD
+    labels[sure_foreground & guess] = cv2.GC_FGD
+    cv2.setRNGSeed(0)  # the colour mixtures start from a random k-means
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    # RGB or BGR is the same to GrabCut: its mixtures have full covariances.
+    cv2.grabCut(rgb, labels, None, *models, iterations, cv2.GC_INIT_WITH_MASK)
+    refined = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    return refined.astype(np.float32) if refined.sum() >= _MIN_AREA_KEPT * guess.sum() else guess.astype(np.float32)
+
+
+def _both_sides(mask: np.ndarray) -> bool:
+    """Whether object and background have enough pixels for a colour model each."""
+    inside = int(mask.sum())
+    return 2 * _COMPONENTS <= inside <= mask.size - 2 * _COMPONENTS
+
+
+def _dense_crf(rgb: np.ndarray, soft: np.ndarray) -> np.ndarray | None:
+    """float32 `(h, w)` posterior of the object, or `None` where the soft mask is the same everywhere."""
+    crf = _pydensecrf()
+    if float(soft.max() - soft.min()) < 1e-6:
+        return None
+    height, width = soft.shape
+    clipped = soft.clip(1e-3, 1 - 1e-3)
+    unary = -np.log(np.stack((1 - clipped, clipped)).reshape(2, -1))
+    field = crf.DenseCRF2D(width, height, 2)
+    field.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
+    # The weights of the method's authors' example; its 80 pixels hold for pictures of about 500.
+    field.addPairwiseGaussian(sxy=3, compat=3)
+    reach = max(1.0, 80 * max(height, width) / 500)
+    field.addPairwiseBilateral(sxy=reach, srgb=13, rgbim=np.array(rgb, order="C"), compat=10)  # must be writable
+    return np.asarray(field.inference(5), dtype=np.float32).reshape(2, height, width)[1]
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise InputError(
+            "This refinement needs OpenCV, which is not installed: pip install opencv-python-headless."
+        ) from error
+    return cv2
+
+
+def _pydensecrf() -> Any:
+    try:
+        import pydensecrf.densecrf
+    except ImportError as error:
+        raise InputError(
+            "The refinement 'crf' needs a package that is not installed: pip install macosnet-hf[crf]."
+        ) from error
+    return pydensecrf.densecrf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Back to full size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _smooth_upsample(small: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A small map `(h, w)` at full size, its edge smooth instead of stepped."""
+    if small.shape == (height, width):
+        return small
+    cv2 = _opencv()
+    # On msrc-coseg masks reduced to 80 pixels and brought back to 320, J is 0.961 so; 0.951 with the nearest pixel,
+    # 0.958 bilinear, 0.925 with a guided filter, which follows texture as gladly as outlines.
+    smooth = cv2.GaussianBlur(small, (0, 0), 0.6, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(smooth, (width, height), interpolation=cv2.INTER_CUBIC)

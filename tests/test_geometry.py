@@ -1,0 +1,406 @@
+"""Coordinates, affine and thin-plate-spline transforms, warping: against plain loops in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from macosnet_hf import geometry
+from macosnet_hf.errors import InputError
+
+SIZES = [(7, 11), (11, 7), (5, 5)]
+
+
+def random_affine(count: int, seed: int = 0, spread: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+    return geometry.identity_affine(count, dtype=torch.float64) + spread * noise
+
+
+def random_tps(count: int, seed: int = 0, spread: float = 0.15) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 100)
+    noise = torch.randn(count, 18, generator=generator, dtype=torch.float64)
+    return geometry.identity_tps(count, dtype=torch.float64) + spread * noise
+
+
+def random_points(*shape: int, seed: int = 0, reach: float = 1.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 200)
+    return (2 * torch.rand(*shape, 2, generator=generator, dtype=torch.float64) - 1) * reach
+
+
+# --- slow references: numbers and loops only ---
+
+
+def reference_affine(point, parameters):
+    x, y = point
+    a, b, c, d, e, f = (float(value) for value in parameters)
+    return a * x + b * y + c, d * x + e * y + f
+
+
+def reference_tps(point, parameters, regularization=0.0):
+    """Bookstein's spline, solved for this one transform; U(r) = r^2 log r^2."""
+    axis = (-1.0, 0.0, 1.0)
+    centres = [(axis[i], axis[j]) for i in range(3) for j in range(3)]
+
+    def kernel(p, q):
+        r2 = (p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2
+        return r2 * math.log(r2) if r2 > 0 else 0.0
+
+    system = np.zeros((12, 12))
+    for m in range(9):
+        for n in range(9):
+            system[m, n] = kernel(centres[m], centres[n]) + (regularization if m == n else 0.0)
+        for n, value in enumerate((1.0, *centres[m])):
+            system[m, 9 + n] = system[9 + n, m] = value
+    moved = np.zeros((12, 2))
+    for m in range(9):
+        moved[m] = float(parameters[m]), float(parameters[9 + m])
+    weights = np.linalg.solve(system, moved)
+    result = weights[9] + point[0] * weights[10] + point[1] * weights[11]
+    for m in range(9):
+        result = result + kernel(point, centres[m]) * weights[m]
+    return tuple(result)
+
+
+def reference_bilinear(picture, x, y, padding_mode="zeros"):
+    """Bilinear value at a normalised place; `picture` is a nested list [row][column]."""
+    height, width = len(picture), len(picture[0])
+    column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
+    if padding_mode == "border":
+        column, row = min(max(column, 0), width - 1), min(max(row, 0), height - 1)
+    left, top = math.floor(column), math.floor(row)
+    value = 0.0
+    for r, row_weight in ((top, 1 - (row - top)), (top + 1, row - top)):
+        for c, column_weight in ((left, 1 - (column - left)), (left + 1, column - left)):
+            if 0 <= r < height and 0 <= c < width:
+                value += row_weight * column_weight * picture[r][c]
+    return value
+
+
+# --- pixels and normalised coordinates ---
+
+
+def test_corner_pixel_centres_are_plus_and_minus_one():
+    height, width = 30, 70
+    corners = torch.tensor([[0.0, 0.0], [69.0, 0.0], [0.0, 29.0], [69.0, 29.0], [34.5, 14.5]])
+    expected = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(geometry.normalize_points(corners, (height, width)), expected)
+    torch.testing.assert_close(geometry.denormalize_points(expected, (height, width)), corners)
+
+
+def test_sizes_may_differ_within_a_batch_and_integers_are_accepted():
+    sizes = torch.tensor([[11, 21], [101, 5]])
+    points = torch.tensor([[[20, 10], [0, 5]], [[4, 100], [2, 25]]])
+    expected = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]], [[1.0, 1.0], [0.0, -0.5]]])
+    normalized = geometry.normalize_points(points, sizes)
+    torch.testing.assert_close(normalized, expected)
+    torch.testing.assert_close(geometry.denormalize_points(normalized, sizes), points.float())
+    # One point a picture, no point dimension.
+    torch.testing.assert_close(geometry.normalize_points(points[:, 0], sizes), expected[:, 0])
+
+
+def test_one_pixel_side_stays_finite():
+    points = torch.tensor([[0.0, 0.0]])
+    there = geometry.normalize_points(points, (1, 1))
+    assert torch.isfinite(there).all()
+    torch.testing.assert_close(geometry.denormalize_points(there, (1, 1)), points)
+    assert geometry.make_grid(1, 1).tolist() == [[[0.0, 0.0]]]
+
+
+def test_size_must_have_two_entries():
+    with pytest.raises(InputError, match="height, width"):
+        geometry.normalize_points(torch.zeros(1, 2), (3, 4, 5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_grid_runs_row_by_row_with_x_first(size):
+    height, width = size
+    grid = geometry.make_grid(height, width, dtype=torch.float64)
+    assert grid.shape == (height, width, 2)
+    for row in range(height):
+        for column in range(width):
+            expected = [-1 + 2 * column / (width - 1), -1 + 2 * row / (height - 1)]
+            assert grid[row, column].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+# --- affine ---
+
+
+def test_affine_matches_the_loop_reference():
+    points, affine = random_points(3, 5), random_affine(3)
+    mapped = geometry.apply_affine(points, affine)
+    for b in range(3):
+        for n in range(5):
+            assert mapped[b, n].tolist() == pytest.approx(reference_affine(points[b, n].tolist(), affine[b]), abs=1e-12)
+
+
+def test_identity_affine_leaves_points_alone():
+    points = random_points(2, 4)
+    torch.testing.assert_close(geometry.apply_affine(points, geometry.identity_affine(2, dtype=torch.float64)), points)
+    assert geometry.identity_affine(2, 3).shape == (2, 3, 6)
+
+
+def test_composition_applies_the_inner_map_first():
+    points, outer, inner = random_points(4, 6), random_affine(4, seed=1), random_affine(4, seed=2)
+    composed = geometry.apply_affine(points, geometry.compose_affine(outer, inner))
+    torch.testing.assert_close(composed, geometry.apply_affine(geometry.apply_affine(points, inner), outer))
+    other = geometry.apply_affine(points, geometry.compose_affine(inner, outer))
+    assert (composed - other).abs().max() > 0.01  # the order matters for these, so the test can tell
+
+
+def test_inverse_undoes_the_map_on_both_sides():
+    points, affine = random_points(4, 6), random_affine(4, seed=3)
+    inverse = geometry.invert_affine(affine)
+    for first, second in ((affine, inverse), (inverse, affine)):
+        torch.testing.assert_close(geometry.apply_affine(geometry.apply_affine(points, first), second), points)
+    assert geometry.invert_affine(random_affine(6).unflatten(0, (2, 3))).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("parameters", [[1, 2, 0, 2, 4, 0], [0, 0, 0, 0, 0, 0], [float("nan"), 0, 0, 0, 1, 0]])
+def test_a_flat_affine_map_has_no_inverse(parameters):
+    with pytest.raises(InputError, match="cannot be inverted"):
+        geometry.invert_affine(torch.tensor([parameters], dtype=torch.float32))
+
+
+# --- thin-plate spline ---
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.2])
+def test_tps_matches_an_independent_solve(regularization):
+    points, tps = random_points(3, 7), random_tps(3)
+    mapped = geometry.apply_tps(points, tps, regularization=regularization)
+    for b in range(3):
+        for n in range(7):
+            expected = reference_tps(points[b, n].tolist(), tps[b], regularization)
+            assert mapped[b, n].tolist() == pytest.approx(expected, abs=1e-10)
+
+
+def test_tps_is_exact_beside_its_control_points():
+    centres, tps = geometry.control_points(dtype=torch.float64), random_tps(1)
+    for offset in (1e-1, 1e-2, 1e-3, 1e-6, 0.0):
+        points = centres + torch.tensor([offset, -offset / 3], dtype=torch.float64)
+        mapped = geometry.apply_tps(points[None], tps)[0]
+        for n in range(9):
+            assert mapped[n].tolist() == pytest.approx(reference_tps(points[n].tolist(), tps[0]), abs=1e-10)
+
+
+def test_tps_in_float32_is_close_to_float64():
+    points, tps = random_points(3, 50), random_tps(3)
+    exact = geometry.apply_tps(points, tps)
+    torch.testing.assert_close(geometry.apply_tps(points.float(), tps.float()).double(), exact, atol=2e-5, rtol=1e-5)
+
+
+def test_control_points_run_with_x_slowest_and_parameters_hold_x_then_y():
+    expected = [[-1, -1], [-1, 0], [-1, 1], [0, -1], [0, 0], [0, 1], [1, -1], [1, 0], [1, 1]]
+    assert geometry.control_points().tolist() == expected
+    assert geometry.identity_tps(1)[0].tolist() == [x for x, _ in expected] + [y for _, y in expected]
+
+
+@pytest.mark.parametrize("k", range(9))
+def test_each_parameter_moves_its_own_control_point(k):
+    centres = geometry.control_points(dtype=torch.float64)
+    for axis in (0, 1):
+        tps = geometry.identity_tps(1, dtype=torch.float64)
+        tps[0, 9 * axis + k] += 0.3
+        expected = centres.clone()
+        expected[k, axis] += 0.3
+        torch.testing.assert_close(geometry.apply_tps(centres[None], tps)[0], expected)
+
+
+def test_control_points_land_where_they_are_told_only_without_regularisation():
+    centres, tps = geometry.control_points(dtype=torch.float64)[None].expand(3, -1, -1), random_tps(3)
+    wanted = tps.unflatten(-1, (2, 9)).transpose(1, 2)
+    torch.testing.assert_close(geometry.apply_tps(centres, tps), wanted)
+    error = [
+        (geometry.apply_tps(centres, tps, regularization=factor) - wanted).norm().item()
+        for factor in (0.0, 0.2, 1, 1e6)
+    ]
+    assert error == sorted(error)
+    assert error[1] > 1e-3
+
+
+def test_infinite_regularisation_leaves_the_least_squares_affine_map():
+    centres, tps = geometry.control_points(dtype=torch.float64), random_tps(1)
+    wanted = tps[0].unflatten(-1, (2, 9)).T.numpy()
+    design = np.concatenate((centres.numpy(), np.ones((9, 1))), axis=1)
+    solution = np.linalg.lstsq(design, wanted, rcond=None)[0]
+    mapped = geometry.apply_tps(centres[None], tps, regularization=1e9)[0]
+    np.testing.assert_allclose(mapped.numpy(), design @ solution, atol=1e-6)
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.2])
+def test_identity_tps_is_the_identity_everywhere(regularization):
+    points = random_points(2, 40, reach=3)
+    identity = geometry.identity_tps(2, dtype=torch.float64)
+    torch.testing.assert_close(geometry.apply_tps(points, identity, regularization=regularization), points)
+
+
+def test_tps_contains_the_affine_maps():
+    points, affine = random_points(3, 9), random_affine(3)
+    centres = geometry.control_points(dtype=torch.float64)[None].expand(3, -1, -1)
+    tps = geometry.apply_affine(centres, affine).transpose(1, 2).flatten(1)
+    torch.testing.assert_close(geometry.apply_tps(points, tps), geometry.apply_affine(points, affine))
+
+
+def test_tps_gradients_are_right_at_and_near_control_points():
+    centres = geometry.control_points(dtype=torch.float64)[None]
+    tps = random_tps(1).requires_grad_()
+    near = (centres[:, :4] + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, t: geometry.apply_tps(p, t), (near, tps))
+    at = centres.clone().float().requires_grad_()
+    geometry.apply_tps(at, tps.detach().float()).square().sum().backward()
+    assert torch.isfinite(at.grad).all()
+    # The radial function is flat at its own centre, so the gradient there is the limit of the gradients nearby.
+    beside = (centres.float() + 1e-4).requires_grad_()
+    geometry.apply_tps(beside, tps.detach().float()).square().sum().backward()
+    torch.testing.assert_close(at.grad, beside.grad, atol=2e-2, rtol=2e-2)
+
+
+def test_other_control_grids_work_and_wrong_counts_are_refused():
+    identity = geometry.identity_tps(1, grid_size=4, dtype=torch.float64)
+    assert identity.shape == (1, 32)
+    points = random_points(1, 5)
+    torch.testing.assert_close(geometry.apply_tps(points, identity), points)
+    for wrong in (torch.zeros(1, 17), torch.zeros(1, 2), torch.zeros(1, 0)):
+        with pytest.raises(InputError, match="18 parameters"):
+            geometry.apply_tps(points, wrong)
+        with pytest.raises(InputError, match="18 parameters"):
+            geometry.sampling_grid(geometry.identity_affine(1), wrong, size=(3, 3))
+    with pytest.raises(InputError, match="6 parameters"):
+        geometry.apply_affine(points, torch.zeros(1, 5))
+
+
+def test_a_basis_from_inference_mode_serves_training():
+    with torch.inference_mode():
+        geometry.tps_basis(torch.zeros(1, 2), regularization=0.125)
+    points = torch.full((1, 1, 2), 0.3, requires_grad=True)
+    geometry.apply_tps(points, geometry.identity_tps(1), regularization=0.125).sum().backward()
+    assert torch.isfinite(points.grad).all()
+
+
+# --- cascade and warping ---
+
+
+def test_cascade_is_tps_first_then_affine():
+    points, affine, tps = random_points(2, 6), random_affine(2), random_tps(2)
+    mapped = geometry.apply_cascade(points, affine, tps)
+    for b in range(2):
+        for n in range(6):
+            expected = reference_affine(reference_tps(points[b, n].tolist(), tps[b]), affine[b])
+            assert mapped[b, n].tolist() == pytest.approx(expected, abs=1e-10)
+    torch.testing.assert_close(geometry.apply_cascade(points, affine), geometry.apply_affine(points, affine))
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.2])
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling_grid_is_the_cascade_of_every_pixel(size, regularization):
+    affine, tps = random_affine(3), random_tps(3)
+    grid = geometry.sampling_grid(affine, tps, size=size, regularization=regularization)
+    assert grid.shape == (3, *size, 2)
+    pixels = geometry.make_grid(*size, dtype=torch.float64).reshape(1, -1, 2).expand(3, -1, -1)
+    expected = geometry.apply_cascade(pixels, affine, tps, regularization=regularization)
+    torch.testing.assert_close(grid.flatten(1, 2), expected)
+    alone = geometry.sampling_grid(affine, size=size)
+    torch.testing.assert_close(alone.flatten(1, 2), geometry.apply_affine(pixels, affine))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+@pytest.mark.parametrize(("source_size", "target_size"), [((5, 9), (7, 4)), ((8, 3), (3, 8))])
+def test_warp_matches_the_loop_reference(source_size, target_size, padding_mode):
+    generator = torch.Generator().manual_seed(5)
+    source = torch.rand(2, 2, *source_size, generator=generator, dtype=torch.float64)
+    affine, tps = random_affine(2), random_tps(2)
+    warped = geometry.warp(source, geometry.sampling_grid(affine, tps, size=target_size), padding_mode=padding_mode)
+    assert warped.shape == (2, 2, *target_size)
+    height, width = target_size
+    for b in range(2):
+        for row in range(height):
+            for column in range(width):
+                target = (-1 + 2 * column / (width - 1), -1 + 2 * row / (height - 1))
+                x, y = reference_affine(reference_tps(target, tps[b]), affine[b])
+                for c in range(2):
+                    expected = reference_bilinear(source[b, c].tolist(), x, y, padding_mode)
+                    assert warped[b, c, row, column].item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_direction_a_dot_in_the_source_appears_where_the_transform_brings_it_from():
+    """T_AB maps points of B into A: warp(A, T_AB) looks like B, and a key-point of B goes to A through T_AB."""
+    source = torch.zeros(1, 1, 41, 81)
+    source[0, 0, 10, 60] = 1.0  # x = 60, y = 10
+    dot = geometry.normalize_points(torch.tensor([[[60.0, 10.0]]]), (41, 81))
+    # B shows A's content moved by (-0.5, +0.25): a point of B lies in A at its own place plus (0.5, -0.25).
+    transform = torch.tensor([[1, 0, 0.5, 0, 1, -0.25]])
+    target = geometry.warp(source, geometry.sampling_grid(transform, size=(41, 81)))
+    row, column = divmod(int(target.argmax()), 81)
+    assert (column, row) == (60 - 20, 10 + 5)
+    in_target = geometry.normalize_points(torch.tensor([[[float(column), float(row)]]]), (41, 81))
+    torch.testing.assert_close(geometry.apply_affine(in_target, transform), dot)
+    torch.testing.assert_close(geometry.apply_affine(dot, geometry.invert_affine(transform)), in_target)
+
+
+def test_the_identity_warp_returns_the_picture():
+    generator = torch.Generator().manual_seed(6)
+    picture = torch.rand(2, 3, 9, 14, generator=generator)
+    grid = geometry.sampling_grid(geometry.identity_affine(2), geometry.identity_tps(2), size=(9, 14))
+    torch.testing.assert_close(geometry.warp(picture, grid, padding_mode="border"), picture, atol=1e-5, rtol=0)
+
+
+def test_warp_nearest_keeps_labels_and_the_dtype():
+    picture = torch.arange(12.0).reshape(1, 1, 3, 4).to(torch.bfloat16)
+    grid = geometry.sampling_grid(torch.tensor([[1, 0, 0.05, 0, 1, 0.05]]), size=(3, 4))
+    nearest = geometry.warp(picture, grid, mode="nearest", padding_mode="border")
+    assert nearest.dtype == torch.bfloat16
+    assert torch.equal(nearest, picture)
+
+
+def test_half_precision_parameters_are_raised_and_float64_is_kept():
+    points = torch.rand(1, 3, 2)
+    half = geometry.identity_affine(1).half()
+    assert geometry.apply_affine(points, half).dtype == torch.float32
+    assert geometry.apply_tps(points, geometry.identity_tps(1).bfloat16()).dtype == torch.float32
+    assert geometry.normalize_points(points.half(), (5, 5)).dtype == torch.float32
+    assert geometry.sampling_grid(half, geometry.identity_tps(1).half(), size=(2, 2)).dtype == torch.float32
+    assert geometry.apply_affine(points.double(), half.double()).dtype == torch.float64
+
+
+def test_gradients_reach_both_stages_and_the_picture():
+    picture = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    affine, tps = random_affine(1, spread=0.1).requires_grad_(), random_tps(1, spread=0.05).requires_grad_()
+    geometry.warp(picture, geometry.sampling_grid(affine, tps, size=(7, 4))).square().sum().backward()
+    for tensor in (picture, affine, tps):
+        assert torch.isfinite(tensor.grad).all()
+        assert tensor.grad.abs().max() > 0
+
+
+def test_samples_at_points_match_the_loop_reference():
+    generator = torch.Generator().manual_seed(7)
+    features = torch.rand(2, 3, 4, 6, generator=generator, dtype=torch.float64)
+    points = random_points(2, 5)
+    for padding_mode in ("border", "zeros"):
+        sampled = geometry.sample_at(features, points, padding_mode=padding_mode)
+        assert sampled.shape == (2, 5, 3)
+        for b in range(2):
+            for n in range(5):
+                for c in range(3):
+                    expected = reference_bilinear(features[b, c].tolist(), *points[b, n].tolist(), padding_mode)
+                    assert sampled[b, n, c].item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_inside_counts_the_border_and_a_margin():
+    points = torch.tensor([[0.0, 0.0], [1.0, -1.0], [1.01, 0.0], [0.0, -1.2]])
+    assert geometry.inside(points).tolist() == [True, True, False, False]
+    assert geometry.inside(points, margin=0.1).tolist() == [True, True, True, False]
+
+
+def test_folded_tells_sane_transforms_from_torn_ones():
+    affine, tps = geometry.identity_affine(4), geometry.identity_tps(4)
+    affine[1, 0] = -1  # mirrored: inside out everywhere
+    affine[2, 3:5] = 0  # flattened on to a line
+    tps[3, [0, 1, 2]], tps[3, [3, 4, 5]] = tps[3, [3, 4, 5]], tps[3, [0, 1, 2]]  # left and middle columns swapped
+    share = geometry.folded(affine, tps)
+    assert share[0] == 0
+    assert share[1] == 1
+    assert share[2] == 1
+    assert 0.1 < share[3] < 0.9
+    assert geometry.folded(random_affine(5, spread=0.05), random_tps(5, spread=0.03)).tolist() == [0.0] * 5

@@ -1,0 +1,349 @@
+"""Soft masks to hard masks: GrabCut, Otsu, DenseCRF, and the baseline without a model."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from macosnet_hf.errors import InputError
+from macosnet_hf.refinement import (
+    REFINEMENT_METHODS,
+    centre_grabcut,
+    centre_prior,
+    otsu_threshold,
+    refine_mask,
+)
+
+gradio = pytest.importorskip("gradio", reason="the photographs of these tests come with gradio")
+PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
+HAS_CRF = importlib.util.find_spec("pydensecrf") is not None
+needs_crf = pytest.mark.skipif(not HAS_CRF, reason="pydensecrf2 (the extra `crf`) is not installed")
+COLOUR_METHODS = ["grabcut", pytest.param("crf", marks=needs_crf)]
+
+
+def texture(name: str, size: tuple[int, int]) -> np.ndarray:
+    with Image.open(PHOTOS / name) as image:
+        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+
+
+def scene(width: int = 200, height: int = 130, shift: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A cheetah's fur in the shape of an ellipse before a blue evening sky: picture, true mask, and a soft mask that is
+    blurred and shifted."""
+    fur = texture("cheetah1.jpg", (width * 3, height * 3))[height * 2 :, width : width * 2]
+    with Image.open(PHOTOS / "tower.jpg") as image:
+        sky = np.asarray(image.convert("RGB").crop((0, 0, 150, 100)).resize((width, height)))
+    truth = ellipse(width, height)
+    soft = ellipse(width, height, shift=0.08 + shift / width).astype(np.float32)
+    soft = np.asarray(Image.fromarray(soft).resize((12, 9), Image.Resampling.BOX).resize((width, height), 2))
+    picture = np.where(truth[..., None], fur[:height, :width], sky)
+    return np.ascontiguousarray(picture), truth, 0.05 + 0.9 * soft.clip(0, 1)
+
+
+def ellipse(width: int, height: int, shift: float = 0.0) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return ((x / width - 0.42 - shift) / 0.27) ** 2 + ((y / height - 0.55) / 0.3) ** 2 < 1
+
+
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", COLOUR_METHODS)
+def test_the_picture_s_colours_correct_the_soft_mask(method):
+    picture, truth, soft = scene()
+    before = jaccard(soft >= 0.5, truth)
+    after = refine_mask(picture, soft, method)
+    assert after.dtype == bool
+    assert after.shape == (130, 200)
+    assert before < 0.8
+    assert jaccard(after, truth) > (0.93 if method == "grabcut" else before + 0.05)
+
+
+def test_grabcut_on_a_large_picture_runs_small_and_ends_smooth():
+    picture, truth, soft = scene(1600, 1040)
+    mask = refine_mask(picture, soft, "grabcut", working_size=160)
+    assert mask.shape == (1040, 1600)
+    assert jaccard(mask, truth) > 0.93
+    # Enlarged ten times by the nearest pixel, every tenth row or so would jump by a multiple of ten pixels.
+    edge = np.array([np.flatnonzero(row)[0] for row in mask if row.any()])
+    jumps = np.abs(np.diff(edge[len(edge) // 4 : -len(edge) // 4]))
+    assert (jumps >= 8).mean() < 0.02
+
+
+def test_working_size_bounds_the_cost_and_not_the_answer():
+    picture, _, soft = scene(400, 260)
+    full = refine_mask(picture, soft, working_size=400)
+    small = refine_mask(picture, soft, working_size=130)
+    assert not np.array_equal(full, small)
+    assert jaccard(full, small) > 0.9
+
+
+def test_a_full_size_mask_is_aligned_with_its_picture():
+    """A shift of half a small pixel at the way down or up would show as a biased edge."""
+    picture, truth, _ = scene(960, 640)
+    mask = refine_mask(picture, truth.astype(np.float32), "grabcut", working_size=120)
+    rows, columns = (np.argwhere(m).mean(0) for m in (mask, truth))
+    assert np.abs(rows - columns).max() < 1.5  # one small pixel is eight large ones
+
+
+def test_grabcut_respects_what_is_sure():
+    picture, _, soft = scene()
+    soft = soft.copy()
+    soft[:20, :20] = 1.0
+    soft[60:70, 80:90] = 0.0
+    mask = refine_mask(picture, soft)
+    assert mask[:20, :20].all()
+    assert not mask[60:70, 80:90].any()
+    free = refine_mask(picture, soft, sure_foreground=1.1, sure_background=-0.1)
+    assert not free[:20, :20].all()
+    assert free[60:70, 80:90].any()
+
+
+@pytest.mark.parametrize("method", COLOUR_METHODS)
+def test_the_same_input_gives_the_same_mask(method):
+    import cv2
+
+    picture, _, soft = scene()
+    masks = []
+    for seed in (1, 2, 3):
+        cv2.setRNGSeed(seed)
+        masks.append(refine_mask(picture, soft, method))
+    assert np.array_equal(masks[0], masks[1])
+    assert np.array_equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
+def test_numpy_pil_and_torch_agree_and_nothing_is_changed(method):
+    picture, _, soft = scene()
+    kept_picture, kept_soft = picture.copy(), soft.copy()
+    expected = refine_mask(picture, soft, method)
+    assert np.array_equal(refine_mask(Image.fromarray(picture), torch.from_numpy(soft), method), expected)
+    with_gradient = torch.from_numpy(soft.astype(np.float64)).requires_grad_()
+    assert np.array_equal(refine_mask(picture, with_gradient, method), expected)
+    assert np.array_equal(refine_mask(picture[:, ::-1][:, ::-1], soft, method), expected), (
+        "a view with negative strides"
+    )
+    assert np.array_equal(picture, kept_picture)
+    assert np.array_equal(soft, kept_soft)
+
+
+def test_half_precision_soft_masks():
+    picture, _, soft = scene()
+    for dtype in (torch.float16, torch.bfloat16):
+        mask = refine_mask(picture, torch.from_numpy(soft).to(dtype), "none")
+        assert (mask != (soft >= 0.5)).mean() < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Thresholds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_none_is_the_threshold():
+    picture, _, soft = scene()
+    assert np.array_equal(refine_mask(picture, soft, "none"), soft >= 0.5)
+    assert np.array_equal(refine_mask(picture, soft, "none", threshold=0.2), soft >= np.float32(0.2))
+
+
+def test_otsu_against_a_slow_search():
+    generator = np.random.default_rng(3)
+    values = np.concatenate((generator.normal(0.2, 0.05, 700), generator.normal(0.6, 0.1, 300))).clip(0, 1)
+    edges = np.linspace(values.min(), values.max(), 257)
+    best, best_variance = None, -1.0
+    for edge in edges[1:-1]:
+        low, high = values[values < edge], values[values >= edge]
+        if len(low) and len(high):
+            variance = len(low) * len(high) * (low.mean() - high.mean()) ** 2
+            if variance > best_variance:
+                best, best_variance = edge, variance
+    found = otsu_threshold(values)
+    assert found == pytest.approx(best, abs=2 * (edges[1] - edges[0]))
+
+
+def test_otsu_against_scikit_image():
+    filters = pytest.importorskip("skimage.filters")
+    _, _, soft = scene()
+    assert otsu_threshold(soft) == pytest.approx(filters.threshold_otsu(soft), abs=0.01)
+
+
+def test_otsu_splits_a_soft_mask_of_any_scale():
+    picture, truth, soft = scene()
+    expected = refine_mask(picture, soft, "otsu")
+    assert jaccard(expected, truth) > 0.5
+    faint = 0.1 + 0.05 * soft
+    assert (refine_mask(picture, faint, "otsu") != expected).mean() < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Degenerate input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_a_constant_soft_mask_stays_what_it_is(method, value):
+    picture, _, soft = scene()
+    mask = refine_mask(picture, np.full_like(soft, value), method)
+    assert mask.all() == (value >= 0.5)
+    assert mask.any() == (value >= 0.5)
+
+
+@pytest.mark.parametrize("scale", [0.4, 0.1])
+def test_grabcut_without_any_value_above_the_threshold(scale):
+    """An undecided decoder: the object is there, but never above one half."""
+    picture, truth, soft = scene()
+    mask = refine_mask(picture, soft * scale, "grabcut")
+    if scale == 0.4:
+        assert jaccard(mask, truth) > 0.9
+    else:
+        assert not mask.any(), "too faint to mean anything"
+
+
+def test_grabcut_without_any_value_below_the_threshold():
+    picture, truth, soft = scene()
+    assert jaccard(refine_mask(picture, 0.55 + 0.4 * soft, "grabcut"), truth) > 0.9
+
+
+@pytest.mark.parametrize("pixels", [1, 4])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("doubt", [0.0, 0.3])
+def test_grabcut_with_almost_no_object_or_background(pixels, inverse, doubt):
+    picture, _, soft = scene()
+    few = np.full_like(soft, doubt)
+    few[64, 80 : 80 + pixels] = 1 - doubt
+    few = 1 - few if inverse else few
+    if doubt:  # by Otsu's threshold the same few pixels stand out, and they are still too few
+        assert np.array_equal(refine_mask(picture, few, "otsu"), few >= 0.5)
+    assert np.array_equal(refine_mask(picture, few), few >= 0.5)
+
+
+def test_grabcut_never_loses_the_object():
+    """Object and background of the same colour: nothing to cut along."""
+    generator = np.random.default_rng(0)
+    picture = generator.integers(100, 110, (60, 90, 3), dtype=np.uint8)
+    _, _, soft = scene(90, 60)
+    for image in (picture, np.full_like(picture, 128)):
+        mask = refine_mask(image, soft * 0.85 + 0.06, sure_foreground=1.1)
+        assert mask.sum() >= 0.1 * (soft * 0.85 + 0.06 >= 0.5).sum() > 0
+
+
+@pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 50), (5, 4), (3, 2000)])
+def test_tiny_and_extreme_pictures(method, size):
+    generator = np.random.default_rng(5)
+    picture = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+    soft = generator.random(size, dtype=np.float32)
+    mask = refine_mask(picture, soft, method)
+    assert mask.shape == size
+    assert mask.dtype == bool
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p, s: (p, s.T), "height and width"),
+        (lambda p, s: (p, s[None]), "height and width"),
+        (lambda p, s: (p, np.where(s > 0.5, np.nan, s)), "not finite"),
+        (lambda p, s: (p, np.where(s > 0.5, np.inf, s)), "not finite"),
+        (lambda p, s: (p, s * 10 - 5), "sigmoid"),
+        (lambda p, s: (p, (s * 255).astype(np.uint8)), "floating-point"),
+        (lambda p, s: (p.astype(np.float32), s), "uint8"),
+        (lambda p, s: (p[..., 0], s), "uint8"),
+        (lambda p, s: (p.transpose(2, 0, 1), s), "uint8"),
+        (lambda p, s: (p[:0], s[:0]), "uint8"),
+    ],
+)
+@pytest.mark.parametrize("method", ["grabcut", "otsu", "none"])
+def test_bad_input_is_named(change, words, method):
+    picture, _, soft = scene()
+    with pytest.raises(InputError, match=words):
+        refine_mask(*change(picture, soft), method)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.2, 0.8, 0.99, 1.0])
+def test_grabcut_with_any_threshold(threshold):
+    """Also with one that lies beyond what counts as sure."""
+    picture, truth, soft = scene()
+    mask = refine_mask(picture, (soft - 0.05) / 0.9, threshold=threshold)
+    assert mask.shape == truth.shape
+    if 0.1 < threshold < 0.9:
+        assert jaccard(mask, truth) > 0.85
+    faint = refine_mask(picture, soft * 0.04, threshold=0.02)  # all of it is below what counts as sure background
+    assert jaccard(faint, truth) > 0.5
+
+
+def test_bad_options():
+    picture, _, soft = scene()
+    with pytest.raises(InputError, match="grabcut, otsu, crf, none"):
+        refine_mask(picture, soft, "magic")
+    with pytest.raises(InputError, match="iteration"):
+        refine_mask(picture, soft, iterations=0)
+    with pytest.raises(InputError, match="working_size"):
+        refine_mask(picture, soft, working_size=0)
+
+
+def test_a_missing_crf_says_what_to_install():
+    """In a process where the package cannot be imported, whether it is installed here or not."""
+    code = (
+        "import sys; sys.modules['pydensecrf'] = None\n"
+        "import numpy as np\n"
+        "from macosnet_hf.errors import InputError\n"
+        "from macosnet_hf.refinement import refine_mask\n"
+        "try:\n"
+        "    refine_mask(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.float32), 'crf')\n"
+        "except InputError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install macosnet-hf[crf]" in result.stdout
+
+
+def test_a_remote_checkpoint_demands_neither_opencv_nor_pydensecrf():
+    """transformers reads the imports of code that travels with a model and refuses to load it where one is missing."""
+    from transformers.dynamic_module_utils import get_imports
+
+    import macosnet_hf.refinement as module
+
+    assert set(get_imports(module.__file__)) <= {"__future__", "typing", "numpy", "PIL"}
+    assert set(REFINEMENT_METHODS) == {"grabcut", "otsu", "crf", "none"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_centre_prior():
+    prior = centre_prior(101, 201, extent=0.6)
+    assert prior.shape == (101, 201)
+    assert prior[50, 100] == prior.max() == 1
+    assert np.allclose(prior, prior[::-1])
+    assert np.allclose(prior, prior[:, ::-1])
+    y, x = np.mgrid[:101, :201]
+    inside = ((x - 100) / (0.6 * 100.5)) ** 2 + ((y - 50) / (0.6 * 50.5)) ** 2
+    assert np.array_equal(prior >= 0.5, inside <= 1)
+
+
+def test_centre_grabcut_finds_a_central_object():
+    picture, truth, _ = scene()
+    mask = centre_grabcut(picture)
+    assert mask.shape == (130, 200)
+    assert jaccard(mask, truth) > 0.85
+    assert jaccard(mask, truth) > jaccard(centre_prior(130, 200, extent=0.7) >= 0.5, truth) + 0.2
+
+
+def test_centre_grabcut_on_a_photograph():
+    with Image.open(PHOTOS / "cheetah.jpg") as image:
+        mask = centre_grabcut(image.convert("RGB"))
+    assert mask.shape == (343, 502)
+    assert 0.02 < mask.mean() < 0.6

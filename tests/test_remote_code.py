@@ -1,0 +1,147 @@
+"""A saved folder serves every auto class with `trust_remote_code=True` where `macosnet_hf` cannot be imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import random_pictures, small_model
+
+from macosnet_hf.configuration_macosnet import MaCoSNetConfig
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
+
+# Runs in a process of its own. Writes what the models say to files, so that the test can compare bits.
+PROGRAM = """
+import importlib.util, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "macosnet_hf" or name.startswith("macosnet_hf."):
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)")
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import macosnet_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package could be imported, so this would prove nothing")
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching
+
+folder, pictures, results, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch.set_flush_denormal(True)
+pixel_values = load_file(pictures)["pixel_values"]
+
+
+def run(auto_class, source):
+    model = auto_class.from_pretrained(source, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        outputs = model(pixel_values)
+    return model, {name: value.contiguous() for name, value in outputs.items() if value is not None}
+
+
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert type(config).__name__ == "MaCoSNetConfig", config
+for source, round_trip in ((folder, results + "/again"), (results + "/again", None)):
+    base, base_outputs = run(AutoModel, source)
+    matcher, matcher_outputs = run(AutoModelForKeypointMatching, source)
+    names = (type(config).__module__, type(base).__module__, type(matcher).__module__)
+    assert all(name.startswith("transformers_modules.") for name in names), names
+    assert (type(base).__name__, type(matcher).__name__) == ("MaCoSNetModel", "MaCoSNetForKeypointMatching")
+    which = "first" if round_trip else "second"
+    save_file(base_outputs, f"{results}/{which}-AutoModel.safetensors")
+    save_file(matcher_outputs, f"{results}/{which}-AutoModelForKeypointMatching.safetensors")
+    if round_trip:
+        # What was loaded as remote code can be saved and served again.
+        base.save_pretrained(round_trip)
+        sizes = torch.tensor([[[40, 90], [70, 30]]])
+        points = matcher.transfer_points(matcher(pixel_values), torch.tensor([[[10.0, 20.0]]]), sizes)
+        save_file({"points": points.detach().contiguous()}, f"{results}/points.safetensors")
+assert "macosnet_hf" not in sys.modules
+"""
+
+
+def run_elsewhere(folder: Path, pictures: torch.Tensor, scratch: Path) -> Path:
+    """Runs the program with nothing of the checkout on its path; returns the folder of its results."""
+    results = scratch / "results"
+    working = scratch / "elsewhere"
+    results.mkdir()
+    working.mkdir()
+    save_file({"pixel_values": pictures.contiguous()}, scratch / "pictures.safetensors")
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(scratch / "hf"),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+    }
+    arguments = [str(folder), str(scratch / "pictures.safetensors"), str(results), str(torch.get_num_threads())]
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", PROGRAM, *arguments],
+        cwd=working,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return results
+
+
+@pytest.fixture(autouse=True)
+def _flush_denormal():
+    """As the other process does: it changes the last bits, and random weights are slow without it."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("case", ["MaCoSNetModel, transformers backbone", "MaCoSNetForKeypointMatching, timm backbone"])
+def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_path):
+    if case.startswith("MaCoSNetModel"):
+        saved, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
+    else:
+        torch.manual_seed(0)
+        saved, pictures = MaCoSNetForKeypointMatching(MaCoSNetConfig()).eval(), torch.randn(1, 2, 3, 240, 240)
+    folder = tmp_path / "model"
+    saved.save_pretrained(folder)
+    results = run_elsewhere(folder, pictures, tmp_path)
+
+    for model_class, auto_class in (
+        (MaCoSNetModel, "AutoModel"),
+        (MaCoSNetForKeypointMatching, "AutoModelForKeypointMatching"),
+    ):
+        model = saved if isinstance(saved, model_class) else model_class.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            expected = {name: value for name, value in model(pictures).items() if value is not None}
+        for which in ("first", "second"):
+            found = load_file(results / f"{which}-{auto_class}.safetensors")
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), f"{which} {auto_class}: {name}"
+        if auto_class == "AutoModelForKeypointMatching":
+            sizes = torch.tensor([[[40, 90], [70, 30]]])
+            points = model.transfer_points(model(pictures), torch.tensor([[[10.0, 20.0]]]), sizes)
+            assert torch.equal(load_file(results / "points.safetensors")["points"], points)
+
+    # What the other process saved is loaded by the installed package, too.
+    again = MaCoSNetForKeypointMatching.from_pretrained(results / "again").eval()
+    state, expected_state = again.macosnet.state_dict(), getattr(saved, "macosnet", saved).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected_state.items())
+    assert state.keys() == expected_state.keys()
+
+
+def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
+    small_model(MaCoSNetForKeypointMatching).save_pretrained(tmp_path)
+    saved = sorted(path.name for path in tmp_path.glob("*.py"))
+    assert saved == ["configuration_macosnet.py", "errors.py", "geometry.py", "modeling_macosnet.py"]
+    for name in saved:
+        lines = (tmp_path / name).read_text().splitlines()
+        assert not [line for line in lines if line.startswith(("import macosnet_hf", "from macosnet_hf"))]
