@@ -36,7 +36,7 @@ typecheck: $(dev_stamp) ## Check the types of the package
 	$(python) -m mypy
 
 benchmark: $(dev_stamp) ## Run every benchmark in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(python) "$$script"; done
+	@set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(python) "$$script"; done
 
 clean: ## Remove caches and build products
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

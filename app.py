@@ -30,9 +30,7 @@ RESULT_HEIGHT = 320  # the same, of the smaller results
 RESULT_MIN_WIDTH = 260  # narrower than this, they stand below one another
 
 TITLE = "Show, Match and Segment"
-SUMMARY = (
-    "Give it two photographs of the same kind of object. It finds the points that correspond, and the object in both."
-)
+SUMMARY = "Give it two photographs of the same kind of object: it finds matching points, and the object in both."
 LIMITS = (
     "Best with one clear object in each photograph, seen from a similar side; thin parts are easily missed. "
     f"Files up to {MAX_FILE_MEGABYTES} MB."
@@ -61,12 +59,14 @@ THEME = gr.themes.Soft(
     block_label_text_color="*body_text_color",
     block_label_text_color_dark="*body_text_color",
     block_label_text_weight="500",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
 )
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
 #header { text-align: center; padding: 1rem 0 0.25rem; }
 #header h1 { font-size: 2rem; font-weight: 650; line-height: 1.2; margin: 0 0 0.4rem; }
-#header p { font-size: 1.05rem; margin: 0 auto; max-width: 48rem; color: var(--body-text-color-subdued); }
+#header p { font-size: 1.05rem; margin: 0 auto; max-width: 60rem; color: var(--body-text-color-subdued); }
 #verdict { text-align: center; font-size: 1.1rem; min-height: 1.75rem; }
 #limits p { text-align: center; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 /* The examples as a row of pairs instead of a table with a line for each. */

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="macosnet",
-        description="Find where each point of one photograph lies in another of the same kind of object, and cut the object out.",
+        description="Find where each point of one photograph lies in another of the same kind of object, "
+        "and cut the object out.",
         epilog="Example: macosnet match cat1.jpg cat2.jpg --output-dir result",
     )
     parser.add_argument("--version", action="version", version=f"macosnet {__version__}")
@@ -59,9 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(match)
     points = match.add_mutually_exclusive_group()
     points.add_argument("--points", metavar='"x,y;x,y"', help="points of the source, in pixels, to find in the target")
-    points.add_argument("--points-file", metavar="CSV", help="the same from a file, one x,y per line (a header may stand first)")
+    points.add_argument(
+        "--points-file", metavar="CSV", help="the same from a file, one x,y per line (a header may stand first)"
+    )
     match.add_argument(
-        "--threshold", type=float, default=0.0, metavar="T", help="drop matches with a score below T, 0 to 1 (default 0)"
+        "--threshold",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="drop matches with a score below T, 0 to 1 (default 0)",
     )
     match.set_defaults(run=run_match)
 
@@ -73,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("photos", nargs="+", metavar="PHOTO", help="photographs, or one folder of them")
     _add_model_arguments(segment)
     segment.add_argument(
-        "--partners", type=int, default=4, metavar="N", help="how many others each photograph is compared with (default 4)"
+        "--partners",
+        type=int,
+        default=4,
+        metavar="N",
+        help="how many others each photograph is compared with (default 4)",
     )
     segment.set_defaults(run=run_segment)
 
@@ -96,7 +107,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine", choices=REFINEMENTS, default="grabcut", help="how soft masks become hard ones (default grabcut)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is one"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,9 +133,7 @@ def run_match(args: argparse.Namespace) -> int:
         from .pair import match_pair
 
         model, processor = load_model_and_processor(args.model, args.device)
-        result = match_pair(
-            *photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold
-        )
+        result = match_pair(*photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
         document = {
             "source": {"file": str(args.source), "width": result.source.width, "height": result.source.height},
             "target": {"file": str(args.target), "width": result.target.width, "height": result.target.height},
@@ -245,8 +256,13 @@ def run_segment(args: argparse.Namespace) -> int:
         small_photos, small_masks = [], []
         masks = refined_masks(photos, result.probabilities, args.refine)
         for number, (name, photo, mask) in enumerate(
-            tqdm(zip(names, photos, masks, strict=True), total=len(photos), desc="Cutting out", unit="photo",
-                 disable=not sys.stderr.isatty())
+            tqdm(
+                zip(names, photos, masks, strict=True),
+                total=len(photos),
+                desc="Cutting out",
+                unit="photo",
+                disable=not sys.stderr.isatty(),
+            )
         ):
             _save_mask(mask, folder / f"{name}_mask.png")
             cutout(photo, mask).save(folder / f"{name}_cutout.png", compress_level=1)
@@ -265,7 +281,9 @@ def run_segment(args: argparse.Namespace) -> int:
                     "partners": [str(kept[index]) for index in result.partners[number]],
                 }
             )
-        overview(small_photos, small_masks, [path.name for path in kept]).save(folder / "overview.png", compress_level=4)
+        overview(small_photos, small_masks, [path.name for path in kept]).save(
+            folder / "overview.png", compress_level=4
+        )
         document = {
             "photos": summary,
             "skipped": [{"photo": str(path), "reason": reason} for path, reason in skipped],

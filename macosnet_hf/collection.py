@@ -1,4 +1,4 @@
-"""N photographs of the same kind of object at once: each is encoded once and segmented together with several partners."""
+"""N photographs of the same kind of object at once: each is encoded once and segmented with several partners."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class CollectionResult:
     Attributes:
         probabilities: `(N, S, S)` soft masks at the network's resolution, averaged over each photograph's partners.
         partners: the indices of each photograph's partners, most alike first.
-        agreement: `(N,)` mean cosine similarity of each photograph's feature to those of its partners, in [-1, 1]; the odd
-            one out has the smallest.
+        agreement: `(N,)` mean cosine similarity of each photograph's feature to those of its partners, in [-1, 1];
+            the odd one out has the smallest.
     """
 
     probabilities: np.ndarray
@@ -66,8 +66,8 @@ def segment_collection(
 ) -> CollectionResult:
     """Soft masks of the object that N photographs have in common.
 
-    Every photograph goes through the encoder once. Its mask is the mean of the masks that the decoder gives it together with
-    each of its partners, so the answer does not depend on the order of the photographs.
+    Every photograph goes through the encoder once. Its mask is the mean of the masks that the decoder gives it
+    together with each of its partners, so the answer does not depend on the order of the photographs.
 
     Args:
         photos: two or more upright RGB pictures.
@@ -83,7 +83,9 @@ def segment_collection(
     base = model.macosnet
     parts = []
     for start in range(0, len(photos), batch_size):
-        pixels = processor.preprocess_views(list(photos)[start : start + batch_size], return_tensors="pt")["pixel_values"]
+        pixels = processor.preprocess_views(list(photos)[start : start + batch_size], return_tensors="pt")[
+            "pixel_values"
+        ]
         parts.append(base.get_image_features(pixels.to(model.device)))
     features = MaCoSNetFeatures(
         last=torch.cat([part.last for part in parts]),

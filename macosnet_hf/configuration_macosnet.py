@@ -25,7 +25,8 @@ class MaCoSNetConfig(PretrainedConfig):
     Args:
         backbone_config (`PretrainedConfig` or `dict`, *optional*):
             Encoder E: any timm (`TimmBackboneConfig`) or transformers backbone whose last chosen stage has stride 16.
-            Defaults to the `lite` preset. Weights are never downloaded from here; training loads ImageNet weights itself.
+            Defaults to the `lite` preset. Weights are never downloaded from here; training loads ImageNet weights
+            itself.
         feature_strides (`list[int]`, *optional*):
             Strides of the chosen stages, coarsest last and equal to 16. Defaults to the last of 2, 4, 8, 16. The finer
             ones are the decoder's skip connections.
@@ -70,8 +71,8 @@ class MaCoSNetConfig(PretrainedConfig):
         padding_mode: str = "zeros",
         decoder_widths: list[int] | None = None,
         local_matching: bool = True,
-        local_matching_sigma: float = 0.15,
-        local_matching_temperature: float = 10.0,
+        local_matching_sigma: float = 0.2,
+        local_matching_temperature: float = 15.0,
         match_consistency_sigma: float = 0.2,
         match_mask_threshold: float = 0.5,
         **kwargs: Any,
@@ -89,7 +90,8 @@ class MaCoSNetConfig(PretrainedConfig):
                 raise InputError(f"backbone_config names an unknown model_type, {model_type!r}.") from error
         self.backbone_config = backbone_config
         if feature_strides is None:
-            feature_strides = [2, 4, 8, 16][-max(1, min(4, len(backbone_config.out_indices or [0]))) :]
+            stages = len(getattr(backbone_config, "out_indices", None) or [0])
+            feature_strides = [2, 4, 8, 16][-max(1, min(4, stages)) :]
         self.feature_strides = list(feature_strides)
         self.image_size = image_size
         self.predictor_channels = list(predictor_channels or [128, 64])

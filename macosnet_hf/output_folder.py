@@ -14,10 +14,11 @@ from .errors import OutputError
 
 @contextlib.contextmanager
 def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder to write results into; when the block ends well its files move into `folder`, else they vanish.
+    """A temporary folder to write results into; when the block ends well its files move into `folder`, else they
+    vanish.
 
-    The folder is created if need be, before the block runs, so that a long run does not end at a closed door. Files of the
-    same name are replaced, others stay.
+    The folder is created if need be, before the block runs, so that a long run does not end at a closed door. Files
+    of the same name are replaced, others stay.
 
     Raises:
         OutputError: if the folder cannot be created or written.

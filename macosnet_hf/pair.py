@@ -35,8 +35,8 @@ class PairResult:
         keypoints: `(N, 2, 2)`, matched points: `[:, 0]` on the source, `[:, 1]` on the target, best first.
         scores: `(N,)` in [0, 1].
         source_mask, target_mask: `(H, W)` bool, in each photograph's own size.
-        affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the source
-            (T_AB), row 1 the other way.
+        affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
+            source (T_AB), row 1 the other way.
     """
 
     source: Image.Image
@@ -72,8 +72,8 @@ class PairResult:
         """Where points of one photograph lie in the other: `(N, 2)` pixels to `(N, 2)` pixels.
 
         Raises:
-            InputError: if the points are not N pairs of finite numbers, lie outside of the photograph, or the direction is
-                unknown.
+            InputError: if the points are not N pairs of finite numbers, lie outside of the photograph, or the
+                direction is unknown.
         """
         if direction not in DIRECTIONS:
             raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
@@ -149,14 +149,14 @@ def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int
     outside = ((array < 0) | (array > np.array(size) - 1)).any(axis=1)
     if outside.any():
         x, y = array[outside][0]
-        raise InputError(f"The point ({x:g}, {y:g}) lies outside of the photograph, which is {size[0]}x{size[1]} pixels.")
+        raise InputError(
+            f"The point ({x:g}, {y:g}) lies outside of the photograph, which is {size[0]}x{size[1]} pixels."
+        )
     return array.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=2)
-def _cached_checkpoint(
-    checkpoint: str, device: str
-) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
+def _cached_checkpoint(checkpoint: str, device: str) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
     return load_model_and_processor(checkpoint, device)
 
 

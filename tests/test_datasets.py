@@ -146,7 +146,7 @@ def test_internet_has_pictures_without_an_object(tmp_path):
 def test_folders_of_ones_own(tmp_path):
     root = coseg(tmp_path / "both")
     records = read("coseg", root)
-    assert [record["id"] for record in records][:2] == ["Bird/p0", "Bird/p1"]
+    assert [record["id"] for record in records][:2] == ["Bird/p0.jpg", "Bird/p1.jpg"]
     assert all(record["source_mask"] is not None for record in records)
     plain = read("coseg", root / "images", "train")
     assert [record["id"] for record in plain] == [record["id"] for record in records]
@@ -320,6 +320,20 @@ def test_an_empty_class_an_unknown_class_and_an_absent_folder(tmp_path):
         read("pf-willow", tmp_path / "nowhere")
     with pytest.raises(DataError, match="pair list is missing"):
         read("pf-pascal", tmp_path)
+
+
+def test_a_file_that_is_no_picture_and_two_pictures_of_one_name(tmp_path):
+    root = coseg(tmp_path)
+    (root / "images" / "Cat" / "p7.heic").write_bytes(b"x")
+    (root / "images" / "Cat" / ".DS_Store").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"p7\.heic"):
+        read("coseg", root)
+    (root / "images" / "Cat" / "p7.heic").unlink()
+    assert len(read("coseg", root)) == 6
+    picture(root / "images" / "Cat" / "p1.png")
+    with pytest.raises(DataError, match=r"p1\.jpg.*same name"):
+        read("coseg", root)
+    assert len(read("coseg", root / "images", "train")) == 7
 
 
 def test_an_unknown_benchmark_or_split(tmp_path):

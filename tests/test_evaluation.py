@@ -206,7 +206,7 @@ def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor
             for other in (1, 2)
         ]
     np.testing.assert_allclose(prediction["mask/target"] / 255, torch.stack(masks).mean(0), atol=0.5 / 255 + 1e-4)
-    assert str(prediction["partner"]) == "Cat/p2"
+    assert str(prediction["partner"]) == "Cat/p2.jpg"
 
 
 def test_each_picture_is_encoded_once(tmp_path, processor, monkeypatch):

@@ -127,6 +127,10 @@ def test_registering_twice_changes_nothing():
 # ---- wheel -----------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_files() -> list[Path]:
+    return [path for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir() if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the sources, so that nothing is left in the checkout."""
@@ -165,9 +169,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "macosnet_hf").rglob("*.py")}
     assert modules <= names
     assert {"macosnet_hf/py.typed", f"macosnet_hf-{macosnet_hf.__version__}.dist-info/licenses/LICENSE"} <= names
-    assert {
-        f"macosnet_hf/pretrained/macosnet-lite/{path.name}" for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir()
-    } <= names
+    assert {f"macosnet_hf/pretrained/macosnet-lite/{path.name}" for path in checkpoint_files()} <= names
     assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt", ".pth", ".pkl"))]
 
 
@@ -184,7 +186,7 @@ def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
 
 
 def test_embedded_checkpoint_is_small_and_safe():
-    files = {path.name: path.stat().st_size for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir()}
+    files = {path.name: path.stat().st_size for path in checkpoint_files()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
     assert sum(files.values()) <= 25_000_000
 

@@ -103,6 +103,19 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_works(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_a_run_cut_off_before_the_renaming_is_repeated_and_a_strangers_folder_is_kept(tmp_path):
+    root, hidden = coseg(tmp_path / "in"), tmp_path / ".out.partial"
+    prepare("coseg", root, hidden)
+    assert prepare("coseg", root, tmp_path / "out") == {"test": 6}
+    assert not hidden.exists()
+    hidden.mkdir()
+    (hidden / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="in the way"):
+        prepare("coseg", root, tmp_path / "out", overwrite=True)
+    assert (hidden / "mine.txt").exists()
+    assert is_prepared(tmp_path / "out")
+
+
 def test_an_error_leaves_nothing_behind(tmp_path):
     root = coseg(tmp_path / "in")
     (root / "images" / "Cat" / "p2.jpg").write_bytes((root / "images" / "Cat" / "p2.jpg").read_bytes()[:300])

@@ -58,7 +58,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         InputError: if an option cannot work, before any time is spent.
     """
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "checkpointing_steps",
+    ):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
     accelerator = Accelerator(
@@ -93,8 +98,9 @@ def train(
 ) -> nn.Module:
     """Runs `args.max_train_steps` optimiser steps of `objective(batch, generator) -> dict with "total"` and returns it.
 
-    Steps are counted on `sync_gradients`. State (weights, moving average, optimiser, scheduler, position in the data) is saved
-    every `checkpointing_steps`; a resumed run sees the batches and random numbers of the uninterrupted one.
+    Steps are counted on `sync_gradients`. State (weights, moving average, optimiser, scheduler, position in the
+    data) is saved every `checkpointing_steps`; a resumed run sees the batches and random numbers of the
+    uninterrupted one.
 
     Raises:
         NonFiniteLossError: if the loss is not finite; the last good state is saved first.
@@ -147,7 +153,7 @@ def train(
                 if not math.isfinite(losses["total"].item()):
                     _save(accelerator, args, step)
                     raise NonFiniteLossError(
-                        f"The loss is not finite at step {step + 1}; the state before it was saved in {args.output_dir}."
+                        f"The loss is not finite at step {step + 1}; the state before it is in {args.output_dir}."
                     )
                 accelerator.backward(losses["total"])
                 if accelerator.sync_gradients:

@@ -1,4 +1,4 @@
-"""Photographs for training: a folder of class folders, a plain folder, or a data set of the Hub; labels are class names only."""
+"""Photographs for training: a folder, class folders, or a data set of the Hub; the only labels are class names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def find_photographs(folder: str | Path) -> tuple[list[Path], list[str]]:
     """Paths and class names below a folder, sorted. The class is the name of the folder that a photograph lies in.
 
-    A folder in the layout `images/<class>/*` (with masks beside it) is read from `images`: masks are never training input.
+    A folder in the layout `images/<class>/*` (with masks beside it) is read from `images`: masks are never training
+    input.
 
     Raises:
         DataError: if the folder is missing or holds no photograph.
@@ -41,7 +42,8 @@ class Photographs(Dataset):
     """Photographs resized to a square, as uint8 tensors `(3, size, size)`, kept in memory after the first reading.
 
     Args:
-        sources: folders, or ids of Hub data sets with an `image` column (and `label` or `class` when there are classes).
+        sources: folders, or ids of Hub data sets with an `image` column (and `label` or `class` when there are
+            classes).
         size: side in pixels; no aspect is kept, as for the network's input.
         exclude: class names to leave out, such as a folder of background clutter.
         limit: at most so many photographs a class.
@@ -52,9 +54,7 @@ class Photographs(Dataset):
         self._items: list[Path | Image.Image] = []
         self.class_names: list[str] = []
         for source in sources:
-            items, names = (
-                find_photographs(source) if Path(source).exists() else _hub_photographs(source)
-            )
+            items, names = find_photographs(source) if Path(source).exists() else _hub_photographs(source)
             counts: dict[str, int] = {}
             for item, name in zip(items, names, strict=True):
                 counts[name] = counts.get(name, 0) + 1

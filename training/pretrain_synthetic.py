@@ -2,8 +2,9 @@
 
     accelerate launch training/pretrain_synthetic.py --dataset_name PHOTOS --output_dir OUT
 
-The encoder stays as ImageNet made it. Both heads of G (affine, then TPS) learn to undo random warps, in both directions of
-every pair; the loss is the distance between where the predicted and the true transform send a grid of points.
+The encoder stays as ImageNet made it. Both heads of G (affine, then TPS) learn to undo random warps, in both
+directions of every pair; the loss is the distance between where the predicted and the true transform send a grid of
+points.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class SyntheticObjective(nn.Module):
 
     Args:
         model: its encoder and decoder are not trained here.
-        feature_noise: largest noise added to features, relative to their own size. Two photographs of different objects of
-            a kind resemble each other less than two warps of one photograph; noise closes part of that gap.
+        feature_noise: largest noise added to features, relative to their own size. Two photographs of different
+            objects of a kind resemble each other less than two warps of one photograph; noise closes part of that gap.
         exact_share: share of steps in which the TPS stage sees re-encoded pixels (as at test with `cascade="exact"`)
             instead of warped features.
     """
@@ -103,7 +104,8 @@ class SyntheticObjective(nn.Module):
 
             grid = make_grid(self.points, self.points, device=raw.device).reshape(1, -1, 2).expand(batch, -1, -1)
             in_source = apply_cascade(grid, pairs.affine, pairs.tps)
-            # Points of B and where they lie in A; for the way back, points of A that lie inside of it, and where they came from.
+            # Points of B and where they lie in A; for the way back, points of A that lie inside of it, and where
+            # they came from.
             start = torch.cat((grid, in_source))
             goal = torch.cat((in_source, grid))
             visible = (in_source.abs() <= 1).all(-1).float()
@@ -144,8 +146,8 @@ def keypoint_validation(
         pictures.append(processor([pair], return_tensors="pt")["pixel_values"][0])
         # Each picture's own width and height become 224 (protocol `image`).
         scaled = [
-            torch.tensor([numbers[2 * k], numbers[2 * k + 1]]).t()
-            / (torch.tensor([pair[k].width, pair[k].height]) - 1) for k in (0, 1)
+            torch.tensor([numbers[2 * k], numbers[2 * k + 1]]).t() / (torch.tensor([pair[k].width, pair[k].height]) - 1)
+            for k in (0, 1)
         ]
         points.append(scaled)
 
@@ -174,7 +176,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--preset", default="lite", help="paper, lite or vgg16")
     parser.add_argument("--model_name_or_path", default=None, help="go on from this model instead of a fresh preset")
-    parser.add_argument("--photo_size", type=int, default=256, help="side to which photographs are resized before warping")
+    parser.add_argument(
+        "--photo_size", type=int, default=256, help="side to which photographs are resized before warping"
+    )
     parser.add_argument("--background_swap", type=float, default=0.5)
     parser.add_argument("--feature_noise", type=float, default=0.7)
     parser.add_argument("--exact_share", type=float, default=0.5)

@@ -2,11 +2,12 @@
 
 Four steps, each on what the one before it gave:
 
-1. *Border contrast*: one minus a cell's similarity to the most similar cells of the picture's border, times a centre prior.
-2. *GrabCut* turns it into a hard mask that follows colour edges.
-3. *Discriminants*: ridge regressions from stride-16 features to those masks, one over all photographs and one a class. A single
-   mask is often wrong, but what the masks of a class have in common is mostly the object, and a linear map of the features
-   cannot learn the rest. This is where the class label (the only supervision there is) comes in.
+1. *Border contrast*: one minus a cell's similarity to the most similar cells of the picture's border, times a centre
+prior. 2. *GrabCut* turns it into a hard mask that follows colour edges.
+3. *Discriminants*: ridge regressions from stride-16 features to those masks, one over all photographs and one a
+   class. A single mask is often wrong, but what the masks of a class have in common is mostly the object, and a
+   linear map of the features cannot learn the rest. This is where the class label (the only supervision there is)
+   comes in.
 4. *GrabCut* again, on the discriminants' mean.
 """
 
@@ -71,16 +72,19 @@ def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: flo
     return (overall + stretch(within)) / 2
 
 
-def sharpen(pictures: Tensor, maps: Tensor, *, workers: int = 2, quiet: bool = False) -> Tensor:
-    """GrabCut from coarse maps, Otsu's threshold as its first guess: uint8 `(N, 3, S, S)` and `(N, h, w)` to bool `(N, S, S)`."""
+def sharpen(pictures: Tensor, maps: Tensor, *, working_size: int, workers: int = 2, quiet: bool = False) -> Tensor:
+    """GrabCut from coarse maps split by Otsu's threshold: uint8 `(N, 3, S, S)` and `(N, h, w)` to bool `(N, S, S)`."""
     size = tuple(pictures.shape[-2:])
 
     def one(index: int) -> np.ndarray:
         soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
         soft = soft.clip(0, 1)
         threshold = otsu_threshold(soft) or 0.5
-        centred = np.where(soft < threshold, soft / threshold / 2, 0.5 + (soft - threshold) / (1 - threshold + 1e-6) / 2)
-        return refine_mask(pictures[index].permute(1, 2, 0).contiguous().numpy(), centred.clip(0, 1), "grabcut")
+        centred = np.where(
+            soft < threshold, soft / threshold / 2, 0.5 + (soft - threshold) / (1 - threshold + 1e-6) / 2
+        )
+        picture = pictures[index].permute(1, 2, 0).contiguous().numpy()
+        return refine_mask(picture, centred.clip(0, 1), "grabcut", working_size=working_size)
 
     with ThreadPoolExecutor(workers) as pool:
         masks = tqdm(pool.map(one, range(len(pictures))), total=len(pictures), desc="GrabCut", disable=quiet)
@@ -102,7 +106,8 @@ def pseudo_masks(pictures: Tensor, features: Tensor, class_names: Sequence[str],
     names = sorted(set(class_names))
     class_ids = torch.tensor([names.index(name) for name in class_names])
     side = features.shape[-1]
-    first = sharpen(pictures, border_contrast(features) * centre_weight(side, 0.6), quiet=quiet)
+    contrast = border_contrast(features) * centre_weight(side, 0.6)
+    first = sharpen(pictures, contrast, working_size=128, quiet=quiet)  # only its mean over 16 pixels is looked at
     coarse = F.interpolate(first[:, None].float(), size=features.shape[-2:], mode="area")[:, 0]
     learnt = discriminants(features, coarse, class_ids) * centre_weight(side, 0.8)
-    return sharpen(pictures, learnt, quiet=quiet)
+    return sharpen(pictures, learnt, working_size=192, quiet=quiet)

@@ -1,7 +1,8 @@
-"""Random warps and photometric changes: the strong supervision of the first stage, made on the fly from single photographs.
+"""Random warps and photometric changes: the strong supervision of the first stage, made on the fly from single
+photographs.
 
-Everything is batched tensor code that runs on the device of its input, and all randomness comes from the generator that is
-passed in, so that a run can be resumed at any step with the same pictures.
+Everything is batched tensor code that runs on the device of its input, and all randomness comes from the generator
+that is passed in, so that a run can be resumed at any step with the same pictures.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def random_view(batch: int, generator: torch.Generator, device: torch.device) ->
 
 
 def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random brightness, contrast, saturation, colour cast, gamma, greyscale, blur and noise for `(B, 3, H, W)` in [0, 1]."""
+    """Random brightness, contrast, saturation, cast, gamma, greyscale, blur and noise for `(B, 3, H, W)` in [0, 1]."""
     batch, device = images.shape[0], images.device
     draw = _uniform(generator, batch, 10, device=device).view(batch, 10, 1, 1, 1)
     images = images.clamp(0, 1) ** (draw[:, 0] * 0.35).exp()
@@ -86,7 +87,7 @@ def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def soft_ellipse(batch: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """`(B, 1, size, size)` soft ellipses near the centre, 1 inside: a stand-in for the object when backgrounds are swapped."""
+    """`(B, 1, size, size)` soft ellipses near the centre, 1 inside: stand-ins for objects in front of a background."""
     draw = _uniform(generator, batch, 4, device=device).view(batch, 4, 1, 1)
     axis = torch.linspace(-1, 1, size, device=device)
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
@@ -120,9 +121,10 @@ def make_pairs(
 ) -> SyntheticPairs:
     """Makes pairs from single photographs `(B, 3, S, S)` in [0, 1].
 
-    A is a random view of the photograph and B is A warped by a known transform. What lies outside the photograph is filled by
-    reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft ellipse around the
-    middle of A is replaced by another photograph of the batch: in real pairs the background does not match either.
+    A is a random view of the photograph and B is A warped by a known transform. What lies outside the photograph is
+    filled by reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft
+    ellipse around the middle of A is replaced by another photograph of the batch: in real pairs the background does
+    not match either.
     """
     batch, device = photographs.shape[0], photographs.device
     view = random_view(batch, generator, device)

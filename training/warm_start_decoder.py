@@ -1,9 +1,10 @@
 """Second stage: the decoder gets a sensible start from masks that nobody drew (see `pseudo_masks.py`).
 
-    accelerate launch training/warm_start_decoder.py --model_name_or_path OUT_OF_STAGE_1 --dataset_name PHOTOS --output_dir OUT
+    accelerate launch training/warm_start_decoder.py --model_name_or_path OUT_OF_STAGE_1 --dataset_name PHOTOS
+    --output_dir OUT
 
-Needs photographs in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks by cross-entropy,
-each photograph together with a partner of its class.
+Needs photographs in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks by
+cross-entropy, each photograph together with a partner of its class.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ class DecoderObjective(nn.Module):
             grid = sampling_grid(random_view(len(pictures), generator, pictures.device), size=(size, size))
             pixels = photometric(warp(pictures, grid, padding_mode="reflection"), generator)
             labels = warp(masks[:, None], grid, padding_mode="reflection")[:, 0]
-            features = self.model.encoder(
-                ((pixels - self.mean) / self.std).to(memory_format=torch.channels_last)
-            )
+            features = self.model.encoder(((pixels - self.mean) / self.std).to(memory_format=torch.channels_last))
             partner = features.normalized.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
             correlation = correlate(partner, features.normalized)
         logits = self.model.predict_masks(features, correlation).float()
@@ -116,7 +115,11 @@ def mask_validation(
                 jaccard.append((mask & truth).sum() / max(1, (mask | truth).sum()))
                 precision.append((mask == truth).mean())
                 area.append(mask.mean())
-        return {"jaccard": float(np.mean(jaccard)), "precision": float(np.mean(precision)), "area": float(np.mean(area))}
+        return {
+            "jaccard": float(np.mean(jaccard)),
+            "precision": float(np.mean(precision)),
+            "area": float(np.mean(area)),
+        }
 
     return validate
 

@@ -217,7 +217,8 @@ def _partial(output: str | os.PathLike[str]) -> Path:
 
 def _start(partial: Path) -> None:
     if partial.exists():
-        if not (partial / MARKER).is_file():
+        # Without the marker it is complete: the run was cut off between the last file and the renaming.
+        if not (partial / MARKER).is_file() and not is_prepared(partial):
             raise OutputError(f"{partial} is in the way; remove it.")
         shutil.rmtree(partial)
     try:

@@ -156,6 +156,16 @@ def _pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
 
 
+def _strangers_in(folder: Path) -> list[Path]:
+    """Files that are neither pictures nor what operating systems leave behind; no photo may go unnoticed."""
+    known = (*PICTURE_SUFFIXES, ".db", ".ini")
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix.lower() not in known and not path.name.startswith(".")
+    )
+
+
 def _subfolder(source: Path, name: str) -> Path:
     """The source itself when it already is the named folder, else the folder inside it."""
     return source if source.name == name else source / name
@@ -559,6 +569,8 @@ def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None 
     _need_some(classes, images, "class folder")
     for folder in classes:
         pictures = _pictures_in(folder)
+        for stranger in _strangers_in(folder):
+            problems.report(DataError(f"{stranger}: this is not a picture in a format that can be read."))
         if not pictures:
             problems.report(DataError(f"{folder}: there is no picture in the class {folder.name!r}."))
             continue
@@ -566,13 +578,22 @@ def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None 
         for orphan in sorted(set(available) - {path.stem for path in pictures}) if with_masks else []:
             problems.report(DataError(f"{available[orphan]}: this mask has no picture in {folder}."))
 
-        def build(path: Path, class_name: str = folder.name, available: dict[str, Path] = available) -> Record:
+        stems = [path.stem for path in pictures]
+
+        def build(
+            path: Path,
+            class_name: str = folder.name,
+            available: dict[str, Path] = available,
+            stems: list[str] = stems,
+        ) -> Record:
             where = str(path)
             if with_masks and path.stem not in available:
                 raise DataError(f"{where}: the mask {masks / class_name / (path.stem + '.png')} is missing.")
+            if with_masks and stems.count(path.stem) > 1:
+                raise DataError(f"{where}: another picture has the same name, so its mask is not certain.")
             return make_record(
                 where,
-                id=f"{class_name}/{path.stem}",
+                id=f"{class_name}/{path.name}",
                 split=split,
                 class_name=class_name,
                 source_id=f"{class_name}/{path.name}",

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the table here")
     parser.add_argument("--predictions", metavar="FOLDER", help="keep predictions here, or score those that are there")
     parser.add_argument("--skip-invalid", action="store_true", help="leave invalid samples out, counted and listed")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="pairs at a time (default: 16)")
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="pairs at a time (default: 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 

@@ -126,7 +126,7 @@ class Options:
     partners: int = 3
     seed: int = 0
     alphas: tuple[float, ...] | None = None
-    batch_size: int = 16
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.refine not in REFINEMENTS:
