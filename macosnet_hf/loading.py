@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import DEFAULT_CHECKPOINT
 from .errors import CheckpointError, InputError
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
     from .modeling_macosnet import MaCoSNetForKeypointMatching
 
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.pth.tar", "model.bin", "model.ckpt")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save is a zip of pickles
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -34,8 +39,26 @@ def pick_device(device: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise InputError(f"There is no device called {device!r}; use auto, cpu or cuda.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("This machine has no CUDA device; use --device cpu or auto.")
+        raise InputError("This machine has no CUDA device that can be used; use cpu or auto.")
     return chosen
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """Finds what a person would have to mend in a checkpoint folder, quickly: torch is not imported.
+
+    A name that can only be the id of a Hub repository passes.
+
+    Raises:
+        CheckpointError: if there is no such folder, one of its files is missing or damaged, its weights are a pickle,
+            or it holds another kind of model.
+    """
+    name = os.fspath(checkpoint)
+    if os.path.isdir(name):
+        _check_folder(Path(name))
+    elif os.path.exists(name):
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder or the id of a Hub repository.")
+    elif not name or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise CheckpointError(f"There is no checkpoint folder {name!r}.")
 
 
 def load_model_and_processor(
@@ -53,75 +76,153 @@ def load_model_and_processor(
         CheckpointError: if a file is missing or damaged, the weights are a pickle, or the architecture is another.
         InputError: if the device is not there.
     """
-    target = pick_device(device) if isinstance(device, str) else device
     name = os.fspath(checkpoint)
-    if os.path.isdir(name):
-        _check_folder(Path(name))
-    elif os.path.exists(name):
-        raise CheckpointError(f"{name} is a file; a checkpoint is a folder or the id of a Hub repository.")
-    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name:
-        raise CheckpointError(f"There is no checkpoint folder {name!r}.")
-
-    from transformers.utils import logging
+    check_checkpoint(name)
+    target = pick_device(device) if isinstance(device, str) else device
 
     from .image_processing_macosnet import MaCoSNetImageProcessor
     from .modeling_macosnet import MaCoSNetForKeypointMatching
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model, info = MaCoSNetForKeypointMatching.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, weights_only=True
-        )
-        processor = MaCoSNetImageProcessor.from_pretrained(name)
-    except CheckpointError:
-        raise
+        with _quiet_transformers():
+            model, info = MaCoSNetForKeypointMatching.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            processor = MaCoSNetImageProcessor.from_pretrained(name)
     except Exception as error:
-        # transformers, safetensors and the Hub client raise many kinds for a damaged or absent checkpoint.
+        # transformers, safetensors, timm and the Hub client raise many kinds for a damaged or absent checkpoint.
         if os.path.isdir(name):
-            raise CheckpointError(f"The checkpoint in {name} cannot be used: {_first_line(error)}") from error
+            raise CheckpointError(f"The checkpoint in {name} cannot be used ({_first_line(error)}).") from error
         raise CheckpointError(
             f"{name!r} is no folder here, and could not be had from the Hub ({_first_line(error)}). Without a network, "
             "pass the folder of a checkpoint that is on this machine."
         ) from error
+    _check_weights(name, model, info)
+    _check_processor(name, model, processor)
+    return model.to(target).eval(), processor
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report: what is wrong is said in our own sentence."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        kind, names = next(iter(wrong.items()))
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        fault = "lack" if kind == "missing_keys" else "have another shape for"
-        raise CheckpointError(f"The weights of {name} {fault} {shown}: this is not a checkpoint of this architecture.")
-    return model.to(target).eval(), processor
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")
+    return (text[0] if text else type(error).__name__).rstrip(".:")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before torch is imported
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _check_folder(folder: Path) -> None:
-    """Finds what a person would have to mend, before the libraries fail in their own words."""
     for required in ("config.json", "preprocessor_config.json"):
-        path = folder / required
-        if not path.is_file():
+        if not (folder / required).is_file():
             raise CheckpointError(f"The checkpoint folder {folder} has no {required}.")
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {_first_line(error)}.") from error
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{path} is damaged: it holds no settings.")
+        settings = _read_json(folder / required)
         if required == "config.json" and settings.get("model_type") != "macosnet":
             raise CheckpointError(
                 f"{folder} holds a {settings.get('model_type') or 'nameless'} model, not a MaCoSNet checkpoint."
             )
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
-    if pickles:
+    if (folder / _WEIGHTS).is_file():
+        _check_safetensors(folder / _WEIGHTS)
+    elif (folder / _INDEX).is_file():
+        shards = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{folder / _INDEX} is damaged: it names no weights.")
+        for shard in sorted(set(shards.values())):
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"The checkpoint folder {folder} has no {shard}.")
+            _check_safetensors(folder / shard)
+    else:
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        if pickles:
+            raise _pickle_error(folder / pickles[0])
+        raise CheckpointError(f"The checkpoint folder {folder} has no {_WEIGHTS}.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings.")
+    return settings
+
+
+def _check_safetensors(path: Path) -> None:
+    """Reads the header only; safetensors compares it with the length of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start.startswith(_PICKLE_STARTS):
+            raise _pickle_error(path)
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}).") from error
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle, which can run code when it is loaded; only weights in the safetensors format are read."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(name: str, model: MaCoSNetForKeypointMatching, info: dict[str, Any]) -> None:
+    """Weights that were not in the file would be random numbers, and broken ones would end as a puzzle far away."""
+    for kind, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
+        # Mismatched ones come as (name, shape in the file, shape in the model).
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[kind])
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(
+                f"The weights of {name} {fault} {shown}: they do not fit the architecture in its config.json."
+            )
+    for key, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"The weights of {name} are damaged: {key} holds values that are not finite numbers.")
+
+
+def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor) -> None:
+    """One tiny picture goes through: its settings are checked by nobody else before the first photograph."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with np.errstate(all="ignore"):
+            pixels = processor.preprocess_views([Image.new("RGB", (4, 4))], return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        # Settings of any type and value reach numpy and PIL from here.
+        raise CheckpointError(f"The preprocessor_config.json of {name} cannot be used ({_first_line(error)}).") from error
+    size = model.config.image_size
+    if tuple(pixels.shape) != (1, 3, size, size):
         raise CheckpointError(
-            f"{folder / pickles[0]} is a pickle, which can run code when it is loaded; only model.safetensors is read."
+            f"The preprocessor_config.json of {name} makes pictures of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, "
+            f"but its model takes {size}x{size}."
         )
-    raise CheckpointError(f"The checkpoint folder {folder} has no model.safetensors.")
+    if not pixels.isfinite().all():
+        raise CheckpointError(
+            f"The preprocessor_config.json of {name} is damaged: it turns pixels into numbers that are not finite."
+        )

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import OutputError
@@ -23,6 +23,8 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: if the folder cannot be created or written.
     """
+    if not os.fspath(folder):
+        raise OutputError("The name of the output folder is empty.")
     target = Path(folder)
     created = _create(target)
     done = False
@@ -30,29 +32,64 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             partial = Path(tempfile.mkdtemp(prefix=".macosnet-", dir=target))
         except OSError as error:
-            raise OutputError(f"Nothing can be written in the folder {target}: {error.strerror}.") from error
+            raise OutputError(f"Nothing can be written in the folder {target} ({_reason(error)}).") from error
         try:
             yield partial
-            for path in sorted(partial.iterdir()):
+            results = sorted(partial.iterdir())
+            for path in results:  # all of them before the first one moves
+                if (target / path.name).is_dir():
+                    raise OutputError(f"{target / path.name} is a folder; it stands where a result should go.")
+            for path in results:
                 os.replace(path, target / path.name)
             done = True
         except OSError as error:
-            raise OutputError(f"The results could not be written in {target}: {error.strerror or error}.") from error
+            raise OutputError(f"The results could not be written in {target} ({_reason(error)}).") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
         if not done:
-            for path in created:  # innermost first; only folders of our own making, and only while they are empty
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+            _remove_empty(created)
+
+
+def refuse_to_overwrite(
+    folder: str | os.PathLike[str], names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Checks that no result would replace one of the photographs that it is made from.
+
+    Args:
+        folder: where the results will go.
+        names: file names of the results.
+        inputs: the photographs.
+
+    Raises:
+        OutputError: if one would.
+    """
+    kept = {os.path.realpath(path) for path in inputs}
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.realpath(path) in kept:
+            raise OutputError(f"The result {path} would replace the photograph of that name; choose another folder.")
 
 
 def _create(target: Path) -> list[Path]:
-    missing = [path for path in (target, *target.parents) if not path.exists()]
+    """Makes the folder; returns the folders that were made, innermost first."""
+    missing = [path for path in (target, *target.parents) if not os.path.lexists(path)]
     try:
         target.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OutputError(f"{target} is a file, not a folder.") from error
-    except OSError as error:
-        raise OutputError(f"The folder {target} cannot be created: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        _remove_empty(missing)
+        raise OutputError(f"The folder {target} cannot be created ({_reason(error)}).") from error
     return missing
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders of our own making, innermost first, as far as they are there and nobody put anything in."""
+    for path in folders:
+        with contextlib.suppress(OSError, ValueError):
+            path.rmdir()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

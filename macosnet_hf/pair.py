@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("source_to_target", "target_to_source")
 
+_MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes pictures of at most 32,766 pixels a side
+_TILE = 1024
+
 
 @dataclass
 class PairResult:
@@ -99,20 +102,32 @@ class PairResult:
         """The source bent so that it lies on the target, in the target's size; black where the source shows nothing."""
         import cv2
 
+        source = self.source
+        if max(source.size) > _MAX_REMAP_SIDE:
+            source = source.copy()
+            source.thumbnail((_MAX_REMAP_SIDE, _MAX_REMAP_SIDE))
         width, height = self.target.size
         # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
-        coarse = (min(height, 512), min(width, 512))
+        size = (min(height, 512), min(width, 512))
         with torch.inference_mode():
             grid = sampling_grid(
                 torch.from_numpy(self.affine[:1]),
                 torch.from_numpy(self.tps[:1]),
-                size=coarse,
+                size=size,
                 regularization=self._model.config.tps_regularization,
             )
-            places = denormalize_points(grid, (self.source.height, self.source.width)).permute(0, 3, 1, 2)
-            full = torch.nn.functional.interpolate(places, size=(height, width), mode="bilinear", align_corners=True)
-        map_x, map_y = (plane.numpy() for plane in full[0].float())
-        return Image.fromarray(cv2.remap(np.asarray(self.source), map_x, map_y, cv2.INTER_LINEAR))
+            places = denormalize_points(grid, (source.height, source.width))[0].permute(2, 0, 1).float()
+        pixels = np.asarray(source)
+        warped = np.empty((height, width, 3), dtype=np.uint8)
+        columns = _between(width, size[1])
+        for top in range(0, height, _TILE):  # in tiles: the places of all pixels at once take more than the picture
+            bottom = min(top + _TILE, height)
+            strip = _interpolate(places, *(part[top:bottom] for part in _between(height, size[0])), dim=1)
+            for left in range(0, width, _TILE):
+                right = min(left + _TILE, width)
+                map_x, map_y = _interpolate(strip, *(part[left:right] for part in columns), dim=2).numpy()
+                warped[top:bottom, left:right] = cv2.remap(pixels, map_x, map_y, cv2.INTER_LINEAR)
+        return Image.fromarray(warped)
 
     @property
     def quality(self) -> str:
@@ -124,6 +139,22 @@ def quality_in_words(scores: np.ndarray) -> str:
     """`"good"`, `"fair"` or `"poor"` from the scores of a pair's matches `(N,)`."""
     strength = float(np.sum(np.sort(scores)[::-1][:20])) / 20
     return "good" if strength >= 0.45 else "fair" if strength >= 0.3 else "poor"
+
+
+def _between(count: int, coarse: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For `count` positions spread over `coarse` samples, end on end: lower and upper sample and the upper's weight."""
+    position = torch.linspace(0, coarse - 1, count, dtype=torch.float64)
+    lower = position.floor().long().clamp(max=max(coarse - 2, 0))
+    return lower, (lower + 1).clamp(max=coarse - 1), (position - lower).float()
+
+
+def _interpolate(
+    values: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, weight: torch.Tensor, dim: int
+) -> torch.Tensor:
+    """Linear interpolation of `(C, h, w)` along one dimension at the positions that `_between` gave."""
+    shape = [1] * values.dim()
+    shape[dim] = -1
+    return torch.lerp(values.index_select(dim, lower), values.index_select(dim, upper), weight.view(shape))
 
 
 def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -3,30 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from macosnet_hf.errors import InputError, MaCoSNetError
+from macosnet_hf.errors import InputError, MaCoSNetError, OutputError
+
+DEFAULT_STEPS = 1000
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+# What may change between a run and its continuation, because it does not touch the result. The photographs are compared
+# by themselves (`TrainingData.fingerprint`), so that a folder may move.
+FREE_ARGUMENTS = {
+    "config",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "dataloader_num_workers",
+    "keep_in_memory",
+    "skip_data_check",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "validation_steps",
+    "validation_pairs",
+    "validation_masks",
+    "validation_per_class",
+    "with_tracking",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+}
 
 
 class NonFiniteLossError(MaCoSNetError):
-    """The loss became infinite or not a number; the state before the step has been saved."""
+    """The loss or its gradient became infinite or not a number; the state before the step has been saved."""
+
+
+class TrainingData(Protocol):
+    """A map-style data set that can say which photographs it holds."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """Text that is equal for equal contents only."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that every script takes, under the names that Accelerate's users know."""
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--config", default=None, help="YAML file of these arguments; the command line wins over it")
     parser.add_argument("--dataset_name", nargs="+", required=True, help="folders of photographs, or Hub data-set ids")
     parser.add_argument("--exclude_classes", nargs="*", default=[], help="class folders to leave out")
     parser.add_argument("--output_dir", required=True, help="where checkpoints and the final model go")
@@ -35,203 +85,533 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
-    parser.add_argument("--lr_scheduler_type", default="cosine")
+    parser.add_argument("--lr_scheduler_type", choices=SCHEDULES, default="cosine")
     parser.add_argument("--num_warmup_steps", type=int, default=100)
-    parser.add_argument("--max_train_steps", type=int, default=1000, help="optimiser steps")
+    parser.add_argument(
+        "--max_train_steps",
+        type=int,
+        default=None,
+        help=f"optimiser steps; wins over --num_train_epochs ({DEFAULT_STEPS} where neither is given)",
+    )
+    parser.add_argument("--num_train_epochs", type=float, default=None)
     parser.add_argument("--ema_decay", type=float, default=0.999, help="0 turns the moving average of the weights off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default=None)
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--keep_in_memory", action="store_true", help="decode all photographs once, before training")
+    parser.add_argument(
+        "--keep_in_memory", action=flag, default=False, help="decode all photographs once, at the start"
+    )
+    parser.add_argument(
+        "--skip_data_check", action=flag, default=False, help="do not try to read every photograph before training"
+    )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help="a checkpoint folder, or 'latest'")
     parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--validation_steps", type=int, default=500)
-    parser.add_argument("--with_tracking", action="store_true")
-    parser.add_argument("--report_to", default="tensorboard")
+    parser.add_argument("--with_tracking", action=flag, default=False)
+    parser.add_argument("--report_to", default="tensorboard", help="tensorboard, trackio, wandb, ..., or all")
+    parser.add_argument("--push_to_hub", action=flag, default=False, help="upload the final model (no checkpoints)")
+    parser.add_argument("--hub_model_id", default=None, help="defaults to the name of the output folder")
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerator, seeds and output folder.
+def parse_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line on top of the YAML file that `--config` names.
 
     Raises:
-        InputError: if an option cannot work, before any time is spent.
+        InputError: if the file cannot be read, or has a key that is no argument of the script.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=None)
+    path = finder.parse_known_args(given)[0].config
+    # The file's settings become words of a command line, so that types and choices are checked in one place.
+    return parser.parse_args((_config_words(parser, path) if path else []) + given)
+
+
+def _config_words(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The configuration {path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"The configuration {path} is not a list of `argument: value` lines.")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words: list[str] = []
+    for key, value in settings.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Is {close[0]} meant?" if close else ""
+            raise InputError(f"The configuration {path} has an unknown key {key!r}.{hint}")
+        many = known[key].nargs in ("+", "*")
+        if isinstance(value, dict) or (isinstance(value, list) and not many):
+            raise InputError(f"The key {key!r} of the configuration {path} takes a single value.")
+        is_flag = isinstance(known[key], argparse.BooleanOptionalAction)
+        if is_flag != isinstance(value, bool) and value is not None:
+            raise InputError(
+                f"The key {key!r} of the configuration {path} takes {'true or false' if is_flag else 'a value'}."
+            )
+        if value is None:
+            continue
+        if is_flag:
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif many:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def _check(args: argparse.Namespace) -> None:
     for name in (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_train_steps",
         "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "validation_steps",
     ):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if args.with_tracking else None,
-        project_config=ProjectConfiguration(project_dir=args.output_dir),
-        step_scheduler_with_optimizer=False,
-    )
+    for name in ("num_warmup_steps", "dataloader_num_workers", "weight_decay", "seed"):
+        if not getattr(args, name) >= 0:
+            raise InputError(f"--{name} must not be negative.")
+    for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"--{name} must be a positive number.")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError("--ema_decay must be at least 0 and less than 1.")
+    if args.with_tracking and args.report_to != "all" and args.report_to not in map(str, get_available_trackers()):
+        raise InputError(f"--report_to {args.report_to} is not installed here, or not known to accelerate.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start and end of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerator, seeds and output folder; finds out what cannot work before any time is spent.
+
+    Raises:
+        InputError: if an option cannot work, or the checkpoint to resume from was made with other settings.
+        OutputError: if the output folder cannot be made.
+    """
+    _check(args)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            # Epochs do not end a step early: the number of batches in a step is the same for all steps, so that the
+            # place in the data follows from the number of the step.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=args.report_to if args.with_tracking else None,
+            project_config=ProjectConfiguration(project_dir=args.output_dir),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:  # such as fp16 on a CPU
+        raise InputError(" ".join(str(error).split())) from error
     set_seed(args.seed)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            for partial in Path(args.output_dir).glob("partial-*"):
+                shutil.rmtree(partial)  # what a killed run left behind while it saved or removed a checkpoint
+        except OSError as error:
+            raise OutputError(f"The output folder {args.output_dir} cannot be used ({error.strerror}).") from error
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        _refuse_other_settings(checkpoint, _settings(accelerator, args))
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = _make_repository(args)
     if args.with_tracking:
-        settings = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("macosnet", config=settings)
+        values = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("macosnet", config=values)
     return accelerator
 
 
+def save_model(accelerator: Accelerator, args: argparse.Namespace, model: Any, processor: Any) -> None:
+    """Writes model and processor into the output folder, and uploads them (never a checkpoint) if asked.
+
+    Raises:
+        OutputError: if the upload fails; the model is in the output folder all the same.
+    """
+    if accelerator.is_main_process:
+        model.save_pretrained(args.output_dir)
+        processor.save_pretrained(args.output_dir)
+        if args.push_to_hub:
+            from huggingface_hub import upload_folder
+
+            kept_here = ["checkpoint-*", "partial-*", "log.jsonl", "*.npz", "macosnet/*"]
+            try:
+                upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, ignore_patterns=kept_here)
+            except Exception as error:  # the client raises many kinds; all mean that the upload failed.
+                raise OutputError(f"The upload to {args.hub_model_id} failed: {_first_line(error)}.") from error
+    accelerator.wait_for_everyone()
+    if args.with_tracking:
+        accelerator.end_training()
+
+
+def _make_repository(args: argparse.Namespace) -> str:
+    """Before training, so that a missing log-in is found at once."""
+    from huggingface_hub import create_repo
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # the client raises many kinds; all mean that nothing can be uploaded.
+        raise InputError(f"--push_to_hub cannot work: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".:")
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Runs a script's `main`; bad input ends with one sentence and exit code 2."""
+    try:
+        status = main()
+    except MaCoSNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """Randomness of one step on one process: the same whether or not the run was interrupted before it."""
+    """Randomness of one batch on one process: the same whether or not the run was interrupted before it."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+class EpochSampler(Sampler[int]):
+    """A random order that depends on nothing but the seed and the epoch.
+
+    torch's own draws the order of an epoch from the state that the epoch before left, which a resumed run lacks.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator, what: str = "photographs") -> None:
+    """Raises [`InputError`] if `count` samples are fewer than one batch for every process."""
+    needed = args.per_device_train_batch_size * accelerator.num_processes
+    if count < needed:
+        raise InputError(
+            f"The data set has only {count} {what} and one step takes {needed}: "
+            "add photographs or lower --per_device_train_batch_size."
+        )
+
+
+def moving_average(objective: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of parameters and buffers.
+
+    Its decay rises as (1 + n) / (10 + n) to the given one, so that a short run does not end with its first weights.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, share)
+        else:  # counters
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(objective, multi_avg_fn=update, use_buffers=True)
 
 
 def train(
     accelerator: Accelerator,
     objective: nn.Module,
-    dataset: Dataset,
+    dataset: TrainingData,
     args: argparse.Namespace,
     *,
-    collate_fn: Callable | None = None,
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> nn.Module:
-    """Runs `args.max_train_steps` optimiser steps of `objective(batch, generator) -> dict with "total"` and returns it.
+    """Trains `objective(batch, generator) -> dict of scalars with "total"` and returns its moving average.
 
-    Steps are counted on `sync_gradients`. State (weights, moving average, optimiser, scheduler, position in the
-    data) is saved every `checkpointing_steps`; a resumed run sees the batches and random numbers of the
-    uninterrupted one.
+    Steps are counted on `sync_gradients`. State (weights, moving average, optimiser, schedule) is saved every
+    `checkpointing_steps`; a resumed run sees the batches and random numbers of the uninterrupted one.
+
+    Args:
+        validate: `(objective in evaluation mode, step) -> figures`; called on the first process alone.
 
     Raises:
-        NonFiniteLossError: if the loss is not finite; the last good state is saved first.
+        InputError: if there are too few samples, or other ones than in the run that is resumed.
+        NonFiniteLossError: if loss or gradient is not finite; the state before the step is saved first.
     """
+    check_enough(len(dataset), args, accelerator, "samples")
     loader = DataLoader(
         dataset,
         batch_size=args.per_device_train_batch_size,
-        shuffle=True,
+        sampler=EpochSampler(len(dataset), args.seed),
         drop_last=True,
         num_workers=args.dataloader_num_workers,
-        collate_fn=collate_fn,
-        generator=torch.Generator().manual_seed(args.seed),
     )
-    if not len(loader):
-        raise InputError(
-            f"The data set has {len(dataset)} photographs, fewer than one batch of {args.per_device_train_batch_size}."
-        )
+    batches_per_epoch = len(loader) // accelerator.num_processes
+    total_steps = args.max_train_steps or DEFAULT_STEPS
+    if args.max_train_steps is None and args.num_train_epochs is not None:
+        total_steps = max(1, int(args.num_train_epochs * batches_per_epoch) // args.gradient_accumulation_steps)
+    # A model from `from_pretrained` is in evaluation mode, a fresh one is not; what must stay frozen, the objective
+    # itself keeps so in its `train`.
+    objective.train()
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
     scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.num_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.num_warmup_steps, num_training_steps=total_steps
     )
-    average = None
-    if args.ema_decay > 0:
-        average = AveragedModel(objective, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True)
+    average = moving_average(objective, args.ema_decay) if args.ema_decay > 0 else None
     wrapped, optimizer, loader, scheduler = accelerator.prepare(objective, optimizer, loader, scheduler)
+    # A model is built in training mode but loaded in evaluation mode; the objective knows which of its parts are frozen.
+    wrapped.train()
     if average is not None:
         average.to(accelerator.device)
         accelerator.register_for_checkpointing(average)
+    checkpoints = Checkpoints(accelerator, args, dataset.fingerprint())
 
-    step, epoch, skip = 0, 0, 0
-    if args.resume_from_checkpoint:
-        step = _resume(accelerator, args)
-        micro_steps = step * args.gradient_accumulation_steps
-        epoch, skip = micro_steps // len(loader), micro_steps % len(loader)
-
-    progress = tqdm(total=args.max_train_steps, initial=step, desc="Training", disable=not accelerator.is_main_process)
-    sums: dict[str, float] = {}
-    while step < args.max_train_steps:
+    step = checkpoints.resume()
+    epoch, skip = divmod(step * args.gradient_accumulation_steps, batches_per_epoch)
+    report = Reports(accelerator, args, step)
+    progress = tqdm(total=total_steps, initial=step, desc="Training", disable=not accelerator.is_main_process)
+    buffers = _snapshot(objective)
+    while step < total_steps:
         loader.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, skip) if skip else loader
         for position, batch in enumerate(batches, start=skip):
             with accelerator.accumulate(wrapped):
-                micro = epoch * len(loader) + position
-                generator = step_generator(args.seed, micro, accelerator.process_index)
-                losses: dict[str, Tensor] = wrapped(batch, generator)
-                if not math.isfinite(losses["total"].item()):
-                    _save(accelerator, args, step)
+                batch_number = epoch * batches_per_epoch + position
+                losses: dict[str, Tensor] = wrapped(
+                    batch, step_generator(args.seed, batch_number, accelerator.process_index)
+                )
+                # Reduced, so that all processes stop together; one that goes on alone would wait for ever.
+                finite = math.isfinite(accelerator.reduce(losses["total"].detach().float(), "mean").item())
+                if finite:
+                    accelerator.backward(losses["total"])
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                        # With fp16 the scaler meets overflows by itself, and leaves such steps out.
+                        finite = accelerator.scaler is not None or math.isfinite(norm)
+                if not finite:
+                    _restore(objective, buffers)
+                    folder = checkpoints.save(step)
                     raise NonFiniteLossError(
-                        f"The loss is not finite at step {step + 1}; the state before it is in {args.output_dir}."
+                        f"The loss is not finite at step {step + 1}; the state before that step is in {folder}."
                     )
-                accelerator.backward(losses["total"])
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                 optimizer.zero_grad()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            report.add(losses)
             if not accelerator.sync_gradients:
                 continue
             step += 1
             progress.update()
+            buffers = _snapshot(objective)
             if average is not None:
-                average.update_parameters(accelerator.unwrap_model(wrapped))
+                average.update_parameters(objective)
             if step % args.logging_steps == 0:
-                count = args.logging_steps * args.gradient_accumulation_steps
-                means = {name: value / count for name, value in sums.items()}
-                means["learning_rate"] = scheduler.get_last_lr()[0]
-                sums = {}
-                _report(accelerator, args, step, means)
+                report.losses(step, scheduler.get_last_lr()[0])
             if step % args.checkpointing_steps == 0:
-                _save(accelerator, args, step)
-            if validate is not None and (step % args.validation_steps == 0 or step == args.max_train_steps):
-                current = average.module if average is not None else accelerator.unwrap_model(wrapped)
-                was_training = current.training
-                current.eval()
-                _report(accelerator, args, step, validate(current, step))
-                current.train(was_training)
-            if step >= args.max_train_steps:
+                checkpoints.save(step)
+            if validate is not None and (step % args.validation_steps == 0 or step == total_steps):
+                report.validation(step, validate, average.module if average is not None else objective)
+            if step >= total_steps:
                 break
         epoch, skip = epoch + 1, 0
     progress.close()
     accelerator.wait_for_everyone()
-    if args.with_tracking:
-        accelerator.end_training()
-    return average.module if average is not None else accelerator.unwrap_model(wrapped)
+    return average.module if average is not None else objective
 
 
-def _report(accelerator: Accelerator, args: argparse.Namespace, step: int, values: dict[str, float]) -> None:
+def _snapshot(objective: nn.Module) -> list[Tensor]:
+    """Batch-norm statistics change in a forward pass already, before it is known whether the loss is finite."""
+    return [buffer.clone() for buffer in objective.buffers()]
+
+
+def _restore(objective: nn.Module, buffers: list[Tensor]) -> None:
+    with torch.no_grad():
+        for buffer, before in zip(objective.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
+class Reports:
     """One JSON line a report in `log.jsonl`, the terminal, and the trackers."""
-    if accelerator.is_main_process:
-        tqdm.write(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-    if args.with_tracking:
-        accelerator.log(values, step=step)
+
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, step: int):
+        self.accelerator, self.with_tracking = accelerator, args.with_tracking
+        self.path = Path(args.output_dir) / "log.jsonl"
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        if accelerator.is_main_process:
+            # Lines of steps that are about to be made again go.
+            lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Takes in the scalars of one batch."""
+        self.count += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+
+    def losses(self, step: int, learning_rate: float) -> None:
+        """Means over all batches of all processes since the last report."""
+        means = torch.tensor([value / self.count for value in self.sums.values()], device=self.accelerator.device)
+        means = self.accelerator.reduce(means, "mean").tolist()
+        self._write(step, {**dict(zip(self.sums, means, strict=True)), "learning_rate": learning_rate})
+        self.sums, self.count = {}, 0
+
+    def validation(
+        self, step: int, validate: Callable[[nn.Module, int], dict[str, float]], objective: nn.Module
+    ) -> None:
+        """Runs the validation on the first process, in evaluation mode."""
+        if self.accelerator.is_main_process:
+            was_training = objective.training
+            objective.eval()
+            self._write(step, validate(objective, step))
+            objective.train(was_training)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            with open(self.path, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+            if self.with_tracking:
+                self.accelerator.log(values, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves and resumes `checkpoint-<step>` folders: each is there as a whole or not at all."""
+
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, data: str):
+        self.accelerator, self.args, self.data = accelerator, args, data
+
+    def save(self, step: int) -> Path:
+        """Saves under a temporary name, moves into place, and removes the oldest beyond the limit."""
+        final = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if final.exists():  # the state before a failed step may have been saved already
+            return final
+        partial = final.with_name(f"partial-{step}")
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            description = {"step": step, "data": self.data, "settings": _settings(self.accelerator, self.args)}
+            (partial / "run.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+            partial.rename(final)
+            for old in _checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
+                gone = old.with_name(f"partial-{old.name}")
+                old.rename(gone)  # a kill during the removal must not leave half a checkpoint under its name
+                shutil.rmtree(gone)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def resume(self) -> int:
+        """Loads the checkpoint that was asked for; returns the number of steps made so far."""
+        path = find_checkpoint(self.args)
+        if path is None:
+            return 0
+        description = _description(path)
+        if description["data"] != self.data:
+            raise InputError(f"{path} was made with other photographs; resume it with its own, or start anew.")
+        try:
+            self.accelerator.load_state(str(path))
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{path} cannot be resumed: {_first_line(error)}.") from error
+        self.accelerator.step = 0  # a step begins with its first batch, also after a failure in the middle of one
+        return int(description["step"])
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; `None` for a new run.
+
+    "latest" in a folder without a checkpoint is a new run: a job that restarts itself may have been killed before it
+    saved anything.
+
+    Raises:
+        InputError: if there is no such checkpoint, or if a new one could be mixed up with those of another run.
+    """
+    wanted, found = args.resume_from_checkpoint, _checkpoints(args.output_dir)
+    if wanted is None:
+        if found:
+            raise InputError(
+                f"{args.output_dir} already holds {found[-1].name}: "
+                "go on with --resume_from_checkpoint latest, or choose another --output_dir."
+            )
+        return None
+    if wanted == "latest":
+        return found[-1] if found else None
+    path = next((p for p in (Path(wanted), Path(args.output_dir) / wanted) if (p / "run.json").is_file()), None)
+    if path is None:
+        raise InputError(f"{wanted} is not a checkpoint folder of this script.")
+    later = [other.name for other in found if other.resolve() != path.resolve() and _step(other) > _step(path)]
+    if later:
+        raise InputError(
+            f"{args.output_dir} holds {later[-1]}, which is later than {path.name}: move it away, or choose another "
+            "--output_dir."
+        )
+    return path
 
 
 def _checkpoints(output_dir: str) -> list[Path]:
+    """Whole checkpoints, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=_step)
 
 
-def _save(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
-    """Saves the state under a temporary name, moves it into place, and removes the oldest beyond the limit."""
-    final = Path(args.output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-{step}")
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in _checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def _step(path: Path) -> int:
+    digits = path.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0
 
 
-def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
-    if args.resume_from_checkpoint == "latest":
-        found = _checkpoints(args.output_dir)
-        if not found:
-            raise InputError(f"There is no checkpoint to resume from in {args.output_dir}.")
-        path = found[-1]
-    else:
-        path = Path(args.resume_from_checkpoint)
-        if not path.is_dir() or not path.name.startswith("checkpoint-"):
-            raise InputError(f"{path} is not a checkpoint folder of this script.")
-    accelerator.load_state(str(path))
-    return int(path.name.split("-")[1])
+def _settings(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for a run and its continuation."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    settings["mixed_precision"] = accelerator.mixed_precision  # `accelerate launch` may have set it
+    return {**settings, "num_processes": accelerator.num_processes}
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a checkpoint of this version of the script.") from error
+
+
+def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
+    before = _description(path)["settings"]
+    changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+    if changed:
+        shown = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in changed)
+        raise InputError(f"{path} was made with other settings: {shown}; resume with the same ones, or start anew.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +42,7 @@ def find_photographs(folder: str | Path) -> tuple[list[Path], list[str]]:
 
 
 class Photographs(Dataset):
-    """Photographs resized to a square, as uint8 tensors `(3, size, size)`, kept in memory after the first reading.
+    """Photographs resized to a square, as uint8 tensors `(3, size, size)`; read each time, or kept in memory.
 
     Args:
         sources: folders, or ids of Hub data sets with an `image` column (and `label` or `class` when there are
@@ -51,7 +54,8 @@ class Photographs(Dataset):
 
     def __init__(self, sources: list[str], size: int, *, exclude: tuple[str, ...] = (), limit: int | None = None):
         self.size = size
-        self._items: list[Path | Image.Image] = []
+        self._items: list[Path | tuple[Any, int]] = []  # a file, or a row of a data set
+        self._marks: list[str] = []
         self.class_names: list[str] = []
         for source in sources:
             items, names = find_photographs(source) if Path(source).exists() else _hub_photographs(source)
@@ -61,6 +65,7 @@ class Photographs(Dataset):
                 if name in exclude or (limit is not None and counts[name] > limit):
                     continue
                 self._items.append(item)
+                self._marks.append(_mark(item, source))
                 self.class_names.append(name)
         if not self._items:
             raise DataError(f"No photographs are left of {', '.join(sources)}.")
@@ -72,9 +77,14 @@ class Photographs(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         return self._read(index) if self._cache is None else self._cache[index]
 
+    def fingerprint(self) -> str:
+        """Equal for equal photographs in equal order, wherever their folder lies: a digest of names, sizes, classes."""
+        lines = [f"{mark}\t{name}" for mark, name in zip(self._marks, self.class_names, strict=True)]
+        return f"{len(self)} photographs, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+
     def _read(self, index: int) -> Tensor:
         item = self._items[index]
-        picture = load_image(item)
+        picture = load_image(item if isinstance(item, Path) else item[0][item[1]]["image"])
         resized = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, reducing_gap=2.0)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
@@ -85,16 +95,32 @@ class Photographs(Dataset):
             DataError: naming the first photograph that cannot be read.
         """
         cache = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        self._read_all(cache, quiet, workers)
+        self._cache = cache
 
+    def check(self, *, quiet: bool = False, workers: int = 2) -> None:
+        """Tries to read every photograph, so that a damaged one is found before hours of training, not after.
+
+        Raises:
+            DataError: naming the first photograph that cannot be read.
+        """
+        self._read_all(None, quiet, workers)
+
+    def _read_all(self, cache: Tensor | None, quiet: bool, workers: int) -> None:
         def read(index: int) -> None:
             try:
-                cache[index] = self._read(index)
+                picture = self._read(index)
             except ImageError as error:
                 raise DataError(f"Photograph {index} of the data set cannot be used: {error}") from error
+            if cache is not None:
+                cache[index] = picture
 
-        with ThreadPoolExecutor(workers) as pool:
-            list(tqdm(pool.map(read, range(len(self))), total=len(self), desc="Reading photographs", disable=quiet))
-        self._cache = cache
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for _ in tqdm(pool.map(read, range(len(self))), total=len(self), desc="Reading photographs", disable=quiet):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a damaged one, nobody waits for the rest
 
     def classes(self) -> dict[str, list[int]]:
         """Indices by class name."""
@@ -104,15 +130,26 @@ class Photographs(Dataset):
         return groups
 
 
-def _hub_photographs(dataset_id: str) -> tuple[list[Image.Image], list[str]]:
-    from datasets import load_dataset
+def _mark(item: Path | tuple[Any, int], source: str) -> str:
+    """What tells one photograph from another without opening it."""
+    if isinstance(item, Path):
+        return f"{os.path.relpath(item, source)} {item.stat().st_size}"
+    return f"{source} {item[1]} {getattr(item[0], '_fingerprint', '')}"
+
+
+def _hub_photographs(dataset_id: str) -> tuple[list[tuple[Any, int]], list[str]]:
+    from datasets import ClassLabel, load_dataset
 
     try:
         dataset = load_dataset(dataset_id, split="train")
     except Exception as error:  # the client raises many kinds; to the user all mean that the data set cannot be had.
-        raise DataError(f"{dataset_id} is neither a folder nor a data set that can be loaded: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{dataset_id} is neither a folder nor a data set that can be loaded: {reason}.") from error
     if "image" not in dataset.column_names:
         raise DataError(f"The data set {dataset_id} has no column 'image'.")
     column = next((name for name in ("class", "label") if name in dataset.column_names), None)
-    names = [str(value) for value in dataset[column]] if column else ["all"] * len(dataset)
-    return [row["image"] for row in dataset], names
+    names = ["all"] * len(dataset)
+    if column:
+        kind = dataset.features[column]
+        names = [kind.int2str(value) if isinstance(kind, ClassLabel) else str(value) for value in dataset[column]]
+    return [(dataset, row) for row in range(len(dataset))], names

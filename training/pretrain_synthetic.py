@@ -10,25 +10,38 @@ points.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import add_common_arguments, make_accelerator, train
+from common import (
+    add_common_arguments,
+    check_enough,
+    make_accelerator,
+    parse_with_config,
+    run_script,
+    save_model,
+    train,
+)
 from photos import Photographs
 from synthetic import WarpRange, make_pairs
 from torch import Tensor, nn
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
 from macosnet_hf.encoder_weights import load_imagenet_encoder
-from macosnet_hf.errors import MaCoSNetError
+from macosnet_hf.errors import DataError, InputError, MaCoSNetError
 from macosnet_hf.geometry import apply_affine, apply_cascade, make_grid, sampling_grid, warp
+from macosnet_hf.image_io import load_image
+from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, correlate, l2_normalize
 
 
 def grid_loss(predicted: Tensor, expected: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of sqrt(d^2 + e^2) over points `(B, N, 2)`: a distance that hard cases cannot dominate, smooth at zero."""
+    """Mean of sqrt(d^2 + e^2) over points `(B, N, 2)`, weighted by `(B, N)`; d in normalised coordinates, e = 0.01.
+
+    A distance that hard cases cannot dominate, smooth at zero.
+    """
     distance = ((predicted - expected).square().sum(-1) + 1e-4).sqrt()
     if weight is None:
         return distance.mean()
@@ -118,9 +131,11 @@ class SyntheticObjective(nn.Module):
             fixed = affine.detach()
             exact = torch.rand(1, generator=generator).item() < self.exact_share
             if exact:
-                warped = self._encode(warp(pixels, sampling_grid(fixed, size=(size, size))))
+                grid = sampling_grid(fixed, size=(size, size))
+                warped = self._encode(warp(pixels, grid, padding_mode=model.config.padding_mode))
             else:
-                warped = warp(raw, sampling_grid(fixed, size=raw.shape[-2:]))
+                grid = sampling_grid(fixed, size=raw.shape[-2:])
+                warped = warp(raw, grid, padding_mode=model.config.padding_mode)
             warped = self._noisy(warped, generator)
         tps = model.tps_head(correlate(warped, target))
         tps_loss = grid_loss(apply_cascade(start, fixed, tps), goal, weight)
@@ -130,26 +145,30 @@ class SyntheticObjective(nn.Module):
 def keypoint_validation(
     csv_path: str, processor: MaCoSNetImageProcessor, alphas: tuple[float, ...] = (0.05, 0.1, 0.15)
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """PCK `image` on a list of pairs with key-points, of the bare affine and of the whole transform."""
-    from pathlib import Path
+    """PCK `image` on a list of pairs with key-points, of the bare affine and of the whole transform.
 
-    import pandas
-
-    from macosnet_hf.image_io import load_image
-
+    Raises:
+        DataError: if the list, one of its numbers or one of its pictures cannot be used.
+    """
     root = Path(csv_path).parent
-    rows = pandas.read_csv(csv_path)
     pictures, points = [], []
-    for row in rows.itertuples():
-        pair = [load_image(root / row.source_image), load_image(root / row.target_image)]
-        numbers = [[float(value) for value in str(text).split(";")] for text in (row.XA, row.YA, row.XB, row.YB)]
-        pictures.append(processor([pair], return_tensors="pt")["pixel_values"][0])
-        # Each picture's own width and height become 224 (protocol `image`).
-        scaled = [
-            torch.tensor([numbers[2 * k], numbers[2 * k + 1]]).t() / (torch.tensor([pair[k].width, pair[k].height]) - 1)
-            for k in (0, 1)
-        ]
-        points.append(scaled)
+    try:
+        with open(csv_path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                pair = [load_image(root / row["source_image"]), load_image(root / row["target_image"])]
+                numbers = [[float(value) for value in row[name].split(";")] for name in ("XA", "YA", "XB", "YB")]
+                pictures.append(processor([pair], return_tensors="pt")["pixel_values"][0])
+                # Each picture's own width and height become 224 (protocol `image`).
+                points.append(
+                    [
+                        torch.tensor(numbers[2 * k : 2 * k + 2]).t() / (torch.tensor([p.width, p.height]) - 1)
+                        for k, p in enumerate(pair)
+                    ]
+                )
+    except (OSError, KeyError, ValueError, MaCoSNetError) as error:
+        raise DataError(f"--validation_pairs {csv_path} cannot be used: {error}") from error
+    if not pictures:
+        raise DataError(f"--validation_pairs {csv_path} lists no pairs.")
 
     @torch.no_grad()
     def validate(objective: nn.Module, step: int) -> dict[str, float]:
@@ -172,7 +191,9 @@ def keypoint_validation(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_common_arguments(parser)
     parser.add_argument("--preset", default="lite", help="paper, lite or vgg16")
     parser.add_argument("--model_name_or_path", default=None, help="go on from this model instead of a fresh preset")
@@ -185,24 +206,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation_pairs", default=None, help="CSV of pairs with key-points, in PF-WILLOW's columns")
     for name, value in vars(WarpRange()).items():
         parser.add_argument(f"--{name}", type=float, default=value, help="limit of the random warps")
-    return parser.parse_args(arguments)
+    return parse_with_config(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
     quiet = not accelerator.is_main_process
+    dataset = Photographs(args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes))
+    check_enough(len(dataset), args, accelerator)
+    if args.per_device_train_batch_size < 2 and args.background_swap > 0:
+        raise InputError(
+            "--background_swap takes the other background from the batch: use a batch of at least 2, or 0."
+        )
     if args.model_name_or_path:
-        model = MaCoSNetForKeypointMatching.from_pretrained(args.model_name_or_path)
-        processor = MaCoSNetImageProcessor.from_pretrained(args.model_name_or_path)
+        model, processor = load_model_and_processor(args.model_name_or_path, "cpu")
     else:
         model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(args.preset))
         processor = MaCoSNetImageProcessor.from_preset(args.preset)
         load_imagenet_encoder(model)
-    dataset = Photographs(args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes))
+    validate = keypoint_validation(args.validation_pairs, processor) if args.validation_pairs else None
     if args.keep_in_memory:
-        with accelerator.local_main_process_first() if accelerator.num_processes > 1 else contextlib.nullcontext():
-            dataset.keep_in_memory(quiet=quiet)
+        dataset.keep_in_memory(quiet=quiet)
+    elif not args.skip_data_check:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                dataset.check()
     objective = SyntheticObjective(
         model.macosnet,
         list(processor.image_mean),
@@ -212,17 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         feature_noise=args.feature_noise,
         exact_share=args.exact_share,
     )
-    validate = keypoint_validation(args.validation_pairs, processor) if args.validation_pairs else None
     trained = train(accelerator, objective, dataset, args, validate=validate)
-    if accelerator.is_main_process:
-        model.macosnet.load_state_dict(trained.model.state_dict())
-        model.save_pretrained(args.output_dir)
-        processor.save_pretrained(args.output_dir)
+    model.macosnet.load_state_dict(trained.model.state_dict())
+    save_model(accelerator, args, model, processor)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MaCoSNetError as error:
-        sys.exit(f"Error: {error}")
+    run_script(main)

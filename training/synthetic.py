@@ -118,13 +118,14 @@ def make_pairs(
     generator: torch.Generator,
     *,
     background_swap: float = 0.5,
+    change_colours: bool = True,
 ) -> SyntheticPairs:
     """Makes pairs from single photographs `(B, 3, S, S)` in [0, 1].
 
     A is a random view of the photograph and B is A warped by a known transform. What lies outside the photograph is
     filled by reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft
     ellipse around the middle of A is replaced by another photograph of the batch: in real pairs the background does
-    not match either.
+    not match either. `change_colours=False` leaves out the photometric changes.
     """
     batch, device = photographs.shape[0], photographs.device
     view = random_view(batch, generator, device)
@@ -141,4 +142,6 @@ def make_pairs(
     kept = 1 - swap * (1 - kept)
     target = kept * target + (1 - kept) * other
 
-    return SyntheticPairs(photometric(source, generator), photometric(target, generator), affine, tps)
+    if change_colours:
+        source, target = photometric(source, generator), photometric(target, generator)
+    return SyntheticPairs(source, target, affine, tps)

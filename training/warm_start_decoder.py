@@ -10,41 +10,64 @@ cross-entropy, each photograph together with a partner of its class.
 from __future__ import annotations
 
 import argparse
-import sys
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import add_common_arguments, make_accelerator, train
+from common import (
+    add_common_arguments,
+    check_enough,
+    make_accelerator,
+    parse_with_config,
+    run_script,
+    save_model,
+    train,
+)
 from photos import Photographs
-from PIL import Image
 from pseudo_masks import pseudo_masks
 from synthetic import photometric, random_view
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from macosnet_hf import MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
+from macosnet_hf import MaCoSNetImageProcessor
 from macosnet_hf.errors import DataError, MaCoSNetError
 from macosnet_hf.geometry import sampling_grid, warp
+from macosnet_hf.image_io import load_image
+from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.modeling_macosnet import MaCoSNetModel, correlate
 
 
-class MaskedPairs(Dataset):
-    """Photographs with their pseudo-masks, each beside partners of its class, chosen once by the seed."""
+def class_pairs(photographs: Photographs, partners: int, seed: int) -> list[tuple[int, int]]:
+    """Each photograph beside up to `partners` others of its class, chosen once by the seed.
 
-    def __init__(self, photographs: Photographs, masks: Tensor, *, partners: int, seed: int):
-        self.photographs, self.masks = photographs, masks
-        generator = torch.Generator().manual_seed(seed)
-        self.pairs: list[tuple[int, int]] = []
-        for name, members in photographs.classes().items():
-            if len(members) < 2:
-                raise DataError(f"The class {name!r} has one photograph; two are needed to make a pair.")
-            for index in members:
-                others = [member for member in members if member != index]
-                chosen = torch.randperm(len(others), generator=generator)[:partners].tolist()
-                self.pairs += [(index, others[k]) for k in chosen]
+    Raises:
+        DataError: if a class has a single photograph.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pairs: list[tuple[int, int]] = []
+    for name, members in photographs.classes().items():
+        if len(members) < 2:
+            raise DataError(f"The class {name!r} has one photograph; two are needed to make a pair.")
+        for index in members:
+            others = [member for member in members if member != index]
+            chosen = torch.randperm(len(others), generator=generator)[:partners].tolist()
+            pairs += [(index, others[k]) for k in chosen]
+    return pairs
+
+
+class MaskedPairs(Dataset):
+    """Pairs of photographs with their pseudo-masks."""
+
+    def __init__(self, photographs: Photographs, masks: Tensor, pairs: list[tuple[int, int]]):
+        self.photographs, self.masks, self.pairs = photographs, masks, pairs
+
+    def fingerprint(self) -> str:
+        """Of photographs and masks; the pairs follow from the photographs and the settings."""
+        masks = hashlib.sha256(np.packbits(self.masks.numpy()).tobytes()).hexdigest()[:16]
+        return f"{self.photographs.fingerprint()}, masks {masks}"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -92,14 +115,23 @@ class DecoderObjective(nn.Module):
 def mask_validation(
     folder: str, processor: MaCoSNetImageProcessor, per_class: int
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """J and P of soft masks (threshold 0.5, no refinement) on `images/<class>/*` with `masks/<class>/*.png`."""
+    """J and P of soft masks (threshold 0.5, no refinement) on `images/<class>/*` with `masks/<class>/*.png`.
+
+    Raises:
+        DataError: if the folder or one of its files cannot be used.
+    """
     groups: list[tuple[Tensor, list[np.ndarray]]] = []
-    for class_folder in sorted((Path(folder) / "images").iterdir()):
-        paths = sorted(class_folder.iterdir())[:per_class]
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-        pixels = processor.preprocess_views(pictures, return_tensors="pt")["pixel_values"]
-        drawn = [Path(folder) / "masks" / class_folder.name / f"{path.stem}.png" for path in paths]
-        groups.append((pixels, [np.array(Image.open(path).convert("L")) > 127 for path in drawn]))
+    try:
+        for class_folder in sorted((Path(folder) / "images").iterdir()):
+            paths = sorted(class_folder.iterdir())[:per_class]
+            pixels = processor.preprocess_views([load_image(path) for path in paths], return_tensors="pt")
+            drawn = [Path(folder) / "masks" / class_folder.name / f"{path.stem}.png" for path in paths]
+            truth = [np.array(load_image(path).convert("L")) > 127 for path in drawn]
+            groups.append((pixels["pixel_values"], truth))
+    except (OSError, MaCoSNetError) as error:
+        raise DataError(f"--validation_masks {folder} cannot be used: {error}") from error
+    if not groups:
+        raise DataError(f"--validation_masks {folder} holds no classes.")
 
     @torch.no_grad()
     def validate(objective: nn.Module, step: int) -> dict[str, float]:
@@ -138,8 +170,28 @@ def encode_all(model: MaCoSNetModel, photographs: Photographs, mean: list[float]
     return torch.cat(parts).clone()
 
 
+def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:
+    """Packs bool masks `(N, S, S)` into a file that is there as a whole or not at all."""
+    partial = path.with_name(f"partial-{path.name}")
+    np.savez_compressed(partial, masks=np.packbits(masks.numpy()), shape=masks.shape, photographs=fingerprint)
+    partial.rename(path)
+
+
+def load_masks(path: Path, fingerprint: str) -> Tensor | None:
+    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other photographs."""
+    if not path.is_file():
+        return None
+    with np.load(path) as saved:
+        if str(saved["photographs"]) != fingerprint:
+            return None
+        shape = tuple(saved["shape"].tolist())
+        return torch.from_numpy(np.unpackbits(saved["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool))
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_common_arguments(parser)
     parser.add_argument("--model_name_or_path", required=True, help="the model of the first stage")
     parser.add_argument("--photo_size", type=int, default=256)
@@ -147,40 +199,41 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--partners", type=int, default=4, help="partners of each photograph")
     parser.add_argument("--validation_masks", default=None, help="folder with images/<class> and masks/<class>")
     parser.add_argument("--validation_per_class", type=int, default=6)
-    return parser.parse_args(arguments)
+    return parse_with_config(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
-    model = MaCoSNetForKeypointMatching.from_pretrained(args.model_name_or_path)
-    processor = MaCoSNetImageProcessor.from_pretrained(args.model_name_or_path)
-    mean, std = list(processor.image_mean), list(processor.image_std)
     photographs = Photographs(
         args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes), limit=args.photos_per_class
     )
-    quiet = not accelerator.is_main_process
-    photographs.keep_in_memory(quiet=quiet)
-    model.eval().to(accelerator.device)
-    pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-    masks = pseudo_masks(
-        pictures, encode_all(model.macosnet, photographs, mean, std), photographs.class_names, quiet=quiet
-    )
-    del pictures
-    dataset = MaskedPairs(photographs, masks, partners=args.partners, seed=args.seed)
+    pairs = class_pairs(photographs, args.partners, args.seed)
+    check_enough(len(pairs), args, accelerator, "pairs")
+    model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
+    mean, std = list(processor.image_mean), list(processor.image_std)
     validate = (
         mask_validation(args.validation_masks, processor, args.validation_per_class) if args.validation_masks else None
     )
+    photographs.keep_in_memory(quiet=not accelerator.is_main_process)
+    # Made once, on the first process, and kept for a resumed run: they must not change between the two.
+    path = Path(args.output_dir) / "pseudo_masks.npz"
+    with accelerator.main_process_first():
+        others_made = args.resume_from_checkpoint or not accelerator.is_main_process
+        masks = load_masks(path, photographs.fingerprint()) if others_made else None
+        if masks is None:
+            pictures = torch.stack([photographs[index] for index in range(len(photographs))])
+            features = encode_all(model.macosnet, photographs, mean, std)
+            masks = pseudo_masks(pictures, features, photographs.class_names)
+            del pictures, features
+            if accelerator.is_main_process:
+                save_masks(path, masks, photographs.fingerprint())
+    dataset = MaskedPairs(photographs, masks, pairs)
     trained = train(accelerator, DecoderObjective(model.macosnet, mean, std), dataset, args, validate=validate)
-    if accelerator.is_main_process:
-        model.macosnet.load_state_dict(trained.model.state_dict())
-        model.save_pretrained(args.output_dir)
-        processor.save_pretrained(args.output_dir)
+    model.macosnet.load_state_dict(trained.model.state_dict())
+    save_model(accelerator, args, model, processor)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MaCoSNetError as error:
-        sys.exit(f"Error: {error}")
+    run_script(main)

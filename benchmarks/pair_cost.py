@@ -1,0 +1,93 @@
+"""What the joint result of a pair costs beyond the encoder passes that it cannot do without.
+
+    python benchmarks/pair_cost.py [--preset paper] [--rounds 15] [--threads 2]
+
+In one process, in turn: the four encoder passes over single pictures that a pair needs (source, target, and both once
+more after the affine warp), and the whole forward (both directions, transforms, correlations, both masks). Weights are
+random, which does not change the time. Medians over the rounds; the ratio is taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from macosnet_hf import MaCoSNetConfig, MaCoSNetModel
+
+
+def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds of the bare encoder passes and of the whole forward, their ratio, and the passes counted."""
+    torch.manual_seed(0)
+    model = MaCoSNetModel(MaCoSNetConfig.from_preset(preset)).eval().to(device)
+    # Random convolutions shrink the signal layer by layer to denormal numbers, which are slow; real weights do not.
+    torch.set_flush_denormal(True)
+    pixels = torch.randn(1, 2, 3, 240, 240, device=device)
+    passes = 0
+
+    def count(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        nonlocal passes
+        passes += arguments[0].shape[0]
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def encoder_alone() -> None:
+        # As the forward batches them: both pictures, then both warped pictures.
+        model.encoder(pixels[0])
+        model.encoder(pixels[0])
+
+    def timed(work: object) -> float:
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        handle = model.encoder.register_forward_pre_hook(count)
+        model(pixels)
+        handle.remove()
+        encoder_alone()
+        alone, whole = [], []
+        for _ in range(rounds):
+            alone.append(timed(encoder_alone))
+            whole.append(timed(lambda: model(pixels)))
+    ratios = [b / a for a, b in zip(alone, whole, strict=True)]
+    return {
+        "passes": passes,
+        "encoder_seconds": statistics.median(alone),
+        "pair_seconds": statistics.median(whole),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", default=["paper", "lite"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
+    print("| preset | encoder passes | passes alone | whole pair | ratio (min-max) |")
+    print("|---|---:|---:|---:|---:|")
+    for preset in args.preset:
+        result = measure(preset, args.rounds, device)
+        print(
+            f"| {preset} | {result['passes']} | {result['encoder_seconds'] * 1e3:.0f} ms | "
+            f"{result['pair_seconds'] * 1e3:.0f} ms | {result['ratio']:.2f} "
+            f"({result['ratio_min']:.2f}-{result['ratio_max']:.2f}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
