@@ -6,38 +6,69 @@ What can be checked without the network is checked before torch is imported, so 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import gc
 import importlib
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import DEFAULT_CHECKPOINT, __version__
 from .errors import ImageError, InputError, MaCoSNetError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
+MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.png", "source_warped.png")
+_COPY_SIDE = 512  # `segment` keeps copies of this size of all photographs in memory; the network sees 240 pixels
+_OVERVIEW_SIDE = 400
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input (one sentence on standard error), 130 interrupted."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    # Threads that wait for each other asleep instead of spinning: on a machine whose cores are busy otherwise, one
+    # forward pass took 0.2 s so and 4.7 s without. OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return args.run(args)
+        args = _parser().parse_args(arguments)
+        code: int = args.run(args)
+        return code
     except MaCoSNetError as error:
-        print(f"macosnet: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("There is not enough memory for this; try smaller photographs.")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which cannot be named before torch is imported
+            raise
+        return _fail("The CUDA device has not enough free memory; use --device cpu.")
     except KeyboardInterrupt:
         print("macosnet: interrupted; nothing half-written is left.", file=sys.stderr)
         return 130
+
+
+def _fail(sentence: str) -> int:
+    print(f"macosnet: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Around the imports of torch and transformers: of some four seconds the collector takes one, and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,23 +149,32 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_match(args: argparse.Namespace) -> int:
+    """`macosnet match`; returns 0.
+
+    Raises:
+        MaCoSNetError: for anything that cannot be done, in one sentence.
+    """
     from .image_io import load_image
-    from .output_folder import output_folder
+    from .loading import check_checkpoint
+    from .output_folder import output_folder, refuse_to_overwrite
 
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold must lie between 0 and 1; got {args.threshold:g}.")
     points = _read_points(args)
+    check_checkpoint(args.model)
     photos = [load_image(args.source), load_image(args.target)]
     if points is not None:
         _check_inside(points, photos[0])
+    refuse_to_overwrite(args.output_dir, MATCH_RESULTS, (args.source, args.target))
 
     with output_folder(args.output_dir) as folder:
-        from .loading import load_model_and_processor
-        from .pair import match_pair
+        with _without_garbage_collection():
+            from .loading import load_model_and_processor
+            from .pair import match_pair
 
-        model, processor = load_model_and_processor(args.model, args.device)
+            model, processor = load_model_and_processor(args.model, args.device)
         result = match_pair(*photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
-        document = {
+        document: dict[str, Any] = {
             "source": {"file": str(args.source), "width": result.source.width, "height": result.source.height},
             "target": {"file": str(args.target), "width": result.target.width, "height": result.target.height},
             "quality": result.quality,
@@ -150,39 +190,43 @@ def run_match(args: argparse.Namespace) -> int:
             "affine": result.affine[0].tolist(),
             "tps": result.tps[0].tolist(),
             "reverse": {"affine": result.affine[1].tolist(), "tps": result.tps[1].tolist()},
-            "model": "macosnet-lite" if args.model == DEFAULT_CHECKPOINT else str(args.model),
+            "model": _model_name(args.model),
             "refine": args.refine,
             "threshold": args.threshold,
         }
         if points is not None:
+            places = [point for _, point in points]
             document["points"] = [
                 {"source": list(point), "target": _rounded(found)}
-                for point, found in zip(points, result.transfer(points), strict=True)
+                for point, found in zip(places, result.transfer(places), strict=True)
             ]
-        (folder / "matches.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        _write_json(document, folder / "matches.json")
         result.draw_matches().save(folder / "matches.png", compress_level=4)
         _save_mask(result.source_mask, folder / "source_mask.png")
         _save_mask(result.target_mask, folder / "target_mask.png")
         result.warped_source().save(folder / "source_warped.png", compress_level=1)
-    print(f"{len(result.keypoints)} matches ({result.quality}); see {Path(args.output_dir) / 'matches.png'}")
+    count = len(result.keypoints)
+    words = f"{count} {'match' if count == 1 else 'matches'}, quality {result.quality}"
+    print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
     return 0
 
 
-def _read_points(args: argparse.Namespace) -> list[tuple[float, float]] | None:
+# A point and what to call it in an error: `("point 2", (x, y))`.
+_NamedPoint = tuple[str, tuple[float, float]]
+
+
+def _read_points(args: argparse.Namespace) -> list[_NamedPoint] | None:
+    """The points of `--points` or `--points-file`; `None` if neither is given.
+
+    Raises:
+        InputError: naming the point or the line of the file that is wrong.
+    """
     if args.points is not None:
-        rows = [(f"point {number}", text) for number, text in enumerate(args.points.split(";"), 1) if text.strip()]
         source = "--points"
+        rows = [(f"point {number}", text) for number, text in enumerate(args.points.split(";"), 1) if text.strip()]
     elif args.points_file is not None:
         source = args.points_file
-        try:
-            with open(source, encoding="utf-8-sig", newline="") as file:
-                lines = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
-        except (OSError, UnicodeError, csv.Error) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
-            raise InputError(f"The points file {source} cannot be read: {reason}.") from error
-        if lines and [cell.strip().lower() for cell in lines[0][:2]] == ["x", "y"]:
-            lines = lines[1:]
-        rows = [(f"row {number}", ",".join(line)) for number, line in enumerate(lines, 1)]
+        rows = _points_file_rows(source)
     else:
         return None
     points = []
@@ -193,17 +237,34 @@ def _read_points(args: argparse.Namespace) -> list[tuple[float, float]] | None:
             raise InputError(f"{source}, {where}: expected two numbers x,y; got {text.strip()!r}.") from None
         if not (math.isfinite(x) and math.isfinite(y)):
             raise InputError(f"{source}, {where}: the numbers must be finite; got {text.strip()!r}.")
-        points.append((x, y))
+        points.append((f"{source}, {where}", (x, y)))
     if not points:
         raise InputError(f"{source} holds no points.")
     return points
 
 
-def _check_inside(points: Sequence[tuple[float, float]], photo: Image.Image) -> None:
-    for x, y in points:
+def _points_file_rows(path: str) -> list[tuple[str, str]]:
+    """The rows of a CSV file that are not empty, each with its line in the file; a header `x,y` is left out."""
+    rows: list[tuple[str, str]] = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            for cells in reader:
+                header = not rows and [cell.strip().lower() for cell in cells] == ["x", "y"]
+                if any(cell.strip() for cell in cells) and not header:
+                    rows.append((f"line {reader.line_num}", ",".join(cells)))
+    except OSError as error:
+        raise InputError(f"The points file {path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, csv.Error) as error:  # a wrong encoding is a ValueError
+        raise InputError(f"The points file {path} cannot be read (it is no text in UTF-8).") from error
+    return rows
+
+
+def _check_inside(points: Sequence[_NamedPoint], photo: Image.Image) -> None:
+    for where, (x, y) in points:
         if not (0 <= x <= photo.width - 1 and 0 <= y <= photo.height - 1):
             raise InputError(
-                f"The point {x:g},{y:g} lies outside of the source, which is {photo.width}x{photo.height} pixels."
+                f"{where}: {x:g},{y:g} lies outside of the source, which is {photo.width}x{photo.height} pixels."
             )
 
 
@@ -211,11 +272,18 @@ def _rounded(point: Sequence[float]) -> list[float]:
     return [round(float(value), 2) for value in point]
 
 
-def _save_mask(mask: object, path: Path) -> None:
-    import numpy as np
+def _model_name(model: str) -> str:
+    return "macosnet-lite" if model == DEFAULT_CHECKPOINT else str(model)
+
+
+def _write_json(document: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _save_mask(mask: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).save(path, compress_level=4)
+    Image.fromarray(mask.astype("uint8") * 255).save(path, compress_level=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,51 +292,59 @@ def _save_mask(mask: object, path: Path) -> None:
 
 
 def run_segment(args: argparse.Namespace) -> int:
-    from .output_folder import output_folder
+    """`macosnet segment`; returns 0.
+
+    Raises:
+        MaCoSNetError: for anything that cannot be done, in one sentence.
+    """
+    from tqdm import tqdm
+
+    from .image_io import load_image
+    from .loading import check_checkpoint
+    from .output_folder import output_folder, refuse_to_overwrite
 
     if args.partners < 1:
         raise InputError(f"--partners must be at least 1; got {args.partners}.")
+    check_checkpoint(args.model)
     paths, from_folder = _photo_paths(args.photos)
-    photos, kept, skipped = _read_photos(paths, skip_damaged=from_folder)
-    for path, reason in skipped:
-        print(f"macosnet: left out {path.name}: {reason}", file=sys.stderr)
-    if len(photos) < 2:
-        raise InputError(f"Co-segmentation needs two or more photographs; {len(photos)} can be used.")
+    if from_folder and os.path.realpath(args.output_dir) == os.path.realpath(args.photos[0]):
+        raise InputError("The output folder is the folder of the photographs; a second run would take masks for them.")
+    copies, kept, skipped = _read_copies(paths, skip_damaged=from_folder)
+    if len(kept) < 2:
+        raise InputError(
+            f"Co-segmentation needs two or more photographs; of the {len(paths)} in {args.photos[0]} {len(kept)} can "
+            f"be read ({skipped[0][1].rstrip('.')})."
+        )
     names = _distinct_names(kept)
+    results = [f"{name}_{kind}.png" for name in names for kind in ("mask", "cutout")]
+    refuse_to_overwrite(args.output_dir, [*results, "overview.png", "summary.json"], kept)
+    for _, reason in skipped:
+        print(f"macosnet: left out: {reason}", file=sys.stderr)
 
+    quiet = not sys.stderr.isatty()
     with output_folder(args.output_dir) as folder:
-        from tqdm import tqdm
+        with _without_garbage_collection():
+            from .collection import refined_mask, segment_collection
+            from .drawing import cutout, overview
+            from .loading import load_model_and_processor
 
-        from .collection import refined_masks, segment_collection
-        from .drawing import cutout, overview
-        from .loading import load_model_and_processor
-
-        model, processor = load_model_and_processor(args.model, args.device)
-        with tqdm(total=len(photos), desc="Segmenting", unit="photo", disable=not sys.stderr.isatty()) as bar:
+            model, processor = load_model_and_processor(args.model, args.device)
+        with tqdm(total=len(kept), desc="Segmenting", unit="photo", disable=quiet) as bar:
             result = segment_collection(
-                photos,
+                copies,
                 model=model,
                 processor=processor,
                 partners=args.partners,
-                progress=lambda done, total: bar.update(),
+                progress=lambda done, total: bar.update() and None,
             )
-        summary = []
-        small_photos, small_masks = [], []
-        masks = refined_masks(photos, result.probabilities, args.refine)
-        for number, (name, photo, mask) in enumerate(
-            tqdm(
-                zip(names, photos, masks, strict=True),
-                total=len(photos),
-                desc="Cutting out",
-                unit="photo",
-                disable=not sys.stderr.isatty(),
-            )
-        ):
+        summary, small_masks = [], []
+        for number, name in enumerate(tqdm(names, desc="Cutting out", unit="photo", disable=quiet)):
+            photo = load_image(kept[number])  # again, so that one photograph at a time is in memory in full size
+            mask = refined_mask(photo, result.probabilities[number], args.refine)
             _save_mask(mask, folder / f"{name}_mask.png")
             cutout(photo, mask).save(folder / f"{name}_cutout.png", compress_level=1)
-            small, small_mask = _thumbnail(photo, mask)
-            small_photos.append(small)
-            small_masks.append(small_mask)
+            copies[number].thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))
+            small_masks.append(_resized_mask(mask, copies[number].size))
             summary.append(
                 {
                     "photo": str(kept[number]),
@@ -281,17 +357,15 @@ def run_segment(args: argparse.Namespace) -> int:
                     "partners": [str(kept[index]) for index in result.partners[number]],
                 }
             )
-        overview(small_photos, small_masks, [path.name for path in kept]).save(
-            folder / "overview.png", compress_level=4
-        )
+        overview(copies, small_masks, [path.name for path in kept]).save(folder / "overview.png", compress_level=4)
         document = {
             "photos": summary,
             "skipped": [{"photo": str(path), "reason": reason} for path, reason in skipped],
-            "model": "macosnet-lite" if args.model == DEFAULT_CHECKPOINT else str(args.model),
+            "model": _model_name(args.model),
             "refine": args.refine,
         }
-        (folder / "summary.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(photos)} photographs; see {Path(args.output_dir) / 'overview.png'}")
+        _write_json(document, folder / "summary.json")
+    print(f"{len(kept)} photographs; see {Path(args.output_dir) / 'overview.png'}")
     return 0
 
 
@@ -299,57 +373,77 @@ def _photo_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
     """The photographs that were named, each once, and whether they come from a folder."""
     if len(arguments) == 1 and os.path.isdir(arguments[0]):
         folder = Path(arguments[0])
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PHOTO_SUFFIXES and path.is_file())
+        try:
+            paths = sorted(path for path in folder.iterdir() if _looks_like_photo(path))
+        except OSError as error:
+            raise InputError(f"The folder {folder} cannot be read ({error.strerror or error}).") from error
         if len(paths) < 2:
-            raise InputError(f"The folder {folder} holds {len(paths)} photographs; co-segmentation needs two or more.")
+            raise InputError(
+                f"Co-segmentation needs two or more photographs; the folder {folder} holds {len(paths) or 'none'}."
+            )
         return paths, True
-    paths = list(dict.fromkeys(Path(argument) for argument in arguments))
-    for path in paths:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; pass one folder alone, or photographs.")
+    for argument in arguments:
+        if os.path.isdir(argument):
+            raise InputError(f"{argument} is a folder; pass one folder alone, or photographs.")
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        named.setdefault(os.path.realpath(argument), Path(argument))
+    paths = list(named.values())
     if len(paths) < 2:
         raise InputError("Co-segmentation needs two or more different photographs, or a folder of them.")
     return paths, False
 
 
-def _read_photos(
+def _looks_like_photo(path: Path) -> bool:
+    # Hidden files are left out: some systems keep a "._name.jpg" beside every photograph, which is none.
+    return path.suffix.lower() in _PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _read_copies(
     paths: Sequence[Path], *, skip_damaged: bool
 ) -> tuple[list[Image.Image], list[Path], list[tuple[Path, str]]]:
+    """Small copies of the photographs, the paths of those that could be read, and the others with the reason.
+
+    Raises:
+        ImageError: for the first one that cannot be read, unless `skip_damaged`.
+    """
     from .image_io import load_image
 
-    photos, kept, skipped = [], [], []
+    copies, kept, skipped = [], [], []
     for path in paths:
         try:
-            photos.append(load_image(path))
-            kept.append(path)
+            copy = load_image(path)
         except ImageError as error:
             if not skip_damaged:
                 raise
             skipped.append((path, str(error)))
-    return photos, kept, skipped
+        else:
+            copy.thumbnail((_COPY_SIDE, _COPY_SIDE))
+            copies.append(copy)
+            kept.append(path)
+    return copies, kept, skipped
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix, numbered where two photographs would share one."""
-    names: list[str] = []
+    """File names without suffix, numbered where photographs would share one; whatever the order of the paths."""
+    names: dict[Path, str] = {}
     taken: set[str] = set()
-    for path in paths:
+    for path in sorted(paths):
         name, number = path.stem, 2
         while name.lower() in taken:
             name, number = f"{path.stem}_{number}", number + 1
         taken.add(name.lower())
-        names.append(name)
-    return names
+        names[path] = name
+    return [names[path] for path in paths]
 
 
-def _thumbnail(photo: Image.Image, mask: object) -> tuple[Image.Image, object]:
+def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask `(H, W)` at another size (width, height)."""
     import numpy as np
     from PIL import Image
 
-    small = photo.copy()
-    small.thumbnail((400, 400))
-    reduced = Image.fromarray(np.asarray(mask).astype(np.uint8) * 255).resize(small.size, Image.Resampling.BILINEAR)
-    return small, np.asarray(reduced) >= 128
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(resized) >= 128
 
 
 if __name__ == "__main__":

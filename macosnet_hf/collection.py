@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What the skip connections of a collection may take, in bytes: 800 photographs with the lite encoder, 130 with
 # ResNet-101. Larger collections are encoded a second time instead.
 _SKIP_MEMORY = 1 << 30
+_REFINED_PIXELS = 4_000_000
 
 
 @dataclass
@@ -161,13 +162,24 @@ def _mean_mask(
 def refined_mask(photo: Image.Image, probability: np.ndarray, refine: str = "grabcut") -> np.ndarray:
     """Hard mask `(H, W)` bool of a photograph in its own size, from its soft mask `(S, S)` in [0, 1].
 
+    As the image processor's `post_process_cosegmentation`; only that a photograph of more than 4 megapixels is
+    refined at that size, which bounds the memory. (GrabCut itself works at 320 pixels a side.)
+
     Raises:
         InputError: as [`refine_mask`].
     """
+    full_size = photo.size
+    scale = (_REFINED_PIXELS / (photo.width * photo.height)) ** 0.5
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in full_size)
+        photo = photo.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
     soft = F.interpolate(
         torch.from_numpy(probability)[None, None],
         size=(photo.height, photo.width),
         mode="bilinear",
         align_corners=True,
     )
-    return refine_mask(photo, soft[0, 0].clamp(0, 1).numpy(), refine)
+    mask = refine_mask(photo, soft[0, 0].clamp(0, 1).numpy(), refine)
+    if scale >= 1:
+        return mask
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(full_size, Image.Resampling.BILINEAR)) >= 128

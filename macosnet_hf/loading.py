@@ -215,7 +215,9 @@ def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: M
             pixels = processor.preprocess_views([Image.new("RGB", (4, 4))], return_tensors="pt")["pixel_values"]
     except Exception as error:
         # Settings of any type and value reach numpy and PIL from here.
-        raise CheckpointError(f"The preprocessor_config.json of {name} cannot be used ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"The preprocessor_config.json of {name} cannot be used ({_first_line(error)})."
+        ) from error
     size = model.config.image_size
     if tuple(pixels.shape) != (1, 3, size, size):
         raise CheckpointError(

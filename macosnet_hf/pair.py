@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from . import DEFAULT_CHECKPOINT
+from .collection import refined_mask
 from .drawing import draw_matches
 from .errors import InputError
-from .geometry import denormalize_points, sampling_grid
+from .geometry import denormalize_points, normalize_points, sample_at, sampling_grid
 from .image_io import load_image
 from .loading import load_model_and_processor
 
@@ -40,6 +41,8 @@ class PairResult:
         source_mask, target_mask: `(H, W)` bool, in each photograph's own size.
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
+        quality: how far the result can be trusted: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; whatever
+            the threshold.
     """
 
     source: Image.Image
@@ -50,6 +53,7 @@ class PairResult:
     target_mask: np.ndarray
     affine: np.ndarray
     tps: np.ndarray
+    quality: str
     _outputs: MaCoSNetKeypointMatchingOutput = field(repr=False)
     _model: MaCoSNetForKeypointMatching = field(repr=False)
 
@@ -119,26 +123,32 @@ class PairResult:
             places = denormalize_points(grid, (source.height, source.width))[0].permute(2, 0, 1).float()
         pixels = np.asarray(source)
         warped = np.empty((height, width, 3), dtype=np.uint8)
-        columns = _between(width, size[1])
+        rows, columns = _between(height, size[0]), _between(width, size[1])
         for top in range(0, height, _TILE):  # in tiles: the places of all pixels at once take more than the picture
-            bottom = min(top + _TILE, height)
-            strip = _interpolate(places, *(part[top:bottom] for part in _between(height, size[0])), dim=1)
+            across = slice(top, min(top + _TILE, height))
+            strip = _interpolate(places, 1, rows, across)
             for left in range(0, width, _TILE):
-                right = min(left + _TILE, width)
-                map_x, map_y = _interpolate(strip, *(part[left:right] for part in columns), dim=2).numpy()
-                warped[top:bottom, left:right] = cv2.remap(pixels, map_x, map_y, cv2.INTER_LINEAR)
+                along = slice(left, min(left + _TILE, width))
+                map_x, map_y = _interpolate(strip, 2, columns, along).numpy()
+                warped[across, along] = cv2.remap(pixels, map_x, map_y, cv2.INTER_LINEAR)
         return Image.fromarray(warped)
 
-    @property
-    def quality(self) -> str:
-        """How far the result can be trusted, in words: `"good"`, `"fair"`, `"poor"`."""
-        return quality_in_words(self.scores)
 
+def quality_in_words(similarity: np.ndarray) -> str:
+    """How far a pair's matches can be trusted: `"good"`, `"fair"` or `"poor"`.
 
-def quality_in_words(scores: np.ndarray) -> str:
-    """`"good"`, `"fair"` or `"poor"` from the scores of a pair's matches `(N,)`."""
-    strength = float(np.sum(np.sort(scores)[::-1][:20])) / 20
-    return "good" if strength >= 0.45 else "fair" if strength >= 0.3 else "poor"
+    The measure is the mean cosine similarity of the matched features, with fewer than 20 matches counted as 20. It
+    tells pairs of the same class from pairs of different classes better than the matching scores do, or than the
+    similarity relative to that of the whole pictures: on 104 pairs of msrc-coseg and 202 of Caltech-101, half of them
+    unrelated, with the embedded checkpoint, the area under the ROC curve is 0.93 and 0.93, against 0.87 and 0.88 for
+    the scores. "good" is said of 73 % and 71 % of the related pairs and of 8 % and 1 % of the others; at least "fair"
+    of 90 % and 88 % of the related pairs and of 25 % and 20 % of the others. Other encoders have other similarities.
+
+    Args:
+        similarity: `(N,)` cosine similarity of the features at both ends of each match.
+    """
+    strength = float(np.sum(similarity)) / max(len(similarity), 20)
+    return "good" if strength >= 0.32 else "fair" if strength >= 0.25 else "poor"
 
 
 def _between(count: int, coarse: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,10 +158,9 @@ def _between(count: int, coarse: int) -> tuple[torch.Tensor, torch.Tensor, torch
     return lower, (lower + 1).clamp(max=coarse - 1), (position - lower).float()
 
 
-def _interpolate(
-    values: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, weight: torch.Tensor, dim: int
-) -> torch.Tensor:
-    """Linear interpolation of `(C, h, w)` along one dimension at the positions that `_between` gave."""
+def _interpolate(values: torch.Tensor, dim: int, positions: tuple[torch.Tensor, ...], part: slice) -> torch.Tensor:
+    """Linear interpolation of `(C, h, w)` along one dimension, at some of the positions that `_between` gave."""
+    lower, upper, weight = (of_all[part] for of_all in positions)
     shape = [1] * values.dim()
     shape[dim] = -1
     return torch.lerp(values.index_select(dim, lower), values.index_select(dim, upper), weight.view(shape))
@@ -229,13 +238,15 @@ def match_pair(
     sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
     with torch.inference_mode():
         outputs = model(pixels.to(model.device))
-    found = processor.post_process_keypoint_matching(outputs, sizes, threshold=threshold)[0]
-    hard = processor.post_process_cosegmentation(outputs, sizes, images=[photos], refine=refine)[0]
-    masks = [mask.cpu().numpy() for mask in hard]
+    found = processor.post_process_keypoint_matching(outputs, sizes)[0]
+    soft = outputs.mask_logits[0].float().sigmoid().cpu().numpy()
+    masks = [refined_mask(photo, probability, refine) for photo, probability in zip(photos, soft, strict=True)]
 
     points = torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy()
     scores = found["matching_scores"].float().cpu().numpy()
     keep = _on_masks(points, masks)
+    quality = quality_in_words(_feature_similarity(outputs.features, points[keep], sizes))
+    keep &= scores > threshold
     points, scores = points[keep], scores[keep]
     order = np.argsort(-scores, kind="stable")
     return PairResult(
@@ -247,9 +258,20 @@ def match_pair(
         target_mask=masks[1],
         affine=outputs.affine[0].float().cpu().numpy(),
         tps=outputs.tps[0].float().cpu().numpy(),
+        quality=quality,
         _outputs=outputs,
         _model=model,
     )
+
+
+def _feature_similarity(features: torch.Tensor, points: np.ndarray, sizes: torch.Tensor) -> np.ndarray:
+    """Cosine similarity `(N,)` of the features `(1, 2, C, h, w)` at both ends of matches `(N, 2, 2)` in pixels."""
+    found = []
+    for view in (0, 1):
+        normalized = normalize_points(torch.from_numpy(points[None, :, view]), sizes[:, view]).to(features.device)
+        found.append(sample_at(features[:, view].float(), normalized.float()))
+    similarity: np.ndarray = torch.nn.functional.cosine_similarity(found[0], found[1], dim=-1)[0].cpu().numpy()
+    return similarity
 
 
 def _on_masks(points: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:

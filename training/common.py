@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ FREE_ARGUMENTS = {
     "dataset_name",
     "output_dir",
     "resume_from_checkpoint",
+    "allow_changes",
     "dataloader_num_workers",
     "keep_in_memory",
     "skip_data_check",
@@ -107,6 +109,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help="a checkpoint folder, or 'latest'")
+    parser.add_argument(
+        "--allow_changes", action=flag, default=False, help="resume although settings or photographs are other ones"
+    )
     parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--validation_steps", type=int, default=500)
     parser.add_argument("--with_tracking", action=flag, default=False)
@@ -202,6 +207,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     _check(args)
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not find each other
             mixed_precision=args.mixed_precision,
             # Epochs do not end a step early: the number of batches in a step is the same for all steps, so that the
             # place in the data follows from the number of the step.
@@ -214,17 +220,20 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:  # such as fp16 on a CPU
         raise InputError(" ".join(str(error).split())) from error
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise InputError("Several processes were started but do not find each other; see training/README.md.")
     set_seed(args.seed)
     if accelerator.is_main_process:
         try:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             for partial in Path(args.output_dir).glob("partial-*"):
-                shutil.rmtree(partial)  # what a killed run left behind while it saved or removed a checkpoint
+                # What a killed run left behind while it saved or removed something.
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         except OSError as error:
             raise OutputError(f"The output folder {args.output_dir} cannot be used ({error.strerror}).") from error
     accelerator.wait_for_everyone()
     checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
+    if checkpoint is not None and not args.allow_changes:
         _refuse_other_settings(checkpoint, _settings(accelerator, args))
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = _make_repository(args)
@@ -325,7 +334,7 @@ def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator,
     needed = args.per_device_train_batch_size * accelerator.num_processes
     if count < needed:
         raise InputError(
-            f"The data set has only {count} {what} and one step takes {needed}: "
+            f"Too few {what}: one step takes {needed} and the data set has {count}; "
             "add photographs or lower --per_device_train_batch_size."
         )
 
@@ -339,10 +348,11 @@ def moving_average(objective: nn.Module, decay: float) -> AveragedModel:
     @torch.no_grad()
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, share)
-        else:  # counters
-            torch._foreach_copy_(averaged, current)
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, share)
+            else:  # counters
+                mean.copy_(value)
 
     return AveragedModel(objective, multi_avg_fn=update, use_buffers=True)
 
@@ -389,12 +399,10 @@ def train(
     )
     average = moving_average(objective, args.ema_decay) if args.ema_decay > 0 else None
     wrapped, optimizer, loader, scheduler = accelerator.prepare(objective, optimizer, loader, scheduler)
-    # A model is built in training mode but loaded in evaluation mode; the objective knows which of its parts are frozen.
-    wrapped.train()
     if average is not None:
         average.to(accelerator.device)
         accelerator.register_for_checkpointing(average)
-    checkpoints = Checkpoints(accelerator, args, dataset.fingerprint())
+    checkpoints = Checkpoints(accelerator, args, dataset.fingerprint(), optimizer, scheduler)
 
     step = checkpoints.resume()
     epoch, skip = divmod(step * args.gradient_accumulation_steps, batches_per_epoch)
@@ -421,6 +429,7 @@ def train(
                 if not finite:
                     _restore(objective, buffers)
                     folder = checkpoints.save(step)
+                    progress.close()
                     raise NonFiniteLossError(
                         f"The loss is not finite at step {step + 1}; the state before that step is in {folder}."
                     )
@@ -512,11 +521,15 @@ class Reports:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
+
+
 class Checkpoints:
     """Saves and resumes `checkpoint-<step>` folders: each is there as a whole or not at all."""
 
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, data: str):
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, data: str, optimizer: Any, scheduler: Any):
         self.accelerator, self.args, self.data = accelerator, args, data
+        self.optimizer, self.scheduler = optimizer, scheduler
 
     def save(self, step: int) -> Path:
         """Saves under a temporary name, moves into place, and removes the oldest beyond the limit."""
@@ -543,12 +556,18 @@ class Checkpoints:
         if path is None:
             return 0
         description = _description(path)
-        if description["data"] != self.data:
-            raise InputError(f"{path} was made with other photographs; resume it with its own, or start anew.")
+        if description["data"] != self.data and not self.args.allow_changes:
+            raise InputError(f"{path} was made with other photographs; {_WAYS_OUT}.")
         try:
             self.accelerator.load_state(str(path))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{path} cannot be resumed: {_first_line(error)}.") from error
+        # With `--allow_changes` the rates are the new ones; else this changes nothing.
+        self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
+        schedule = self.scheduler.scheduler
+        schedule.base_lrs = [self.args.learning_rate]
+        rate = self.args.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.accelerator.step = 0  # a step begins with its first batch, also after a failure in the middle of one
         return int(description["step"])
 
@@ -614,4 +633,4 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     changed = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
     if changed:
         shown = ", ".join(f"{name} {before.get(name)} (now {settings.get(name)})" for name in changed)
-        raise InputError(f"{path} was made with other settings: {shown}; resume with the same ones, or start anew.")
+        raise InputError(f"{path} was made with other settings: {shown}; {_WAYS_OUT}.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from macosnet_hf.errors import DataError, ImageError
+from macosnet_hf.errors import DataError, ImageError, InputError
 from macosnet_hf.image_io import load_image
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -50,9 +50,15 @@ class Photographs(Dataset):
         size: side in pixels; no aspect is kept, as for the network's input.
         exclude: class names to leave out, such as a folder of background clutter.
         limit: at most so many photographs a class.
+
+    Raises:
+        DataError: if a source cannot be found, or no photograph is left.
+        InputError: if the size is too small.
     """
 
     def __init__(self, sources: list[str], size: int, *, exclude: tuple[str, ...] = (), limit: int | None = None):
+        if size < 16:
+            raise InputError(f"Photographs need a side of at least 16 pixels, not {size}.")
         self.size = size
         self._items: list[Path | tuple[Any, int]] = []  # a file, or a row of a data set
         self._marks: list[str] = []

@@ -131,11 +131,11 @@ class SyntheticObjective(nn.Module):
             fixed = affine.detach()
             exact = torch.rand(1, generator=generator).item() < self.exact_share
             if exact:
-                grid = sampling_grid(fixed, size=(size, size))
-                warped = self._encode(warp(pixels, grid, padding_mode=model.config.padding_mode))
+                places = sampling_grid(fixed, size=(size, size))
+                warped = self._encode(warp(pixels, places, padding_mode=model.config.padding_mode))
             else:
-                grid = sampling_grid(fixed, size=raw.shape[-2:])
-                warped = warp(raw, grid, padding_mode=model.config.padding_mode)
+                places = sampling_grid(fixed, size=raw.shape[-2:])
+                warped = warp(raw, places, padding_mode=model.config.padding_mode)
             warped = self._noisy(warped, generator)
         tps = model.tps_head(correlate(warped, target))
         tps_loss = grid_loss(apply_cascade(start, fixed, tps), goal, weight)

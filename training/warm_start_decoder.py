@@ -4,7 +4,7 @@
     --output_dir OUT
 
 Needs photographs in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks by
-cross-entropy, each photograph together with a partner of its class.
+cross-entropy, each photograph together with a partner of its class. The pseudo-masks are kept in the output folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from macosnet_hf import MaCoSNetImageProcessor
-from macosnet_hf.errors import DataError, MaCoSNetError
+from macosnet_hf.errors import DataError, InputError, MaCoSNetError
 from macosnet_hf.geometry import sampling_grid, warp
 from macosnet_hf.image_io import load_image
 from macosnet_hf.loading import load_model_and_processor
@@ -45,12 +45,17 @@ def class_pairs(photographs: Photographs, partners: int, seed: int) -> list[tupl
 
     Raises:
         DataError: if a class has a single photograph.
+        InputError: if `partners` is not positive.
     """
     generator = torch.Generator().manual_seed(seed)
+    if partners < 1:
+        raise InputError("--partners must be at least 1.")
     pairs: list[tuple[int, int]] = []
     for name, members in photographs.classes().items():
         if len(members) < 2:
-            raise DataError(f"The class {name!r} has one photograph; two are needed to make a pair.")
+            raise DataError(
+                f"The class {name!r} has one photograph, and a pair takes two: add some, or pass --exclude_classes."
+            )
         for index in members:
             others = [member for member in members if member != index]
             chosen = torch.randperm(len(others), generator=generator)[:partners].tolist()

@@ -1,13 +1,14 @@
 """Readers of the benchmarks, one record schema, preparation as Parquet, and pair sampling. See `docs/data.md`.
 
-Names are imported on first use, so that importing this package stays cheap.
+Names are imported on first use, so that importing this package stays cheap. The function `prepare` is not among them: the
+name belongs to its module, `macosnet_hf.datasets.prepare`.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .prepare import open_records, prepare
+    from .prepare import open_records
     from .readers import BENCHMARKS, Problems, iter_records, load_records
     from .sampling import Group, GroupSampler, stream_groups
     from .schema import features, flow_array, keypoint_array, mask_from_picture, open_picture
@@ -25,7 +26,6 @@ _LAZY_NAMES = {
     "mask_from_picture": ".schema",
     "open_picture": ".schema",
     "open_records": ".prepare",
-    "prepare": ".prepare",
     "stream_groups": ".sampling",
 }
 
@@ -42,7 +42,6 @@ __all__ = [
     "mask_from_picture",
     "open_picture",
     "open_records",
-    "prepare",
     "stream_groups",
 ]
 

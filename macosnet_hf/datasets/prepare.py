@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,11 @@ from ..errors import DataError, InputError, OutputError
 from .readers import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .schema import IMAGE_COLUMNS, Record, check_record, features, mask_from_picture, open_picture
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 MARKER = ".macosnet-partial"
+CARD_MARK = "Prepared by `macosnet prepare "
 ROW_GROUP_BYTES = 48 * 2**20
 """Pictures and flows of one row group, decoded; what a reader of the stream holds at a time."""
 
@@ -42,6 +46,15 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder was made by [`prepare`] and is complete, or holds a card and Parquet in the same places."""
     folder = Path(folder)
     return (folder / "README.md").is_file() and any((folder / "data").glob("*.parquet"))
+
+
+def _is_own_output(folder: Path) -> bool:
+    """Whether [`prepare`] made everything that is in the folder, so that it may be replaced."""
+    if not is_prepared(folder) or {path.name for path in folder.iterdir()} != {"README.md", "data"}:
+        return False
+    if any(path.suffix != ".parquet" for path in (folder / "data").iterdir()):
+        return False
+    return CARD_MARK in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
 
 
 def open_records(
@@ -123,7 +136,9 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
         except (OSError, ValueError) as error:
             raise DataError(f"{data}: the split {split!r} is damaged: {_first_line(error)}") from error
         try:
-            check_record(record, f"{data}, {split}, record {count} ({record.get('id')})")
+            where = f"{data}, {split}, record {count} ({record.get('id')})"
+            check_record(record, where)
+            _check_benchmark(record, benchmark, where)
         except DataError as error:
             problems.report(error)
         else:
@@ -131,6 +146,16 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
         count += 1
     if count == 0:
         raise DataError(f"{data}: the split {split!r} is empty.")
+
+
+def _check_benchmark(record: Record, benchmark: str, where: str) -> None:
+    """A prepared data set does not say of which benchmark it is, and figures under another's name would mislead."""
+    entry = get_benchmark(benchmark)
+    if (record.get("target_image") is not None) != (entry.kind == "pairs"):
+        has, wants = ("a single picture", "pairs") if entry.kind == "pairs" else ("a pair", "single pictures")
+        raise DataError(f"{where}: this is {has}, but {entry.title} has {wants}.")
+    if entry.classes is not None and record.get("class_name") not in entry.classes:
+        raise DataError(f"{where}: unknown class {record.get('class_name')!r}; it is not one of {entry.title}.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -180,13 +205,16 @@ def prepare(
     entry = get_benchmark(benchmark)
     problems = problems if problems is not None else Problems()
     folder, partial = Path(output), _partial(output)
-    if folder.exists() and not (overwrite and is_prepared(folder)):
-        state = "exists already" if is_prepared(folder) or folder.is_file() else "exists and was not made by prepare"
-        raise OutputError(f"{folder} {state}; choose another name{' or --overwrite' if is_prepared(folder) else ''}.")
-    chosen = list(splits) if splits is not None else available_splits(benchmark, source)
+    if folder.exists() and not (overwrite and _is_own_output(folder)):
+        own = _is_own_output(folder)
+        state = "exists already" if own or folder.is_file() else "exists and holds what was not made by prepare"
+        raise OutputError(f"{folder} {state}; choose another name{' or --overwrite' if own else ''}.")
+    chosen = list(dict.fromkeys(splits)) if splits is not None else available_splits(benchmark, source)
     if not chosen:
         raise DataError(f"{source}: no split of {entry.title} was found.")
-    _start(partial)
+    if benchmark in ("coseg", "pairs") and len(chosen) > 1:
+        raise InputError(f"{entry.title} has no splits of its own, so only one can be made of it at a time.")
+    lock = _start(partial)
     try:
         counts = {}
         for split in chosen:
@@ -197,7 +225,7 @@ def prepare(
             if counts[split] == 0:
                 raise DataError(f"{source}: no valid record is left in the split {split!r}.")
         (partial / "README.md").write_text(data_card(entry, counts, problems), encoding="utf-8")
-        (partial / MARKER).unlink()
+        (partial / MARKER).unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -207,6 +235,8 @@ def prepare(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.release()
     return counts
 
 
@@ -215,19 +245,28 @@ def _partial(output: str | os.PathLike[str]) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def _start(partial: Path) -> None:
-    if partial.exists():
-        # Without the marker it is complete: the run was cut off between the last file and the renaming.
-        if not (partial / MARKER).is_file() and not is_prepared(partial):
-            raise OutputError(f"{partial} is in the way; remove it.")
-        shutil.rmtree(partial)
+def _start(partial: Path) -> FileLock:
+    """Makes the partial folder; the rest of a run that was cut off is removed. The marker stays locked while a run is
+    alive (the system unlocks it when the run dies), so that two runs never write into one folder."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(partial / MARKER)
     try:
+        if partial.exists():
+            # Without the marker it is complete: the run was cut off between the last file and the renaming.
+            if not (partial / MARKER).is_file() and not is_prepared(partial):
+                raise OutputError(f"{partial} is in the way; remove it.")
+            with FileLock(partial / MARKER).acquire(timeout=0):
+                shutil.rmtree(partial)
         partial.mkdir(parents=True)
         # The marker is the first file: whatever bears it is ours, unfinished, and may be removed.
-        (partial / MARKER).touch()
+        lock.acquire(timeout=0)
         (partial / "data").mkdir()
+    except (Timeout, FileExistsError) as error:
+        raise OutputError(f"Another run is writing this output just now ({partial}).") from error
     except OSError as error:
         raise OutputError(f"The folder {partial.parent} cannot be written to: {error}.") from error
+    return lock
 
 
 def _verified(records: Iterable[Record], problems: Problems) -> Iterator[Record]:
@@ -358,7 +397,7 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems) -> s
         "",
         f"# {entry.title}",
         "",
-        f"Prepared by `macosnet prepare {entry.name}` with the pictures' original bytes inside.",
+        f"{CARD_MARK}{entry.name}` with the pictures' original bytes inside.",
         "The terms of the original archive hold; check them before sharing this data set.",
         "",
     ]
@@ -380,7 +419,8 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems) -> s
         "| `source_id`, `target_id` | equal ids mean the same picture |",
         "| `source_keypoints`, `target_keypoints` | row i of both correspond; `keypoint_ids` names the part |",
         "| `source_box`, `target_box` | annotated boxes |",
-        "| `source_mask`, `target_mask` | object masks of the pictures' own size, not zero = object |",
+        "| `source_mask`, `target_mask` | object masks of the pictures' own size; object is what is not zero, in "
+        "grey pictures that use the upper half of the range what is 128 and more |",
         "| `mirror_source` | mirror the source left-right before matching; annotations are not mirrored |",
         "| `flip_both` | training: mirror both pictures |",
         "| `flow`, `flow_size` | (dx, dy) of each target pixel to its place in the source, row by row, [h, w]; "

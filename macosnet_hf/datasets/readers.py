@@ -118,6 +118,7 @@ class Benchmark:
         licence: identifier of the Hub's list; `other` or `unknown` where the archive states none.
         citation: BibTeX.
         homepage: where the archive comes from.
+        classes: its classes (TSS: groups), `None` where any will do.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Benchmark:
     licence: str = "unknown"
     citation: str = ""
     homepage: str = ""
+    classes: tuple[str, ...] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +166,12 @@ def _strangers_in(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.is_file() and path.suffix.lower() not in known and not path.name.startswith(".")
     )
+
+
+def _orphans(masks: Path, pictures: list[Path]) -> list[Path]:
+    """Masks of a folder that belong to none of the pictures."""
+    stems = {path.stem for path in pictures}
+    return [path for path in _pictures_in(masks) if path.stem not in stems] if masks.is_dir() else []
 
 
 def _subfolder(source: Path, name: str) -> Path:
@@ -235,9 +243,10 @@ def _class_by_number(row: dict[str, str], names: tuple[str, ...], where: str) ->
     if text in names:
         return text
     try:
-        number = int(float(text))
+        exact = float(text)
     except ValueError as error:
         raise DataError(f"{where}: unknown class {text!r}.") from error
+    number = int(exact) if exact.is_integer() else 0
     if not 1 <= number <= len(names):
         raise DataError(f"{where}: unknown class {text!r}; the classes are 1 to {len(names)}.")
     return names[number - 1]
@@ -264,6 +273,8 @@ def _pair_list(
     def build(item: tuple[int, dict[str, str]]) -> Record:
         line, row = item
         where = f"{listing}, line {line}"
+        if None in row:
+            raise DataError(f"{where}: the row has more columns than the header.")
         first, second = _row_paths(row, root, where)
         if class_names is not None:
             class_name = _class_by_number(row, class_names, where)
@@ -314,7 +325,10 @@ def _willow_from_mat(root: Path, split: str, problems: Problems) -> Iterator[Rec
         if class_folder.name not in WILLOW_CLASSES:
             problems.report(DataError(f"{class_folder}: unknown class {class_folder.name!r}."))
             continue
-        pictures = _need_some(_pictures_in(class_folder), class_folder, "picture")
+        pictures = _pictures_in(class_folder)
+        if not pictures:
+            problems.report(DataError(f"{class_folder}: there is no picture in the class {class_folder.name!r}."))
+            continue
         pairs = [(a, b) for index, a in enumerate(pictures) for b in pictures[index + 1 :]]
 
         def build(item: tuple[Path, Path], class_name: str = class_folder.name) -> Record:
@@ -439,7 +453,7 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
             "target_box": list(map(float, annotation["trg_bndbox"])),
             "difficulty": {name: None if difficulty[name] is None else int(difficulty[name]) for name in DIFFICULTIES},
         }
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: the pair annotation is not complete ({error}).") from error
@@ -499,7 +513,9 @@ def read_tss(source: Path, split: str, problems: Problems, pairs: Path | None = 
         if group.name not in TSS_GROUPS:
             problems.report(DataError(f"{group}: unknown group {group.name!r}; TSS has {', '.join(TSS_GROUPS)}."))
             continue
-        folders = _need_some(sorted(path for path in group.iterdir() if path.is_dir()), group, "pair")
+        folders = sorted(path for path in group.iterdir() if path.is_dir())
+        if not folders:
+            problems.report(DataError(f"{group}: there is no pair in the group {group.name!r}."))
         items += [(folder, number) for folder in folders for number in (1, 2)]
     yield from _each(items, lambda item: _tss_record(root, *item, split), problems)
 
@@ -537,8 +553,13 @@ def read_internet(source: Path, split: str, problems: Problems, pairs: Path | No
     have an empty mask; they count for the precision and are left out of the Jaccard index, as in the literature."""
     root = _need_folder(_subfolder(source, "Data"), "the folder Data of the Internet set")
     for folder_name, class_name in INTERNET_CLASSES.items():
-        folder = _need_folder(root / folder_name, f"the class {class_name}")
-        pictures = _need_some(_pictures_in(folder), folder, "picture")
+        folder = root / folder_name
+        pictures = _pictures_in(folder) if folder.is_dir() else []
+        if not pictures:
+            problems.report(DataError(f"{folder}: there is no picture of the class {class_name!r}."))
+            continue
+        for orphan in _orphans(folder / "GroundTruth", pictures):
+            problems.report(DataError(f"{orphan}: this mask has no picture in {folder}."))
 
         def build(path: Path, class_name: str = class_name, folder: Path = folder) -> Record:
             where = str(path)
@@ -567,16 +588,24 @@ def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None 
     with_masks = images != source and masks.is_dir()
     classes = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     _need_some(classes, images, "class folder")
+    for loose in _pictures_in(images):
+        problems.report(DataError(f"{loose}: this picture is in no class folder."))
+    if with_masks:
+        for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if not (images / folder.name).is_dir():
+                problems.report(DataError(f"{images / folder.name}: there is no picture of the class {folder.name!r}."))
     for folder in classes:
         pictures = _pictures_in(folder)
+        for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            problems.report(DataError(f"{inner}: folders inside a class folder are not read."))
         for stranger in _strangers_in(folder):
             problems.report(DataError(f"{stranger}: this is not a picture in a format that can be read."))
         if not pictures:
             problems.report(DataError(f"{folder}: there is no picture in the class {folder.name!r}."))
             continue
         available = {path.stem: path for path in _pictures_in(masks / folder.name)} if _is_dir(masks, folder) else {}
-        for orphan in sorted(set(available) - {path.stem for path in pictures}) if with_masks else []:
-            problems.report(DataError(f"{available[orphan]}: this mask has no picture in {folder}."))
+        for orphan in _orphans(masks / folder.name, pictures) if with_masks else []:
+            problems.report(DataError(f"{orphan}: this mask has no picture in {folder}."))
 
         stems = [path.stem for path in pictures]
 
@@ -617,6 +646,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "pairs",
             ("test",),
             read_pf_willow,
+            classes=WILLOW_CLASSES,
             citation="@inproceedings{ham2016proposal, title={Proposal Flow}, author={Ham, Bumsub and Cho, Minsu and "
             "Schmid, Cordelia and Ponce, Jean}, booktitle={CVPR}, year={2016}}",
             homepage="https://www.di.ens.fr/willow/research/proposalflow/",
@@ -627,6 +657,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "pairs",
             ("train", "validation", "test"),
             read_pf_pascal,
+            classes=VOC_CLASSES,
             citation="@article{ham2018proposal, title={Proposal Flow: Semantic Correspondences from Object Proposals}, "
             "author={Ham, Bumsub and Cho, Minsu and Schmid, Cordelia and Ponce, Jean}, journal={TPAMI}, year={2018}}",
             homepage="https://www.di.ens.fr/willow/research/proposalflow/",
@@ -637,6 +668,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "pairs",
             ("train", "validation", "test"),
             read_spair,
+            classes=SPAIR_CLASSES,
             citation="@article{min2019spair, title={SPair-71k: A Large-scale Benchmark for Semantic Correspondence}, "
             "author={Min, Juhong and Lee, Jongmin and Ponce, Jean and Cho, Minsu}, journal={arXiv:1908.10543}, "
             "year={2019}}",
@@ -648,6 +680,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "pairs",
             ("test",),
             read_tss,
+            classes=TSS_GROUPS,
             citation="@inproceedings{taniai2016joint, title={Joint Recovery of Dense Correspondence and "
             "Cosegmentation in Two Images}, author={Taniai, Tatsunori and Sinha, Sudipta N. and Sato, Yoichi}, "
             "booktitle={CVPR}, year={2016}}",
@@ -659,6 +692,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "pictures",
             ("test",),
             read_internet,
+            classes=tuple(INTERNET_CLASSES.values()),
             citation="@inproceedings{rubinstein2013unsupervised, title={Unsupervised Joint Object Discovery and "
             "Segmentation in Internet Images}, author={Rubinstein, Michael and Joulin, Armand and Kopf, Johannes and "
             "Liu, Ce}, booktitle={CVPR}, year={2013}}",

@@ -29,6 +29,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,6 +152,15 @@ def check_record(record: Record, where: str) -> None:
             raise DataError(f"{where}: the box of the {side} is not four finite numbers.")
         if box[2] <= box[0] or box[3] <= box[1]:
             raise DataError(f"{where}: the box of the {side} has no extent.")
+    ids = record.get("keypoint_ids")
+    if ids is not None:
+        if points["source"] is not None and len(ids) != len(points["source"]):
+            raise DataError(f"{where}: {len(points['source'])} key-points but {len(ids)} ids.")
+        if not all(0 <= number < 2**31 for number in ids):
+            raise DataError(f"{where}: the id of a key-point is negative or too large.")
+    for name, level in (record.get("difficulty") or {}).items():
+        if level is not None and not 0 <= level < 128:
+            raise DataError(f"{where}: the difficulty {name} is {level}; it must be a small number.")
     flow = record.get("flow")
     if flow is not None:
         size = record.get("flow_size")
@@ -242,7 +252,7 @@ def mask_from_picture(picture: Any, where: str, size: tuple[int, int] | None = N
             else:
                 array = np.asarray(opened)
             palette = opened.mode == "P"
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: {picture_name(picture)} cannot be read as a mask.") from error
     if array.ndim != 2:
         raise DataError(f"{where}: {picture_name(picture)} is not a mask of one value a pixel.")

@@ -124,8 +124,12 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise OutputError(f"{path} is a folder; a file name is needed.")
         if not path.parent.is_dir():
             raise OutputError(f"The folder {path.parent} does not exist.")
-        if not os.access(path.parent, os.W_OK):
-            raise OutputError(f"The folder {path.parent} cannot be written to.")
+        try:  # permissions do not tell everything: to root all seems writable, read-only file systems included
+            partial = path.with_name(f".{path.name}.partial")
+            partial.touch()
+            partial.unlink()
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error}.") from error
 
 
 def choose(args: argparse.Namespace) -> tuple[Protocol, Options]:

@@ -19,18 +19,35 @@ from typing import Any
 import numpy as np
 
 from ..datasets.schema import Record
-from ..errors import InputError, OutputError
+from ..errors import DataError, InputError, OutputError
 from .inference import Prediction
 
-FORMAT = 1
+FORMAT = 2
 SAMPLES_PER_SHARD = 64
 
 
 def record_stamp(record: Record) -> str:
-    """A short hash of what a prediction answers: the pictures' ids and the key-points."""
+    """A short hash of what a prediction answers: the pictures (ids and bytes) and the key-points.
+
+    Raises:
+        DataError: if a picture is missing.
+    """
     parts = [record.get(key) for key in ("source_id", "target_id", "source_keypoints", "target_keypoints")]
+    parts += [_picture_hash(record, side) for side in ("source", "target")]
     plain = json.dumps(parts, default=lambda value: np.asarray(value).tolist())
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def _picture_hash(record: Record, side: str) -> str | None:
+    """Of the file's bytes, which are the same in an archive and in the Parquet made of it."""
+    picture = record.get(f"{side}_image")
+    if picture is None:
+        return None
+    try:
+        content = picture["bytes"] if picture.get("bytes") is not None else Path(picture["path"]).read_bytes()
+    except OSError as error:
+        raise DataError(f"{record['id']}, {side}_image: {picture['path']} cannot be read.") from error
+    return hashlib.sha256(content).hexdigest()
 
 
 class PredictionWriter:

@@ -46,6 +46,7 @@ class Protocol:
         pck: protocols of PCK, the one of the paper's table first.
         alphas: thresholds of PCK or flow PCK.
         flow, masks, label_transfer: what else is measured.
+        annotated_box: PCK `bbox` needs the annotated box; the box of the key-points is no substitute.
         text: one sentence that names the protocol under a table.
     """
 
@@ -58,6 +59,7 @@ class Protocol:
     flow: bool = False
     masks: bool = False
     label_transfer: bool = False
+    annotated_box: bool = False
 
 
 _KEYPOINT_TEXT = (
@@ -83,6 +85,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "target's annotated box. Mean over pairs; per point and by difficulty in the JSON.",
             "source_to_target",
             ("bbox",),
+            annotated_box=True,
         ),
         Protocol(
             "tss",
@@ -244,6 +247,8 @@ def keypoint_scores(
     truth = keypoint_array(record, arrives)
     if len(truth) == 0:
         raise DataError(f"{record['id']}: there is no key-point to score.")
+    if protocol.annotated_box and record.get(f"{arrives}_box") is None:
+        raise DataError(f"{record['id']}: there is no annotated box of the {arrives}.")
     key = f"points/{variant}"
     if key not in prediction:
         raise InputError(f"The prediction of {record['id']!r} has no points of the variant {variant!r}.")
