@@ -15,6 +15,9 @@ import numpy as np
 from gradio.media import MEDIA_ROOT
 from PIL import Image
 
+# Before torch is loaded: threads that spin while they wait slow each other down wherever cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import macosnet_hf
 from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetError
 from macosnet_hf.drawing import overlay_mask

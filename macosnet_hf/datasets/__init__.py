@@ -1,7 +1,7 @@
 """Readers of the benchmarks, one record schema, preparation as Parquet, and pair sampling. See `docs/data.md`.
 
-Names are imported on first use, so that importing this package stays cheap. The function `prepare` is not among them: the
-name belongs to its module, `macosnet_hf.datasets.prepare`.
+Names are imported on first use, so that importing this package stays cheap. The function `prepare` is not among them:
+the name belongs to its module, `macosnet_hf.datasets.prepare`.
 """
 
 import importlib
