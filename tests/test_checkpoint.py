@@ -1,4 +1,4 @@
-"""What the embedded checkpoint must be able to do, on photographs that come with installed packages, and on PF-WILLOW."""
+"""What the embedded checkpoint must be able to do, on photographs of installed packages and on PF-WILLOW."""
 
 import json
 from pathlib import Path

@@ -222,3 +222,14 @@ def test_pushing_without_a_network_ends_in_one_sentence(tmp_path):
     prepare("coseg", coseg(tmp_path / "in"), tmp_path / "out")
     with pytest.raises(OutputError, match="someone/something"):
         push_to_hub(tmp_path / "out", "someone/something")
+
+
+def test_another_data_set_in_a_folder_of_the_same_name_is_not_taken_from_the_cache(tmp_path):
+    from datasets import load_dataset
+
+    for number, classes in enumerate((("car(G)", "duck(S)"), ("car(G)",))):
+        archive = pf_willow(tmp_path / f"archive{number}", pictures=3, classes=classes)
+        prepare("pf-willow", archive, tmp_path / str(number) / "prepared")
+        loaded = load_dataset(str(tmp_path / str(number) / "prepared"), split="test")
+        assert len(loaded) == 3 * len(classes)
+        assert set(loaded["class_name"]) == set(classes)

@@ -60,11 +60,12 @@ class Photographs(Dataset):
         if size < 16:
             raise InputError(f"Photographs need a side of at least 16 pixels, not {size}.")
         self.size = size
-        self._items: list[Path | tuple[Any, int]] = []  # a file, or a row of a data set
+        self._items: list[Path | tuple[Any, int, str]] = []  # a file, or a data set's row and column
         self._marks: list[str] = []
         self.class_names: list[str] = []
         for source in sources:
-            items, names = find_photographs(source) if Path(source).exists() else _hub_photographs(source)
+            from_files = Path(source).exists() and not _is_prepared(Path(source))
+            items, names = find_photographs(source) if from_files else _dataset_photographs(source)
             counts: dict[str, int] = {}
             for item, name in zip(items, names, strict=True):
                 counts[name] = counts.get(name, 0) + 1
@@ -90,7 +91,7 @@ class Photographs(Dataset):
 
     def _read(self, index: int) -> Tensor:
         item = self._items[index]
-        picture = load_image(item if isinstance(item, Path) else item[0][item[1]]["image"])
+        picture = load_image(item if isinstance(item, Path) else _cell(*item))
         resized = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, reducing_gap=2.0)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
@@ -136,26 +137,60 @@ class Photographs(Dataset):
         return groups
 
 
-def _mark(item: Path | tuple[Any, int], source: str) -> str:
+def _mark(item: Path | tuple[Any, int, str], source: str) -> str:
     """What tells one photograph from another without opening it."""
     if isinstance(item, Path):
         return f"{os.path.relpath(item, source)} {item.stat().st_size}"
-    return f"{source} {item[1]} {getattr(item[0], '_fingerprint', '')}"
+    return f"{source} {item[1]} {item[2]} {getattr(item[0], '_fingerprint', '')}"
 
 
-def _hub_photographs(dataset_id: str) -> tuple[list[tuple[Any, int]], list[str]]:
-    from datasets import ClassLabel, load_dataset
+def _is_prepared(folder: Path) -> bool:
+    """Whether a folder was made by `macosnet prepare`, or is another data set in Parquet files."""
+    return any((folder / "data").glob("*.parquet"))
+
+
+def _cell(dataset: Any, row: int, column: str) -> bytes:
+    """The original bytes of one picture, or what they are called."""
+    value = dataset[row][column]
+    return value["bytes"] if value.get("bytes") is not None else value["path"]
+
+
+def _dataset_photographs(source: str) -> tuple[list[tuple[Any, int, str]], list[str]]:
+    """The pictures of a data set of the Hub or of a prepared folder, each once, and their class names.
+
+    Takes the split `train` if there is one, else all splits; a column `image`, or the columns `source_image` and
+    `target_image` of this project's records, in which one picture may stand in many pairs.
+    """
+    from datasets import ClassLabel, Image, load_dataset
 
     try:
-        dataset = load_dataset(dataset_id, split="train")
+        splits = load_dataset(source)
     except Exception as error:  # the client raises many kinds; to the user all mean that the data set cannot be had.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{dataset_id} is neither a folder nor a data set that can be loaded: {reason}.") from error
-    if "image" not in dataset.column_names:
-        raise DataError(f"The data set {dataset_id} has no column 'image'.")
-    column = next((name for name in ("class", "label") if name in dataset.column_names), None)
-    names = ["all"] * len(dataset)
-    if column:
-        kind = dataset.features[column]
-        names = [kind.int2str(value) if isinstance(kind, ClassLabel) else str(value) for value in dataset[column]]
-    return [(dataset, row) for row in range(len(dataset))], names
+        raise DataError(f"{source} is neither a folder nor a data set that can be loaded: {reason}.") from error
+    items: list[tuple[Any, int, str]] = []
+    names: list[str] = []
+    seen: set[str] = set()
+    for split in ["train"] if "train" in splits else sorted(splits):
+        dataset = splits[split]
+        columns = [name for name in ("image", "source_image", "target_image") if name in dataset.column_names]
+        if not columns:
+            raise DataError(f"The data set {source} has no column 'image' and no column 'source_image'.")
+        for column in columns:
+            dataset = dataset.cast_column(column, Image(decode=False))
+        class_column = next((name for name in ("class_name", "class", "label") if name in dataset.column_names), None)
+        classes = ["all"] * len(dataset)
+        if class_column:
+            kind = dataset.features[class_column]
+            classes = [kind.int2str(v) if isinstance(kind, ClassLabel) else str(v) for v in dataset[class_column]]
+        for column in columns:
+            id_column = column.replace("_image", "_id")
+            identities = dataset[id_column] if id_column != column and id_column in dataset.column_names else None
+            for row, name in enumerate(classes):
+                identity = identities[row] if identities is not None else f"{split} {column} {row}"
+                if not identity or identity in seen:
+                    continue  # a single picture has no target; a picture of many pairs counts once
+                seen.add(identity)
+                items.append((dataset, row, column))
+                names.append(name)
+    return items, names

@@ -10,6 +10,7 @@ class, so PF-WILLOW's 450 pairs take little more room than its 100 pictures.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -224,7 +225,8 @@ def prepare(
             )
             if counts[split] == 0:
                 raise DataError(f"{source}: no valid record is left in the split {split!r}.")
-        (partial / "README.md").write_text(data_card(entry, counts, problems), encoding="utf-8")
+        card = data_card(entry, counts, problems, _digest(partial / "data"))
+        (partial / "README.md").write_text(card, encoding="utf-8")
         (partial / MARKER).unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
@@ -375,8 +377,22 @@ def _write_split(
     return count
 
 
-def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems) -> str:
-    """The `README.md` of a prepared data set: metadata that the Hub and `datasets` read, columns, citation."""
+def _digest(folder: Path) -> str:
+    """A digest of all shards of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.parquet")):
+        with open(path, "rb") as shard:
+            while block := shard.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, digest: str) -> str:
+    """The `README.md` of a prepared data set: metadata that the Hub and `datasets` read, columns, citation.
+
+    `datasets` keeps what it has loaded under a key made of the folder's name and the card's settings, not of the files:
+    without the digest, another data set in a folder of the same name would come back as the old one.
+    """
     tasks = ["image-segmentation"] if entry.kind == "pictures" else ["keypoint-detection"]
     configs = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in counts)
     lines = [
@@ -391,6 +407,7 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems) -> s
         "- macosnet",
         "configs:",
         "- config_name: default",
+        f"  description: content {digest}",
         "  data_files:",
         configs,
         "---",

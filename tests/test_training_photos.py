@@ -1,0 +1,45 @@
+"""Training reads what `macosnet prepare` writes: each picture once, with its class."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from archives import disc, mask, pf_willow, picture
+
+from macosnet_hf.datasets.prepare import prepare
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from photos import Photographs
+
+
+def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
+    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)", "duck(S)"))
+    prepare("pf-willow", archive, tmp_path / "prepared")
+    photographs = Photographs([str(tmp_path / "prepared")], 32)
+    assert len(photographs) == 6
+    assert sorted(photographs.classes()) == ["car(G)", "duck(S)"]
+    assert all(len(members) == 3 for members in photographs.classes().values())
+    # The same pictures as in the archive, whatever their order.
+    direct = Photographs([str(archive / "PF-dataset")], 32)
+    found = sorted(tuple(photographs[index].flatten().tolist()) for index in range(6))
+    assert found == sorted(tuple(direct[index].flatten().tolist()) for index in range(6))
+
+
+def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_path):
+    for index in range(2):
+        picture(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
+        mask(tmp_path / "mine" / "masks" / "cat" / f"{index}.png", disc())
+    prepare("coseg", tmp_path / "mine", tmp_path / "prepared")
+    photographs = Photographs([str(tmp_path / "prepared")], 32)
+    assert len(photographs) == 2
+    assert list(photographs.classes()) == ["cat"]
+    assert photographs[0].dtype == torch.uint8
+    assert not torch.equal(photographs[0], photographs[1])
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_limit_counts_pictures_of_a_class(tmp_path, limit):
+    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)",))
+    prepare("pf-willow", archive, tmp_path / "prepared")
+    assert len(Photographs([str(tmp_path / "prepared")], 32, limit=limit)) == limit
