@@ -43,3 +43,21 @@ def test_the_limit_counts_pictures_of_a_class(tmp_path, limit):
     archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)",))
     prepare("pf-willow", archive, tmp_path / "prepared")
     assert len(Photographs([str(tmp_path / "prepared")], 32, limit=limit)) == limit
+
+
+def test_a_stream_gives_the_same_photographs(tmp_path):
+    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)", "duck(S)"))
+    prepare("pf-willow", archive, tmp_path / "prepared")
+    stored = Photographs([str(tmp_path / "prepared")], 32)
+    streamed = Photographs([str(tmp_path / "prepared")], 32, streaming=True)
+    assert sorted(streamed.class_names) == sorted(stored.class_names)
+
+    def pictures(photographs):
+        return sorted(tuple(photographs[index].flatten().tolist()) for index in range(len(photographs)))
+
+    assert pictures(streamed) == pictures(stored)
+    assert len(Photographs([str(tmp_path / "prepared")], 32, streaming=True, stream_limit=4)) == 4
+    assert len(Photographs([str(tmp_path / "prepared")], 32, streaming=True, limit=2)) == 4
+    assert set(Photographs([str(tmp_path / "prepared")], 32, streaming=True, exclude=("car(G)",)).class_names) == {
+        "duck(S)"
+    }

@@ -40,6 +40,7 @@ FREE_ARGUMENTS = {
     "dataloader_num_workers",
     "keep_in_memory",
     "skip_data_check",
+    "streaming",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "logging_steps",
@@ -102,6 +103,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     parser.add_argument(
         "--keep_in_memory", action=flag, default=False, help="decode all photographs once, at the start"
+    )
+    parser.add_argument(
+        "--streaming",
+        action=flag,
+        default=False,
+        help="read data sets as streams: nothing is stored on the disk, the resized photographs stay in memory",
     )
     parser.add_argument(
         "--skip_data_check", action=flag, default=False, help="do not try to read every photograph before training"

@@ -213,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
     quiet = not accelerator.is_main_process
-    dataset = Photographs(args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes))
+    dataset = Photographs(
+        args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes), streaming=args.streaming
+    )
     check_enough(len(dataset), args, accelerator)
     if args.per_device_train_batch_size < 2 and args.background_swap > 0:
         raise InputError(

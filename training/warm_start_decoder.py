@@ -211,7 +211,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
     photographs = Photographs(
-        args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes), limit=args.photos_per_class
+        args.dataset_name,
+        args.photo_size,
+        exclude=tuple(args.exclude_classes),
+        limit=args.photos_per_class,
+        streaming=args.streaming,
     )
     pairs = class_pairs(photographs, args.partners, args.seed)
     check_enough(len(pairs), args, accelerator, "pairs")
