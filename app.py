@@ -4,6 +4,7 @@ Run it with `make demo`, or `python app.py --port 7860 --host 127.0.0.1 --model 
 """
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -96,11 +97,15 @@ class Matcher:
         with self._lock:
             if not self._loaded:
                 model, processor = load_model_and_processor(self.checkpoint)
+                # The import belongs under the lock as well: two threads that import torch and transformers from
+                # different ends at the same time can meet a module that is only half there.
+                importlib.import_module("macosnet_hf.pair")
                 self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
     def match(self, source: Image.Image, target: Image.Image) -> "macosnet_hf.PairResult":
-        return macosnet_hf.match_pair(source, target, **self.load())
+        arguments = self.load()
+        return macosnet_hf.match_pair(source, target, **arguments)
 
 
 def open_photograph(path: str | None, role: str) -> Image.Image:

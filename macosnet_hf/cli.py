@@ -208,6 +208,8 @@ def run_match(args: argparse.Namespace) -> int:
     count = len(result.keypoints)
     words = f"{count} {'match' if count == 1 else 'matches'}, quality {result.quality}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
+    for pair in document.get("points", []):
+        print("source {:g},{:g} lies at target {:g},{:g}".format(*pair["source"], *pair["target"]))
     return 0
 
 
@@ -383,6 +385,8 @@ def _photo_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
             )
         return paths, True
     for argument in arguments:
+        if not os.path.exists(argument):
+            raise ImageError(f"'{argument}' does not exist.")
         if os.path.isdir(argument):
             raise InputError(f"{argument} is a folder; pass one folder alone, or photographs.")
     named: dict[str, Path] = {}

@@ -305,3 +305,21 @@ def test_browser_error_is_a_message(page, tmp_path):
     page.get_by_text("Matching points", exact=True).wait_for(
         state="hidden"
     )  # the old result does not belong to these photographs
+
+
+def test_a_request_while_the_model_is_still_loading_waits_for_it():
+    # In a process of its own: what can go wrong is the very first import of transformers, from two threads at once.
+    program = """
+import threading
+import app
+from macosnet_hf import load_image
+
+matcher, found = app.Matcher(), []
+photos = [load_image(app.EXAMPLES_FOLDER / name) for name in app.EXAMPLES[0]]
+thread = threading.Thread(target=lambda: found.append(matcher.match(*photos)))
+thread.start()
+matcher.load()
+thread.join()
+assert found[0].matches
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)

@@ -496,6 +496,7 @@ def test_segment_strange_photographs(run, tmp_path, name):
 
 def test_segment_too_few_photographs(run, tmp_path):
     assert_refused(run("segment", CHEETAH), "two or more")
+    assert_refused(run("segment", tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "photos").mkdir()
     assert_refused(run("segment", tmp_path / "photos"), "photos holds none")
     shutil.copy(CHEETAH, tmp_path / "photos")
