@@ -26,6 +26,7 @@ from .geometry import (
     denormalize_points,
     identity_affine,
     identity_tps,
+    inside,
     make_grid,
     normalize_points,
     sample_at,
@@ -245,7 +246,6 @@ class MaCoSNetDecoder(nn.Module):
         # Features and correlations differ in scale by orders of magnitude; this puts them on a common footing.
         self.input_norm = nn.BatchNorm2d(in_channels)
         skip_channels = dict(zip(config.feature_strides[:-1], channels[:-1], strict=True))
-        self.skip_strides = [stride if stride in skip_channels else None for stride in (8, 4, 2, 1)]
         widths = [in_channels, *config.decoder_widths]
         self.blocks = nn.ModuleList(
             MaCoSNetDecoderBlock(widths[k], skip_channels.get(stride, 0), widths[k + 1])
@@ -269,8 +269,8 @@ class MaCoSNetDecoder(nn.Module):
         last = features.last if index is None else features.last[index]
         hidden = self.input_norm(torch.cat((last, correlation.to(last.dtype)), dim=1))
         skips = dict(zip(self.strides, features.skips, strict=True))
-        for block, stride in zip(self.blocks, self.skip_strides, strict=True):
-            hidden = block(hidden, skips[stride] if stride is not None else None, index)
+        for block, stride in zip(self.blocks, (8, 4, 2, 1), strict=True):
+            hidden = block(hidden, skips.get(stride), index)
         return self.classifier(hidden).squeeze(1)
 
 
@@ -616,7 +616,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
 
         threshold = self.config.match_mask_threshold
-        matched = (on_source > threshold) & (on_target > threshold) & (target.abs() <= 1).all(-1)
+        matched = (on_source > threshold) & (on_target > threshold) & inside(target)
         index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
         matches = torch.where(matched, index, -1)
         scores = torch.where(matched, scores, torch.zeros_like(scores))
