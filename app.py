@@ -1,14 +1,20 @@
-"""The demo: two photographs in, their matches, masks and warp out. Everything it shows is computed by `macosnet_hf`.
+"""The demo: photographs in, their matches, masks, points and averages out. Everything is computed by `macosnet_hf`.
 
 Run it with `make demo`, or `python app.py --port 7860 --host 127.0.0.1 --model FOLDER_OR_HUB_ID`.
 """
 
 import argparse
+import contextlib
+import ctypes
+import html
 import importlib
 import logging
 import os
 import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,34 +25,46 @@ from PIL import Image
 # Before torch is loaded: threads that spin while they wait slow each other down wherever cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import macosnet_hf
-from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetError
-from macosnet_hf.drawing import overlay_mask
+from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
+from macosnet_hf.drawing import cutout, overlay_mask
+from macosnet_hf.kept import KeptResults
 from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.viewer_page import SCRIPT, STYLE, TEMPLATE
 
 logger = logging.getLogger("macosnet_hf.app")
 
-MAX_FILE_MEGABYTES = 20
-MAX_WAITING = 20
-DISPLAY_SIDE = 1400  # pixels; a page has no use for more, and a phone's photograph takes seconds to encode
-UPLOAD_HEIGHT = 280  # pixels on the page
-RESULT_HEIGHT = 320  # the same, of the smaller results
-RESULT_MIN_WIDTH = 260  # narrower than this, they stand below one another
+MAX_FILE_MEGABYTES = 30
+MAX_WAITING = 100
+MAX_POINTS = 1000  # of one request
+KEPT_SECONDS = 1800
+KEPT_PAIRS, KEPT_COLLECTIONS = 64, 8  # some 8 and 30 MB each
+KEPT_PER_VISITOR = 4
+FILE_SECONDS = 3600  # how long uploads and results stay on the disk
+DISPLAY_SIDE = 720  # pixels of the smaller pictures
 
 TITLE = "Show, Match and Segment"
-SUMMARY = "Give it two photographs of the same kind of object: it finds matching points, and the object in both."
+SUMMARY = "Two photographs of the same kind of object go in. Out come the places that match, and the object itself."
 LIMITS = (
-    "Best with one clear object in each photograph, seen from a similar side; thin parts are easily missed. "
-    f"Files up to {MAX_FILE_MEGABYTES} MB."
+    "Best with one main object in each photograph, the same kind of thing seen from a similar side; thin parts are "
+    f"easily missed. Files up to {MAX_FILE_MEGABYTES} MB. Nothing is kept longer than two hours."
 )
+PAPER = "https://arxiv.org/abs/1906.05857"
 VERDICTS = {
     "good": "These two fit together well.",
     "fair": "These two fit together in part.",
-    "poor": "These two hardly fit together; do not rely on the result.",
+    "poor": "These two seem to have nothing in common; do not rely on the matches.",
 }
-# Photographs that come with gradio itself, so the page has examples without a download.
+REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
+
+PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a function
+
+# Photographs that come with gradio itself, and a cat (CC0, Stefan van der Walt): examples without a download.
 EXAMPLES_FOLDER = MEDIA_ROOT / "images"
-EXAMPLES = (("cheetah1.jpg", "lion.jpg"), ("lion.jpg", "cheetah.jpg"))
+OWN_EXAMPLES = Path(__file__).resolve().parent / "docs" / "images"
+CHEETAH, LION, TOWER = (str(EXAMPLES_FOLDER / name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
+CAT = str(OWN_EXAMPLES / "cat.jpg")
+EXAMPLES = ((CHEETAH, LION), (CHEETAH, CAT), (LION, TOWER))
+COLLECTION_EXAMPLE = (CHEETAH, LION, CAT, TOWER)
 
 # Fonts that every computer has: nothing on the page is fetched from elsewhere.
 THEME = gr.themes.Soft(
@@ -63,16 +81,32 @@ THEME = gr.themes.Soft(
     block_label_text_color="*body_text_color",
     block_label_text_color_dark="*body_text_color",
     block_label_text_weight="500",
+    block_title_text_color="*body_text_color",
+    block_title_text_color_dark="*body_text_color",
+    block_title_text_weight="500",
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
 )
 CSS = """
-.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
-#header { text-align: center; padding: 1rem 0 0.25rem; }
+.gradio-container { width: 100%; max-width: 1160px !important; margin: 0 auto !important; }
+#header { text-align: center; padding: 0.75rem 0 0; }
 #header h1 { font-size: 2rem; font-weight: 650; line-height: 1.2; margin: 0 0 0.4rem; }
 #header p { font-size: 1.05rem; margin: 0 auto; max-width: 60rem; color: var(--body-text-color-subdued); }
-#verdict { text-align: center; font-size: 1.1rem; min-height: 1.75rem; }
-#limits p { text-align: center; font-size: 0.875rem; color: var(--body-text-color-subdued); }
+#verdict, #collection-verdict { min-height: 4.5rem; display: flex; align-items: center; justify-content: center; }
+.verdict { display: flex; gap: 0.75rem; align-items: center; justify-content: center; flex-wrap: wrap; }
+.verdict { font-size: 1.05rem; padding: 0.25rem 0; text-align: center; }
+.verdict b.mark { padding: 0.1rem 0.75rem; border-radius: 999px; color: #fff; background: #78716c; }
+.verdict b.good { background: #15803d; }
+.verdict b.fair { background: #b45309; }
+.verdict b.poor { background: #b91c1c; }
+.agreement { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr max-content; gap: 0.4rem 0.75rem; }
+.agreement { align-items: center; font-size: 0.9rem; padding: 0.25rem 0; }
+.agreement .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 11rem; }
+.agreement .bar { height: 0.6rem; border-radius: 999px; background: var(--border-color-primary); overflow: hidden; }
+.agreement .bar i { display: block; height: 100%; border-radius: 999px; background: #15803d; }
+.agreement .odd.bar i { background: #b91c1c; }
+.agreement .odd.said { color: #dc2626; font-weight: 600; }
+.small p { text-align: center; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 /* The examples as a row of pairs instead of a table with a line for each. */
 #examples .table-wrap, #examples table { border: none; background: none; box-shadow: none; width: auto; padding: 0; }
 #examples thead { display: none; }
@@ -80,8 +114,31 @@ CSS = """
 #examples tr { display: flex; gap: 0.25rem; padding: 0.35rem; border: none; border-radius: var(--radius-md); }
 #examples tr { background: var(--block-background-fill); box-shadow: var(--block-shadow); }
 #examples td { padding: 0; border: none; }
+#start { align-items: center; }
+#start #match { flex: 1 1 220px; }
+#start #examples { flex: 0 1 auto; width: auto; min-width: 0; }
+#photographs .grid-container { grid-template-columns: repeat(auto-fill, minmax(105px, 1fr)); }
+#cutouts .grid-container, #masks .grid-container { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
+#cutouts .grid-wrap, #masks .grid-wrap { max-height: 46rem; }
+@media (max-width: 640px) {
+  #header h1 { font-size: 1.6rem; }
+  #header p { font-size: 1rem; }
+  #examples tbody { flex-wrap: nowrap; gap: 0.4rem; }
+  #examples td .container { width: 2.8rem; height: 2.8rem; }
+  #examples tr { padding: 0.25rem; }
+  #cutouts .grid-container, #masks .grid-container { grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)); }
+}
 footer .divider { display: none; }
 """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page works with
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(MaCoSNetError):
+    """A visitor pressed stop, or closed the page."""
 
 
 class Matcher:
@@ -99,149 +156,683 @@ class Matcher:
                 model, processor = load_model_and_processor(self.checkpoint)
                 # The import belongs under the lock as well: two threads that import torch and transformers from
                 # different ends at the same time can meet a module that is only half there.
-                importlib.import_module("macosnet_hf.pair")
+                importlib.import_module("macosnet_hf.workbench")
                 self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
-    def match(self, source: Image.Image, target: Image.Image) -> "macosnet_hf.PairResult":
-        arguments = self.load()
-        return macosnet_hf.match_pair(source, target, **arguments)
+    def pair(self, source: str, target: str, refine: str) -> Any:
+        """A [`~macosnet_hf.workbench.PairWork`]."""
+        loaded = self.load()
+        return workbench().match_files(source, target, refine=refine, **loaded)
+
+    def collection(self, paths: list[str], refine: str, progress: Any) -> Any:
+        """A [`~macosnet_hf.workbench.CollectionWork`]."""
+        loaded = self.load()
+        names = [os.path.basename(path) for path in paths]
+        return workbench().segment_files(paths, names, refine=refine, progress=progress, **loaded)
 
 
-def open_photograph(path: str | None, role: str) -> Image.Image:
-    """The upright picture in an uploaded file. Raises `gr.Error`, which the page shows as a message."""
-    if path is None:
-        raise gr.Error("Choose two photographs first.", print_exception=False)
+def workbench() -> Any:
+    """`macosnet_hf.workbench`, imported when the first photograph comes: it needs torch, the page does not."""
+    return importlib.import_module("macosnet_hf.workbench")
+
+
+def viewer() -> Any:
+    """`macosnet_hf.viewer`."""
+    return importlib.import_module("macosnet_hf.viewer")
+
+
+class Desk:
+    """Results by unguessable key, and the runs that can be stopped."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+        self.pairs: KeptResults[Any] = KeptResults(KEPT_PAIRS, KEPT_PER_VISITOR, KEPT_SECONDS)
+        self.collections: KeptResults[Any] = KeptResults(KEPT_COLLECTIONS, KEPT_PER_VISITOR, KEPT_SECONDS)
+        self._running: dict[str, threading.Event] = {}
+        self._examples: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def example_pair(self) -> Any:
+        """The pair that a new visitor sees; matched once for all of them."""
+        return self._example("pair", lambda: self.matcher.pair(*EXAMPLES[0], "grabcut"))
+
+    def example_collection(self) -> Any:
+        """The same of a collection."""
+        return self._example("collection", lambda: self.matcher.collection(list(COLLECTION_EXAMPLE), "grabcut", None))
+
+    def _example(self, kind: str, work: Callable[[], Any]) -> Any:
+        with self._lock:
+            if kind not in self._examples:
+                self._examples[kind] = work()
+            return self._examples[kind]
+
+    @contextlib.contextmanager
+    def stoppable(self, session: str | None, progress: Any) -> Iterator[Any]:
+        """A progress function that raises `Stopped` once the session's run was stopped."""
+        stop = threading.Event()
+        if session:
+            self._running[session] = stop
+
+        def report(share: float, text: str) -> None:
+            if stop.is_set():
+                raise Stopped("Stopped.")
+            progress(share, desc=text)
+
+        try:
+            yield report
+        finally:
+            if session and self._running.get(session) is stop:
+                del self._running[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the session's run at its next step."""
+        running = self._running.get(request.session_hash or "")
+        if running is not None:
+            running.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed: its run ends, its results go."""
+        self.stop(request)
+        if request.session_hash:
+            self.pairs.forget(request.session_hash)
+            self.collections.forget(request.session_hash)
+
+
+@contextlib.contextmanager
+def in_plain_words() -> Iterator[None]:
+    """Whatever goes wrong inside becomes a message on the page; the server lives on, the log has the details."""
     try:
-        return macosnet_hf.load_image(path)
+        yield
+    except gr.Error:
+        raise
     except MaCoSNetError as error:
-        # The person knows the file by its name, not by the folder that it was uploaded to.
-        sentence = str(error).replace(path, os.path.basename(path))
-        raise gr.Error(f"{role}: {sentence}", print_exception=False) from error
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:
+        logger.exception("A request failed")
+        raise gr.Error(
+            "Something went wrong on our side. Please try other photographs.", print_exception=False
+        ) from error
 
 
-def for_display(image: Image.Image) -> Image.Image:
-    """A copy of at most `DISPLAY_SIDE` pixels on its longer side."""
+def checked_pair(source: str | None, target: str | None) -> tuple[str, str]:
+    if not source or not target:
+        raise InputError("Choose two photographs first.")
+    return source, target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it shows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def for_display(image: Image.Image, side: int = DISPLAY_SIDE) -> Image.Image:
+    """A copy of at most `side` pixels on its longer side."""
     copy = image.copy()
-    copy.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
+    copy.thumbnail((side, side), reducing_gap=2.0)
     return copy
 
 
-def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture in display size with the object of its `(H, W)` mask in colour and outlined, the rest faded."""
+def annotated(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
+    """The value of a `gr.AnnotatedImage`: the photograph with its object tinted and outlined."""
     shown = for_display(image)
-    shown_mask = Image.fromarray(mask).resize(shown.size, Image.Resampling.NEAREST)
-    return overlay_mask(shown, np.asarray(shown_mask), fade=0.8)
+    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(shown.size, Image.Resampling.BILINEAR)
+    inside = np.asarray(grey) >= 128
+    return overlay_mask(shown, inside, alpha=0, fade=0.8, contour=False), [(viewer().tint(inside), "object")]
 
 
-def verdict(result: "macosnet_hf.PairResult") -> str:
-    """One line of Markdown: how far the result can be trusted, and how many matches there are."""
-    count = len(result.matches)
-    return f"**{VERDICTS[result.quality]}** {count} matching {'point' if count == 1 else 'points'} on the object."
+def verdict(work: Any) -> str:
+    """One line: how far the result of a pair can be trusted, and how many matches there are."""
+    count = len(work.result.matches)
+    if work.same_photograph:
+        return "This is the same photograph twice, so every point should find itself."
+    words = VERDICTS[work.result.quality]
+    if work.result.quality == "poor":
+        return words  # a number of matches would contradict it
+    return f"{words} {count} matching {'point' if count == 1 else 'points'} on the object."
+
+
+def as_mark(mark: str, kind: str, words: str) -> str:
+    return f'<div class="verdict"><b class="mark {kind}">{html.escape(mark)}</b><span>{html.escape(words)}</span></div>'
+
+
+def collection_verdict(work: Any) -> str:
+    """One line: which photographs do not belong."""
+    odd = [work.copies[number].name for number in work.odd]
+    rest = len(work.copies) - len(odd)
+    if not odd:
+        return f"All {rest} photographs seem to show the same kind of object."
+    named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
+    belong = "does not seem" if len(odd) == 1 else "do not seem"
+    return f"{named} {belong} to belong; the other {rest} agree."
+
+
+def agreement_table(work: Any) -> str:
+    """HTML: a bar for each photograph, the best first."""
+    values = np.asarray(work.result.agreement, dtype=float)
+    rows = []
+    for number in np.argsort(-values, kind="stable").tolist():
+        odd = "odd " if number in work.odd else ""
+        share = 100 * min(max(values[number] / max(values.max(), 1e-6), 0.02), 1.0)
+        rows.append(
+            f'<span class="{odd}name" title="{html.escape(work.copies[number].name)}">'
+            f"{html.escape(work.copies[number].name)}</span>"
+            f'<span class="{odd}bar"><i style="width: {share:.0f}%"></i></span>'
+            f'<span class="{odd}said">{"odd one out" if odd else f"{values[number]:.2f}"}</span>'
+        )
+    return f'<div class="agreement">{"".join(rows)}</div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Components
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uploaded(component: Any, payload: Any) -> str:
+    """The path of a file that was uploaded here.
+
+    gradio looks only at files that are marked as such; a program may send the bare path of any file of the server.
+    """
+    folder, path = os.path.realpath(component.GRADIO_CACHE), os.path.realpath(payload.path or "")
+    if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+        raise gr.Error("Only uploaded files can be used.", print_exception=False)
+    return path
+
+
+def takes_files_as_they_are(component: Any) -> Any:
+    """Lets a component hand over uploaded files: `load_image` turns photographs upright and says in plain words what is
+    wrong with them; gradio's own reading would do neither, and would decode a bomb."""
+
+    def one(payload: Any) -> str | None:
+        return uploaded(component, payload) if payload else None
+
+    def several(payload: Any) -> list[str]:
+        return [uploaded(component, getattr(each, "image", each)) for each in payload.root] if payload else []
+
+    # On the instance, because gradio writes a file of type stubs beside every module that derives from a component.
+    component.preprocess = one if isinstance(component, gr.Image) else several
+    return component
 
 
 def upload(name: str) -> gr.Image:
-    """A place for a photograph of the visitor, which hands over the uploaded file as it is.
-
-    `load_image` turns it upright and says in plain words what is wrong with it; gradio's own reading would do neither.
-    """
-    image = gr.Image(
-        elem_id=name.lower(),
-        label=name,
-        sources=["upload", "clipboard"],
-        type="filepath",
-        image_mode=None,
-        height=UPLOAD_HEIGHT,
+    """A place for a photograph of the visitor."""
+    return takes_files_as_they_are(
+        gr.Image(
+            elem_id=name.lower(),
+            label=name,
+            sources=["upload", "clipboard", "webcam"],
+            type="filepath",
+            image_mode=None,
+            height=210,
+            min_width=240,
+        )
     )
-    # On the instance, because gradio writes a file of type stubs beside every module that derives from a component.
-    image.preprocess = lambda payload: payload.path if payload else None
-    return image
 
 
-def picture(label: str, height: int | None = None) -> gr.Image:
-    """A place for a result; without a height it takes that of the picture."""
+def picture(label: str, **options: Any) -> gr.Image:
+    """A place for a result."""
     return gr.Image(
-        label=label,
-        type="pil",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        height=height,
-        min_width=RESULT_MIN_WIDTH,
+        label=label, type="pil", format="jpeg", interactive=False, buttons=["download", "fullscreen"], **options
     )
+
+
+def refinement_choice() -> gr.Radio:
+    return gr.Radio(REFINEMENTS, value="grabcut", label="Edges of the masks", min_width=240)
+
+
+def into_cache(component: Any, paths: list[Path]) -> list[str]:
+    """Copies files to where gradio serves and, later, deletes them. The copies can be fetched by who knows their names
+    only, which hold a hash of the content."""
+    return [component.move_resource_to_block_cache(str(path)) for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tab "Pair"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
+    """Two photographs: matches, points, masks, warp, files."""
+
+    def shown(work: Any, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
+        """Everything that the page shows of a pair."""
+        key = desk.pairs.keep(work, request.session_hash)
+        result = work.result
+        names = tuple(copy.name for copy in work.copies)
+        return (
+            key,
+            as_mark(result.quality, result.quality, verdict(work)),
+            gr.HTML(
+                value=viewer().viewer_lines(result, threshold, count),
+                photos=viewer().viewer_photos(key, (result.source, result.target), names),
+            ),
+            annotated(result.source, result.source_mask),
+            annotated(result.target, result.target_mask),
+            (for_display(result.target), viewer().source_on_target(result, DISPLAY_SIDE)),
+            None,
+            gr.Column(visible=True),
+        )
+
+    def run(
+        source_path: str | None,
+        target_path: str | None,
+        threshold: float,
+        count: int,
+        refine: str,
+        request: gr.Request,
+    ) -> tuple[Any, ...]:
+        with in_plain_words():
+            return shown(desk.matcher.pair(*checked_pair(source_path, target_path), refine), threshold, count, request)
+
+    def show_example(threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
+        with in_plain_words():
+            return (*EXAMPLES[0], *shown(desk.example_pair(), threshold, count, request))
+
+    def redraw(key: str | None, threshold: float, count: int) -> str:
+        with in_plain_words():
+            return viewer().viewer_lines(desk.pairs.get(key).result, threshold, count)
+
+    def refine_again(
+        key: str | None, threshold: float, count: int, refine: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        with in_plain_words():
+            return shown(desk.pairs.get(key).refined(refine), threshold, count, request)
+
+    def write_files(key: str | None, threshold: float) -> list[str]:
+        with in_plain_words(), tempfile.TemporaryDirectory() as folder:
+            return into_cache(files, workbench().write_pair_files(desk.pairs.get(key), Path(folder), threshold))
+
+    def viewer_transfer(question: Any) -> dict[str, Any]:
+        """Where one point of the small copies lies in the other photograph."""
+        try:
+            side = int(question["side"])
+            result = desk.pairs.get(question["id"]).result
+            direction = ("source_to_target", "target_to_source")[side]
+            point = [[float(value) for value in question["point"]]]
+            return {"point": [round(float(value), 1) for value in result.transfer(point, direction)[0]]}
+        except MaCoSNetError as error:
+            return {"error": str(error)}
+        except (KeyError, IndexError, TypeError, ValueError):
+            return {"error": "This is not a point of a photograph."}
+
+    def viewer_grid(question: Any) -> dict[str, Any]:
+        """A grid of points over the object of the source, and where they lie in the target."""
+        try:
+            return viewer().grid_document(desk.pairs.get(question["id"]).result)
+        except MaCoSNetError as error:
+            return {"error": str(error)}
+        except (KeyError, TypeError):
+            return {"error": "This is not a result of this page."}
+
+    key = gr.State()
+    with gr.Row(equal_height=True):
+        source, target = upload("Source"), upload("Target")
+    with gr.Row(elem_id="start"):
+        button = gr.Button("Match", variant="primary", size="lg", elem_id="match", min_width=220)
+        examples = gr.Dataset(
+            elem_id="examples",
+            label="Or try one of these",
+            components=[source, target],
+            samples=[list(pair) for pair in EXAMPLES],
+            show_label=False,
+        )
+    line = gr.HTML(elem_id="verdict")
+    with gr.Column(visible=False, elem_id="pair-results") as results:
+        drawing = gr.HTML(
+            elem_id="viewer",
+            html_template=TEMPLATE,
+            js_on_load=SCRIPT,
+            apply_default_css=False,
+            server_functions=[viewer_transfer, viewer_grid],
+            photos="",
+        )
+        with gr.Row():
+            threshold = gr.Slider(
+                0, 1, 0.0, step=0.01, label="Confidence, at least", elem_id="threshold", min_width=240
+            )
+            count = gr.Slider(5, 200, 40, step=5, label="Lines, at most", elem_id="count", min_width=240)
+            refine = refinement_choice()
+        with gr.Row(equal_height=True):
+            masks = [
+                gr.AnnotatedImage(
+                    label=f"{name}: the object",
+                    elem_id=f"{name.lower()}-object",
+                    format="jpeg",
+                    color_map={"object": "#ff9d00"},
+                    show_legend=False,
+                    height=320,
+                    min_width=260,
+                )
+                for name in ("Source", "Target")
+            ]
+            warped = gr.ImageSlider(
+                label="Target | source bent onto it",
+                elem_id="warped",
+                type="pil",
+                format="jpeg",
+                interactive=False,
+                buttons=["fullscreen"],
+                height=320,
+                max_height=320,
+                min_width=260,
+            )
+        gr.Markdown(
+            "**Take it with you:** matches as JSON and CSV, the dense flow as npz, masks and cut-outs as PNG in the "
+            "photographs' own sizes."
+        )
+        make_files = gr.Button("Make the files", elem_id="make-files")
+        files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
+
+    shows = [key, line, drawing, *masks, warped, files, results]
+    options = [threshold, count]
+    private = {"api_visibility": "private"}
+    demo.load(show_example, options, [source, target, *shows], show_progress_on=line, **private)
+    matching = {
+        "fn": run,
+        "inputs": [source, target, *options, refine],
+        "outputs": shows,
+        "concurrency_id": "pair",
+        "concurrency_limit": 2,
+        "show_progress_on": line,
+        **private,
+    }
+    runs = [
+        button.click(**matching),
+        # Not gr.Examples: it replaces the uploads by ones that read the photographs in gradio's own way.
+        examples.click(
+            lambda pair: pair, examples, [source, target], queue=False, show_progress="hidden", **private
+        ).then(**matching),
+    ]
+    for done in runs:
+        # An old result does not belong to photographs that could not be matched.
+        done.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, line, results], queue=False, **private)
+    # One listener for both, so that answers cannot overtake each other.
+    gr.on(
+        [slider.input for slider in options],
+        redraw,
+        [key, *options],
+        drawing,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        concurrency_limit=None,
+        **private,
+    )
+    refine.input(refine_again, [key, *options, refine], shows, concurrency_limit=2, show_progress_on=line, **private)
+    make_files.click(
+        write_files, [key, threshold], files, concurrency_limit=2, show_progress_on=make_files, **private
+    ).success(lambda: gr.Files(visible=True), outputs=files, queue=False, **private)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tab "Collection"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collection_tab(desk: Desk, tab: gr.Tab) -> None:
+    """Two to thirty photographs: cut-outs, contact sheet, average, who agrees, zip."""
+
+    def shown(work: Any, request: gr.Request) -> tuple[Any, ...]:
+        """Everything that the page shows of a collection."""
+        captions = [f"odd: {copy.name}" if number in work.odd else copy.name for number, copy in enumerate(work.copies)]
+        cut = [cutout(copy.image, mask) for copy, mask in zip(work.copies, work.masks, strict=True)]
+        black_and_white = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in work.masks]
+        return (
+            desk.collections.keep(work, request.session_hash),
+            as_mark(
+                "odd one out" if work.odd else "all agree", "fair" if work.odd else "good", collection_verdict(work)
+            ),
+            list(zip(cut, captions, strict=True)),
+            list(zip(black_and_white, captions, strict=True)),
+            work.sheet(),
+            work.average,
+            agreement_table(work),
+            None,
+            gr.Column(visible=True),
+        )
+
+    def run(paths: list[str], refine: str, request: gr.Request, progress: Any = PROGRESS) -> tuple[Any, ...]:
+        with in_plain_words(), desk.stoppable(request.session_hash, progress) as report:
+            return shown(desk.matcher.collection(paths, refine, report), request)
+
+    def show_example(paths: list[str], request: gr.Request) -> tuple[Any, ...]:
+        """What a visitor sees who comes to this tab with nothing."""
+        if paths:
+            return tuple(gr.skip() for _ in range(10))
+        with in_plain_words():
+            return (list(COLLECTION_EXAMPLE), *shown(desk.example_collection(), request))
+
+    def write_zip(key: str | None, request: gr.Request, progress: Any = PROGRESS) -> str:
+        with (
+            in_plain_words(),
+            tempfile.TemporaryDirectory() as folder,
+            desk.stoppable(request.session_hash, progress) as report,
+        ):
+            path = Path(folder) / "collection.zip"
+            workbench().write_collection_zip(desk.collections.get(key), path, report)
+            return into_cache(archive, [path])[0]
+
+    key = gr.State()
+    gr.Markdown(
+        "**Two to thirty photographs of the same kind of object.** Out come the object of each, their average, and the "
+        "one that does not belong."
+    )
+    photographs = gr.Gallery(
+        label="Photographs",
+        show_label=False,
+        elem_id="photographs",
+        type="filepath",
+        file_types=["image"],
+        height=250,
+        object_fit="cover",
+        interactive=True,
+    )
+    takes_files_as_they_are(photographs)
+    with gr.Row():
+        button = gr.Button("Find what they have in common", variant="primary", size="lg", elem_id="segment", scale=3)
+        stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
+        example = gr.Button("Try an example", size="lg", elem_id="collection-example", min_width=140)
+    refine = refinement_choice()
+    line = gr.HTML(elem_id="collection-verdict")
+    with gr.Column(visible=False, elem_id="collection-results") as results:
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                gallery = {"show_label": False, "object_fit": "contain", "interactive": False}
+                with gr.Tab("Cut-outs"):
+                    cutouts = gr.Gallery(label="Cut-outs", format="png", elem_id="cutouts", **gallery)
+                with gr.Tab("Masks"):
+                    masks = gr.Gallery(label="Masks", format="png", elem_id="masks", **gallery)
+                with gr.Tab("Contact sheet"):
+                    sheet = picture("Contact sheet", show_label=False, elem_id="sheet")
+            with gr.Column(scale=2, min_width=280):
+                average = picture("The average of those that agree", elem_id="average", height=320)
+                gr.Markdown("**How far each agrees with the others**")
+                agreement = gr.HTML(elem_id="agreement")
+        gr.Markdown("**Take it with you:** masks and cut-outs in original size, contact sheet, average and summary.")
+        make_zip = gr.Button("Make the zip", elem_id="make-zip")
+        archive = gr.File(label="Zip", interactive=False, visible=False, elem_id="zip")
+
+    private = {"api_visibility": "private"}
+    segmenting = {
+        "fn": run,
+        "inputs": [photographs, refine],
+        "outputs": [key, line, cutouts, masks, sheet, average, agreement, archive, results],
+        "concurrency_id": "collection",
+        "concurrency_limit": 1,
+        "show_progress_on": line,
+        **private,
+    }
+    tab.select(
+        show_example,
+        photographs,
+        [photographs, *segmenting["outputs"]],
+        concurrency_limit=2,
+        show_progress_on=line,
+        **private,
+    )
+    runs = [
+        button.click(**segmenting),
+        example.click(
+            lambda: list(COLLECTION_EXAMPLE), outputs=photographs, queue=False, show_progress="hidden", **private
+        ).then(**segmenting),
+    ]
+    for done in runs:
+        done.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, line, results], queue=False, **private)
+    zipping = make_zip.click(write_zip, key, archive, concurrency_limit=1, show_progress_on=make_zip, **private)
+    zipping.success(lambda: gr.File(visible=True), outputs=archive, queue=False, **private)
+    stop.click(desk.stop, queue=False, show_progress="hidden", cancels=[*runs, zipping], **private)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# API
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def public_api(desk: Desk) -> None:
+    """The end points for `gradio_client`; the page itself uses private ones."""
+
+    def match(
+        source: str | None, target: str | None, threshold: float, refine: str, request: gr.Request
+    ) -> tuple[dict[str, Any], Image.Image, str, str, Image.Image]:
+        """Matches two photographs of the same kind of object and cuts the object out of both.
+
+        Takes two image files, the smallest score of a match (0 to 1) and how masks get their edges ("grabcut", "otsu"
+        or "none"). Returns a report (key `result` names the result in `/transfer_points` for half an hour; matches with
+        points (x, y) in pixels of the originals; quality "good", "fair" or "poor", also in words), a drawing of the
+        matches, the masks of source and target as PNG in original size, and the source bent onto the target (at most
+        960 pixels).
+        """
+        with in_plain_words(), tempfile.TemporaryDirectory() as folder:
+            work = desk.matcher.pair(*checked_pair(source, target), refine)
+            paths = []
+            for role, copy, mask in zip(
+                ("source", "target"), work.copies, (work.result.source_mask, work.result.target_mask), strict=True
+            ):
+                paths.append(Path(folder) / f"{role}_mask.png")
+                workbench().save_mask(copy.to_original_mask(mask), paths[-1])
+            report = {
+                "result": desk.pairs.keep(work, request.session_hash),
+                "words": verdict(work),
+                **workbench().pair_document(work, threshold),
+            }
+            return (report, work.result.draw_matches(), *into_cache(drawing, paths), work.result.warped_source())
+
+    def transfer_points(result: str, points: list[list[float]], direction: str) -> list[list[float]]:
+        """Where points of one photograph lie in the other.
+
+        Takes the key `result` of a report of `/match`, a list of points [x, y] in pixels of the original photograph
+        that they are on, and the direction ("source_to_target" or "target_to_source"). Returns the points in pixels
+        of the other photograph; one may lie outside of it. The network does not run again.
+        """
+        with in_plain_words():
+            if not isinstance(points, list) or len(points) > MAX_POINTS:
+                raise InputError(f"Points are a list of at most {MAX_POINTS} pairs of numbers [x, y].")
+            return desk.pairs.get(result).transfer(points, direction).round(2).tolist()
+
+    def segment_collection(
+        photographs: list[str] | None, refine: str, request: gr.Request
+    ) -> tuple[dict[str, Any], Image.Image, Image.Image, str]:
+        """Cuts out what 2 to 30 photographs have in common.
+
+        Takes image files and how masks get their edges ("grabcut", "otsu" or "none"). Returns a report (for each
+        photograph its agreement with the others, whether it belongs, its partners; the odd ones out), a contact sheet,
+        the average of those that agree, and a zip with masks and cut-outs as PNG in original size.
+        """
+        with (
+            in_plain_words(),
+            tempfile.TemporaryDirectory() as folder,
+            desk.stoppable(request.session_hash, lambda share, desc: None) as report,
+        ):
+            work = desk.matcher.collection(photographs or [], refine, report)
+            path = Path(folder) / "collection.zip"
+            workbench().write_collection_zip(work, path, report)
+            return (
+                workbench().collection_document(work),
+                work.sheet(),
+                work.average,
+                into_cache(archive, [path])[0],
+            )
+
+    choices = [value for _, value in REFINEMENTS]
+    with gr.Row(visible=False):
+        source, target = (
+            takes_files_as_they_are(gr.Image(label=name, type="filepath")) for name in ("source", "target")
+        )
+        threshold = gr.Slider(0, 1, 0.0, label="threshold")
+        refine = gr.Radio(choices, value="grabcut", label="refine")
+        report = gr.JSON(label="report")
+        drawing = gr.Image(label="matches", type="pil", format="jpeg")
+        masks = [gr.Image(label=f"{name} mask", type="filepath") for name in ("source", "target")]
+        warped = gr.Image(label="source bent onto the target", type="pil", format="jpeg")
+        gr.Button().click(
+            match,
+            [source, target, threshold, refine],
+            [report, drawing, *masks, warped],
+            api_name="match",
+            concurrency_id="pair",
+            concurrency_limit=2,
+        )
+        result = gr.Textbox(label="result")
+        points = gr.JSON(label="points")
+        direction = gr.Radio(["source_to_target", "target_to_source"], value="source_to_target", label="direction")
+        moved = gr.JSON(label="points of the other photograph")
+        gr.Button().click(
+            transfer_points, [result, points, direction], moved, api_name="transfer_points", concurrency_limit=4
+        )
+        photographs = takes_files_as_they_are(gr.Files(label="photographs", type="filepath"))
+        average = gr.Image(label="average", type="pil", format="jpeg")
+        sheet = gr.Image(label="contact sheet", type="pil", format="jpeg")
+        archive = gr.File(label="zip")
+        gr.Button().click(
+            segment_collection,
+            [photographs, refine],
+            [report, sheet, average, archive],
+            api_name="segment_collection",
+            concurrency_id="collection",
+            concurrency_limit=1,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def model_card() -> str:
+    """The text of the model card, without its front matter."""
+    text = (Path(__file__).resolve().parent / "model_card.md").read_text(encoding="utf-8")
+    return text.split("\n---\n", 1)[-1].strip()
+
+
+def about_tab(matcher: Matcher) -> None:
+    embedded = matcher.checkpoint == DEFAULT_CHECKPOINT
+    gr.Markdown(
+        "One network finds which place of one photograph corresponds to which place of another, and which pixels "
+        "belong to the object that both show. It was trained without a single key-point and without a single mask.\n\n"
+        f"**Limits.** {LIMITS}\n\n"
+        f"**Paper.** Chen, Lin, Yang and Huang, [Show, Match and Segment]({PAPER}).\n\n"
+        f"**Model.** {'The checkpoint that comes with the project.' if embedded else f'`{matcher.checkpoint}`'}\n\n"
+        "**From a program.** `/match`, `/transfer_points` and `/segment_collection`: see *Use via API* at the bottom."
+    )
+    with gr.Accordion("Model card of the embedded checkpoint", open=False):
+        gr.Markdown(model_card())
 
 
 def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
     """The page. Without a `matcher`, one with the embedded checkpoint is made, which loads at the first request."""
     matcher = matcher or Matcher()
-
-    def match(source_path: str | None, target_path: str | None) -> tuple[Any, ...]:
-        source = open_photograph(source_path, "Source")
-        target = open_photograph(target_path, "Target")
-        try:
-            result = matcher.match(source, target)
-            return (
-                verdict(result),
-                for_display(result.draw_matches()),
-                overlay(result.source, result.source_mask),
-                overlay(result.target, result.target_mask),
-                (for_display(result.target), for_display(result.warped_source())),
-            )
-        except MaCoSNetError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:
-            logger.exception("Matching failed")
-            raise gr.Error(
-                "Something went wrong on our side. Please try other photographs.", print_exception=False
-            ) from error
-
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    desk = Desk(matcher)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(FILE_SECONDS, FILE_SECONDS)) as demo:
         gr.HTML(f"<h1>{TITLE}</h1><p>{SUMMARY}</p>", elem_id="header")
-        with gr.Row(equal_height=True):
-            source, target = upload("Source"), upload("Target")
-        button = gr.Button("Match", variant="primary", size="lg")
-        examples = gr.Dataset(
-            elem_id="examples",
-            label="Examples",
-            components=[source, target],
-            samples=[[str(EXAMPLES_FOLDER / name) for name in pair] for pair in EXAMPLES],
-        )
-        line = gr.Markdown(elem_id="verdict")
-        with gr.Column(visible=False) as results:
-            matches = picture("Matching points")
-            with gr.Row(equal_height=True):
-                source_object = picture("Source object", RESULT_HEIGHT)
-                target_object = picture("Target object", RESULT_HEIGHT)
-                warped = gr.ImageSlider(
-                    label="Target | warped source",
-                    type="pil",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=RESULT_HEIGHT,
-                    max_height=RESULT_HEIGHT,
-                    min_width=RESULT_MIN_WIDTH,
-                )
-        gr.Markdown(LIMITS, elem_id="limits")
-        # Not gr.Examples: it replaces the uploads by ones that read the photographs in gradio's own way.
-        examples.click(
-            lambda pair: pair,
-            inputs=examples,
-            outputs=[source, target],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        matching = button.click(
-            match,
-            inputs=[source, target],
-            outputs=[line, matches, source_object, target_object, warped],
-            api_name="match",
-            concurrency_limit=1,
-            show_progress_on=line,
-        )
-        matching.success(lambda: gr.Column(visible=True), outputs=results, queue=False, api_visibility="private")
-        matching.failure(
-            lambda: ("", gr.Column(visible=False)), outputs=[line, results], queue=False, api_visibility="private"
-        )
+        with gr.Tabs():
+            with gr.Tab("Pair", id="pair"):
+                pair_tab(desk, demo)
+            with gr.Tab("Collection", id="collection") as tab:
+                collection_tab(desk, tab)
+            with gr.Tab("About", id="about"):
+                about_tab(matcher)
+        gr.Markdown(f"{LIMITS} [Paper]({PAPER})", elem_classes="small", elem_id="limits")
+        public_api(desk)
+        demo.unload(desk.leave)
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -255,21 +846,34 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         ssr_mode=False,
         max_file_size=MAX_FILE_MEGABYTES * gr.FileSize.MB,
         theme=THEME,
-        css=CSS,
+        css=CSS + STYLE,
         footer_links=["api"],
-        allowed_paths=[str(EXAMPLES_FOLDER)],
+        allowed_paths=[str(EXAMPLES_FOLDER), CAT],
         quiet=True,
     )
     return address
+
+
+def give_memory_back() -> None:
+    """Lets glibc return the memory of large pictures at once: a server of many threads would hoard it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems have other allocators
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-8, 2)  # M_ARENA_MAX
+        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD, in bytes; setting it ends its growth
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address")
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")), help="port")
-    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id of a checkpoint")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("MACOSNET_MODEL") or DEFAULT_CHECKPOINT,
+        help="folder or Hub id of a checkpoint (default: the variable MACOSNET_MODEL, else the embedded one)",
+    )
     options = parser.parse_args(arguments)
 
+    give_memory_back()
     matcher = Matcher(options.model)
     demo = build_demo(matcher)
     try:

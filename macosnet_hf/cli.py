@@ -120,8 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     segment.set_defaults(run=run_segment)
 
     for name, module, text in (
+        ("adapt", ".adapt", "train a model further on photographs of your own, without labels"),
         ("evaluate", ".evaluation.command", "print a benchmark's table"),
         ("prepare", ".datasets.command", "bring a benchmark's archive into one schema"),
+        ("convert", ".convert", "read a published checkpoint of this line of work"),
+        ("export", ".export", "write the network as an ONNX graph"),
+        ("push", ".hub", "upload a model, a data set or the Space"),
     ):
         command = importlib.import_module(module, __package__)
         sub = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)

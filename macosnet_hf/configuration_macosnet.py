@@ -8,6 +8,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .errors import InputError
 
+# Raised when a setting changes its meaning, or a new one changes what a model answers.
+_CONFIG_VERSION = 1
+
 # Encoders by name: an explicit backbone configuration each, since a bare backbone name would call the network.
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper: ResNet-101 through conv4-23 (stride 16, 1024 channels).
@@ -41,11 +44,15 @@ class MaCoSNetConfig(PretrainedConfig):
         decoder_widths (`list[int]`): channels of the four blocks of the decoder D.
         local_matching (`bool`, defaults to `True`):
             let a transferred point land on the best feature match near the place where the transform sends it.
-        local_matching_sigma (`float`): width of that neighbourhood, normalised coordinates (the picture is 2 wide).
+        local_matching_sigmas (`list[float]`):
+            width of that neighbourhood in each pass, normalised coordinates (the picture is 2 wide).
+        local_matching_windows (`list[float]`):
+            half the side of the window around a point whose features are compared, for each pass.
         local_matching_temperature (`float`): factor on the cosine similarity before the soft-argmax.
         match_consistency_sigma (`float`):
             forward-backward error, in normalised coordinates, at which a match's score falls to exp(-1/2).
         match_mask_threshold (`float`, defaults to 0.5): matches are kept where both masks exceed it.
+        config_version (`int`, defaults to 1): of this list of settings; a later one is refused rather than misread.
 
     Example:
 
@@ -71,10 +78,12 @@ class MaCoSNetConfig(PretrainedConfig):
         padding_mode: str = "zeros",
         decoder_widths: list[int] | None = None,
         local_matching: bool = True,
-        local_matching_sigma: float = 0.2,
-        local_matching_temperature: float = 15.0,
+        local_matching_sigmas: list[float] | None = None,
+        local_matching_windows: list[float] | None = None,
+        local_matching_temperature: float = 60.0,
         match_consistency_sigma: float = 0.2,
         match_mask_threshold: float = 0.5,
+        config_version: int = _CONFIG_VERSION,
         **kwargs: Any,
     ):
         if backbone_config is None:
@@ -101,10 +110,16 @@ class MaCoSNetConfig(PretrainedConfig):
         self.padding_mode = padding_mode
         self.decoder_widths = list(decoder_widths or [64, 32, 24, 16])
         self.local_matching = local_matching
-        self.local_matching_sigma = local_matching_sigma
+        self.local_matching_sigmas = [0.3, 0.15] if local_matching_sigmas is None else list(local_matching_sigmas)
+        self.local_matching_windows = [0.4, 0.25] if local_matching_windows is None else list(local_matching_windows)
         self.local_matching_temperature = local_matching_temperature
         self.match_consistency_sigma = match_consistency_sigma
         self.match_mask_threshold = match_mask_threshold
+        self.config_version = config_version
+        if not __name__.startswith("transformers_modules."):
+            # The installed package registers its pipelines. A list of those in the model's folder would make
+            # `pipeline` ask for `trust_remote_code`.
+            kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
         self._check()
 
@@ -123,6 +138,11 @@ class MaCoSNetConfig(PretrainedConfig):
         return cls(**{**_preset_arguments(name), **kwargs})
 
     def _check(self) -> None:
+        if not isinstance(self.config_version, int) or self.config_version > _CONFIG_VERSION:
+            raise InputError(
+                f"This configuration has version {self.config_version}, but only versions up to {_CONFIG_VERSION} are "
+                "known here; a newer macosnet-hf reads it."
+            )
         if not isinstance(self.image_size, int) or self.image_size % 16 or self.image_size < 16:
             raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size!r}.")
         if len(self.predictor_channels) != len(self.predictor_kernel_sizes):
@@ -136,6 +156,10 @@ class MaCoSNetConfig(PretrainedConfig):
             raise InputError(f"decoder_widths needs four numbers, one a block; got {self.decoder_widths}.")
         if self.cascade not in ("exact", "features"):
             raise InputError(f"cascade must be 'exact' or 'features'; got {self.cascade!r}.")
+        if len(self.local_matching_sigmas) != len(self.local_matching_windows):
+            raise InputError("local_matching_sigmas and local_matching_windows need one number a pass, both as many.")
+        if not all(width > 0 for width in (*self.local_matching_sigmas, *self.local_matching_windows)):
+            raise InputError("local_matching_sigmas and local_matching_windows must be positive numbers.")
         if self.padding_mode not in ("zeros", "border", "reflection"):
             raise InputError(f"padding_mode must be 'zeros', 'border' or 'reflection'; got {self.padding_mode!r}.")
 

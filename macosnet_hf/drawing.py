@@ -171,7 +171,7 @@ def draw_matches(
     with np.errstate(invalid="ignore"):
         drawable = ((points >= -0.5) & (points <= sizes - 0.5)).all(axis=(0, 2))  # false for NaN
     points, weights = points[:, drawable], weights[drawable]
-    chosen = _spread(points[0], weights, max_matches)
+    chosen = spread_over_object(points[0], weights, max_matches)
     points, weights = points[:, chosen], weights[chosen]
     if not len(weights):
         return canvas
@@ -215,7 +215,7 @@ def _scores_array(scores: Any, count: int) -> np.ndarray:
     return array
 
 
-def _spread(points: np.ndarray, weights: np.ndarray, count: int | None) -> np.ndarray:
+def spread_over_object(points: np.ndarray, weights: np.ndarray, count: int | None) -> np.ndarray:
     """Indices of at most `count` points: the best one, then again and again the one farthest from the chosen, times
     its score."""
     if count is None or len(points) <= count:

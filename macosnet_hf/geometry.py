@@ -180,13 +180,20 @@ def _tps_system(grid_size: int, regularization: float) -> tuple[tuple[float, ...
     return tuple(map(tuple, np.linalg.inv(system)[:, :count].tolist()))
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into numpy, and need not
+def _constant_tps_system(grid_size: int, regularization: float) -> tuple[tuple[float, ...], ...]:
+    return _tps_system(grid_size, regularization)
+
+
 def tps_basis(points: Tensor, *, grid_size: int = TPS_GRID_SIZE, regularization: float = 0.0) -> Tensor:
     """How much each control point moves each point: `(..., 2)` normalised points to `(..., grid_size**2)` weights.
 
     A TPS is linear in its control points: the mapped point is `basis @ moved_control_points`.
     """
     points = _as_float(points)
-    system = torch.tensor(_tps_system(grid_size, float(regularization)), device=points.device, dtype=points.dtype)
+    system = torch.tensor(
+        _constant_tps_system(grid_size, float(regularization)), device=points.device, dtype=points.dtype
+    )
     centres = control_points(grid_size, device=points.device, dtype=points.dtype)
     distance2 = (points.unsqueeze(-2) - centres).square().sum(-1)
     # The limit of r^2 log r^2 at 0 is 0, and so is its gradient; the floor keeps autograd from 0 * inf.

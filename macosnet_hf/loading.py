@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ def load_model_and_processor(
     """
     name = os.fspath(checkpoint)
     check_checkpoint(name)
+    folder = name if os.path.isdir(name) else _from_hub(name)  # before torch is imported, for a quick answer
     target = pick_device(device) if isinstance(device, str) else device
 
     from .image_processing_macosnet import MaCoSNetImageProcessor
@@ -86,25 +88,105 @@ def load_model_and_processor(
     try:
         with _quiet_transformers():
             model, info = MaCoSNetForKeypointMatching.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-            processor = MaCoSNetImageProcessor.from_pretrained(name)
+            processor = MaCoSNetImageProcessor.from_pretrained(folder)
     except Exception as error:
-        # transformers, safetensors, timm and the Hub client raise many kinds for a damaged or absent checkpoint.
-        if os.path.isdir(name):
-            raise CheckpointError(f"The checkpoint in {name} cannot be used ({_first_line(error)}).") from error
-        raise CheckpointError(
-            f"{name!r} is no folder here, and could not be had from the Hub ({_first_line(error)}). Without a network, "
-            "pass the folder of a checkpoint that is on this machine."
-        ) from error
+        # transformers, safetensors and timm raise many kinds for a damaged checkpoint.
+        raise CheckpointError(f"The checkpoint in {name} cannot be used ({_first_line(error)}).") from error
     _check_weights(name, model, info)
     _check_processor(name, model, processor)
     return model.to(target).eval(), processor
 
 
+def _from_hub(name: str) -> str:
+    """The folder, in the Hub client's cache, with the files of a repository that a model is loaded from.
+
+    Only these files are fetched, whatever else is there. Without a network, what is in the cache is used, and nothing
+    is tried again and again: transformers alone takes half a minute to say that a mistyped folder name is no folder.
+
+    Raises:
+        CheckpointError: naming the file that cannot be had, and what can be done.
+    """
+    with _quiet_transformers():
+        online = _hub_answers(name)
+        folder = os.path.dirname(_hub_file(name, "config.json", online))
+        commit = os.path.basename(folder)  # all files of one commit, also while somebody uploads another
+        _hub_file(name, "preprocessor_config.json", online, commit)
+        try:
+            _hub_file(name, _WEIGHTS, online, commit)
+        except _NotInRepository as error:
+            try:
+                index = _hub_file(name, _INDEX, online, commit)
+            except CheckpointError:
+                raise error from None
+            shards = _read_json(Path(index)).get("weight_map")
+            for shard in sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else ():
+                if os.path.basename(shard) != shard:
+                    raise CheckpointError(f"{_INDEX} of {name} is damaged: {shard!r} is no file beside it.") from None
+                _hub_file(name, shard, online, commit)
+    _check_folder(Path(folder))
+    return folder
+
+
+class _NotInRepository(CheckpointError):
+    """The repository is there, the file is not."""
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether there is a way to the Hub, asked once; the client itself asks six times, over 23 seconds."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+    except HfHubHTTPError:  # no such repository, for instance, but somebody said so
+        return True
+    except Exception:  # the transport raises kinds of its own; offline mode is another
+        return False
+    return True
+
+
+def _hub_file(name: str, file: str, online: bool, revision: str | None = None) -> str:
+    """The path of one file of a repository, in the cache.
+
+    Raises:
+        CheckpointError: if it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    lead = f"{name!r} is no folder here, and could not be had from the Hub"
+    try:
+        return hf_hub_download(name, file, revision=revision, etag_timeout=5, local_files_only=not online)
+    except HFValidationError as error:
+        raise CheckpointError(f"{lead}: it cannot be the name of a repository.") from error
+    except GatedRepoError as error:
+        raise CheckpointError(f"{lead}: ask for access on its page, then run `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{lead}: there is no repository of that name, or it is private and needs `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{lead}: there is no connection, and {file} is not in the cache. To go on without a network, pass the "
+            f"folder of a checkpoint, or run `hf download {name}` once where there is one."
+        ) from error
+    except EntryNotFoundError as error:
+        raise _NotInRepository(f"The repository {name} on the Hub has no {file}.") from error
+    except Exception as error:  # the client and its transport raise many kinds; all mean that there is no file
+        raise CheckpointError(f"{lead} ({file}: {_first_line(error)}).") from error
+
+
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, load report or retry lines: what is wrong is said in our own sentence."""
+    """No progress bars, load report or retry lines (what is wrong is said in our own sentence), and no collector."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -113,9 +195,13 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    collecting = gc.isenabled()
+    gc.disable()  # transformers imports more of itself here; see __init__.py
     try:
         yield
     finally:
+        if collecting:
+            gc.enable()
         logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
         if bars:

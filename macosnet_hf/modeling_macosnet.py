@@ -6,7 +6,9 @@ T_ij maps points of view j into view i (see `geometry.py`), and its mask is the 
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,7 +301,18 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
             "AutoModel": f"{module}.MaCoSNetModel",
             "AutoModelForKeypointMatching": f"{module}.MaCoSNetForKeypointMatching",
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Because this file imports it, the pipelines' file is copied with it.
+        from .pipeline_macosnet import CUSTOM_PIPELINES
+
+        before = getattr(self.config, "custom_pipelines", None)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            # Only in the file: in memory they would make `pipeline` ask for `trust_remote_code`.
+            del self.config.custom_pipelines
+            if before is not None:
+                self.config.custom_pipelines = before
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -548,9 +561,12 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
             outputs.features[:, view],
             outputs.features[:, 1 - view],
             points,
-            mapped,
-            sigma=self.config.local_matching_sigma,
+            outputs.affine[:, pair],
+            outputs.tps[:, pair],
+            sigmas=self.config.local_matching_sigmas,
+            windows=self.config.local_matching_windows,
             temperature=self.config.local_matching_temperature,
+            regularization=self.config.tps_regularization,
         )
 
     def transfer_points(
@@ -635,33 +651,95 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         return (error * present).sum() / (2 * present.sum().clamp(min=1))
 
 
+# How finely `match_locally` looks: samples a side of a point's surroundings, and of the places it may move to.
+_WINDOW_SAMPLES = 5
+_OFFSET_SAMPLES = 9
+_OFFSET_REACH = 2.5  # in sigmas
+_POINTS_AT_ONCE = 1024
+
+
 def match_locally(
-    source: Tensor, target: Tensor, points: Tensor, mapped: Tensor, *, sigma: float, temperature: float
+    source: Tensor,
+    target: Tensor,
+    points: Tensor,
+    affine: Tensor,
+    tps: Tensor | None = None,
+    *,
+    sigmas: Sequence[float] = (0.3, 0.15),
+    windows: Sequence[float] = (0.4, 0.25),
+    temperature: float = 60.0,
+    regularization: float = 0.0,
 ) -> Tensor:
     """Moves transferred points to the best feature match near where the transform sent them.
 
-    The transform is a Gaussian prior on the position, the cosine similarity of the features is the evidence, and the
-    answer is the expectation over the target's feature grid (a soft-argmax).
+    A point's surroundings move with it: for every offset from the place where the transform sends the point, the
+    similarities of the whole window around it are averaged (as stereo matching aggregates costs), for one feature
+    vector alone is ambiguous where an object repeats itself. The transform is a Gaussian prior on the offset, the
+    averaged cosine similarity is the evidence, and the answer is the expectation over the offsets (a soft-argmax). Each
+    pass starts from the answer of the one before; where features say nothing, a point stays where the transform put it.
 
     Args:
         source, target: unit-length features `(B, C, h, w)` of the picture that the points are on, and of the other.
         points: `(B, N, 2)` normalised points.
-        mapped: `(B, N, 2)` where the transform sends them.
-        sigma: width of the neighbourhood, normalised coordinates.
-        temperature: factor on the similarity.
+        affine: `(B, 6)` of the transform that maps the points into the other picture.
+        tps: `(B, 18)` of the same, or `None` for the affine alone.
+        sigmas: for each pass, the width of the prior on the offset, normalised coordinates.
+        windows: for each pass, half the side of the window, normalised coordinates; it fades to its border as a
+            Gaussian of half that width.
+        temperature: factor on the averaged similarity.
+        regularization: regularisation factor of the TPS.
 
     Returns:
         `(B, N, 2)` normalised points of the other picture.
     """
-    descriptors = l2_normalize(sample_at(source.float(), points), dim=-1)
-    similarity = torch.bmm(descriptors, target.float().flatten(2))
-    grid = make_grid(*target.shape[-2:], device=mapped.device, dtype=mapped.dtype).reshape(-1, 2)
-    distance2 = torch.cdist(mapped, grid.expand(len(mapped), -1, -1)).square()
-    weights = torch.softmax(temperature * similarity - distance2 / (2 * sigma**2), dim=-1)
-    # The prior's own expectation is taken off, so that a featureless neighbourhood leaves the point exactly where it
-    # was instead of pulling it to the middle of the grid.
-    prior = torch.softmax(-distance2 / (2 * sigma**2), dim=-1)
-    return mapped + (weights - prior) @ grid
+    source, target = source.float(), target.float()
+    parts = [
+        _match_some_locally(source, target, some, affine, tps, sigmas, windows, temperature, regularization)
+        for some in points.split(_POINTS_AT_ONCE, dim=1)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _match_some_locally(
+    source: Tensor,
+    target: Tensor,
+    points: Tensor,
+    affine: Tensor,
+    tps: Tensor | None,
+    sigmas: Sequence[float],
+    windows: Sequence[float],
+    temperature: float,
+    regularization: float,
+) -> Tensor:
+    """[`match_locally`] for as many points as memory bears."""
+    batch, count = points.shape[:2]
+    unit_window, unit_offsets = (
+        make_grid(side, side, device=points.device, dtype=points.dtype).reshape(-1, 2)
+        for side in (_WINDOW_SAMPLES, _OFFSET_SAMPLES)
+    )
+    answer = apply_cascade(points, affine, tps, regularization=regularization)
+    moved = torch.zeros_like(points)
+    for sigma, half in zip(sigmas, windows, strict=True):
+        around = (points.unsqueeze(2) + half * unit_window).flatten(1, 2)
+        weights = torch.exp(-2 * unit_window.square().sum(-1)) * inside(around).unflatten(1, (count, len(unit_window)))
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_NORM_EPSILON)
+        descriptors = l2_normalize(sample_at(source, around), dim=-1)
+        similarity = torch.bmm(descriptors, target.flatten(2)).unflatten(-1, target.shape[-2:])
+        mapped = apply_cascade(around, affine, tps, regularization=regularization)
+        mapped = mapped + moved.repeat_interleave(len(unit_window), dim=1)
+        offsets = _OFFSET_REACH * sigma * unit_offsets
+        places = mapped.unsqueeze(2) + offsets
+        found = F.grid_sample(
+            similarity.flatten(0, 1).unsqueeze(1),
+            places.flatten(0, 1).unsqueeze(2),
+            align_corners=True,
+            padding_mode="border",
+        )
+        found = found.view(batch, count, len(unit_window), len(offsets))
+        evidence = torch.einsum("bnwo,bnw->bno", found, weights.to(found.dtype))
+        chances = torch.softmax(temperature * evidence - offsets.square().sum(-1) / (2 * sigma**2), dim=-1)
+        moved = moved + chances @ offsets
+    return answer + moved
 
 
 MaCoSNetModel.register_for_auto_class("AutoModel")

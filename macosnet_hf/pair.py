@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,21 @@ DIRECTIONS = ("source_to_target", "target_to_source")
 
 _MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes pictures of at most 32,766 pixels a side
 _TILE = 1024
+
+
+@dataclass
+class _Candidates:
+    """What the network found, before the hard masks and the threshold choose among it.
+
+    Attributes:
+        points: `(M, 2, 2)` float32 pixels of both photographs.
+        scores: `(M,)` float32.
+        probabilities: `(2, S, S)` float32 soft masks.
+    """
+
+    points: np.ndarray
+    scores: np.ndarray
+    probabilities: np.ndarray
 
 
 @dataclass
@@ -56,6 +72,7 @@ class PairResult:
     quality: str
     _outputs: MaCoSNetKeypointMatchingOutput = field(repr=False)
     _model: MaCoSNetForKeypointMatching = field(repr=False)
+    _candidates: _Candidates = field(repr=False)
 
     @property
     def matches(self) -> list[dict[str, Any]]:
@@ -68,7 +85,29 @@ class PairResult:
     @property
     def image_sizes(self) -> torch.Tensor:
         """`(1, 2, 2)` sizes (height, width) of source and target."""
-        return torch.tensor([[[self.source.height, self.source.width], [self.target.height, self.target.width]]])
+        return _sizes((self.source, self.target))
+
+    @property
+    def tps_regularization(self) -> float:
+        """That of the spline whose parameters are `tps`."""
+        return float(self._model.config.tps_regularization)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(2, S, S)` float32 soft masks of source and target, at the network's resolution."""
+        return self._candidates.probabilities
+
+    def with_options(self, *, refine: str = "grabcut", threshold: float = 0.0) -> PairResult:
+        """The same pair with masks refined in another way, or another threshold; the network does not run again.
+
+        Args:
+            refine, threshold: as in [`match_pair`].
+
+        Raises:
+            InputError: if an option cannot be used.
+        """
+        _check_threshold(threshold)
+        return _result((self.source, self.target), self._model, self._outputs, self._candidates, refine, threshold)
 
     def transfer(
         self,
@@ -225,25 +264,38 @@ def match_pair(
         InputError: if an option cannot be used.
         CheckpointError: if the checkpoint cannot be used.
     """
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
-    photos = [load_image(source), load_image(target)]
+    _check_threshold(threshold)
+    photos = (load_image(source), load_image(target))
     if model is None or processor is None:
         if model is not None or processor is not None:
             raise InputError("Pass model and processor together, or neither.")
         model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
-    pixels = processor([photos], return_tensors="pt")["pixel_values"]
-    sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
+    pixels = processor([list(photos)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device))
-    found = processor.post_process_keypoint_matching(outputs, sizes)[0]
-    soft = outputs.mask_logits[0].float().sigmoid().cpu().numpy()
-    masks = [refined_mask(photo, probability, refine) for photo, probability in zip(photos, soft, strict=True)]
+    found = processor.post_process_keypoint_matching(outputs, _sizes(photos))[0]
+    candidates = _Candidates(
+        points=torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy(),
+        scores=found["matching_scores"].float().cpu().numpy(),
+        probabilities=outputs.mask_logits[0].float().sigmoid().cpu().numpy(),
+    )
+    return _result(photos, model, outputs, candidates, refine, threshold)
 
-    points = torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy()
-    scores = found["matching_scores"].float().cpu().numpy()
+
+def _result(
+    photos: tuple[Image.Image, Image.Image],
+    model: MaCoSNetForKeypointMatching,
+    outputs: MaCoSNetKeypointMatchingOutput,
+    candidates: _Candidates,
+    refine: str,
+    threshold: float,
+) -> PairResult:
+    """Hard masks, and the candidates that lie on both of them with a score above the threshold."""
+    with ThreadPoolExecutor(2) as pool:  # GrabCut takes longer than the network, on one core
+        masks = list(pool.map(refined_mask, photos, candidates.probabilities, (refine, refine)))
+    points, scores = candidates.points, candidates.scores
     keep = _on_masks(points, masks)
-    quality = quality_in_words(_feature_similarity(outputs.features, points[keep], sizes))
+    quality = quality_in_words(_feature_similarity(outputs.features, points[keep], _sizes(photos)))
     keep &= scores > threshold
     points, scores = points[keep], scores[keep]
     order = np.argsort(-scores, kind="stable")
@@ -259,7 +311,17 @@ def match_pair(
         quality=quality,
         _outputs=outputs,
         _model=model,
+        _candidates=candidates,
     )
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
+
+
+def _sizes(photos: tuple[Image.Image, Image.Image]) -> torch.Tensor:
+    return torch.tensor([[[photo.height, photo.width] for photo in photos]])
 
 
 def _feature_similarity(features: torch.Tensor, points: np.ndarray, sizes: torch.Tensor) -> np.ndarray:

@@ -1,13 +1,17 @@
-"""The demo, really served: through its API with gradio's client, and in a browser where there is one."""
+"""The demo, really served: through its API with gradio's client, and against what nobody should send."""
 
+import http.server
+import io
+import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,39 +20,25 @@ import pytest
 from PIL import Image, ImageOps
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
-from gradio.media import get_image  # noqa: E402
+import httpx  # noqa: E402
+from demo_server import CHEETAH, LION, ROOT, TOWER, free_port, save_large, start_app  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-CHEETAH, LION, TOWER = (get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start_app(*arguments: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "app.py", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-    )
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the server keeps uploads and results."""
+    return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(folder):
     """The address of the demo, started as a person starts it and stopped as a person stops it."""
-    process = start_app("--port", str(free_port()), GRADIO_TEMP_DIR=str(tmp_path_factory.mktemp("served")))
+    process = start_app("--port", str(free_port()), GRADIO_TEMP_DIR=str(folder))
     first_line = process.stdout.readline()
     found = re.match(r"Open (http://127\.0\.0\.1:\d+)/ ", first_line)
     if not found:
@@ -74,8 +64,13 @@ def result():
     return macosnet_hf.match_pair(CHEETAH, LION, checkpoint=macosnet_hf.DEFAULT_CHECKPOINT)
 
 
-def match(client: Client, source: str | None, target: str | None) -> tuple:
-    return client.predict(source and handle_file(str(source)), target and handle_file(str(target)), api_name="/match")
+def match(client: Client, source, target, **options) -> tuple:
+    files = [None if photo is None else handle_file(str(photo)) for photo in (source, target)]
+    return client.predict(*files, **options, api_name="/match")
+
+
+def segment(client: Client, photographs, **options) -> tuple:
+    return client.predict([handle_file(str(p)) for p in photographs], **options, api_name="/segment_collection")
 
 
 def difference(shown: str, expected: Image.Image) -> float:
@@ -85,30 +80,60 @@ def difference(shown: str, expected: Image.Image) -> float:
         return float(np.abs(np.asarray(picture.convert("RGB"), np.float64) - np.asarray(expected, np.float64)).mean())
 
 
-# ---- what the page computes ------------------------------------------------------------------------------------------
+def as_mask(path: str) -> np.ndarray:
+    values = np.asarray(Image.open(path).convert("L"))
+    assert set(np.unique(values)) <= {0, 255}
+    return values > 127
 
 
-def test_page_shows_what_the_library_computes(client, result):
-    line, matches, source_object, target_object, (target, warped) = match(client, CHEETAH, LION)
-    assert line == app.verdict(result)
-    source_overlay = app.overlay(result.source, result.source_mask)
-    target_overlay = app.overlay(result.target, result.target_mask)
-    # The page's pictures are compressed, hence close but not equal; another picture is far away.
-    assert difference(matches, result.draw_matches()) < 8
-    assert difference(source_object, source_overlay) < 8
-    assert difference(target_object, target_overlay) < 8
-    assert difference(source_object, target_overlay) > 16
-    assert difference(target, result.target) < 8
+# ---- /match ----------------------------------------------------------------------------------------------------------
+
+
+def test_match_answers_what_the_library_computes(client, result):
+    report, drawing, source_mask, target_mask, warped = match(client, CHEETAH, LION)
+    assert report["quality"] == result.quality
+    assert report["words"] == f"{app.VERDICTS[result.quality]} {len(result.matches)} matching points on the object."
+    assert (report["source"]["file"], report["target"]["file"]) == ("cheetah1.jpg", "lion.jpg")
+    assert (report["source"]["width"], report["source"]["height"]) == (256, 256)
+    found = np.array([[m["source"], m["target"]] for m in report["matches"]])
+    np.testing.assert_allclose(found, result.keypoints, atol=0.006)
+    np.testing.assert_allclose([m["score"] for m in report["matches"]], result.scores, atol=1e-4)
+    np.testing.assert_array_equal(as_mask(source_mask), result.source_mask)
+    np.testing.assert_array_equal(as_mask(target_mask), result.target_mask)
+    assert source_mask.endswith("source_mask.png")
+    # The pictures are compressed, hence close but not equal; another picture is far away.
+    assert difference(drawing, result.draw_matches()) < 8
     assert difference(warped, result.warped_source()) < 8
     assert difference(warped, result.target) > 16
 
 
-def test_photographs_may_differ_in_shape(client):
-    with Image.open(TOWER) as tower:
-        portrait = tower.size
-    _, _, source_object, target_object, (target, warped) = match(client, TOWER, LION)
-    assert Image.open(source_object).size == portrait
-    assert Image.open(target_object).size == Image.open(target).size == Image.open(warped).size == (256, 256)
+def test_threshold_and_refinement_are_used(client, result):
+    threshold = float(np.median(result.scores))
+    report, *_ = match(client, CHEETAH, LION, threshold=round(threshold, 2))
+    assert 0 < len(report["matches"]) < len(result.matches)
+    assert min(m["score"] for m in report["matches"]) > round(threshold, 2)
+    report, _, mask, *_ = match(client, CHEETAH, LION, refine="none")
+    assert report["refine"] == "none"
+    assert (as_mask(mask) != result.source_mask).any()
+    with pytest.raises(AppError, match="magic"):
+        match(client, CHEETAH, LION, refine="magic")
+
+
+def test_a_large_photograph_comes_back_in_its_own_pixels(client, tmp_path, result):
+    """Worked on as a small copy, but points and masks are those of the original."""
+    large = save_large(LION, (2400, 1600), tmp_path / "large.jpg")
+    report, _, _, mask, warped = match(client, CHEETAH, large)
+    assert (report["target"]["width"], report["target"]["height"]) == (2400, 1600)
+    assert as_mask(mask).shape == (1600, 2400)
+    assert max(Image.open(warped).size) <= 960
+    found = {tuple(m["source"]): np.array(m["target"]) for m in report["matches"]}
+    same = [
+        (found[tuple(np.round(source, 2))], target * np.array([2399, 1599]) / 255)
+        for source, target in result.keypoints
+        if tuple(np.round(source, 2)) in found
+    ]
+    assert len(same) > 30
+    assert np.median([np.hypot(*(a - b)) for a, b in same]) < 40
 
 
 def test_orientation_of_a_phone_is_applied(client, tmp_path):
@@ -118,53 +143,202 @@ def test_orientation_of_a_phone_is_applied(client, tmp_path):
     exif[0x0112] = 6
     path = tmp_path / "phone.jpg"
     lying.save(path, exif=exif, quality=95)
-    with Image.open(path) as picture:
-        assert ImageOps.exif_transpose(picture).size != picture.size
-        upright = ImageOps.exif_transpose(picture).size
-    assert Image.open(match(client, path, LION)[2]).size == upright
+    with Image.open(path) as photo:
+        assert ImageOps.exif_transpose(photo).size != photo.size
+        upright = ImageOps.exif_transpose(photo).size
+    report, _, mask, *_ = match(client, path, LION)
+    assert (report["source"]["width"], report["source"]["height"]) == upright
+    assert Image.open(mask).size == upright
 
 
-def test_large_photograph_is_shown_smaller(client, tmp_path):
-    with Image.open(LION) as lion:
-        lion.resize((2400, 1600)).save(tmp_path / "large.jpg")
-    _, _, source_object, *_ = match(client, tmp_path / "large.jpg", CHEETAH)
-    assert Image.open(source_object).size == (app.DISPLAY_SIDE, round(app.DISPLAY_SIDE * 1600 / 2400))
+def test_nothing_in_common_is_said_in_words(client):
+    report, *_ = match(client, LION, TOWER)
+    assert report["quality"] == "poor"
+    assert report["words"] == app.VERDICTS["poor"]
 
 
-def test_starting_the_demo_leaves_no_file_behind(client):
-    """gradio writes `app.pyi` beside a module that derives from one of its components."""
-    assert not (ROOT / "app.pyi").exists()
+def test_the_same_photograph_twice_is_noticed(client):
+    report, *_ = match(client, LION, LION)
+    assert "same photograph twice" in report["words"]
 
 
-def test_only_match_is_public(client):
+# ---- /transfer_points ------------------------------------------------------------------------------------------------
+
+
+def test_points_travel_both_ways(client, result):
+    key = match(client, CHEETAH, LION)[0]["result"]
+    points = [[10, 20], [120.5, 80], [255, 255]]
+    for direction in ("source_to_target", "target_to_source"):
+        found = client.predict(key, points, direction, api_name="/transfer_points")
+        np.testing.assert_allclose(found, result.transfer(points, direction), atol=0.006)
+
+
+def test_points_are_pixels_of_the_original(client, tmp_path):
+    """The same photograph at two sizes: a point finds itself, in the other's pixels."""
+    large = save_large(LION, (1800, 1200), tmp_path / "large.jpg")
+    report = match(client, large, LION)[0]
+    point = np.array([[700.0, 400.0]])
+    (found,) = client.predict(report["result"], point.tolist(), api_name="/transfer_points")
+    assert np.hypot(*(np.array(found) - point[0] * [255 / 1799, 255 / 1199])) < 10
+    (corner,) = client.predict(report["result"], [[1799, 1199]], api_name="/transfer_points")
+    assert len(corner) == 2
+
+
+@pytest.mark.parametrize(
+    ("points", "sentence"),
+    [
+        ([[256, 5]], r"\(256, 5\) lies outside of the photograph, which is 256x256"),
+        ([[1, 2, 3]], "pairs of numbers"),
+        ("12", "Points are a list"),
+        ({"x": 1}, "Points are a list"),
+        ([["a", "b"]], "pairs of numbers"),
+        ([[0, 0]] * (app.MAX_POINTS + 1), "at most 1000"),
+    ],
+)
+def test_points_that_are_none(client, points, sentence):
+    key = match(client, CHEETAH, LION)[0]["result"]
+    with pytest.raises(AppError, match=sentence):
+        client.predict(key, points, "source_to_target", api_name="/transfer_points")
+
+
+@pytest.mark.parametrize("key", ["", "guess", "0" * 24])
+def test_a_result_cannot_be_guessed(client, key):
+    with pytest.raises(AppError, match="no longer kept"):
+        client.predict(key, [[1, 1]], "source_to_target", api_name="/transfer_points")
+
+
+def test_only_the_latest_results_of_a_client_are_kept(address, tmp_path):
+    client = Client(address, verbose=False, download_files=str(tmp_path))
+    keys = [match(client, CHEETAH, LION, refine="none")[0]["result"] for _ in range(app.KEPT_PER_VISITOR + 1)]
+    assert len(set(keys)) == len(keys)
+    assert client.predict(keys[-1], [[1, 1]], api_name="/transfer_points")
+    with pytest.raises(AppError, match="no longer kept"):
+        client.predict(keys[0], [[1, 1]], api_name="/transfer_points")
+
+
+# ---- /segment_collection ---------------------------------------------------------------------------------------------
+
+
+def test_collection_names_the_odd_one_out(client, tmp_path):
+    large = save_large(LION, (1500, 1500), tmp_path / "lion.jpg")
+    other = tmp_path / "other"
+    other.mkdir()
+    twin = save_large(CHEETAH, (300, 200), other / "lion.jpg")  # another photograph of the same name
+    report, sheet, average, archive = segment(client, [large, twin, app.CAT, TOWER])
+    assert report["odd_ones_out"] == ["tower.jpg"]
+    assert [photo["belongs"] for photo in report["photos"]] == [True, True, True, False]
+    agreement = [photo["agreement"] for photo in report["photos"]]
+    assert min(agreement) == agreement[3]
+    assert [photo["file"] for photo in report["photos"]] == ["lion.jpg", "lion.jpg", "cat.jpg", "tower.jpg"]
+    assert Image.open(sheet).width > 400
+    assert max(Image.open(average).size) <= 480
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.testzip() is None
+        names = [photo[kind] for photo in report["photos"] for kind in ("mask", "cutout")]
+        assert len(set(names)) == 8
+        assert sorted(zipped.namelist()) == sorted([*names, "summary.json", "overview.png", "average.png"])
+        assert json.loads(zipped.read("summary.json")) == report
+        for photo, size in zip(report["photos"], [(1500, 1500), (300, 200), (451, 300), (377, 600)], strict=True):
+            assert (photo["width"], photo["height"]) == size
+            cut = Image.open(io.BytesIO(zipped.read(photo["cutout"])))
+            mask = np.asarray(Image.open(io.BytesIO(zipped.read(photo["mask"])))) > 127
+            assert cut.size == size
+            assert mask.shape == size[::-1]
+            assert cut.mode == "RGBA"
+            assert (np.asarray(cut)[~mask] == [255, 255, 255, 0]).all()
+            assert mask.mean() == pytest.approx(photo["object_share"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 photographs; these are 31")]
+)
+def test_too_few_or_too_many_photographs(client, tmp_path, count, sentence):
+    paths = [save_large(LION, (20 + index, 20), tmp_path / f"{index}.jpg") for index in range(count)]
+    with pytest.raises(AppError, match=sentence):
+        segment(client, paths)
+
+
+def test_a_damaged_photograph_of_a_collection_is_named(client, tmp_path):
+    (tmp_path / "letter.jpg").write_text("This is a letter. " * 20)
+    with pytest.raises(AppError, match=r"^'letter\.jpg' is not a picture"):
+        segment(client, [LION, tmp_path / "letter.jpg", CHEETAH])
+
+
+# ---- the API as such -------------------------------------------------------------------------------------------------
+
+
+def test_the_public_api_has_three_documented_end_points(client, address):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert list(endpoints) == ["/match"]
+    assert list(endpoints) == ["/match", "/transfer_points", "/segment_collection"]
+    named = {name: [p["parameter_name"] for p in end["parameters"]] for name, end in endpoints.items()}
+    assert named == {
+        "/match": ["source", "target", "threshold", "refine"],
+        "/transfer_points": ["result", "points", "direction"],
+        "/segment_collection": ["photographs", "refine"],
+    }
+    info = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
+    assert all(len(end["description"]) > 80 for end in info.values())
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+def test_clients_at_the_same_time_get_their_own_results(address, tmp_path):
+    """Each has photographs of a size that nobody else has."""
+
+    def work(number: int) -> None:
+        client = Client(address, verbose=False, download_files=str(tmp_path / str(number)))
+        size = (150 + number, 120 + 2 * number)
+        path = save_large((CHEETAH, LION)[number % 2], size, tmp_path / f"own{number}.jpg")
+        for _ in range(2):
+            report, _, mask, *_ = match(client, path, TOWER, refine="none")
+            assert report["source"] == {**report["source"], "file": path.name, "width": size[0], "height": size[1]}
+            assert Image.open(mask).size == size
+            corner = [[size[0] - 1, size[1] - 1]]  # outside of every smaller one
+            assert client.predict(report["result"], corner, api_name="/transfer_points")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+
+
+# ---- what nobody should send -----------------------------------------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """A PNG of 200 megapixels in some kilobytes."""
+    stream = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def one_pixel() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1), "red").save(stream, "JPEG")
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", r"Source: 'holiday\.jpg' is empty"),
-        (b"This is a letter, not a picture. " * 20, r"Source: 'holiday\.jpg' is not a picture"),
-        (Path(LION).read_bytes()[:4000], r"Source: 'holiday\.jpg' is damaged"),
+        (lambda: b"", r"^Source: 'holiday\.jpg' is empty"),
+        (lambda: b"This is a letter, not a picture. " * 20, r"^Source: 'holiday\.jpg' is not a picture"),
+        (lambda: Path(LION).read_bytes()[:4000], r"^Source: 'holiday\.jpg' is damaged"),
+        (bomb, r"^Source: 'holiday\.jpg' has .*megapixels"),
+        (one_pixel, r"^Source: 'holiday\.jpg' has only 1 x 1 pixels"),
     ],
-    ids=["empty", "text", "truncated"],
+    ids=["empty", "text", "truncated", "bomb", "one pixel"],
 )
 def test_unusable_photograph_is_named_in_one_sentence(client, tmp_path, content, sentence):
     path = tmp_path / "holiday.jpg"
-    path.write_bytes(content)
+    path.write_bytes(content())
     with pytest.raises(AppError, match=sentence) as caught:
         match(client, path, LION)
     assert os.sep + "holiday" not in str(caught.value)  # the server's folders are nobody's business
     assert "Traceback" not in str(caught.value)
+    with pytest.raises(AppError, match=sentence.replace("Source", "Target")):
+        match(client, LION, path)
 
 
 @pytest.mark.parametrize(("source", "target"), [(None, LION), (LION, None), (None, None)])
 def test_missing_photograph_is_asked_for(client, source, target):
-    with pytest.raises(AppError, match=r"Choose two photographs first\."):
+    with pytest.raises(AppError, match=r"^Choose two photographs first\.$"):
         match(client, source, target)
 
 
@@ -175,13 +349,85 @@ def test_too_large_file_is_refused(client, tmp_path):
         match(client, path, LION)
 
 
+def raw_match(address: str, source: object) -> str:
+    """The events that `/match` answers to a source exactly as given, as any program could send it."""
+    upload = httpx.post(f"{address}/gradio_api/upload", files={"files": ("lion.jpg", Path(LION).read_bytes())})
+    target = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
+    call = httpx.post(f"{address}/gradio_api/call/match", json={"data": [source, target, 0, "none"]})
+    if call.status_code != 200:
+        return f"event: error {call.status_code}"
+    return httpx.get(f"{address}/gradio_api/call/match/{call.json()['event_id']}", timeout=60).text
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
+@pytest.mark.parametrize(
+    "path", [CHEETAH, str(ROOT / "docs" / "images" / "matches.png"), "/etc/hostname", "../../x.jpg"]
+)
+def test_files_of_the_server_cannot_be_named(address, path, meta):
+    """Pictures that would be matched if they could be read."""
+    answer = raw_match(address, {"path": path, **meta})
+    assert "event: error" in answer
+    assert "event: complete" not in answer
+    assert '"quality"' not in answer
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
+def test_files_of_the_server_cannot_be_named_in_a_collection(address, meta):
+    files = [{"path": path, **meta} for path in (CHEETAH, LION)]
+    call = httpx.post(f"{address}/gradio_api/call/segment_collection", json={"data": [files, "none"]})
+    answer = httpx.get(f"{address}/gradio_api/call/segment_collection/{call.json()['event_id']}", timeout=60).text
+    assert "event: error" in answer
+    assert '"photos"' not in answer
+
+
+def test_an_uploaded_file_can_be_named(address):
+    """Else the test above would pass whatever happens."""
+    upload = httpx.post(f"{address}/gradio_api/upload", files={"files": ("c.jpg", Path(CHEETAH).read_bytes())})
+    answer = raw_match(address, {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}})
+    assert "event: complete" in answer
+    assert '"quality"' in answer
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
+def test_addresses_are_not_fetched(address, meta):
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/photo.jpg"
+        for source in ({"path": url, **meta}, {"path": None, "url": url, **meta}, {"path": url, "url": url, **meta}):
+            answer = raw_match(address, source)
+            assert "event: complete" not in answer
+        assert not asked
+    finally:
+        server.shutdown()
+
+
+def test_the_folder_of_uploads_cannot_be_looked_through(address, folder):
+    (folder / "secret").mkdir(exist_ok=True)
+    for place in (folder, folder / "secret", ROOT / "app.py", "/etc/hostname"):
+        assert httpx.get(f"{address}/gradio_api/file={place}").status_code in (403, 404)
+
+
+# ---- failures of the server ------------------------------------------------------------------------------------------
+
+
 class BrokenMatcher(app.Matcher):
-    def match(self, source, target):
+    def pair(self, source, target, refine):
         raise ZeroDivisionError("secret detail")
 
 
 class PickyMatcher(app.Matcher):
-    def match(self, source, target):
+    def pair(self, source, target, refine):
         raise macosnet_hf.InputError("These two are too alike.")
 
 
@@ -189,14 +435,60 @@ class PickyMatcher(app.Matcher):
     ("matcher", "sentence"),
     [(BrokenMatcher, "Something went wrong on our side"), (PickyMatcher, r"^These two are too alike\.$")],
 )
-def test_failure_in_the_library(matcher, sentence):
+def test_failure_in_the_library(matcher, sentence, tmp_path):
     demo = app.build_demo(matcher())
     try:
         with pytest.raises(AppError, match=sentence) as caught:
-            match(Client(app.serve(demo), verbose=False), CHEETAH, LION)
+            match(Client(app.serve(demo), verbose=False, download_files=str(tmp_path)), CHEETAH, LION)
         assert "secret detail" not in str(caught.value)
     finally:
         demo.close(verbose=False)
+
+
+def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(kept))
+    monkeypatch.setattr(app, "FILE_SECONDS", 2)
+    demo = app.build_demo()
+    files = lambda: [path for path in kept.rglob("*") if path.is_file()]  # noqa: E731
+    try:
+        client = Client(app.serve(demo), verbose=False, download_files=str(tmp_path / "mine"))
+        own = save_large(LION, (222, 111), tmp_path / "own.jpg")
+        match(client, own, TOWER)
+        names = {path.name for path in files()}
+        assert {"own.jpg", "tower.jpg", "source_mask.png"} & names
+        end = time.monotonic() + 20
+        while time.monotonic() < end and {"own.jpg", "source_mask.png"} & {path.name for path in files()}:
+            time.sleep(0.3)
+        assert not {"own.jpg", "source_mask.png"} & {path.name for path in files()}
+    finally:
+        demo.close(verbose=False)
+
+
+def test_a_stopped_run_ends_at_its_next_step():
+    desk = app.Desk(app.Matcher())
+    visitor = type("Request", (), {"session_hash": "visitor"})()
+    told = []
+    with desk.stoppable("visitor", lambda share, desc: told.append(desc)) as report:
+        report(0.1, "one")
+        desk.stop(type("Request", (), {"session_hash": "somebody else"})())
+        report(0.2, "two")
+        desk.stop(visitor)
+        with pytest.raises(app.Stopped):
+            report(0.3, "three")
+    assert told == ["one", "two"]
+    with desk.stoppable("visitor", lambda share, desc: None) as report:
+        report(0.1, "a new run starts afresh")
+    desk.stop(visitor)  # nothing runs, nothing happens
+
+
+def test_who_leaves_takes_the_results_along():
+    desk = app.Desk(app.Matcher())
+    key, other = desk.pairs.keep("mine", "visitor"), desk.pairs.keep("theirs", "somebody else")
+    desk.leave(type("Request", (), {"session_hash": "visitor"})())
+    assert desk.pairs.get(other) == "theirs"
+    with pytest.raises(macosnet_hf.InputError):
+        desk.pairs.get(key)
 
 
 def test_model_is_loaded_once_for_all_threads():
@@ -207,8 +499,37 @@ def test_model_is_loaded_once_for_all_threads():
     assert not loaded[0].training
 
 
-def test_unusable_model_ends_with_a_sentence(tmp_path):
-    process = start_app("--port", str(free_port()), "--model", str(tmp_path))
+def test_a_request_while_the_model_is_still_loading_waits_for_it():
+    # In a process of its own: what can go wrong is the very first import of transformers, from two threads at once.
+    program = """
+import threading
+import app
+
+matcher, found = app.Matcher(), []
+thread = threading.Thread(target=lambda: found.append(matcher.pair(*app.EXAMPLES[0], "none")))
+thread.start()
+matcher.load()
+thread.join()
+assert found[0].result.matches
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+
+
+# ---- starting --------------------------------------------------------------------------------------------------------
+
+
+def test_starting_the_demo_leaves_no_file_behind(client):
+    """gradio writes `app.pyi` beside a module that derives from one of its components."""
+    assert not (ROOT / "app.pyi").exists()
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_unusable_model_ends_with_a_sentence(tmp_path, by):
+    port = ("--port", str(free_port()))
+    if by == "option":
+        process = start_app(*port, "--model", str(tmp_path))
+    else:
+        process = start_app(*port, MACOSNET_MODEL=str(tmp_path))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert re.search(r"^error: The checkpoint folder .* has no config\.json\.$", output, re.MULTILINE)
@@ -225,101 +546,27 @@ def test_taken_port_ends_with_a_sentence():
     assert output.strip() == f"error: cannot listen on 127.0.0.1:{port}; choose another --port."
 
 
-def test_verdict_has_words_for_every_quality(result):
+def test_verdict_has_words_for_every_quality():
     from macosnet_hf.pair import quality_in_words
 
     words = {quality_in_words(np.full(20, score)) for score in np.linspace(0, 1, 41)}
     assert words == set(app.VERDICTS)
 
 
-# ---- in a browser ----------------------------------------------------------------------------------------------------
+def test_examples_are_there_without_a_network():
+    for path in {*(path for pair in app.EXAMPLES for path in pair), *app.COLLECTION_EXAMPLE}:
+        with Image.open(path) as photo:
+            photo.load()
 
 
-@pytest.fixture
-def page(address):
-    """A tab of headless Chromium with the demo open. At the end: no other host was asked, and nothing failed."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser' (playwright)")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        requests: list[str] = []
-        complaints: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(address)
-        page.get_by_role("button", name="Match", exact=True).wait_for()
-        yield page
-        browser.close()
-    assert any(url.startswith(address) for url in requests)
-    assert not [url for url in requests if not url.startswith((address, "data:", "blob:"))]
-    assert not complaints
-
-
-@pytest.mark.browser
-def test_browser_upload_and_match(page, result, tmp_path):
-    for name, photograph in (("source", CHEETAH), ("target", LION)):
-        own_copy = shutil.copy(photograph, tmp_path / f"my-{name}.jpg")  # not to be confused with the examples
-        page.locator(f"#{name} input[type=file]").set_input_files(own_copy)
-        page.locator(f"#{name} img[src*='my-{name}.jpg']").wait_for()
-    assert not page.get_by_text("Matching points", exact=True).is_visible()
-    page.get_by_role("button", name="Match", exact=True).click()
-    page.get_by_text("matching points on the object").wait_for(timeout=60_000)
-    shown = page.locator("#verdict").inner_text()
-    assert shown.strip() == app.verdict(result).replace("**", "")
-    for label in ("Matching points", "Source object", "Target object", "Target | warped source"):
-        page.get_by_text(label, exact=True).wait_for()
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-
-
-@pytest.mark.browser
-def test_browser_example_fills_both_photographs_and_matches(page, result):
-    assert app.EXAMPLES[0] == (Path(CHEETAH).name, Path(LION).name)
-    page.locator("#examples tbody tr").first.click()
-    for place, name in zip(("source", "target"), app.EXAMPLES[0], strict=True):
-        page.locator(f"#{place} img[src*='{name}']").wait_for()
-    page.get_by_role("button", name="Match", exact=True).click()
-    page.get_by_text(app.verdict(result).split("** ")[1]).wait_for(timeout=60_000)
-
-
-@pytest.mark.browser
-def test_browser_error_is_a_message(page, tmp_path):
-    """Also after an example was chosen, and beside a result that is there already."""
-    button = page.get_by_role("button", name="Match", exact=True)
-    button.click()
-    message = page.locator(".toast-body")
-    message.get_by_text("Choose two photographs first.").wait_for()
-    assert not page.get_by_text("Matching points", exact=True).is_visible()
-
-    page.locator("#examples tbody tr").first.click()
-    page.locator(f"#target img[src*='{app.EXAMPLES[0][1]}']").wait_for()
-    button.click()
-    page.get_by_text("Matching points", exact=True).wait_for(timeout=60_000)
-
-    (tmp_path / "letter.jpg").write_bytes(b"This is a letter, not a picture. " * 20)
-    page.locator("#source input[type=file]").set_input_files(tmp_path / "letter.jpg")
-    page.locator("#source img[src*='letter.jpg']").wait_for()
-    button.click()
-    message.get_by_text("Source: 'letter.jpg' is not a picture").wait_for()
-    page.get_by_text("Matching points", exact=True).wait_for(
-        state="hidden"
-    )  # the old result does not belong to these photographs
-
-
-def test_a_request_while_the_model_is_still_loading_waits_for_it():
-    # In a process of its own: what can go wrong is the very first import of transformers, from two threads at once.
-    program = """
-import threading
-import app
-from macosnet_hf import load_image
-
-matcher, found = app.Matcher(), []
-photos = [load_image(app.EXAMPLES_FOLDER / name) for name in app.EXAMPLES[0]]
-thread = threading.Thread(target=lambda: found.append(matcher.match(*photos)))
-thread.start()
-matcher.load()
-thread.join()
-assert found[0].matches
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
+def test_front_matter_is_what_a_space_needs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split("---\n")[1].splitlines()
+    settings = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith((" ", "-")))
+    assert settings["sdk"] == "gradio"
+    assert (ROOT / settings["app_file"]).is_file()
+    assert settings["license"] == "apache-2.0"
+    assert len(settings["short_description"]) <= 60  # the Hub refuses longer ones
+    pinned = re.search(r"^gradio==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert settings["sdk_version"] == pinned
+    assert settings["colorFrom"] in {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}

@@ -559,7 +559,7 @@ def test_predictions_of_another_model_configuration_benchmark_or_data_are_refuse
     weights = tmp_path / "weights"
     small_model(MaCoSNetForKeypointMatching, seed=1).save_pretrained(weights)
     config = tmp_path / "config"
-    small_model(MaCoSNetForKeypointMatching, local_matching_sigma=0.3).save_pretrained(config)
+    small_model(MaCoSNetForKeypointMatching, local_matching_temperature=30.0).save_pretrained(config)
     for folder in (weights, config):
         MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
         with pytest.raises(InputError, match="another model or configuration"):

@@ -160,7 +160,7 @@ def test_backbones_with_other_stages_than_named_are_refused():
 
 
 def test_configuration_survives_a_round_trip(tmp_path):
-    config = small_config(cascade="features", local_matching_sigma=0.3, tps_regularization=0.1)
+    config = small_config(cascade="features", local_matching_sigmas=[0.3, 0.1], tps_regularization=0.1)
     config.save_pretrained(tmp_path)
     loaded = MaCoSNetConfig.from_pretrained(tmp_path)
     assert loaded.backbone_config.to_dict() == config.backbone_config.to_dict()
@@ -458,37 +458,80 @@ def test_transfer_refuses_what_does_not_fit(points, sizes, direction):
         model.transfer_points(hand_outputs(), torch.zeros(points), torch.full(sizes, 50), direction)
 
 
+def bilinear(image, x, y):
+    """`image[c][row][column]` at normalised (x, y), clamped to the border."""
+    height, width = len(image[0]), len(image[0][0])
+    column = min(max((x + 1) / 2 * (width - 1), 0.0), width - 1.0)
+    row = min(max((y + 1) / 2 * (height - 1), 0.0), height - 1.0)
+    c0, r0 = min(int(column), width - 2), min(int(row), height - 2)
+    u, v = column - c0, row - r0
+    return [
+        (1 - v) * ((1 - u) * channel[r0][c0] + u * channel[r0][c0 + 1])
+        + v * ((1 - u) * channel[r0 + 1][c0] + u * channel[r0 + 1][c0 + 1])
+        for channel in image
+    ]
+
+
 def test_local_matching_matches_the_loop_reference():
     generator = torch.Generator().manual_seed(8)
-    batch, channels, height, width, count, sigma, temperature = 2, 5, 4, 6, 3, 0.4, 7.0
-    source = F.normalize(torch.randn(batch, channels, 5, 3, generator=generator, dtype=torch.float64), dim=1)
-    target = F.normalize(torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64), dim=1)
-    points, mapped = (torch.rand(batch, count, 2, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
-    result = match_locally(source, target, points, mapped, sigma=sigma, temperature=temperature)
+    batch, channels, count, temperature = 2, 5, 3, 9.0
+    sigmas, windows = (0.3, 0.2), (0.4, 0.3)
+    source = F.normalize(torch.randn(batch, channels, 5, 3, generator=generator), dim=1)
+    target = F.normalize(torch.randn(batch, channels, 4, 6, generator=generator), dim=1)
+    points = torch.rand(batch, count, 2, generator=generator) * 2 - 1
+    affine = torch.tensor([[0.9, 0.1, 0.2, -0.1, 1.1, 0.0], [1.2, 0.0, -0.1, 0.2, 0.8, 0.1]])
+    tps = geometry.identity_tps(batch) + 0.1 * torch.randn(batch, 18, generator=generator)
+    result = match_locally(source, target, points, affine, tps, sigmas=sigmas, windows=windows, temperature=temperature)
     for b, n in itertools.product(range(batch), range(count)):
-        descriptor = geometry.sample_at(source[b : b + 1], points[b : b + 1, n : n + 1])[0, 0].tolist()
-        length = math.sqrt(sum(value**2 for value in descriptor) + 1e-6)
-        sums = {"prior": [0.0, 0.0, 0.0], "posterior": [0.0, 0.0, 0.0]}
-        for row, column in itertools.product(range(height), range(width)):
-            place = (-1 + 2 * column / (width - 1), -1 + 2 * row / (height - 1))
-            similarity = sum(d / length * float(target[b, c, row, column]) for c, d in enumerate(descriptor))
-            distance2 = sum((a - m) ** 2 for a, m in zip(place, mapped[b, n].tolist(), strict=True))
-            prior = math.exp(-distance2 / (2 * sigma**2))
-            for name, weight in (("prior", prior), ("posterior", prior * math.exp(temperature * similarity))):
-                for k, value in enumerate((*place, 1.0)):
-                    sums[name][k] += weight * value
-        for axis in (0, 1):
-            shift = sums["posterior"][axis] / sums["posterior"][2] - sums["prior"][axis] / sums["prior"][2]
-            assert result[b, n, axis].item() == pytest.approx(mapped[b, n, axis].item() + shift, abs=1e-5)
+
+        def transform(x, y, b=b):
+            return geometry.apply_cascade(torch.tensor([[[x, y]]]), affine[b : b + 1], tps[b : b + 1])[0, 0].tolist()
+
+        x, y = points[b, n].tolist()
+        moved = [0.0, 0.0]
+        for sigma, half in zip(sigmas, windows, strict=True):
+            sums = [0.0, 0.0, 0.0]
+            for i, j in itertools.product(range(9), repeat=2):
+                offset = [2.5 * sigma * (j / 4 - 1), 2.5 * sigma * (i / 4 - 1)]
+                evidence = total = 0.0
+                for k, m in itertools.product(range(5), repeat=2):
+                    du, dv = m / 2 - 1, k / 2 - 1
+                    around = (x + half * du, y + half * dv)
+                    if max(map(abs, around)) > 1:
+                        continue
+                    descriptor = bilinear(source[b].tolist(), *around)
+                    length = math.sqrt(sum(value**2 for value in descriptor) + 1e-6)
+                    place = [t + m_ + o for t, m_, o in zip(transform(*around), moved, offset, strict=True)]
+                    other = bilinear(target[b].tolist(), *place)
+                    weight = math.exp(-2 * (du**2 + dv**2))
+                    evidence += weight * sum(d / length * o for d, o in zip(descriptor, other, strict=True))
+                    total += weight
+                chance = math.exp(temperature * evidence / total - (offset[0] ** 2 + offset[1] ** 2) / (2 * sigma**2))
+                for axis in (0, 1):
+                    sums[axis] += chance * offset[axis]
+                sums[2] += chance
+            moved = [moved[axis] + sums[axis] / sums[2] for axis in (0, 1)]
+        expected = [t + m for t, m in zip(transform(x, y), moved, strict=True)]
+        assert result[b, n].tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("side", [4, 9])  # few and many grid points: torch computes distances in two ways
-def test_local_matching_has_finite_gradients_on_the_grid_points_themselves(side):
-    features = F.normalize(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1)), dim=1)
-    mapped = geometry.make_grid(side, side).reshape(1, -1, 2).clone().requires_grad_()
-    match_locally(features, features, mapped.detach(), mapped, sigma=0.2, temperature=10.0).square().sum().backward()
-    assert torch.isfinite(mapped.grad).all()
-    assert mapped.grad.abs().max() > 0
+def test_local_matching_does_not_depend_on_how_many_points_are_asked_at_once():
+    generator = torch.Generator().manual_seed(3)
+    source, target = (F.normalize(torch.randn(1, 4, 6, 6, generator=generator), dim=1) for _ in range(2))
+    points = torch.rand(1, 1100, 2, generator=generator) * 2 - 1
+    affine = geometry.identity_affine(1)
+    together = match_locally(source, target, points, affine)
+    some = [0, 1, 600, 1023, 1024, 1099]
+    torch.testing.assert_close(match_locally(source, target, points[:, some], affine), together[:, some])
+
+
+def test_local_matching_has_finite_gradients_on_the_grid_points_themselves():
+    features = F.normalize(torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(1)), dim=1)
+    affine = geometry.identity_affine(1).requires_grad_()
+    points = geometry.make_grid(9, 9).reshape(1, -1, 2)
+    match_locally(features, features, points, affine).square().sum().backward()
+    assert torch.isfinite(affine.grad).all()
+    assert affine.grad.abs().max() > 0
 
 
 def test_local_matching_finds_a_landmark_near_the_guess():
@@ -499,10 +542,10 @@ def test_local_matching_finds_a_landmark_near_the_guess():
     source = features.clone()
     source[0, :, 2, 2] = torch.tensor([0.0, 1.0])  # x = y = -0.5
     points = torch.tensor([[[-0.5, -0.5]]])
-    guess = torch.tensor([[[0.1, 0.1]]])
-    found = match_locally(source, target, points, guess, sigma=0.3, temperature=20.0)
+    affine = torch.tensor([[1.0, 0.0, 0.6, 0.0, 1.0, 0.6]])  # sends the point to (0.1, 0.1)
+    found = match_locally(source, target, points, affine, sigmas=[0.3], windows=[0.2], temperature=60.0)
     landmark = torch.tensor([[[0.25, 0.0]]])
-    assert (found - landmark).norm() < 0.5 * (guess - landmark).norm()
+    assert (found - landmark).norm() < 0.5 * (torch.tensor([[[0.1, 0.1]]]) - landmark).norm()
 
 
 # --- the key-point matcher's contract ---

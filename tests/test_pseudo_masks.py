@@ -1,15 +1,10 @@
 """Pseudo-masks: each step against a slow reference, and the whole on pictures with an obvious object."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from pseudo_masks import (
+from macosnet_hf.training.pseudo_masks import (
     border_contrast,
     centre_weight,
     discriminants,
@@ -138,7 +133,7 @@ def test_obvious_objects_are_found_without_labels():
 
 
 def test_masks_survive_their_file(tmp_path):
-    from warm_start_decoder import load_masks, save_masks
+    from macosnet_hf.training.decoder_start import load_masks, save_masks
 
     masks = torch.rand(3, 21, 21, generator=seeded()) > 0.6
     path = tmp_path / "masks.npz"

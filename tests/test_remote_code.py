@@ -141,7 +141,17 @@ def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_pat
 def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
     small_model(MaCoSNetForKeypointMatching).save_pretrained(tmp_path)
     saved = sorted(path.name for path in tmp_path.glob("*.py"))
-    assert saved == ["configuration_macosnet.py", "errors.py", "geometry.py", "modeling_macosnet.py"]
+    assert saved == [
+        "collection.py",
+        "configuration_macosnet.py",
+        "drawing.py",
+        "errors.py",
+        "geometry.py",
+        "image_processing_macosnet.py",
+        "modeling_macosnet.py",
+        "pipeline_macosnet.py",
+        "refinement.py",
+    ]
     for name in saved:
         lines = (tmp_path / name).read_text().splitlines()
         assert not [line for line in lines if line.startswith(("import macosnet_hf", "from macosnet_hf"))]

@@ -1,25 +1,23 @@
 """Synthetic pairs: the known transform is the true one, nothing at the border tells it, and seeds repeat."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from synthetic import (
+from macosnet_hf.geometry import apply_cascade, identity_affine, identity_tps, make_grid
+from macosnet_hf.training.synthetic import (
     WarpRange,
+    clean_cutouts,
     make_pairs,
+    paste_on_others,
     photometric,
     random_affine,
     random_tps,
     random_view,
     soft_ellipse,
 )
-
-from macosnet_hf.geometry import apply_cascade, identity_affine, identity_tps, make_grid
 
 CPU = torch.device("cpu")
 SIDE = 96
@@ -227,7 +225,7 @@ def test_the_ellipse_is_one_in_the_middle_and_nothing_in_the_corners():
 
 
 def test_grid_loss_against_loops():
-    from pretrain_synthetic import grid_loss
+    from macosnet_hf.training.pretraining import grid_loss
 
     generator = seeded(3)
     predicted, expected = (torch.randn(2, 5, 2, generator=generator) for _ in range(2))
@@ -251,16 +249,15 @@ def test_grid_loss_against_loops():
 
 def test_the_objective_is_smallest_at_the_true_transforms():
     """Both rows of the batch, (A, B) and (B, A): heads that know the answer have no loss but the epsilon."""
-    import pretrain_synthetic
     from small_models import IMAGE_SIZE, small_model
 
     from macosnet_hf.geometry import invert_affine, sampling_grid, warp
     from macosnet_hf.modeling_macosnet import MaCoSNetModel, correlate
+    from macosnet_hf.training.pretraining import SyntheticObjective
 
     limits = WarpRange(tps_jitter=0)  # an affine way back exists only without bending
     model = small_model(MaCoSNetModel)
-    build = pretrain_synthetic.SyntheticObjective
-    objective = build(model, [0.5] * 3, [0.25] * 3, limits, exact_share=1.0, feature_noise=0).eval()
+    objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits, exact_share=1.0, feature_noise=0).eval()
     photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
     pairs = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11))
     affine = pairs.affine
@@ -296,3 +293,54 @@ def test_the_objective_is_smallest_at_the_true_transforms():
         for shown, source in ((model.affine_head, torch.cat((a, b))), (model.tps_head, again)):
             expected = correlate(source, torch.cat((b, a)))
             assert torch.allclose(shown.correlation, expected, atol=1e-4)
+
+
+# --- pasted objects ---
+
+
+def coloured_groups(groups: int = 6, size: int = 64):
+    """Pairs of pictures, each of its own flat grey with a brighter rectangle in red: the object."""
+    pictures = torch.linspace(0.05, 0.6, 2 * groups).view(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
+    masks = torch.zeros(2 * groups, size, size)
+    masks[:, 20:44, 16:40] = 1
+    pictures[:, 0][masks.bool()] = 1.0
+    return pictures, masks
+
+
+def test_pasted_objects_lie_on_backgrounds_of_other_groups():
+    pictures, masks = coloured_groups()
+    greys = pictures[:, 2, 0, 0]
+    pasted, labels = paste_on_others(pictures, masks, 1.0, torch.Generator().manual_seed(0))
+    count = len(pictures)
+    backgrounds = []
+    for k in range(count):
+        inside = labels[k] > 0.99
+        core = -F.max_pool2d(-inside[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0
+        assert core.any()
+        assert pasted[k, 0][core].min() > 0.98  # the object's red
+        assert pasted[k, 2][core].sub(greys[k]).abs().max() < 0.02  # and its own blue
+        grey = pasted[k, 2][labels[k] == 0].median()
+        backgrounds.append(int((greys - grey).abs().argmin()))
+        assert abs(float(grey) - float(greys[backgrounds[-1]])) < 0.02
+    for k in range(0, count, 2):
+        first, second = backgrounds[k] // 2, backgrounds[k + 1] // 2
+        assert len({first, second, k // 2}) == 3  # three different groups
+    area = labels.mean(dim=(1, 2))
+    assert area.max() / area.min() > 2  # many sizes
+
+
+def test_pasting_leaves_alone_what_is_not_chosen_or_not_clean():
+    pictures, masks = coloured_groups()
+    same, labels = paste_on_others(pictures, masks, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(same, pictures)
+    assert torch.equal(labels, masks)
+    masks[3], masks[4] = 1.0, 0.0  # a flood and an empty mask
+    masks[5, :, :] = 0
+    masks[5, :30, :20] = 1  # cut by the frame
+    assert clean_cutouts(masks).tolist() == [k not in (3, 4, 5) for k in range(len(masks))]
+    pasted, labels = paste_on_others(pictures, masks, 1.0, torch.Generator().manual_seed(0))
+    for k in (3, 4, 5):
+        assert torch.equal(pasted[k], pictures[k])
+        assert torch.equal(labels[k], masks[k])
+    few = pictures[:4], masks[:4]
+    assert torch.equal(paste_on_others(*few, 1.0, torch.Generator().manual_seed(0))[0], few[0])

@@ -1,16 +1,11 @@
 """Training reads what `macosnet prepare` writes: each picture once, with its class."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from archives import disc, mask, pf_willow, picture
 
 from macosnet_hf.datasets.prepare import prepare
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from photos import Photographs
+from macosnet_hf.training.photos import Photographs
 
 
 def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):

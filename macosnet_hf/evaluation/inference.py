@@ -386,15 +386,18 @@ class ModelPredictor(FeaturePredictor):
         config = self.model.config
         # T_ij maps points of j into i: the picture where the points end is the transform's source.
         affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
-        mapped = apply_cascade(points, affine, tps, regularization=config.tps_regularization)
         local = match_locally(
             start.features.normalized,
             end.features.normalized,
             points,
-            mapped,
-            sigma=config.local_matching_sigma,
+            affine,
+            tps,
+            sigmas=config.local_matching_sigmas,
+            windows=config.local_matching_windows,
             temperature=config.local_matching_temperature,
+            regularization=config.tps_regularization,
         )
+        mapped = apply_cascade(points, affine, tps, regularization=config.tps_regularization)
         return {"transform": mapped, "local": local}
 
     def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from macosnet_hf.refinement import otsu_threshold, refine_mask
+from ..refinement import otsu_threshold, refine_mask
 
 
 def centre_weight(side: int, sigma: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macosnet_hf.geometry import compose_affine, identity_tps, sampling_grid, warp
+from ..geometry import compose_affine, identity_tps, sampling_grid, warp
 
 
 @dataclass
@@ -145,3 +145,64 @@ def make_pairs(
     if change_colours:
         source, target = photometric(source, generator), photometric(target, generator)
     return SyntheticPairs(source, target, affine, tps)
+
+
+def clean_cutouts(masks: Tensor) -> Tensor:
+    """Which masks `(N, H, W)` look like one whole object: `(N,)` bool.
+
+    Neither tiny nor nearly the whole picture, and not cut by the picture's frame on more than a tenth of it.
+    """
+    area = masks.mean(dim=(1, 2))
+    frame = torch.cat((masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]), dim=1).mean(dim=1)
+    return (area > 0.03) & (area < 0.6) & (frame < 0.1)
+
+
+def paste_on_others(
+    pictures: Tensor, masks: Tensor, share: float, generator: torch.Generator, *, group_size: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Cuts objects out by their masks and pastes them, moved and resized, onto photographs of other groups.
+
+    The result has exact masks, objects that are small or off centre, and, as distractors, the objects of the other
+    photographs. The members of a group get their backgrounds from different groups, so that the pasted object alone
+    is what they have in common.
+
+    Args:
+        pictures: `(G * group_size, 3, H, W)` in [0, 1], the members of a group side by side.
+        masks: `(G * group_size, H, W)` in [0, 1].
+        share: of the groups whose members are pasted (where the masks look clean, see [`clean_cutouts`]).
+
+    Returns:
+        Pictures and masks of the same shapes. With too few groups for that they are what was given.
+    """
+    count, device, size = len(pictures), pictures.device, tuple(pictures.shape[-2:])
+    groups = count // group_size
+    draw = _uniform(generator, count, 4, device=device)
+    chosen = (torch.rand(groups, generator=generator).to(device) < share).repeat_interleave(group_size)
+    if groups <= group_size or share <= 0:
+        return pictures, masks
+    area = masks.mean(dim=(1, 2)).clamp(min=0.01)
+    # Objects end up covering from a fiftieth to a third of the picture, whatever they covered before.
+    wanted = (0.02 * (0.33 / 0.02) ** ((draw[:, 0] + 1) / 2)).clamp(max=0.95)
+    zoom = (area / wanted).sqrt().clamp(0.6, 4.0)
+    ys, xs = (torch.linspace(-1, 1, side, device=device) for side in size)
+    centre_x = (masks.mean(dim=1) * xs).mean(dim=1) / area
+    centre_y = (masks.mean(dim=2) * ys).mean(dim=1) / area
+    reach = (1 - wanted.sqrt()).clamp(min=0)
+    flip = torch.where(draw[:, 3] < 0, -1.0, 1.0)
+    flip = flip.view(groups, group_size)[:, :1].expand(-1, group_size).reshape(-1)
+    zero = torch.zeros_like(zoom)
+    # Backward warping: where a point of the new picture lies in the old one; the object's centre goes to `goal`.
+    goal_x, goal_y = draw[:, 1] * reach, draw[:, 2] * reach
+    affine = torch.stack(
+        (zoom * flip, zero, centre_x - zoom * flip * goal_x, zero, zoom, centre_y - zoom * goal_y), dim=1
+    )
+    grid = sampling_grid(affine, size=size)
+    moved = warp(masks.unsqueeze(1), grid)
+    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # no razor-sharp seam
+    objects = warp(pictures, grid)
+    member = torch.arange(count, device=device) % group_size
+    own = torch.arange(count, device=device)
+    others = (own + group_size * (member + 1)) % count
+    use = (chosen & clean_cutouts(masks)).float().view(-1, 1, 1, 1)
+    pasted = soft * objects + (1 - soft) * pictures[others]
+    return use * pasted + (1 - use) * pictures, (use * moved).squeeze(1) + (1 - use.squeeze(1)) * masks

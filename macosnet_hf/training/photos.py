@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from macosnet_hf.errors import DataError, ImageError, InputError
-from macosnet_hf.image_io import load_image
+from ..errors import DataError, ImageError, InputError
+from ..image_io import load_image
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -76,6 +76,7 @@ class Photographs(Dataset):
         self._items: list[Path | tuple[Any, int, str] | tuple[str, Tensor]] = []
         self._marks: list[str] = []
         self.class_names: list[str] = []
+        items: Any
         for source in sources:
             from_files = Path(source).exists() and not _is_prepared(Path(source))
             if from_files:
@@ -174,7 +175,7 @@ def _is_prepared(folder: Path) -> bool:
     return any((folder / "data").glob("*.parquet"))
 
 
-def _cell(dataset: Any, row: int, column: str) -> bytes:
+def _cell(dataset: Any, row: int, column: str) -> bytes | str:
     """The original bytes of one picture, or what they are called."""
     return _encoded(dataset[row][column])
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from macosnet_hf.errors import InputError, MaCoSNetError, OutputError
+from ..errors import InputError, MaCoSNetError, OutputError
 
 DEFAULT_STEPS = 1000
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -48,6 +52,9 @@ FREE_ARGUMENTS = {
     "validation_pairs",
     "validation_masks",
     "validation_per_class",
+    "sample_steps",
+    "sample_groups",
+    "load_best_model_at_end",
     "with_tracking",
     "report_to",
     "push_to_hub",
@@ -183,14 +190,21 @@ def _check(args: argparse.Namespace) -> None:
         "checkpoints_total_limit",
         "logging_steps",
         "validation_steps",
+        "sample_steps",
     ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1.")
     for name in ("num_warmup_steps", "dataloader_num_workers", "weight_decay", "seed"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} must not be negative.")
-    for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
-        value = getattr(args, name)
+    for name in (
+        "learning_rate",
+        "encoder_learning_rate",
+        "decoder_learning_rate",
+        "max_grad_norm",
+        "num_train_epochs",
+    ):
+        value = getattr(args, name, None)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise InputError(f"--{name} must be a positive number.")
     if not 0 <= args.ema_decay < 1:
@@ -257,12 +271,11 @@ def save_model(accelerator: Accelerator, args: argparse.Namespace, model: Any, p
         OutputError: if the upload fails; the model is in the output folder all the same.
     """
     if accelerator.is_main_process:
-        model.save_pretrained(args.output_dir)
-        processor.save_pretrained(args.output_dir)
+        write_model(args.output_dir, model, processor)
         if args.push_to_hub:
             from huggingface_hub import upload_folder
 
-            kept_here = ["checkpoint-*", "partial-*", "log.jsonl", "*.npz", "macosnet/*"]
+            kept_here = ["checkpoint-*", "partial-*", "log.jsonl", "*.npz", "macosnet/*", "samples/*", "best/*"]
             try:
                 upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, ignore_patterns=kept_here)
             except Exception as error:  # the client raises many kinds; all mean that the upload failed.
@@ -270,6 +283,58 @@ def save_model(accelerator: Accelerator, args: argparse.Namespace, model: Any, p
     accelerator.wait_for_everyone()
     if args.with_tracking:
         accelerator.end_training()
+
+
+def write_model(folder: str | Path, model: Any, processor: Any, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes a model and its processor; no file appears in the folder before all of them are written.
+
+    Args:
+        state_dict: weights to write instead of the model's own.
+
+    Raises:
+        OutputError: if the folder cannot be written, such as on a full disk.
+    """
+    folder = Path(folder)
+    partial = folder / "partial-model"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder), _no_progress_bars():
+            model.save_pretrained(partial, state_dict=state_dict)
+            processor.save_pretrained(partial)
+            for path in sorted(partial.iterdir()):
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise OutputError(f"The folder {folder} cannot be made ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A model of a few megabytes is written in no time; a bar a time would only break that of the training."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turns what torch, safetensors and the system say of a disk that is full or closed into one sentence.
+
+    Raises:
+        OutputError: if writing fails.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise OutputError(f"{what} could not be written ({reason}); is the disk full?") from error
 
 
 def _make_repository(args: argparse.Namespace) -> str:
@@ -288,9 +353,61 @@ def _first_line(error: Exception) -> str:
     return (text[0] if text else type(error).__name__).rstrip(".:")
 
 
+def _start_missing_processes() -> None:
+    """Makes `accelerate launch --cpu --num_processes N` start N processes: by itself it starts one, without a word.
+
+    Its launcher for CPUs sets a port where several were asked for, but tells their number to nobody, so it is read from
+    the launcher's own command line or configuration.
+
+    Raises:
+        InputError: if their number cannot be found out.
+    """
+    from accelerate.utils import get_cpu_distributed_information
+
+    asked = "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if not asked or "WORLD_SIZE" in os.environ or get_cpu_distributed_information().world_size > 1:
+        return
+    count = _asked_processes()
+    if count is None:
+        raise InputError(
+            "accelerate started one process although several were asked for: use accelerate launch --multi_gpu "
+            "--num_processes N, which on a machine without GPUs takes its CPUs."
+        )
+    if count > 1:
+        place = ["--master_addr", os.environ.get("MASTER_ADDR", "127.0.0.1")]
+        place += ["--master_port", os.environ["MASTER_PORT"]]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), *place]
+        os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def _asked_processes() -> int | None:
+    """`--num_processes` of the `accelerate launch` that started this process, or of its configuration file."""
+    import psutil
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    if not any("accelerate" in word for word in words[:4]):
+        return None
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    values = {
+        name.replace("-", "_").lstrip("_"): value for name, value in itertools.pairwise(words) if name[:2] == "--"
+    }
+    if values.get("num_processes", "").isdigit():
+        return int(values["num_processes"])
+    try:
+        configured: int = load_config_from_file(values.get("config_file")).num_processes
+    except Exception:  # no file, or one of another kind: many sorts
+        return None
+    return configured
+
+
 def run_script(main: Callable[[], int]) -> None:
     """Runs a script's `main`; bad input ends with one sentence and exit code 2."""
     try:
+        _start_missing_processes()
         status = main()
     except MaCoSNetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -314,10 +431,15 @@ class EpochSampler(Sampler[int]):
     """A random order that depends on nothing but the seed and the epoch.
 
     torch's own draws the order of an epoch from the state that the epoch before left, which a resumed run lacks.
+
+    Args:
+        count: samples in an epoch.
+        seed: another seed gives another order.
+        fresh: the numbers of an epoch go on where those of the epoch before ended, for a data set without end.
     """
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, seed: int, fresh: bool = False):
+        self.count, self.seed, self.epoch, self.fresh = count, seed, 0, fresh
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""
@@ -328,12 +450,22 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.count, generator=generator).tolist())
+        first = self.epoch * self.count if self.fresh else 0
+        return iter((torch.randperm(self.count, generator=generator) + first).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share a learning rate, and what to call them."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
 
 
 def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator, what: str = "photographs") -> None:
@@ -371,6 +503,9 @@ def train(
     args: argparse.Namespace,
     *,
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    groups: Sequence[ParameterGroup] | None = None,
+    best: BestModel | None = None,
+    sample: Callable[[nn.Module, int], Any] | None = None,
 ) -> nn.Module:
     """Trains `objective(batch, generator) -> dict of scalars with "total"` and returns its moving average.
 
@@ -379,16 +514,22 @@ def train(
 
     Args:
         validate: `(objective in evaluation mode, step) -> figures`; called on the first process alone.
+        groups: parameters with rates of their own; by default all that are trained, at `learning_rate`. The first
+            group's rate is reported as `learning_rate`, the others' with their name.
+        best: keeps the best model by the figure `criterion` of `validate`, which is then called before the first step
+            too.
+        sample: `(objective in evaluation mode, step) -> picture or None`, every `sample_steps` on the first process;
+            the picture goes to the trackers.
 
     Raises:
         InputError: if there are too few samples, or other ones than in the run that is resumed.
         NonFiniteLossError: if loss or gradient is not finite; the state before the step is saved first.
     """
     check_enough(len(dataset), args, accelerator, "samples")
-    loader = DataLoader(
-        dataset,
+    loader: Any = DataLoader(
+        cast("Dataset[Any]", dataset),
         batch_size=args.per_device_train_batch_size,
-        sampler=EpochSampler(len(dataset), args.seed),
+        sampler=EpochSampler(len(dataset), args.seed, fresh=getattr(dataset, "fresh_epochs", False)),
         drop_last=True,
         num_workers=args.dataloader_num_workers,
     )
@@ -400,7 +541,12 @@ def train(
     # itself keeps so in its `train`.
     objective.train()
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    if groups is None:
+        groups = [ParameterGroup("all", parameters, args.learning_rate)]
+    optimizer: Any = torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
+        weight_decay=args.weight_decay,
+    )
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, num_warmup_steps=args.num_warmup_steps, num_training_steps=total_steps
     )
@@ -409,13 +555,21 @@ def train(
     if average is not None:
         average.to(accelerator.device)
         accelerator.register_for_checkpointing(average)
-    checkpoints = Checkpoints(accelerator, args, dataset.fingerprint(), optimizer, scheduler)
+    rates = [group.learning_rate for group in groups]
+    checkpoints = Checkpoints(accelerator, args, dataset.fingerprint(), optimizer, scheduler, rates)
 
     step = checkpoints.resume()
     epoch, skip = divmod(step * args.gradient_accumulation_steps, batches_per_epoch)
-    report = Reports(accelerator, args, step)
+    report = Reports(accelerator, args, step, sample)
+    sample_steps = getattr(args, "sample_steps", None) if sample is not None else None
+    judged = average.module if average is not None else objective
+    if best is not None and step == 0:
+        best.forget(accelerator)
+        if validate is not None:
+            report.validation(step, validate, judged, best)
     progress = tqdm(total=total_steps, initial=step, desc="Training", disable=not accelerator.is_main_process)
     buffers = _snapshot(objective)
+    names = ["learning_rate", *(f"learning_rate_{group.name}" for group in groups[1:])]
     while step < total_steps:
         loader.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, skip) if skip else loader
@@ -453,37 +607,70 @@ def train(
             if average is not None:
                 average.update_parameters(objective)
             if step % args.logging_steps == 0:
-                report.losses(step, scheduler.get_last_lr()[0])
+                report.losses(step, dict(zip(names, scheduler.get_last_lr(), strict=True)))
+            if validate is not None and (step % args.validation_steps == 0 or step == total_steps):
+                report.validation(step, validate, judged, best)
+            if sample_steps and (step % sample_steps == 0 or step == total_steps):
+                report.samples(step, judged)
+            # After the reports: a run that is killed before this line makes them again, one that goes on does not.
             if step % args.checkpointing_steps == 0:
                 checkpoints.save(step)
-            if validate is not None and (step % args.validation_steps == 0 or step == total_steps):
-                report.validation(step, validate, average.module if average is not None else objective)
             if step >= total_steps:
                 break
         epoch, skip = epoch + 1, 0
     progress.close()
     accelerator.wait_for_everyone()
-    return average.module if average is not None else objective
+    return judged
+
+
+def _changing_buffers(objective: nn.Module) -> list[Tensor]:
+    return [buffer for part in objective.modules() if part.training for buffer in part.buffers(recurse=False)]
 
 
 def _snapshot(objective: nn.Module) -> list[Tensor]:
     """Batch-norm statistics change in a forward pass already, before it is known whether the loss is finite."""
-    return [buffer.clone() for buffer in objective.buffers()]
+    return [buffer.clone() for buffer in _changing_buffers(objective)]
 
 
 def _restore(objective: nn.Module, buffers: list[Tensor]) -> None:
     with torch.no_grad():
-        for buffer, before in zip(objective.buffers(), buffers, strict=True):
+        for buffer, before in zip(_changing_buffers(objective), buffers, strict=True):
             buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(objective: nn.Module) -> Iterator[None]:
+    was_training = objective.training
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train(was_training)
+
+
+def log_picture(accelerator: Accelerator, picture: Any, step: int) -> None:
+    """Gives a picture `(H, W, 3)` uint8 to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": [picture]}, step=step)
 
 
 class Reports:
     """One JSON line a report in `log.jsonl`, the terminal, and the trackers."""
 
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, step: int):
-        self.accelerator, self.with_tracking = accelerator, args.with_tracking
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+        step: int,
+        sample: Callable[[nn.Module, int], Any] | None = None,
+    ):
+        self.accelerator, self.with_tracking, self.sample = accelerator, args.with_tracking, sample
         self.path = Path(args.output_dir) / "log.jsonl"
-        self.sums: dict[str, float] = {}
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
         self.count = 0
         if accelerator.is_main_process:
             # Lines of steps that are about to be made again go.
@@ -494,30 +681,46 @@ class Reports:
     def add(self, losses: dict[str, Tensor]) -> None:
         """Takes in the scalars of one batch."""
         self.count += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        # They stay on the device: to look at each of them would hold up a GPU a dozen times a step.
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        self.names = list(losses)
+        self.sums = values if self.sums is None else self.sums + values
 
-    def losses(self, step: int, learning_rate: float) -> None:
+    def losses(self, step: int, learning_rates: dict[str, float]) -> None:
         """Means over all batches of all processes since the last report."""
-        means = torch.tensor([value / self.count for value in self.sums.values()], device=self.accelerator.device)
-        means = self.accelerator.reduce(means, "mean").tolist()
-        self._write(step, {**dict(zip(self.sums, means, strict=True)), "learning_rate": learning_rate})
-        self.sums, self.count = {}, 0
+        if self.sums is None:
+            return
+        means = self.accelerator.reduce(self.sums / self.count, "mean").tolist()
+        self._write(step, {**dict(zip(self.names, means, strict=True)), **learning_rates})
+        self.sums, self.count = None, 0
 
     def validation(
-        self, step: int, validate: Callable[[nn.Module, int], dict[str, float]], objective: nn.Module
+        self,
+        step: int,
+        validate: Callable[[nn.Module, int], dict[str, float]],
+        objective: nn.Module,
+        best: BestModel | None = None,
     ) -> None:
-        """Runs the validation on the first process, in evaluation mode."""
+        """Runs the validation on the first process, in evaluation mode; keeps the model if it is the best so far."""
         if self.accelerator.is_main_process:
-            was_training = objective.training
-            objective.eval()
-            self._write(step, validate(objective, step))
-            objective.train(was_training)
+            with _evaluation_mode(objective):
+                figures = validate(objective, step)
+                self._write(step, figures)
+                if best is not None:
+                    best.consider(objective, step, figures["criterion"])
+
+    def samples(self, step: int, objective: nn.Module) -> None:
+        """Draws sample pictures on the first process, in evaluation mode."""
+        if self.accelerator.is_main_process and self.sample is not None:
+            with _evaluation_mode(objective):
+                picture = self.sample(objective, step)
+            if picture is not None and self.with_tracking:
+                log_picture(self.accelerator, picture, step)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-            with open(self.path, "a", encoding="utf-8") as log:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": step, **values}) + "\n")
             if self.with_tracking:
                 self.accelerator.log(values, step=step)
@@ -528,28 +731,100 @@ class Reports:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class BestModel:
+    """Keeps the best model of a run in `OUTPUT_DIR/best`: there as a whole or not at all.
+
+    Args:
+        output_dir: of the run.
+        save: `(objective, folder)` writes model and processor.
+    """
+
+    def __init__(self, output_dir: str, save: Callable[[nn.Module, Path], None]):
+        self.folder = Path(output_dir) / "best"
+        self.save = save
+
+    def forget(self, accelerator: Accelerator) -> None:
+        """At the start of a run: what another one left in the same folder does not count."""
+        if accelerator.is_main_process and self.folder.exists():
+            shutil.rmtree(self.folder)
+        accelerator.wait_for_everyone()
+
+    def record(self) -> dict[str, float] | None:
+        """Step and criterion of the model that is kept; `None` if there is none."""
+        path = self.folder / "best.json"
+        try:
+            found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        return found
+
+    def consider(self, objective: nn.Module, step: int, criterion: float) -> None:
+        """Keeps the model if its criterion is higher than that of the one before.
+
+        Raises:
+            OutputError: if it cannot be written; the one before stays.
+        """
+        record = self.record()
+        if not math.isfinite(criterion) or (record is not None and criterion <= record["criterion"]):
+            return
+        partial = self.folder.with_name("partial-best")
+        try:
+            with writing(self.folder):
+                self.save(objective, partial)
+                text = json.dumps({"step": step, "criterion": criterion})
+                (partial / "best.json").write_text(text + "\n", encoding="utf-8")
+                before = self.folder.with_name("partial-best-before")
+                if self.folder.exists():
+                    self.folder.rename(before)
+                # A kill here leaves no best model; the run that goes on from the last checkpoint comes by again.
+                partial.rename(self.folder)
+                if before.exists():
+                    shutil.rmtree(before)
+        except OutputError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 _WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
 
 
 class Checkpoints:
     """Saves and resumes `checkpoint-<step>` folders: each is there as a whole or not at all."""
 
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, data: str, optimizer: Any, scheduler: Any):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+        data: str,
+        optimizer: Any,
+        scheduler: Any,
+        rates: list[float],
+    ):
         self.accelerator, self.args, self.data = accelerator, args, data
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler, self.rates = optimizer, scheduler, rates
 
     def save(self, step: int) -> Path:
-        """Saves under a temporary name, moves into place, and removes the oldest beyond the limit."""
+        """Saves under a temporary name, moves into place, and removes the oldest beyond the limit.
+
+        Raises:
+            OutputError: if it cannot be written; nothing half-written is left.
+        """
         final = Path(self.args.output_dir) / f"checkpoint-{step}"
         if final.exists():  # the state before a failed step may have been saved already
             return final
         partial = final.with_name(f"partial-{step}")
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
+        try:
+            with writing(final):
+                self.accelerator.save_state(str(partial))
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    description = {"step": step, "data": self.data, "settings": _settings(self.accelerator, self.args)}
+                    (partial / "run.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+                    partial.rename(final)
+        except OutputError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.accelerator.is_main_process:
-            description = {"step": step, "data": self.data, "settings": _settings(self.accelerator, self.args)}
-            (partial / "run.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-            partial.rename(final)
             for old in _checkpoints(self.args.output_dir)[: -self.args.checkpoints_total_limit]:
                 gone = old.with_name(f"partial-{old.name}")
                 old.rename(gone)  # a kill during the removal must not leave half a checkpoint under its name
@@ -570,11 +845,11 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{path} cannot be resumed: {_first_line(error)}.") from error
         # With `--allow_changes` the rates are the new ones; else this changes nothing.
-        self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
         schedule = self.scheduler.scheduler
-        schedule.base_lrs = [self.args.learning_rate]
-        rate = self.args.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
-        self.optimizer.param_groups[0]["lr"] = rate
+        schedule.base_lrs = list(self.rates)
+        for group, rate, factor in zip(self.optimizer.param_groups, self.rates, schedule.lr_lambdas, strict=True):
+            group["weight_decay"] = self.args.weight_decay
+            group["lr"] = rate * factor(schedule.last_epoch)
         self.accelerator.step = 0  # a step begins with its first batch, also after a failure in the middle of one
         return int(description["step"])
 

@@ -1,0 +1,90 @@
+"""The average of a collection: every photograph bent onto one of them, and their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .errors import InputError
+from .geometry import sampling_grid, warp
+
+if TYPE_CHECKING:
+    from .image_processing_macosnet import MaCoSNetImageProcessor
+    from .modeling_macosnet import MaCoSNetForKeypointMatching
+
+_BACKGROUND_WEIGHT = 0.02  # so that the surroundings of the object are a faint mean of themselves
+
+
+@torch.inference_mode()
+def aligned_average(
+    photos: Sequence[Image.Image],
+    probabilities: np.ndarray,
+    reference: int,
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    side: int = 480,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """The mean of photographs after each is bent onto a reference, where each shows the object.
+
+    Args:
+        photos: N upright RGB pictures.
+        probabilities: `(N, S, S)` soft masks, as of a [`~macosnet_hf.collection.CollectionResult`].
+        reference: index of the photograph that the others are bent onto; its frame is the result's.
+        side: longer side of the result in pixels, at most that of the reference.
+        progress: called with (done, total) after each photograph.
+
+    Returns:
+        RGB; white where none of the photographs shows the object.
+
+    Raises:
+        InputError: if the reference is none of the photographs, or the masks are not as many.
+    """
+    if not 0 <= reference < len(photos) or len(probabilities) != len(photos):
+        raise InputError(
+            f"The reference must be one of the {len(photos)} photographs, each with a mask; got {reference} and "
+            f"{len(probabilities)} masks."
+        )
+    target = photos[reference].copy()
+    target.thumbnail((side, side))
+    size = (target.height, target.width)
+    total = torch.zeros(1, 3, *size)
+    weights = torch.zeros(1, 1, *size)
+    for number, photo in enumerate(photos):
+        mask = torch.from_numpy(probabilities[number])[None, None]
+        if number == reference:
+            picture = _as_tensor(target)
+            shown = F.interpolate(mask, size=size, mode="bilinear", align_corners=True) + _BACKGROUND_WEIGHT
+        else:
+            pixels = processor([[photo, photos[reference]]], return_tensors="pt")["pixel_values"]
+            outputs = model(pixels.to(model.device))
+            # Index 0 takes points of the second picture, the reference, to the first.
+            grid = sampling_grid(
+                outputs.affine[:, 0].cpu(),
+                outputs.tps[:, 0].cpu(),
+                size=size,
+                regularization=model.config.tps_regularization,
+            )
+            small = photo.copy()
+            small.thumbnail((side, side))
+            picture, shown = warp(_as_tensor(small), grid), warp(mask + _BACKGROUND_WEIGHT, grid)
+        total += picture * shown
+        weights += shown
+        if progress is not None:
+            progress(number + 1, len(photos))
+    mean = total / weights.clamp(min=1e-6)
+    present = (1.5 * weights / len(photos)).clamp(0, 1)
+    blended = mean * present + 255 * (1 - present)
+    return Image.fromarray(blended[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def _as_tensor(photo: Image.Image) -> Tensor:
+    """`(1, 3, H, W)` float32, 0 to 255."""
+    return torch.from_numpy(np.asarray(photo, dtype=np.float32)).permute(2, 0, 1)[None]

@@ -1,0 +1,151 @@
+"""The figures of a model card, from the JSON that `macosnet evaluate --json` wrote.
+
+    python -m macosnet_hf.evaluation.model_card model_card.md --keep benchmarks/results pf-willow.json msrc-coseg.json
+
+replaces the card's model-index and keeps the files, without the paths of this machine, where a test compares them with
+the card. A file's name is the data set's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, MaCoSNetError, OutputError
+
+_KEPT = ("benchmark", "protocol", "split", "model", "matching", "refine", "samples", "metrics", "per_class", "variants")
+_NAMES = {
+    "pf-willow": "PF-WILLOW",
+    "pf-pascal": "PF-PASCAL",
+    "spair-71k": "SPair-71k",
+    "tss": "TSS",
+    "tss-sample": "TSS, the three sample pairs",
+    "internet": "Internet",
+    "voc2010-coseg": "PASCAL VOC 2010 co-segmentation",
+    "msrc-coseg": "MSRC co-segmentation",
+}
+_ALPHAS = ("0.05", "0.1", "0.15")
+# (type, dotted place in `metrics`, name); what a benchmark does not measure is left out.
+_MATCHING = [
+    *(("pck", f"pck.{kind}.{alpha}", f"PCK {kind} @{alpha}") for kind in ("image", "bbox") for alpha in _ALPHAS),
+    ("flow_pck", "flow_pck.0.05", "flow PCK @0.05"),
+]
+_MASKS = [("jaccard", "jaccard", "Jaccard index"), ("precision", "precision", "Precision")]
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `macosnet evaluate --json` wrote, as far as it belongs into a repository.
+
+    Raises:
+        DataError: if it is no such file.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        kept = {name: report[name] for name in _KEPT if name in report}
+        kept["model"] = Path(str(kept["model"])).name
+        if not kept["samples"] or not isinstance(kept["metrics"], dict):
+            raise KeyError("metrics")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no report of `macosnet evaluate --json` ({error}).") from error
+    return kept
+
+
+def model_index(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `results` of a card's model-index.
+
+    Args:
+        reports: of each data set, by its name, as [`read_report`] gives them.
+    """
+    results = []
+    for dataset, report in reports.items():
+        for task, title, wanted in (
+            ("keypoint-matching", "Semantic matching", _MATCHING),
+            ("image-segmentation", "Object co-segmentation", _MASKS),
+        ):
+            metrics = [
+                {"type": kind, "name": name, "value": round(float(value), 3)}
+                for kind, place, name in wanted
+                if (value := _look_up(report["metrics"], place)) is not None
+            ]
+            if metrics:
+                name = _NAMES.get(dataset, dataset)
+                results.append(
+                    {
+                        "task": {"type": task, "name": title},
+                        "dataset": {"type": dataset, "name": name, "split": report.get("split", "test")},
+                        "metrics": metrics,
+                    }
+                )
+    return results
+
+
+def _look_up(metrics: dict[str, Any], place: str) -> float | None:
+    """`pck.image.0.1` names three levels, the last of them with a point in it."""
+    head, _, rest = place.partition(".")
+    value = metrics.get(head)
+    if not rest or value is None:
+        return value
+    if head == "pck":
+        kind, _, alpha = rest.partition(".")
+        return value.get(kind, {}).get(alpha)
+    return value.get(rest)
+
+
+def fill(card: str | os.PathLike[str], reports: dict[str, dict[str, Any]]) -> None:
+    """Replaces the model-index at the head of a model card; the text and all other settings stay.
+
+    Raises:
+        DataError: if the card has no head of settings.
+        OutputError: if it cannot be written.
+    """
+    import yaml
+
+    path = Path(card)
+    text = path.read_text(encoding="utf-8")
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        raise DataError(f"{path} does not begin with settings between two lines of ---.")
+    settings = yaml.safe_load(parts[1])
+    known = settings.get("model-index") or [{"name": path.stem}]
+    settings["model-index"] = [{"name": known[0]["name"], "results": model_index(reports)}]
+    head = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    _write(path, f"---\n{head}---\n{parts[2]}")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fills a card; returns 0, or 2 with one sentence on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m macosnet_hf.evaluation.model_card", description=__doc__)
+    parser.add_argument("card", metavar="CARD", help="model_card.md, or the README.md of a model's folder")
+    parser.add_argument("reports", metavar="JSON", nargs="+", help="named after their data sets")
+    parser.add_argument("--keep", metavar="FOLDER", help="copy the reports here, without paths")
+    args = parser.parse_args(arguments)
+    try:
+        reports = {Path(path).stem: read_report(path) for path in args.reports}
+        fill(args.card, reports)
+        if args.keep:
+            Path(args.keep).mkdir(parents=True, exist_ok=True)
+            for name, report in reports.items():
+                _write(Path(args.keep) / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    except (MaCoSNetError, OSError) as error:
+        print(f"model_card: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

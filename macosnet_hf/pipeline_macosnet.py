@@ -1,0 +1,172 @@
+"""Pipelines of MaCoSNet: matches of pairs, and masks of what two or more photographs have in common.
+
+Both come with every saved model: `pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)`. Where
+this package is installed and one of its classes was imported, `trust_remote_code` is not needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import load_image
+from transformers.pipelines.base import Pipeline
+from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
+
+from .collection import refined_mask, segment_collection
+from .errors import InputError
+
+
+class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
+    """Task `"keypoint-matching"`: where points of one photograph lie in another of the same kind of object.
+
+    The library's own pipeline passes (width, height) where post-processing wants (height, width), which puts the points
+    of photographs that are not square in wrong places. This one does not, and it also takes `batch_size`.
+
+    ```python
+    >>> matcher = pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)
+    >>> matcher(["cat1.jpg", "cat2.jpg"], threshold=0.2)[0]
+    {'keypoint_image_0': {'x': 100.4, 'y': 81.9}, 'keypoint_image_1': {'x': 97.2, 'y': 104.6}, 'score': 0.81}
+    ```
+
+    Points are (x, y) in pixels of the photographs as they were given, best match first. A list of pairs gives a list of
+    such lists.
+    """
+
+    _load_video_processor = False  # the library would take the image processor's code for one
+
+    def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
+        """One pair to `pixel_values` `(1, 2, 3, H, W)` and `target_sizes` `(1, 2, 2)` as (height, width)."""
+        photos = [load_image(image, timeout=timeout) for image in images]
+        pixel_values = self.image_processor(photos, return_tensors="pt")["pixel_values"]
+        sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
+        return {"pixel_values": pixel_values, "target_sizes": sizes}
+
+    def _forward(self, preprocess_outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of pairs; plain tensors come back, so that the library can take the batch apart again."""
+        outputs = self.model(preprocess_outputs["pixel_values"])
+        return {
+            "keypoints": outputs.keypoints,
+            "matches": outputs.matches,
+            "matching_scores": outputs.matching_scores,
+            "target_sizes": preprocess_outputs["target_sizes"],
+        }
+
+    def postprocess(self, forward_outputs: dict[str, torch.Tensor], threshold: float = 0.0) -> list[dict[str, Any]]:
+        """One pair's matches, best first; those whose score is not above `threshold` are left out."""
+        sizes = forward_outputs["target_sizes"]
+        found = self.image_processor.post_process_keypoint_matching(_Fields(forward_outputs), sizes, threshold)[0]
+        order = found["matching_scores"].argsort(descending=True, stable=True)
+        columns = (found[name][order].tolist() for name in ("keypoints0", "keypoints1", "matching_scores"))
+        return [
+            {"keypoint_image_0": {"x": x0, "y": y0}, "keypoint_image_1": {"x": x1, "y": y1}, "score": score}
+            for (x0, y0), (x1, y1), score in zip(*columns, strict=True)
+        ]
+
+
+class MaCoSNetCosegmentationPipeline(Pipeline):
+    """Task `"image-co-segmentation"`: the object that two or more photographs have in common, cut out of each.
+
+    ```python
+    >>> segmenter = pipeline("image-co-segmentation", model=FOLDER_OR_ID, trust_remote_code=True)
+    >>> results = segmenter(["horse1.jpg", "horse2.jpg", "horse3.jpg"])
+    >>> results[0]["mask"].save("horse1_mask.png")
+    ```
+
+    One dict a photograph, in their order: `mask`, a PIL picture of mode "L" in the photograph's own size, 255 on the
+    object; `score`, the mean probability within it (0 if it is empty); `agreement`, how much the photograph is like
+    its partners (cosine, the odd one out has the smallest); `label`, always "object". A list of such lists gives a
+    list of results.
+
+    Args of a call:
+        partners (`int`, defaults to 4): how many others each photograph is compared with.
+        refine (`str`, defaults to `"grabcut"`): soft to hard masks: `"grabcut"`, `"otsu"`, `"crf"` or `"none"`.
+        timeout (`float`, *optional*): seconds to wait for a picture from the web.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def _sanitize_parameters(
+        self, partners: int | None = None, refine: str | None = None, timeout: float | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return _given(timeout=timeout), _given(partners=partners), _given(refine=refine)
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """Masks of one collection of photographs (paths, URLs, PIL pictures), or of each of several.
+
+        Raises:
+            InputError: for fewer than two photographs, or something that is none.
+        """
+        several = _is_list(inputs) and len(inputs) > 0 and all(_is_list(item) for item in inputs)
+        collections = list(inputs) if several else [inputs]
+        for photos in collections:
+            if not _is_list(photos) or not all(isinstance(photo, (str, Image.Image)) for photo in photos):
+                raise InputError("Co-segmentation takes a list of photographs: paths, URLs or PIL pictures.")
+            if len(photos) < 2:
+                raise InputError("Co-segmentation needs two or more photographs.")
+        # Photographs of a collection go through the network one after another, whatever their number.
+        results = super().__call__(collections, **{**kwargs, "batch_size": 1})
+        return results if several else results[0]
+
+    def preprocess(self, photos: Any, timeout: float | None = None) -> dict[str, Any]:
+        """Upright RGB pictures; the collection's own code resizes them."""
+        return {"photos": [load_image(photo, timeout=timeout) for photo in photos]}
+
+    def _forward(self, model_inputs: dict[str, Any], partners: int = 4) -> dict[str, Any]:
+        photos = model_inputs["photos"]
+        result = segment_collection(photos, model=self.model, processor=self.image_processor, partners=partners)
+        return {"photos": photos, "probabilities": result.probabilities, "agreement": result.agreement}
+
+    def postprocess(self, model_outputs: dict[str, Any], refine: str = "grabcut") -> list[dict[str, Any]]:
+        """Hard masks in the photographs' own sizes."""
+        results = []
+        for photo, probability, agreement in zip(*model_outputs.values(), strict=True):
+            mask = refined_mask(photo, probability, refine)
+            inside = np.asarray(Image.fromarray(mask).resize(probability.shape[::-1], Image.Resampling.NEAREST))
+            results.append(
+                {
+                    "label": "object",
+                    "score": float(probability[inside].mean()) if inside.any() else 0.0,
+                    "agreement": float(agreement),
+                    "mask": Image.fromarray(mask.astype("uint8") * 255),
+                }
+            )
+        return results
+
+
+class _Fields:
+    """The entries of a dict as attributes, which is how post-processing reads a model's output."""
+
+    def __init__(self, fields: dict[str, torch.Tensor]):
+        self.__dict__.update(fields)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+# What a saved configuration says, so that `pipeline` finds these classes in the folder beside it.
+CUSTOM_PIPELINES = {
+    "keypoint-matching": {
+        "impl": "pipeline_macosnet.MaCoSNetKeypointMatchingPipeline",
+        "pt": ["AutoModelForKeypointMatching"],
+        "type": "image",
+    },
+    "image-co-segmentation": {
+        "impl": "pipeline_macosnet.MaCoSNetCosegmentationPipeline",
+        "pt": ["AutoModelForKeypointMatching"],
+        "type": "image",
+    },
+}
+
+__all__ = ["CUSTOM_PIPELINES", "MaCoSNetCosegmentationPipeline", "MaCoSNetKeypointMatchingPipeline"]

@@ -1,0 +1,455 @@
+"""The paper's weakly supervised stage: both tasks together, on triplets (or pairs) of photographs of one class.
+
+[`JointObjective`] is one training step without its backward pass: the photographs of a group are cropped and mirrored
+on the device, encoded once each, matched in every order, segmented with every partner, and judged by the five losses
+(`losses.py`). No key-point and no mask that a person drew is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError
+from ..geometry import folded, sampling_grid, warp
+from ..losses import MaCoSNetObjective
+from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, correlate, ordered_pairs
+from .distillation import local_matching_loss
+from .pretraining import SyntheticObjective
+from .pseudo_masks import border_contrast, centre_weight
+from .synthetic import paste_on_others, photometric
+
+CASCADES = ("exact", "features")
+PARTS = ("encoder", "predictor", "decoder")
+
+# An affine transform that shrinks or blows up areas by more than this is no view of the same kind of thing.
+LARGEST_AREA_RATIO = 9.0
+
+
+class JointObjective(nn.Module):
+    """The five losses over a batch of groups, and what keeps an eye on them.
+
+    Args:
+        model: trained in place.
+        mean, std: the processor's statistics.
+        losses: the weighted sum of the five losses. A perceptual network in it is kept out of this module's parameters,
+            state and copies, so that it is neither averaged nor saved.
+        trained: which of `"encoder"`, `"predictor"` and `"decoder"` learn. A frozen encoder runs without a graph. The
+            encoder's batch norms keep their ImageNet statistics in any case.
+        frozen_statistics: whose batch norms (`"predictor"`, `"decoder"`) keep their statistics while they learn.
+        cascade: how the spline sees the affinely warped source: `"features"` warps its feature map, `"exact"` encodes
+            its warped pixels (one more encoder pass an ordered pair).
+        prior_weight: weight of the masks' cross-entropy against pseudo-masks (`pseudo_masks.py`), which anchors area
+            and polarity; batches must then hold masks.
+        local_weight: weight of the distance between the transforms and what local matching makes of them
+            (`distillation.py`), which teaches the predictor what the features of real pairs say.
+        synthetic: the first stage's objective, and `synthetic_weight` its weight: known warps of the same photographs
+            (the first of each group) keep what the predictor has learnt there.
+        paste_share: share of groups whose objects (by the pseudo-masks) are pasted onto photographs of other groups,
+            see [`paste_on_others`](synthetic.py).
+        change_colours: photometric changes of every photograph.
+        statistics: mean and standard deviation `(C,)` of the encoder's unit-length features over a data set, for the
+            contrastive form `"features"`; by default those of each batch.
+        channels_last: memory layout of the pictures, the faster one on most devices.
+
+    Raises:
+        InputError: if no loss reaches a part that is to be trained, or an option is unknown.
+    """
+
+    mean: Tensor
+    std: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self,
+        model: MaCoSNetModel,
+        mean: list[float],
+        std: list[float],
+        losses: MaCoSNetObjective,
+        *,
+        trained: tuple[str, ...] = ("predictor", "decoder"),
+        frozen_statistics: tuple[str, ...] = ("predictor",),
+        cascade: str = "features",
+        prior_weight: float = 0.0,
+        local_weight: float = 0.0,
+        synthetic: SyntheticObjective | None = None,
+        synthetic_weight: float = 0.0,
+        paste_share: float = 0.0,
+        change_colours: bool = False,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        channels_last: bool = True,
+    ):
+        super().__init__()
+        if cascade not in CASCADES or not set(trained) <= set(PARTS):
+            raise InputError(f"cascade is one of {', '.join(CASCADES)}; trained names some of {', '.join(PARTS)}.")
+        if not trained:
+            raise InputError("Nothing is to be trained: encoder, predictor and decoder are all frozen.")
+        self.model = model
+        self.losses = _Apart(losses)
+        self.synthetic = _Apart(synthetic)
+        self.prior_weight, self.local_weight, self.paste_share = prior_weight, local_weight, paste_share
+        self.synthetic_weight = synthetic_weight if synthetic is not None else 0.0
+        self.trained, self.frozen_statistics, self.cascade = trained, frozen_statistics, cascade
+        self.change_colours, self.channels_last = change_colours, channels_last
+        self.has_statistics = statistics is not None
+        feature_mean, feature_std = statistics if statistics is not None else (torch.zeros(0), torch.zeros(0))
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("feature_mean", feature_mean.clone())
+        self.register_buffer("feature_std", feature_std.clone())
+        self._check_reach()
+        for name in PARTS:
+            for part in self.parts(name):
+                part.requires_grad_(name in trained)
+
+    def parts(self, name: str) -> list[nn.Module]:
+        """The sub-networks of `"encoder"`, `"predictor"` or `"decoder"`."""
+        model = self.model
+        parts: dict[str, list[nn.Module]] = {
+            "encoder": [model.encoder],
+            "predictor": [model.affine_head, model.tps_head],
+            "decoder": [model.decoder],
+        }
+        return parts[name]
+
+    def train(self, mode: bool = True) -> JointObjective:
+        """What is frozen, and the encoder in any case, keeps its statistics."""
+        super().train(mode)
+        for name in PARTS:
+            if name == "encoder" or name not in self.trained or name in self.frozen_statistics:
+                for part in self.parts(name):
+                    part.eval()
+        return self
+
+    @property
+    def uses_masks(self) -> bool:
+        """Whether any loss looks at the masks."""
+        objective = self.losses.module
+        weights = objective.weights
+        return bool(weights.contrast or self.prior_weight or (objective.coupled and (weights.matching or weights.task)))
+
+    def _check_reach(self) -> None:
+        """A part that no loss reaches would be trained in name only (and would stop a run on several processes)."""
+        objective = self.losses.module
+        weights = objective.weights
+        task = weights.task if objective.coupled else 0
+        matching_masks = weights.matching if objective.coupled and not objective.detach_masks else 0
+        matcher = weights.matching + weights.cycle + weights.trans + task
+        masks = weights.contrast + task + matching_masks + self.prior_weight
+        reach = {
+            "encoder": matcher + masks,
+            "predictor": matcher + self.synthetic_weight + self.local_weight,
+            "decoder": masks,
+        }
+        for name, sum_of_weights in reach.items():
+            if name in self.trained and not sum_of_weights:
+                raise InputError(
+                    f"No loss reaches the {name}: give one that does a weight, or freeze it (--no-train_{name})."
+                )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A step
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """All losses of a batch of groups.
+
+        Args:
+            batch: of [`GroupedPhotographs`](groups.py): `pictures` uint8 `(B, V, 3, S, S)`, `views` `(B, V, 6)`, and
+                `masks` bool `(B, V, S, S)` where the prior has a weight.
+            generator: of the random changes of this batch.
+
+        Returns:
+            Scalars: `total` with its graph; each term without its weight (those of the objective, `prior`,
+            `synthetic`); and to watch: `mask_area`, `polarity` (see [`polarity`]), `folded` (share of transforms that
+            turn a part of the picture inside out), `degenerate` (share of affine transforms that change areas more
+            than nine times).
+        """
+        pixels, labels = self.prepare_pictures(batch, generator)
+        outputs, features = self.run_model(pixels, with_masks=self.uses_masks)
+        losses = self._objective_losses(outputs, pixels)
+        if self.prior_weight:
+            if labels is None:
+                raise InputError("The prior has a weight, but the batch holds no pseudo-masks.")
+            view = [i for i, _ in ordered_pairs(pixels.shape[1])]
+            losses["prior"] = F.binary_cross_entropy_with_logits(outputs.mask_logits.float(), labels[:, view])
+            losses["total"] = losses["total"] + self.prior_weight * losses["prior"]
+        if self.local_weight:
+            losses["local"] = local_matching_loss(outputs, self.model.config, guided=self.losses.module.coupled)
+            losses["total"] = losses["total"] + self.local_weight * losses["local"]
+        if self.synthetic_weight:
+            losses["synthetic"] = self._synthetic_loss(batch["pictures"], generator)
+            losses["total"] = losses["total"] + self.synthetic_weight * losses["synthetic"]
+        with torch.no_grad():
+            losses.update(watch(outputs, features))
+        return losses
+
+    @torch.no_grad()
+    def prepare_pictures(
+        self, batch: dict[str, Tensor], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Crops, mirrors and normalises: pixels `(B, V, 3, H, W)` and, where the batch has masks, `(B, V, H, W)`."""
+        size = self.model.config.image_size
+        shape = batch["pictures"].shape[:2]
+        pictures = batch["pictures"].flatten(0, 1).float() / 255
+        grid = sampling_grid(batch["views"].flatten(0, 1), size=(size, size))
+        pictures = warp(pictures, grid, padding_mode="border")
+        labels = None
+        if "masks" in batch:
+            labels = warp(batch["masks"].flatten(0, 1).unsqueeze(1).float(), grid, padding_mode="border").clamp(0, 1)
+            labels = labels.squeeze(1)
+            if self.paste_share and generator is not None:
+                pictures, labels = paste_on_others(pictures, labels, self.paste_share, generator, group_size=shape[1])
+            labels = labels.clamp(0, 1).unflatten(0, shape)
+        if self.change_colours and generator is not None:
+            pictures = photometric(pictures, generator)
+        return ((pictures - self.mean) / self.std).unflatten(0, shape), labels
+
+    def run_model(
+        self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None
+    ) -> tuple[MaCoSNetModelOutput, MaCoSNetFeatures]:
+        """What `MaCoSNetModel.forward` does, with no graph where nothing is trained.
+
+        Args:
+            pixels: `(B, V, 3, H, W)`.
+            with_masks: whether the decoder runs.
+            cascade: another one than the objective's own.
+
+        Returns:
+            The outputs, and the features of all B V pictures.
+        """
+        model = self.model
+        batch, views = pixels.shape[:2]
+        pairs = ordered_pairs(views)
+        first = torch.arange(batch, device=pixels.device).unsqueeze(1) * views
+        source, target = (
+            (first + torch.tensor([pair[side] for pair in pairs], device=pixels.device)).flatten() for side in (0, 1)
+        )
+        pictures = pixels.flatten(0, 1)
+        if self.channels_last:
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+        train_encoder = "encoder" in self.trained
+        with _graph(train_encoder):
+            features = model.get_image_features(pictures)
+            correlation = correlate(features.normalized[source], features.normalized[target])
+        with _graph(train_encoder or "predictor" in self.trained):
+            affine, tps = model.predict_transforms(
+                features.without_skips().select(source),
+                features.without_skips().select(target),
+                pictures[source] if (cascade or self.cascade) == "exact" else None,
+                correlation,
+            )
+        mask_logits = None
+        if with_masks:
+            with _graph(train_encoder or "decoder" in self.trained):
+                # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
+                reverse = torch.arange(len(source), device=pixels.device) ^ 1
+                partner = correlation[reverse]
+                if self.channels_last:
+                    # In another layout than the features, it would send the whole decoder down the slow path.
+                    partner = partner.contiguous(memory_format=torch.channels_last)
+                mask_logits = model.predict_masks(features, partner, source)
+                mask_logits = mask_logits.unflatten(0, (batch, len(pairs)))
+        outputs = MaCoSNetModelOutput(
+            affine=affine.unflatten(0, (batch, len(pairs))),
+            tps=tps.unflatten(0, (batch, len(pairs))),
+            correlation=correlation.unflatten(0, (batch, len(pairs))),
+            mask_logits=mask_logits,
+            features=features.normalized.unflatten(0, (batch, views)),
+        )
+        return outputs, features
+
+    def feature_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Those given to the constructor."""
+        return (self.feature_mean, self.feature_std) if self.has_statistics else None
+
+    def _objective_losses(self, outputs: MaCoSNetModelOutput, pixels: Tensor) -> dict[str, Tensor]:
+        objective = self.losses.on(pixels.device)
+        weights = objective.weights
+        task = weights.task if objective.coupled else 0
+        if not (weights.matching or weights.cycle or weights.trans or weights.contrast or task):
+            return {"total": pixels.new_zeros(())}  # the anchors alone
+        return objective(outputs, pixels, self.feature_statistics())
+
+    def _synthetic_loss(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        synthetic = self.synthetic.module
+        # It shares the model, so only its own buffers may have to follow to the device.
+        synthetic.mean, synthetic.std = self.mean, self.std
+        # One photograph of each group is enough of an anchor; its backgrounds are swapped within the batch.
+        chosen = pictures[:, 0] if len(pictures) > 1 else pictures.flatten(0, 1)
+        loss: Tensor = synthetic(chosen, generator)["total"]
+        return loss
+
+
+class _Apart:
+    """Holds a module out of its owner's parameters, buffers, state and copies: what is neither trained nor saved."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def on(self, device: torch.device) -> Any:
+        """The module, moved to a device if it has anything there."""
+        tensor = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
+        if tensor is not None and tensor.device != device:
+            self.module.to(device)
+        return self.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Apart:
+        return self
+
+
+@contextlib.contextmanager
+def _graph(needed: bool) -> Iterator[None]:
+    """No graph is kept where it leads to nothing that is trained."""
+    with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to watch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def polarity(mask_logits: Tensor, features: Tensor) -> Tensor:
+    """How masks correlate with a prior that knows no label: `(B, P)` in [-1, 1].
+
+    The prior is the contrast to the picture's border times a Gaussian around its middle (the first step of
+    `pseudo_masks.py`). Positive: the mask is on what stands out in the middle. Negative: object and background are
+    swapped. Near zero: the mask says nothing, such as one that is empty or full.
+
+    Args:
+        mask_logits: `(B, P, H, W)`.
+        features: `(B, V, C, h, w)`.
+    """
+    views = features.shape[1]
+    side = features.shape[-1]
+    prior = border_contrast(features.float().flatten(0, 1)) * centre_weight(side, 0.6).to(features.device)
+    prior = prior.unflatten(0, features.shape[:2])[:, [i for i, _ in ordered_pairs(views)]]
+    masks = F.interpolate(mask_logits.float().sigmoid(), size=features.shape[-2:], mode="area")
+    return pearson(masks, prior)
+
+
+def pearson(first: Tensor, second: Tensor) -> Tensor:
+    """Correlation coefficients of maps `(..., h, w)`; 0 where one of them is constant."""
+    first, second = (maps - maps.mean(dim=(-2, -1), keepdim=True) for maps in (first, second))
+    product = (first * second).mean(dim=(-2, -1))
+    spread = first.square().mean(dim=(-2, -1)) * second.square().mean(dim=(-2, -1))
+    return product / spread.clamp(min=1e-10).sqrt()
+
+
+def watch(outputs: MaCoSNetModelOutput, features: MaCoSNetFeatures) -> dict[str, Tensor]:
+    """Figures that tell a collapse early, see [`JointObjective.forward`]."""
+    affine, tps = outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1)
+    matrix = affine.unflatten(-1, (2, 3))
+    determinant = matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]
+    sane = (determinant >= 1 / LARGEST_AREA_RATIO) & (determinant <= LARGEST_AREA_RATIO)
+    figures = {
+        "folded": (folded(affine, tps) > 0).float().mean(),
+        "degenerate": (~sane).float().mean(),
+    }
+    if outputs.mask_logits is not None:
+        figures["mask_area"] = outputs.mask_logits.float().sigmoid().mean()
+        figures["polarity"] = polarity(outputs.mask_logits, outputs.features).mean()
+    return figures
+
+
+@torch.no_grad()
+def feature_statistics(
+    model: MaCoSNetModel, pictures: Callable[[int], Tensor], count: int, mean: list[float], std: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(C,)` of the encoder's unit-length features, over `count` photographs.
+
+    Args:
+        pictures: `(3, S, S)` uint8, by number.
+    """
+    size, device = model.config.image_size, model.device
+    centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    channels = model.encoder.channels[-1]
+    total, squares = torch.zeros(2, channels, dtype=torch.float64, device=device)
+    cells = 0
+    for start in range(0, count, 16):
+        batch = torch.stack([pictures(k) for k in range(start, min(start + 16, count))]).to(device).float() / 255
+        batch = F.interpolate(batch, size=(size, size), mode="bilinear", align_corners=True)
+        values = model.get_image_features((batch - centre) / spread).normalized.double()
+        total = total + values.sum(dim=(0, 2, 3))
+        squares = squares + values.square().sum(dim=(0, 2, 3))
+        cells += values.numel() // values.shape[1]
+    average = total / cells
+    variance = (squares / cells - average.square()).clamp(min=0)
+    return average.float(), variance.sqrt().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_activations(objective: JointObjective) -> None:
+    """Gradient checkpointing of what is trained: its activations are computed again in the backward pass, not kept.
+
+    The decoder is treated block by block, each head and (where it is trained) the encoder as a whole. Losses,
+    gradients and batch-norm statistics are those of a run without it.
+    """
+    blocks: list[nn.Module] = []
+    if "encoder" in objective.trained:
+        blocks += _encoder_stages(objective.model.encoder)
+    if "predictor" in objective.trained:
+        blocks += [objective.model.affine_head.conv, objective.model.tps_head.conv]
+    if objective.uses_masks:
+        blocks += list(objective.model.decoder.blocks)
+    for block in blocks:
+        block.forward = functools.partial(_checkpointed, block, block.forward)
+
+
+def _encoder_stages(encoder: nn.Module) -> list[nn.Module]:
+    """The children of the deepest chain of blocks that is known, else the whole backbone."""
+    backbone: Any = getattr(encoder, "backbone", encoder)
+    inner = getattr(backbone, "_backbone", backbone)
+    for name in ("blocks", "stages"):  # timm's EfficientNets; others
+        stages = getattr(inner, name, None)
+        if isinstance(stages, (nn.Sequential, nn.ModuleList)):
+            return list(stages)
+    layers = [child for name, child in inner.named_children() if name.startswith("layer")]  # timm's ResNets
+    stages = getattr(getattr(inner, "encoder", None), "stages", None)  # transformers' ResNets
+    if isinstance(stages, nn.ModuleList):
+        return list(stages)
+    return layers or [inner]
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    return checkpoint(
+        forward,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing in these blocks is random
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(block)),
+    )
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """The second forward pass must not move the running statistics a second time."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(counter)
+
+
+__all__ = ["JointObjective", "checkpoint_activations", "feature_statistics", "pearson", "polarity", "watch"]

@@ -1,0 +1,253 @@
+"""How joint training is judged while it runs: a criterion without labels, key-points or masks where there are some,
+and sample pictures."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..drawing import overlay_mask
+from ..geometry import inside, sample_at, sampling_grid, warp
+from ..image_processing_macosnet import MaCoSNetImageProcessor
+from ..losses import cycle_loss, pooled_features
+from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModelOutput, ordered_pairs
+from .joint import JointObjective, pearson, watch
+from .loop import writing
+from .pretraining import read_keypoint_pairs
+from .pseudo_masks import centre_weight
+
+Validation = Callable[[nn.Module, int], dict[str, float]]
+
+# Forward-backward error, in normalised coordinates, at which the consistency falls to 1/e.
+CONSISTENCY_SCALE = 0.2
+
+
+def match_rank(outputs: MaCoSNetModelOutput) -> Tensor:
+    """How well the transforms pair features that are alike: `(B, P)` in [0, 1], about 0.5 by chance.
+
+    For each position of view j, the share of view i's positions that resemble it less than the place where T_ij sends
+    it; 0 where that lies outside. Positions in the middle of the picture count more. Unlike the soft-inlier count it
+    does not depend on the scale of the features, and the identity earns no more than it deserves.
+    """
+    batch, views = outputs.features.shape[:2]
+    pairs = ordered_pairs(views)
+    features = outputs.features.float()
+    source = features[:, [i for i, _ in pairs]].flatten(0, 1)
+    target = features[:, [j for _, j in pairs]].flatten(0, 1)
+    size = source.shape[-2:]
+    places = sampling_grid(outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1), size=size).flatten(1, 2)
+    descriptors = F.normalize(target.flatten(2), dim=1)  # (N, C, q)
+    everywhere = F.normalize(source.flatten(2), dim=1)
+    there = F.normalize(sample_at(source, places), dim=-1)  # (N, q, C)
+    similarity = torch.einsum("nqc,ncq->nq", there, descriptors)
+    rank = (torch.bmm(everywhere.transpose(1, 2), descriptors) < similarity.unsqueeze(1)).float().mean(dim=1)
+    rank = rank * inside(places)
+    weight = centre_weight(size[-1], 0.6).to(rank.device).flatten()
+    return ((rank * weight).sum(-1) / weight.sum()).unflatten(0, (batch, len(pairs)))
+
+
+def mask_agreement(outputs: MaCoSNetModelOutput) -> Tensor:
+    """Correlation of each mask with that of its partner, warped onto it: `(B, P)` in [-1, 1], 0 for constant masks."""
+    shape = outputs.mask_logits.shape[:2]
+    masks = outputs.mask_logits.float().sigmoid()
+    grid = sampling_grid(outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1), size=masks.shape[-2:])
+    warped = warp(masks.flatten(0, 1).unsqueeze(1), grid).squeeze(1)
+    own = masks.unflatten(1, (-1, 2)).flip(2).flatten(1, 2).flatten(0, 1)
+    return pearson(own, warped).unflatten(0, shape)
+
+
+def mask_separation(outputs: MaCoSNetModelOutput, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
+    """How much more an object resembles its partner's object than its own background: `(B, P / 2)` in [-1, 1]."""
+    objects, backgrounds = pooled_features(outputs.features.float(), outputs.mask_logits.float(), statistics)
+    between = (objects[:, 0::2] * objects[:, 1::2]).sum(-1)
+    within = (objects * backgrounds).sum(-1)
+    return (between - (within[:, 0::2] + within[:, 1::2]) / 2) / 2
+
+
+def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
+    """Figures that need no label, on fixed groups, and one number to choose by.
+
+    `criterion` is the geometric mean of four figures in [0, 1], of which higher is better (of the first two where no
+    loss looks at masks):
+
+    * `match_rank`, see [`match_rank`];
+    * `consistency`: exp(-e / 0.2), e the mean forward-backward error in normalised coordinates;
+    * `mask_agreement` and `mask_separation`, see there; constant masks earn 0 there, which counts as 0.01.
+
+    It tells a better step of a run from a worse one, and a collapse from both. It does not say how good a model is:
+    compare it only between models with the same encoder, on the same photographs.
+
+    Args:
+        batches: of [`fixed_groups`](groups.py).
+    """
+
+    @torch.no_grad()
+    def validate(objective: Any, step: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        count = 0
+        for batch in batches:
+            moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
+            pixels, _ = objective.prepare_pictures(moved)
+            outputs, features = objective.run_model(pixels, with_masks=objective.uses_masks)
+            error = cycle_loss(outputs, unit="normalized", reduction="none") / 2
+            figures = {
+                "match_rank": match_rank(outputs).mean(),
+                "consistency": torch.exp(-error / CONSISTENCY_SCALE).mean(),
+                "cycle_error": error.mean(),
+            }
+            if outputs.mask_logits is not None:
+                figures["mask_agreement"] = mask_agreement(outputs).mean()
+                figures["mask_separation"] = mask_separation(outputs, objective.feature_statistics()).mean()
+            figures |= watch(outputs, features)
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(pixels)
+            count += len(pixels)
+        means = {f"held_out_{name}": value / count for name, value in sums.items()}
+        judged = [
+            means[f"held_out_{name}"]
+            for name in ("match_rank", "consistency", "mask_agreement", "mask_separation")
+            if name in sums
+        ]
+        means["criterion"] = math.prod(min(1.0, max(0.01, value)) for value in judged) ** (1 / len(judged))
+        return means
+
+    return validate
+
+
+def matching_validation(
+    csv_path: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
+) -> Validation:
+    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with key-points: `pck_transform` of the transform alone, `pck_local`
+    with the model's local matching around it.
+
+    Args:
+        csv_path: list of pairs, see [`read_keypoint_pairs`](pretraining.py).
+        model: whose way of transferring points is used, with the weights of the objective that is judged.
+
+    Raises:
+        DataError: if the list, one of its numbers or one of its pictures cannot be used.
+    """
+    pictures, points = read_keypoint_pairs(csv_path, processor)
+    # Points are in [0, 1], which is what pixels of a picture of two by two are.
+    sizes = torch.full((1, 2, 2), 2)
+
+    @torch.no_grad()
+    def validate(objective: Any, step: int) -> dict[str, float]:
+        matcher = copy.copy(model)
+        matcher._modules = {**model._modules, "macosnet": objective.model}
+        hits: dict[str, list[float]] = {}
+        for pixels, (in_source, in_target) in zip(pictures, points, strict=True):
+            outputs = matcher(pixels[None].to(objective.mean.device))
+            start = in_target[None].to(outputs.affine)
+            for name, local in (("transform", False), ("local", True)):
+                found = matcher.transfer_points(outputs, start, sizes, "target_to_source", local_matching=local)
+                error = (found[0].cpu() - in_source).norm(dim=-1)
+                for alpha in (0.05, 0.1, 0.15):
+                    hits.setdefault(f"pck_{name}@{alpha}", []).append((error <= alpha).float().mean().item())
+        return {name: sum(values) / len(values) for name, values in hits.items()}
+
+    return validate
+
+
+def labelled_validation(validations: Sequence[tuple[Validation, str]]) -> Validation:
+    """Several validations with labels; `criterion` is the mean of one figure of each.
+
+    Args:
+        validations: with the name of the figure of each that counts.
+    """
+
+    def validate(objective: nn.Module, step: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        chosen = []
+        for validation, name in validations:
+            found = validation(objective, step)
+            chosen.append(found[name])
+            figures |= found
+        return {**figures, "criterion": sum(chosen) / len(chosen)}
+
+    return validate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SamplePictures:
+    """Draws a contact sheet of a few groups into `OUTPUT_DIR/samples/step-<number>.png`.
+
+    A row is a group: each photograph with its mask (given its first partner), then the first photograph warped onto the
+    second.
+
+    Args:
+        output_dir: of the run.
+        batches: of [`fixed_groups`](groups.py).
+    """
+
+    def __init__(self, output_dir: str, batches: Sequence[dict[str, Tensor]]):
+        self.folder = Path(output_dir) / "samples"
+        self.batches = batches
+
+    @torch.no_grad()
+    def __call__(self, objective: Any, step: int) -> np.ndarray:
+        """The sheet, `(H, W, 3)` uint8.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        rows = []
+        for batch in self.batches:
+            moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
+            pixels, _ = objective.prepare_pictures(moved)
+            outputs, _ = objective.run_model(pixels)
+            rows += sheet_rows(objective, pixels, outputs)
+        sheet = np.concatenate(rows)
+        partial = self.folder / "partial.png"
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            Image.fromarray(sheet).save(partial)
+            partial.replace(self.folder / f"step-{step:06d}.png")
+        return sheet
+
+
+def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModelOutput) -> list[np.ndarray]:
+    """A row `(H, (V + 1) W, 3)` uint8 of each group, see [`SamplePictures`]."""
+    pairs = ordered_pairs(pixels.shape[1])
+    pictures = (pixels * objective.std + objective.mean).clamp(0, 1)
+    grid = sampling_grid(outputs.affine[:, 0], outputs.tps[:, 0], size=pixels.shape[-2:])
+    warped = warp(pictures[:, 0], grid)
+    first_pair = [next(p for p, (i, _) in enumerate(pairs) if i == view) for view in range(pixels.shape[1])]
+    masks = (outputs.mask_logits[:, first_pair] > 0).cpu().numpy()
+
+    def as_image(picture: Tensor) -> np.ndarray:
+        return (picture.float().permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+
+    rows = []
+    for group in range(len(pixels)):
+        cells = [
+            np.asarray(overlay_mask(as_image(picture), mask))
+            for picture, mask in zip(pictures[group], masks[group], strict=True)
+        ]
+        rows.append(np.concatenate([*cells, as_image(warped[group])], axis=1))
+    return rows
+
+
+__all__ = [
+    "SamplePictures",
+    "label_free_validation",
+    "labelled_validation",
+    "mask_agreement",
+    "mask_separation",
+    "match_rank",
+    "matching_validation",
+    "sheet_rows",
+]

@@ -1,0 +1,60 @@
+"""What the tests of the demo share: photographs, a server of its own process, a matcher that counts."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from gradio.media import get_image
+from PIL import Image
+
+import app
+
+ROOT = Path(__file__).resolve().parents[1]
+CHEETAH, LION, TOWER = (get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_app(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "app.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+
+
+class CountingMatcher(app.Matcher):
+    """The real one; it knows how often photographs went through the network, and can be made slow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = 0
+        self.collections = 0
+        self.stopped = 0
+
+    def pair(self, source, target, refine):
+        self.pairs += 1
+        return super().pair(source, target, refine)
+
+    def collection(self, paths, refine, progress):
+        self.collections += 1
+        try:
+            return super().collection(paths, refine, progress)
+        except app.Stopped:
+            self.stopped += 1
+            raise
+
+
+def save_large(path: str, size: tuple[int, int], target: Path) -> Path:
+    with Image.open(path) as photo:
+        photo.convert("RGB").resize(size).save(target, quality=90)
+    return target

@@ -1,0 +1,303 @@
+"""The demo in a real headless Chromium: what a visitor does, and what it must look like."""
+
+import io
+import json
+import shutil
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="the demo needs gradio")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser' (playwright)")
+
+from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noqa: E402
+
+import app  # noqa: E402
+import macosnet_hf  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+
+
+@pytest.fixture(scope="module")
+def matcher():
+    return CountingMatcher()
+
+
+@pytest.fixture(scope="module")
+def address(matcher):
+    matcher.load()
+    demo = app.build_demo(matcher)
+    yield app.serve(demo)
+    demo.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return macosnet_hf.match_pair(CHEETAH, LION)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def open_page(browser, address, query="", **options):
+    page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
+    page.asked, page.complaints = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto(address + query)
+    page.locator("#viewer svg").wait_for(timeout=60_000)
+    return page
+
+
+def close_page(page, address):
+    """No other host was asked, and no script failed."""
+    page.context.close()
+    assert any(url.startswith(address) for url in page.asked)
+    assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
+    assert not page.complaints
+
+
+@pytest.fixture
+def page(browser, address):
+    page = open_page(browser, address)
+    yield page
+    close_page(page, address)
+
+
+def choose(page, place, path):
+    page.locator(f"#{place} input[type=file]").set_input_files(str(path))
+    page.locator(f"#{place} img[src*='{path.name}']").wait_for()
+
+
+def clear(page, place):
+    page.locator(f"#{place} button[aria-label='Remove Image']").click()
+    page.locator(f"#{place} img").first.wait_for(state="detached")
+
+
+def numbers(page):
+    """Lines drawn, and matches there are, in the words of the page."""
+    shown, _, everything, *_ = page.locator(".viewer-foot").inner_text().split()
+    assert page.locator("#viewer .match").count() == int(shown)
+    return int(shown), int(everything)
+
+
+def wait_until(page, condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        page.wait_for_timeout(20)
+
+
+def test_a_stranger_sees_a_result_at_once(page, result):
+    """The first example is there, matched, without a click."""
+    assert f"{len(result.matches)} matching points" in page.locator("#verdict").inner_text()
+    assert numbers(page) == (40, len(result.matches))
+    for label in ("Source: the object", "Target: the object", "Target | source bent onto it"):
+        assert page.get_by_text(label, exact=True).is_visible()
+    page.locator("#warped").scroll_into_view_if_needed()
+    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+
+
+def test_upload_and_match(page, matcher, tmp_path):
+    before = matcher.pairs
+    for place, photograph in (("source", LION), ("target", CHEETAH)):
+        clear(page, place)
+        choose(page, place, save_large(photograph, (800, 500), tmp_path / f"my-{place}.jpg"))
+    page.locator("#match").click()
+    wait_until(page, lambda: page.locator("#viewer image").first.get_attribute("href") is not None)
+    page.wait_for_function("document.querySelectorAll('#viewer image')[1].getBBox().width > 500", timeout=60_000)
+    assert matcher.pairs == before + 1
+    assert page.locator("#verdict .mark").inner_text() in app.VERDICTS
+
+
+def test_dragging_the_threshold_redraws_without_the_network(page, matcher, result):
+    before = matcher.pairs
+    shown, everything = numbers(page)
+    knob = page.locator("#threshold input[type=range]")
+    knob.scroll_into_view_if_needed()
+    box = knob.bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 6, y)
+    page.mouse.down()
+    for share in (0.2, 0.4, 0.55, 0.6):
+        page.mouse.move(box["x"] + share * box["width"], y)
+    page.mouse.up()
+    threshold = float(knob.input_value())
+    assert 0.5 < threshold < 0.7
+    expected = int((result.scores > threshold).sum())
+    assert 0 < expected < shown
+    wait_until(page, lambda: page.locator("#viewer .match").count() == expected)
+    assert numbers(page) == (expected, everything)
+
+    page.locator("#threshold input[type=number]").fill("1")
+    page.get_by_text("has so high a score").wait_for()
+    page.locator("#threshold input[type=number]").fill("0")
+    page.locator("#count input[type=number]").fill("15")
+    wait_until(page, lambda: page.locator("#viewer .match").count() == 15)
+    assert matcher.pairs == before
+
+
+def test_other_edges_of_the_masks_need_no_network(page, matcher):
+    before = matcher.pairs
+    first = page.locator("#source-object img").last.get_attribute("src")
+    page.get_by_label("As the network says").first.check()
+    wait_until(page, lambda: page.locator("#source-object img").last.get_attribute("src") != first)
+    assert matcher.pairs == before
+
+
+def pin(page, number, side):
+    """Where a numbered point stands on a photograph, in its pixels (both have 256)."""
+    circle = page.locator(f"#viewer .pin circle[data-side='{side}']").nth(number)
+    box = page.locator("#viewer image").nth(side)
+    x, y, width = (float(box.get_attribute(name)) for name in ("x", "y", "width"))
+    centre = float(circle.get_attribute("cx")), float(circle.get_attribute("cy"))
+    return np.array([(centre[0] - x) / width * 256 - 0.5, (centre[1] - y) / width * 256 - 0.5])
+
+
+def test_a_clicked_point_appears_in_the_other_photograph(page, matcher, result):
+    before = matcher.pairs
+    page.locator(".viewer-foot").scroll_into_view_if_needed()
+    for number, (side, x, y) in enumerate([(0, 0.35, 0.35), (1, 0.45, 0.3), (0, 0.6, 0.5)]):
+        box = page.locator("#viewer image").nth(side).bounding_box()
+        page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        wait_until(page, lambda count=number + 1: page.locator("#viewer .pin").count() == count)
+        start, end = pin(page, number, side), pin(page, number, 1 - side)
+        np.testing.assert_allclose(start, np.array([x, y]) * 256 - 0.5, atol=1)
+        expected = result.transfer([start], ("source_to_target", "target_to_source")[side])[0].clip(0, 255)
+        np.testing.assert_allclose(end, expected, atol=2)
+    assert page.locator("#viewer .pin text").all_text_contents() == ["1", "1", "2", "2", "3", "3"]
+    page.get_by_role("button", name="Clear points").click()
+    assert page.locator("#viewer .pin").count() == 0
+    page.get_by_role("button", name="Grid of points").click()
+    wait_until(page, lambda: page.locator("#viewer .pin.dot").count() > 20)
+    page.get_by_role("button", name="Clear points").click()
+    assert page.get_by_role("button", name="Clear points").is_disabled()
+    assert matcher.pairs == before
+
+
+def test_an_example_runs_at_one_click(page):
+    page.locator("#examples tbody tr").nth(2).click()
+    page.get_by_text(app.VERDICTS["poor"]).wait_for(timeout=60_000)
+    assert page.locator("#verdict .mark.poor").is_visible()
+
+
+def test_wrong_file_is_a_message_and_no_old_result_stays(page, tmp_path):
+    (tmp_path / "letter.jpg").write_text("This is a letter, not a picture. " * 20)
+    clear(page, "source")
+    page.locator("#match").click()
+    page.locator(".toast-body").get_by_text("Choose two photographs first.").wait_for()
+    choose(page, "source", tmp_path / "letter.jpg")
+    page.locator("#match").click()
+    page.locator(".toast-body").get_by_text("Source: 'letter.jpg' is not a picture").wait_for()
+    page.locator("#viewer").wait_for(state="hidden")
+    page.locator("#examples tbody tr").first.click()  # the server lives on
+    page.locator("#viewer svg").wait_for(timeout=60_000)
+
+
+def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
+    page.locator("#make-files").click()
+    page.locator("#files a").first.wait_for(timeout=60_000)
+    with page.expect_download() as started:
+        page.locator("#files a[download='matches.json']").click()
+    started.value.save_as(tmp_path / "matches.json")
+    document = json.loads((tmp_path / "matches.json").read_text())
+    assert len(document["matches"]) == len(result.matches)
+    assert page.locator("#files a").count() >= 8
+
+
+def open_collection(page):
+    page.get_by_role("tab", name="Collection").click()
+    page.locator("#agreement .agreement").wait_for(timeout=60_000)
+
+
+def test_collection_upload_run_and_zip(page, tmp_path):
+    open_collection(page)  # the example is there at once
+    assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
+    page.locator("#photographs button[aria-label='Clear']").click()
+    own = [
+        save_large(photograph, (500, 400), tmp_path / f"own{number}.jpg")
+        for number, photograph in enumerate((TOWER, LION, CHEETAH, app.CAT))
+    ]
+    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in own])
+    page.locator("#photographs img[src*='own3.jpg']").wait_for()
+    page.locator("#segment").click()
+    page.get_by_text("own0.jpg does not seem to belong").wait_for(timeout=60_000)
+    assert page.locator("#agreement .name").count() == 4
+    assert page.locator("#agreement .odd.name").inner_text() == "own0.jpg"
+    page.get_by_role("tab", name="Contact sheet").click()
+    page.locator("#sheet img").wait_for()
+    page.locator("#make-zip").click()
+    page.locator("#zip a").first.wait_for(timeout=60_000)
+    with page.expect_download() as started:
+        page.locator("#zip a").first.click()
+    started.value.save_as(tmp_path / "collection.zip")
+    with zipfile.ZipFile(tmp_path / "collection.zip") as archive:
+        assert {f"own{number}_cutout.png" for number in range(4)} <= set(archive.namelist())
+
+
+def start_long_run(page, matcher, tmp_path):
+    open_collection(page)
+    page.locator("#photographs button[aria-label='Clear']").click()
+    paths = [
+        save_large((LION, CHEETAH, TOWER)[number % 3], (600 + number, 400), tmp_path / f"{number}.jpg")
+        for number in range(24)
+    ]
+    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in paths])
+    page.locator("#photographs img[src*='23.jpg']").wait_for()
+    before = matcher.collections
+    page.locator("#segment").click()
+    wait_until(page, lambda: matcher.collections > before)
+
+
+def test_a_run_can_be_stopped(page, matcher, tmp_path):
+    stopped = matcher.stopped
+    start_long_run(page, matcher, tmp_path)
+    page.locator("#stop").click()
+    wait_until(page, lambda: matcher.stopped == stopped + 1, 20)
+
+
+def test_a_closed_browser_ends_its_run_and_the_server_lives_on(browser, address, matcher, tmp_path):
+    stopped = matcher.stopped
+    page = open_page(browser, address)
+    start_long_run(page, matcher, tmp_path)
+    page.context.close()
+    end = time.monotonic() + 30
+    while matcher.stopped == stopped:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    other = open_page(browser, address)
+    open_collection(other)
+    close_page(other, address)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
+    page = open_page(
+        browser, address, f"?__theme={theme}", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
+    )
+    for tab in ("Pair", "Collection", "About"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.get_by_role("tab", name="Pair").click()
+    page.locator("#viewer").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    first, second = (page.locator("#viewer image").nth(side).bounding_box() for side in (0, 1))
+    assert second["y"] > first["y"] + first["height"]  # below one another
+    assert first["width"] > 250
+    corner = Image.open(io.BytesIO(page.screenshot())).convert("L").crop((0, 0, 8, 200))
+    brightness = np.mean(np.asarray(corner))
+    assert (brightness < 60) == (theme == "dark")
+    page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
+    wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
+    close_page(page, address)

@@ -1,0 +1,27 @@
+"""Joint training: matching and segmentation improve each other on triplets (or pairs) of photographs of a class.
+
+    accelerate launch training/train.py --config training/configs/pf-pascal.yaml --model_name_or_path MODEL
+    --dataset_name CLASS_FOLDERS --output_dir OUT
+
+The only label is which photographs show the same kind of thing. See `training/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from macosnet_hf.training import joint_run
+from macosnet_hf.training.loop import run_script
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    return joint_run.parse_arguments(arguments, __doc__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    joint_run.run(parse_arguments(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
