@@ -1,4 +1,4 @@
-"""Results appear in the output folder all together or not at all."""
+"""Results appear in the output folder all together or not at all, and single files whole or not at all."""
 
 from __future__ import annotations
 
@@ -51,6 +51,46 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             _remove_empty(created)
 
 
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file whole or not at all; text as UTF-8. An older file of the name stays until the new one is whole.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path = Path(path)
+    try:
+        # A name of its own for each writer: several processes may write the same file.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be written ({_reason(error)}).") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Finds out now whether [`write_file`] could write there later, by trying; leaves nothing behind.
+
+    Raises:
+        OutputError: if the folder does not exist or takes no files, or the name is a folder's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; a file name is needed.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} does not exist.")
+    try:  # permissions do not tell everything: to root all seems writable, read-only file systems included
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be written ({_reason(error)}).") from error
+
+
 def refuse_to_overwrite(
     folder: str | os.PathLike[str], names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
@@ -69,6 +109,13 @@ def refuse_to_overwrite(
         path = os.path.join(folder, name)
         if os.path.realpath(path) in kept:
             raise OutputError(f"The result {path} would replace the photograph of that name; choose another folder.")
+
+
+def _umask() -> int:
+    """What `open` would take from a new file's permissions (a temporary file is its owner's alone)."""
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
 
 
 def _create(target: Path) -> list[Path]:

@@ -1,12 +1,14 @@
 """Results arrive together or not at all, and nothing of a failed run stays behind."""
 
 import os
+import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from macosnet_hf.errors import InputError, OutputError
-from macosnet_hf.output_folder import output_folder, refuse_to_overwrite
+from macosnet_hf.output_folder import check_writable, output_folder, refuse_to_overwrite, write_file
 
 
 def names(folder):
@@ -115,3 +117,39 @@ def test_results_never_replace_what_they_are_made_from(tmp_path, monkeypatch):
             refuse_to_overwrite(folder, ["b.png", "a_mask.png"], ["a_mask.png"])
     refuse_to_overwrite(tmp_path / "other", ["a_mask.png"], [photo])
     refuse_to_overwrite(tmp_path, ["b_mask.png"], [photo])
+
+
+def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    # Two processes of an evaluation once removed each other's temporary file.
+    path = tmp_path / "result.json"
+
+    def work(number):
+        for _ in range(50):
+            check_writable(path)
+            write_file(path, str(number) * 1000)
+            text = path.read_text()
+            assert len(text) == 1000
+            assert len(set(text)) == 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert names(tmp_path) == ["result.json"]
+
+
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
+    write_file(tmp_path / "ours.txt", "é")
+    (tmp_path / "theirs.txt").write_text("é")
+    ours, theirs = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours.txt", "theirs.txt"))
+    assert ours == theirs
+    assert (tmp_path / "ours.txt").read_bytes() == "é".encode()
+
+
+@pytest.mark.parametrize("function", [check_writable, lambda path: write_file(path, b"x")])
+def test_a_file_that_cannot_be_written_is_said_so(tmp_path, function):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "folder", tmp_path / "none" / "a.json", tmp_path / "file" / "a.json", tmp_path / "a\0b"):
+        with pytest.raises(OutputError):
+            function(path)
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(tmp_path / "folder") == []

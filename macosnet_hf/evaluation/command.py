@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, OutputError
+from ..errors import InputError
+from ..output_folder import check_writable, write_file
 
 if TYPE_CHECKING:
     from .inference import Predictor
@@ -117,19 +116,8 @@ def check_outputs(args: argparse.Namespace) -> None:
         OutputError: if a folder does not exist or a name is a folder's.
     """
     for name in (args.json, args.markdown):
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder; a file name is needed.")
-        if not path.parent.is_dir():
-            raise OutputError(f"The folder {path.parent} does not exist.")
-        try:  # permissions do not tell everything: to root all seems writable, read-only file systems included
-            partial = path.with_name(f".{path.name}.partial")
-            partial.touch()
-            partial.unlink()
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error}.") from error
+        if name is not None:
+            check_writable(name)
 
 
 def choose(args: argparse.Namespace) -> tuple[Protocol, Options]:
@@ -253,21 +241,10 @@ def report(
         for message in result.problems:
             print(f"  {message}", file=sys.stderr)
     if args.json:
-        _write(Path(args.json), json.dumps(data, indent=2) + "\n")
+        write_file(args.json, json.dumps(data, indent=2) + "\n")
     if args.markdown:
-        _write(Path(args.markdown), table)
+        write_file(args.markdown, table)
     return data
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}.") from error
 
 
 __all__ = ["add_arguments", "run"]

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, MaCoSNetError, OutputError
+from ..errors import DataError, MaCoSNetError
+from ..output_folder import write_file
 
 _KEPT = ("benchmark", "protocol", "split", "model", "matching", "refine", "samples", "metrics", "per_class", "variants")
 _NAMES = {
@@ -114,17 +115,7 @@ def fill(card: str | os.PathLike[str], reports: dict[str, dict[str, Any]]) -> No
     known = settings.get("model-index") or [{"name": path.stem}]
     settings["model-index"] = [{"name": known[0]["name"], "results": model_index(reports)}]
     head = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    _write(path, f"---\n{head}---\n{parts[2]}")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror}).") from error
+    write_file(path, f"---\n{head}---\n{parts[2]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
             for name, report in reports.items():
-                _write(Path(args.keep) / f"{name}.json", json.dumps(report, indent=1) + "\n")
+                write_file(Path(args.keep) / f"{name}.json", json.dumps(report, indent=1) + "\n")
     except (MaCoSNetError, OSError) as error:
         print(f"model_card: {error}", file=sys.stderr)
         return 2
