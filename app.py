@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import threading
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
 from macosnet_hf.drawing import cutout, overlay_mask
 from macosnet_hf.kept import KeptResults
 from macosnet_hf.loading import load_model_and_processor
-from macosnet_hf.viewer_page import SCRIPT, STYLE, TEMPLATE
+from macosnet_hf.viewer_page import PASTE, SCRIPT, STYLE, TEMPLATE
+from macosnet_hf.working_copy import for_browser
 
 logger = logging.getLogger("macosnet_hf.app")
 
@@ -55,6 +57,9 @@ VERDICTS = {
     "poor": "These two seem to have nothing in common; do not rely on the matches.",
 }
 REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
+
+# The camera at the back of a phone, and not mirrored: a mirrored partner is not recognised.
+WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"ideal": "environment"}}})
 
 PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a function
 
@@ -86,6 +91,12 @@ THEME = gr.themes.Soft(
     block_title_text_weight="500",
     button_primary_background_fill="*primary_600",
     button_primary_background_fill_hover="*primary_700",
+    # The theme's own are white on white, or orange under white letters that cannot be read.
+    checkbox_border_color="*neutral_400",
+    checkbox_label_background_fill_selected="*primary_600",
+    input_border_color="*neutral_300",
+    link_text_color="*primary_700",
+    link_text_color_dark="*primary_400",
 )
 CSS = """
 .gradio-container { width: 100%; max-width: 1160px !important; margin: 0 auto !important; }
@@ -105,7 +116,8 @@ CSS = """
 .agreement .bar { height: 0.6rem; border-radius: 999px; background: var(--border-color-primary); overflow: hidden; }
 .agreement .bar i { display: block; height: 100%; border-radius: 999px; background: #15803d; }
 .agreement .odd.bar i { background: #b91c1c; }
-.agreement .odd.said { color: #dc2626; font-weight: 600; }
+.agreement .odd.said { color: #b91c1c; font-weight: 600; }
+.dark .agreement .odd.said { color: #f87171; }
 .small p { text-align: center; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 /* The examples as a row of pairs instead of a table with a line for each. */
 #examples .table-wrap, #examples table { border: none; background: none; box-shadow: none; width: auto; padding: 0; }
@@ -120,10 +132,13 @@ CSS = """
 #photographs .grid-container { grid-template-columns: repeat(auto-fill, minmax(105px, 1fr)); }
 #cutouts .grid-container, #masks .grid-container { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
 #cutouts .grid-wrap, #masks .grid-wrap { max-height: 46rem; }
+input[type=range]::-webkit-slider-thumb { border: 1px solid var(--neutral-400); }
+input[type=range]::-moz-range-thumb { border: 1px solid var(--neutral-400); }
 @media (max-width: 640px) {
   #header h1 { font-size: 1.6rem; }
   #header p { font-size: 1rem; }
   #examples tbody { flex-wrap: nowrap; gap: 0.4rem; }
+  #segment { flex-basis: 100%; }
   #examples td .container { width: 2.8rem; height: 2.8rem; }
   #examples tr { padding: 0.25rem; }
   #cutouts .grid-container, #masks .grid-container { grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)); }
@@ -339,33 +354,42 @@ def uploaded(component: Any, payload: Any) -> str:
     return path
 
 
-def takes_files_as_they_are(component: Any) -> Any:
-    """Lets a component hand over uploaded files: `load_image` turns photographs upright and says in plain words what is
-    wrong with them; gradio's own reading would do neither, and would decode a bomb."""
+def takes_files_as_they_are(kind: type[Any]) -> Any:
+    """A kind of component that hands over uploaded files: `load_image` turns photographs upright and says in plain
+    words what is wrong with them; gradio's own reading would do neither, and would decode a bomb."""
 
-    def one(payload: Any) -> str | None:
-        return uploaded(component, payload) if payload else None
+    def one(self: Any, payload: Any) -> str | None:
+        return uploaded(self, payload) if payload else None
 
-    def several(payload: Any) -> list[str]:
-        return [uploaded(component, getattr(each, "image", each)) for each in payload.root] if payload else []
+    def several(self: Any, payload: Any) -> list[str]:
+        return [uploaded(self, getattr(each, "image", each)) for each in payload.root] if payload else []
 
-    # On the instance, because gradio writes a file of type stubs beside every module that derives from a component.
-    component.preprocess = one if isinstance(component, gr.Image) else several
-    return component
+    # A class, because a session makes its components anew from theirs. Made by ABCMeta, because gradio's own metaclass
+    # writes a file of type stubs beside every module that derives from a component.
+    derived = {
+        "preprocess": one if kind is gr.Image else several,
+        "is_template": True,  # the page shows its base
+        "__module__": kind.__module__,
+    }
+    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), derived)
 
 
-def upload(name: str) -> gr.Image:
+UploadedImage = takes_files_as_they_are(gr.Image)
+UploadedGallery = takes_files_as_they_are(gr.Gallery)
+UploadedFile = takes_files_as_they_are(gr.File)
+
+
+def upload(name: str) -> Any:
     """A place for a photograph of the visitor."""
-    return takes_files_as_they_are(
-        gr.Image(
-            elem_id=name.lower(),
-            label=name,
-            sources=["upload", "clipboard", "webcam"],
-            type="filepath",
-            image_mode=None,
-            height=210,
-            min_width=240,
-        )
+    return UploadedImage(
+        elem_id=name.lower(),
+        label=name,
+        sources=["upload", "clipboard", "webcam"],
+        type="filepath",
+        image_mode=None,
+        webcam_options=WEBCAM,
+        height=210,
+        min_width=240,
     )
 
 
@@ -384,6 +408,19 @@ def into_cache(component: Any, paths: list[Path]) -> list[str]:
     """Copies files to where gradio serves and, later, deletes them. The copies can be fetched by who knows their names
     only, which hold a hash of the content."""
     return [component.move_resource_to_block_cache(str(path)) for path in paths]
+
+
+def checked_upload(component: Any, paths: list[str]) -> list[str]:
+    """Uploaded files that can be used, as files that a browser can show. A toast says what is wrong with the others."""
+    usable = []
+    for path in paths:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                shown = for_browser(path, Path(folder))
+                usable.append(path if shown is None else into_cache(component, [shown])[0])
+        except MaCoSNetError as error:
+            gr.Warning(html.escape(str(error), quote=False))
+    return usable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,6 +501,10 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
         except (KeyError, TypeError):
             return {"error": "This is not a result of this page."}
 
+    def check(path: str | None) -> Any:
+        usable = checked_upload(source, [path] if path else [])
+        return gr.skip() if usable == [path] else next(iter(usable), None)
+
     key = gr.State()
     with gr.Row(equal_height=True):
         source, target = upload("Source"), upload("Target")
@@ -527,6 +568,8 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
     options = [threshold, count]
     private = {"api_visibility": "private"}
     demo.load(show_example, options, [source, target, *shows], show_progress_on=line, **private)
+    for place in (source, target):
+        place.upload(check, place, place, show_progress="hidden", concurrency_limit=None, **private)
     matching = {
         "fn": run,
         "inputs": [source, target, *options, refine],
@@ -601,6 +644,10 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
         with in_plain_words():
             return (list(COLLECTION_EXAMPLE), *shown(desk.example_collection(), request))
 
+    def check(paths: list[str]) -> Any:
+        usable = checked_upload(photographs, paths)
+        return gr.skip() if usable == paths else usable
+
     def write_zip(key: str | None, request: gr.Request, progress: Any = PROGRESS) -> str:
         with (
             in_plain_words(),
@@ -616,7 +663,7 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
         "**Two to thirty photographs of the same kind of object.** Out come the object of each, their average, and the "
         "one that does not belong."
     )
-    photographs = gr.Gallery(
+    photographs = UploadedGallery(
         label="Photographs",
         show_label=False,
         elem_id="photographs",
@@ -626,11 +673,10 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
         object_fit="cover",
         interactive=True,
     )
-    takes_files_as_they_are(photographs)
     with gr.Row():
         button = gr.Button("Find what they have in common", variant="primary", size="lg", elem_id="segment", scale=3)
         stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
-        example = gr.Button("Try an example", size="lg", elem_id="collection-example", min_width=140)
+        example = gr.Button("Example", size="lg", elem_id="collection-example", min_width=140)
     refine = refinement_choice()
     line = gr.HTML(elem_id="collection-verdict")
     with gr.Column(visible=False, elem_id="collection-results") as results:
@@ -661,6 +707,7 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
         "show_progress_on": line,
         **private,
     }
+    photographs.upload(check, photographs, photographs, show_progress="hidden", concurrency_limit=None, **private)
     tab.select(
         show_example,
         photographs,
@@ -754,9 +801,7 @@ def public_api(desk: Desk) -> None:
 
     choices = [value for _, value in REFINEMENTS]
     with gr.Row(visible=False):
-        source, target = (
-            takes_files_as_they_are(gr.Image(label=name, type="filepath")) for name in ("source", "target")
-        )
+        source, target = (UploadedImage(label=name, type="filepath") for name in ("source", "target"))
         threshold = gr.Slider(0, 1, 0.0, label="threshold")
         refine = gr.Radio(choices, value="grabcut", label="refine")
         report = gr.JSON(label="report")
@@ -778,7 +823,7 @@ def public_api(desk: Desk) -> None:
         gr.Button().click(
             transfer_points, [result, points, direction], moved, api_name="transfer_points", concurrency_limit=4
         )
-        photographs = takes_files_as_they_are(gr.Files(label="photographs", type="filepath"))
+        photographs = UploadedFile(label="photographs", type="filepath", file_count="multiple")
         average = gr.Image(label="average", type="pil", format="jpeg")
         sheet = gr.Image(label="contact sheet", type="pil", format="jpeg")
         archive = gr.File(label="zip")
@@ -830,7 +875,9 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
                 collection_tab(desk, tab)
             with gr.Tab("About", id="about"):
                 about_tab(matcher)
-        gr.Markdown(f"{LIMITS} [Paper]({PAPER})", elem_classes="small", elem_id="limits")
+        gr.Markdown(
+            f"{LIMITS} [Paper]({PAPER}); the model card is under *About*.", elem_classes="small", elem_id="limits"
+        )
         public_api(desk)
         demo.unload(desk.leave)
     return demo.queue(max_size=MAX_WAITING)
@@ -847,6 +894,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         max_file_size=MAX_FILE_MEGABYTES * gr.FileSize.MB,
         theme=THEME,
         css=CSS + STYLE,
+        js=PASTE,
         footer_links=["api"],
         allowed_paths=[str(EXAMPLES_FOLDER), CAT],
         quiet=True,

@@ -4,11 +4,11 @@ Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither
 of a configuration, model or processor class also registers all of them with transformers' auto classes.
 """
 
-import gc
 import importlib
 import os
 from typing import TYPE_CHECKING
 
+from .collector import collector_paused
 from .errors import CheckpointError, DataError, ImageError, InputError, MaCoSNetError, OutputError
 
 if TYPE_CHECKING:
@@ -61,17 +61,12 @@ if not TYPE_CHECKING:  # a checker sees the imports above, and reports names tha
         """Imports the module that holds `name`; raises `AttributeError` for a name that the package does not export."""
         if name not in _LAZY_NAMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        collecting = gc.isenabled()
-        gc.disable()  # of the four seconds that importing torch and transformers takes, it costs one and finds nothing
-        try:
+        with collector_paused():
             if name in _TRANSFORMERS_CLASSES:
                 from ._registration import register_auto_classes
 
                 register_auto_classes()
             value: object = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
-        finally:
-            if collecting:
-                gc.enable()
         globals()[name] = value  # later accesses do not come through here
         return value
 

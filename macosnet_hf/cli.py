@@ -6,19 +6,18 @@ What can be checked without the network is checked before torch is imported, so 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import gc
 import importlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import DEFAULT_CHECKPOINT, __version__
+from .collector import collector_paused, no_collection_at_exit
 from .errors import ImageError, InputError, MaCoSNetError
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait for each other asleep instead of spinning: on a machine whose cores are busy otherwise, one
     # forward pass took 0.2 s so and 4.7 s without. OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    no_collection_at_exit()
     try:
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
@@ -57,18 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(sentence: str) -> int:
     print(f"macosnet: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Around the imports of torch and transformers: of some four seconds the collector takes one, and finds nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,7 +160,7 @@ def run_match(args: argparse.Namespace) -> int:
     refuse_to_overwrite(args.output_dir, MATCH_RESULTS, (args.source, args.target))
 
     with output_folder(args.output_dir) as folder:
-        with _without_garbage_collection():
+        with collector_paused():
             from .loading import load_model_and_processor
             from .pair import match_pair
 
@@ -329,7 +317,7 @@ def run_segment(args: argparse.Namespace) -> int:
 
     quiet = not sys.stderr.isatty()
     with output_folder(args.output_dir) as folder:
-        with _without_garbage_collection():
+        with collector_paused():
             from .collection import refined_mask, segment_collection
             from .drawing import cutout, overview
             from .loading import load_model_and_processor

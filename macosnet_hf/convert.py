@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, InputError
+from .loading import PICKLE_STARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,8 +117,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     import torch
 
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise CheckpointError(f"There is no checkpoint file {name}.")
+    _check_kind(name)
     try:
         # The training scripts put their arguments into the file; a namespace only holds values.
         safe = torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()])
@@ -126,13 +126,18 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             content = torch.load(name, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        asks = f" (it asks for {wanted[1]})" if wanted else ""
+        if wanted is None:
+            raise CheckpointError(
+                f"{name} is refused: it is a pickle of something else than tensors and plain settings."
+            ) from error
         raise CheckpointError(
-            f"{name} is refused: to load it, code from the file would have to run{asks}. Where you trust it, load it "
-            "yourself and save its tensors alone: torch.save({'state_dict': state_dict}, file)."
+            f"{name} is refused: to load it, code would have to run (it asks for {wanted[1]}). Where you trust it, "
+            "load it yourself and save its tensors alone: torch.save({'state_dict': state_dict}, file)."
         ) from error
     except Exception as error:  # torch raises many kinds for files that are no checkpoints
-        raise CheckpointError(f"{name} is damaged or no PyTorch checkpoint ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"{name} is damaged or cut off: it begins like a PyTorch checkpoint, but cannot be read as one."
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
@@ -142,6 +147,34 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         odd = next(key for key in content if key not in tensors)
         raise CheckpointError(f"{name} holds no state dict: {odd} is no tensor.")
     return {re.sub(r"^(?:module\.)+", "", key).replace(".vgg.", ".model."): value for key, value in tensors.items()}
+
+
+def _check_kind(name: str) -> None:
+    """What a file is shows in its first bytes; what torch says about one that it did not write is no help to anybody.
+
+    Raises:
+        CheckpointError: if it cannot be a file of torch.save.
+    """
+    if os.path.isdir(name):
+        raise CheckpointError(f"{name} is a folder; give the .pth.tar file itself.")
+    if not os.path.isfile(name):
+        raise CheckpointError(f"There is no checkpoint file {name}.")
+    try:
+        with open(name, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read ({error.strerror or error}).") from error
+    if not start:
+        raise CheckpointError(f"{name} is empty.")
+    if start[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{name} is a tar archive: a checkpoint in it must be taken out first, and one of PyTorch's first "
+            "versions, which were such archives, cannot be read safely."
+        )
+    if start[8:9] == b"{":
+        raise CheckpointError(f"{name} holds safetensors, not a published .pth.tar checkpoint.")
+    if not start.startswith(PICKLE_STARTS):
+        raise CheckpointError(f"{name} is no PyTorch checkpoint: torch.save writes no file that begins like this one.")
 
 
 def _numpy_scalars() -> list[Any]:
@@ -333,10 +366,6 @@ def _head_settings(ours: dict[str, Tensor], where: str) -> dict[str, Any]:
 def _names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,12 @@ OBJECT_COLOR: Color = (255, 176, 0)
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
 _MAX_ASPECT = 3.0  # a picture that is wider than this is shown at full width, not at full height
 
+# The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
+# Ghostscript on a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for a picture.
+COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
+MAX_PIXELS = 100_000_000  # a picture with more is refused before it is decoded
+
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,6 +98,8 @@ def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
         full_scale = 65535.0 if mode != "I" or high > 255 else 255.0
     if low < 0 or high > full_scale:
         offset, scale = low, 255.0 / max(high - low, 1e-12)
+        if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
+            values, offset, scale = values / 2, offset / 2, scale * 2
     else:
         offset, scale = 0.0, 255.0 / full_scale
     return np.clip((values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5, 0, 255).astype(np.uint8)

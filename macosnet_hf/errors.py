@@ -1,8 +1,17 @@
 """Typed errors of the library. Every error that bad input can cause derives from [`MaCoSNetError`]."""
 
+import re
+
+# Control characters but tab and line feed, what turns the direction of writing, and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class MaCoSNetError(Exception):
     """Base of every error that this library raises on purpose. Its text is one plain sentence for a person."""
+
+    def __str__(self) -> str:
+        # A name out of a stranger's file must not steer the terminal that shows it, nor be impossible to print.
+        return _UNPRINTABLE.sub("\ufffd", super().__str__())
 
 
 class InputError(MaCoSNetError, ValueError):

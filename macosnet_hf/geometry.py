@@ -273,6 +273,28 @@ def sample_at(features: Tensor, points: Tensor, *, padding_mode: str = "border")
     return warp(features, points.unsqueeze(1), padding_mode=padding_mode).squeeze(2).transpose(1, 2)
 
 
+def corner_weights(points: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation as a weighted mean of four cells; points outside count as on the border.
+
+    Args:
+        points: `(B, N, 2)` normalised points.
+        size: (height, width) of the map, at least 2 each.
+
+    Returns:
+        flat indices of the cells, row by row, `(B, N, 4)` int64, and their weights `(B, N, 4)`, which sum to 1.
+    """
+    height, width = int(size[0]), int(size[1])
+    pixels = denormalize_points(points, (height, width))
+    x, y = pixels[..., 0].clamp(0, width - 1), pixels[..., 1].clamp(0, height - 1)
+    left, top = x.floor().clamp(max=width - 2), y.floor().clamp(max=height - 2)
+    right_share, lower_share = x - left, y - top
+    first = (top * width + left).long()
+    index = torch.stack((first, first + 1, first + width, first + width + 1), dim=-1)
+    across = torch.stack((1 - right_share, right_share), dim=-1)
+    down = torch.stack((1 - lower_share, lower_share), dim=-1)
+    return index, (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
+
+
 def folded(affine: Tensor, tps: Tensor | None = None, *, samples: int = 12, regularization: float = 0.0) -> Tensor:
     """Share of the grid's cells that a transform flattens or turns inside out: `(B,)` in [0, 1]; 0 is sane."""
     grid = sampling_grid(affine, tps, size=(samples, samples), regularization=regularization)

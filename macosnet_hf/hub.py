@@ -21,8 +21,19 @@ KINDS = ("model", "dataset", "space")
 
 # What of a training run's folder stays at home, and what never travels.
 _LEFT_OUT = ("checkpoint-*", "partial-*", "samples", "best", "macosnet", "runs", "log.jsonl", "*.npz", "__pycache__")
-# Of a checkout, the Space needs the app, what it installs and the package with the embedded checkpoint.
-_SPACE_FILES = ("app.py", "README.md", "requirements.txt", "packages.txt", "LICENSE", "macosnet_hf", "docs/images")
+# Of a checkout, the Space needs the app and what it shows, what it installs, and the package with its checkpoint.
+_SPACE_FILES = (
+    "app.py",
+    "README.md",
+    "model_card.md",
+    "requirements.txt",
+    "packages.txt",
+    "LICENSE",
+    "NOTICE",
+    "macosnet_hf",
+    "docs/images",
+)
+_NEEDED_BY_SPACE = ("app.py", "README.md", "model_card.md", "requirements.txt")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY")
 _SCANNED_BYTES = 1_000_000
 
@@ -86,12 +97,25 @@ def _files(start: Path, *, top: bool) -> Iterator[Path]:
 
 
 def _check_space(root: Path) -> None:
-    for name in ("app.py", "README.md", "requirements.txt"):
+    for name in _NEEDED_BY_SPACE:
         if not (root / name).is_file():
             raise InputError(f"{root} holds no {name}: a Space is made from a checkout of this project.")
     head = (root / "README.md").read_text(encoding="utf-8").split("---")
     if len(head) < 3 or not re.search(r"^sdk: *gradio *$", head[1], re.MULTILINE):
         raise InputError(f"{root / 'README.md'} does not begin with the settings of a Space (sdk: gradio).")
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(
+            f"{repository!r} cannot be the name of a repository: it is NAME or OWNER/NAME, of letters, digits, '-', "
+            "'_' and '.'."
+        ) from error
 
 
 def _refuse_secrets(upload: Upload) -> None:
@@ -125,9 +149,10 @@ def push(
         The repository's address.
 
     Raises:
-        CheckpointError, InputError: as [`plan`], or if nobody is logged in.
+        CheckpointError, InputError: as [`plan`], for a name that no repository can have, or if nobody is logged in.
         OutputError: if the Hub cannot be reached or refuses.
     """
+    _check_name(repository)
     uploads = plan(kind, folder)
 
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -200,6 +225,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MaCoSNetError: for anything that cannot be done, in one sentence.
     """
+    _check_name(args.repository)
     uploads = plan(args.kind, args.folder)
     print(table(uploads))
     if args.kind != "space" and not any(upload.name == "README.md" for upload in uploads):

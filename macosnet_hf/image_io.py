@@ -18,20 +18,14 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .drawing import exif_orientation, upright_rgb
+from .drawing import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
 from .errors import ImageError
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray"
 )
 
-MAX_PIXELS = 100_000_000
 MIN_SIDE = 2
-
-# The formats that are tried, the common ones first. Left out on purpose: EPS and PDF (PIL would start Ghostscript on
-# a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for a picture.
-_COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-_FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 
 # `warnings.catch_warnings` changes the state of the whole process, so two threads must not be inside it at once.
 _WARNINGS_LOCK = threading.Lock()
@@ -85,6 +79,23 @@ def load_image(
             return upright_rgb(image)
 
 
+def load_as_stored(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture whose values have a meaning, such as a mask: decoded with the same care as [`load_image`], but not
+    turned and in its own mode.
+
+    Raises:
+        ImageError: as [`load_image`]; one pixel is enough here.
+    """
+    name = _name(source)
+    with _stream(source, name) as stream:
+        image = _open_header(stream, name, max_pixels)
+        with _damage_as_image_error(name):
+            _check_size(image.size, name, max_pixels, 1)
+            image.load()
+            _check_size(image.size, name, max_pixels, 1)
+            return image
+
+
 def image_size(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """The size `(height, width)` that [`load_image`] would return for a file, read from its header without decoding it.
 
@@ -100,6 +111,18 @@ def image_size(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels
             # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
             sideways = image.format != "TIFF" and exif_orientation(image) >= 5
             return (width, height) if sideways else (height, width)
+
+
+def image_format(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> str:
+    """What PIL calls the format of a file, such as "JPEG", read from its header.
+
+    Raises:
+        ImageError: as [`load_image`], as far as the header shows.
+    """
+    name = _name(source)
+    with _stream(source, name) as stream, _open_header(stream, name, max_pixels) as image:
+        _check_size(image.size, name, max_pixels, MIN_SIDE)
+        return image.format or ""
 
 
 def _name(source: object) -> str:
@@ -184,10 +207,10 @@ def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         warnings.simplefilter("ignore")
         try:
             try:
-                return Image.open(stream, formats=_COMMON_FORMATS)
+                return Image.open(stream, formats=COMMON_FORMATS)
             except UnidentifiedImageError:
                 Image.init()
-                return Image.open(stream, formats=[f for f in _FURTHER_FORMATS if f in Image.OPEN])
+                return Image.open(stream, formats=[f for f in FURTHER_FORMATS if f in Image.OPEN])
         except Image.DecompressionBombError as error:
             limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
             raise ImageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .drawing import draw_matches, upright_rgb
+from .drawing import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, draw_matches, upright_rgb
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, normalize_points
 from .refinement import REFINEMENT_METHODS, refine_mask
@@ -124,11 +125,7 @@ class MaCoSNetImageProcessor(PilBackend):
         """As in the library, but a picture that cannot be read ends in an [`ImageError`]."""
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
-        try:
-            return super().fetch_images(image_url_or_urls)
-        except Exception as error:
-            # A path, a URL or base64: the library's loader and PIL raise many kinds of errors on a bad one.
-            raise ImageError(f"The picture '{image_url_or_urls[:200]}' cannot be read ({error}).") from error
+        return read_photo(image_url_or_urls)
 
     def process_image(
         self,
@@ -140,7 +137,7 @@ class MaCoSNetImageProcessor(PilBackend):
     ) -> Image.Image | np.ndarray:
         """One picture to PIL RGB (8-bit sources) or to a float32 array `(H, W, 3)` in the unit of `rescale_factor`."""
         if isinstance(image, Image.Image):
-            return upright_rgb(image)
+            return _decoded(image)
         array = _channels_last(image, input_data_format)
         if not np.issubdtype(array.dtype, np.floating):
             return _eight_bit_rgb(array)
@@ -402,6 +399,43 @@ class MaCoSNetImageProcessor(PilBackend):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures in
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_photo(photo: str | Image.Image, timeout: float | None = None) -> Image.Image:
+    """A path, a URL, base64 or a PIL picture as the library's `load_image` gives it: upright, RGB.
+
+    Args:
+        photo: see above.
+        timeout: seconds to wait for a picture from the web.
+
+    Raises:
+        ImageError: if it cannot be read, or a file has more than [`MAX_PIXELS`] pixels; its header is read first.
+    """
+    name = "The picture" if isinstance(photo, Image.Image) else f"The picture '{photo[:200]}'"
+    try:
+        if isinstance(photo, str) and os.path.isfile(photo):
+            Image.init()
+            formats = [known for known in (*COMMON_FORMATS, *FURTHER_FORMATS) if known in Image.OPEN]
+            with Image.open(photo, formats=formats) as header:
+                pixels = header.width * header.height
+            if pixels > MAX_PIXELS:
+                raise ImageError(f"{name} has {pixels / 1e6:.6g} megapixels, more than {MAX_PIXELS / 1e6:.6g}.")
+        return load_image(photo, timeout=timeout)
+    except ImageError:
+        raise
+    except Exception as error:  # the library's loader and PIL raise many kinds
+        if isinstance(photo, str) and not os.path.isfile(photo) and not photo.startswith(("http:", "https:", "data:")):
+            raise ImageError(f"{name} does not exist: it is no file, no web address and no base64.") from error
+        raise ImageError(f"{name} cannot be read ({error}).") from error
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """Upright RGB of a PIL picture, whose file may be read only now."""
+    try:
+        return upright_rgb(image)
+    except Exception as error:  # PIL raises many kinds on damaged bytes
+        name = getattr(image, "filename", "") or "A picture"
+        raise ImageError(f"{name} is damaged or cut off and cannot be read ({error}).") from error
 
 
 def _is_picture(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import DEFAULT_CHECKPOINT
+from .collector import collector_paused
 from .errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.pth.tar", "model.bin", "model.ckpt")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save is a zip of pickles
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save is a zip of pickles
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -62,6 +62,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"There is no checkpoint folder {name!r}.")
 
 
+@collector_paused()
 def load_model_and_processor(
     checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT, device: str | torch.device = "auto"
 ) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
@@ -186,7 +187,7 @@ def _hub_file(name: str, file: str, online: bool, revision: str | None = None) -
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, load report or retry lines (what is wrong is said in our own sentence), and no collector."""
+    """No progress bars, load report or retry lines (what is wrong is said in our own sentence)."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -195,13 +196,9 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    collecting = gc.isenabled()
-    gc.disable()  # transformers imports more of itself here; see __init__.py
     try:
         yield
     finally:
-        if collecting:
-            gc.enable()
         logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
         if bars:
@@ -261,7 +258,7 @@ def _check_safetensors(path: Path) -> None:
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-        if start.startswith(_PICKLE_STARTS):
+        if start.startswith(PICKLE_STARTS):
             raise _pickle_error(path)
         with safe_open(path, framework="numpy"):
             pass

@@ -43,6 +43,9 @@ CONTRASTIVE_FORMS = ("features", "pixels")
 
 # Keeps a quotient finite where a mask or a feature vanishes; far below any value that carries information.
 _EPSILON = 1e-6
+# How far a point may go, in halves of the picture, before the next transform takes it on: a spline carries a far point
+# on to more than the square of its distance, and a few of these in a row leave float32.
+_FARTHEST = 1e3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def _round_trip_error(
     for step in zip(*paths, strict=True):
         pairs = list(step)
         points = apply_cascade(
-            points,
+            points.clamp(-_FARTHEST, _FARTHEST),
             affine[:, pairs].flatten(0, 1),
             tps[:, pairs].flatten(0, 1),
             regularization=tps_regularization,

@@ -25,6 +25,7 @@ from .errors import InputError
 from .geometry import (
     TPS_PARAMETERS,
     apply_cascade,
+    corner_weights,
     denormalize_points,
     identity_affine,
     identity_tps,
@@ -155,6 +156,11 @@ def correlate(source: Tensor, target: Tensor) -> Tensor:
     return l2_normalize(F.relu(similarity)).unflatten(-1, target.shape[-2:])
 
 
+def similarities(source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor) -> Tensor:
+    """Cosine similarity `(B, N)` of features `(B, C, h, w)` at points `(B, N, 2)` of the one and of the other."""
+    return F.cosine_similarity(sample_at(source, source_points), sample_at(target, target_points), dim=-1)
+
+
 class MaCoSNetEncoder(nn.Module):
     """E: any backbone with a stride-16 stage. Stages behind the last one that is used are cut off, not just ignored."""
 
@@ -230,11 +236,13 @@ class MaCoSNetDecoderBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden: Tensor, skip: Tensor | None, index: Tensor | None = None) -> Tensor:
-        """`(P, c, h, w)` to `(P, out, 2h, 2w)`; `index` `(P,)` names the picture of each row in `skip` `(N, ...)`."""
+        """`(P, c, h, w)` to `(P, out, 2h, 2w)`.
+
+        `skip` `(N, out, 2h, 2w)` holds the projected maps of N pictures; `index` `(P,)` names the picture of each row.
+        """
         hidden = self.upsample(hidden)
-        if self.skip is not None and skip is not None:
-            projected = self.skip(skip)
-            hidden = hidden + (projected if index is None else projected[index])
+        if skip is not None:
+            hidden = hidden + (skip if index is None else skip[index])
         hidden = F.relu(self.norm1(self.conv1(hidden)))
         return F.relu(self.norm2(self.conv2(hidden)))
 
@@ -256,21 +264,38 @@ class MaCoSNetDecoder(nn.Module):
         self.classifier = nn.Conv2d(widths[-1], 1, 1)
         self.strides = tuple(config.feature_strides[:-1])
 
-    def forward(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
+    def project_skips(self, skips: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The encoder's finer maps as the blocks take them: narrow, and the same whoever the partner is."""
+        projections: dict[int, Any] = {8 >> number: block.skip for number, block in enumerate(self.blocks)}
+        return tuple(projections[stride](skip) for stride, skip in zip(self.strides, skips, strict=True))
+
+    def forward(
+        self,
+        features: MaCoSNetFeatures,
+        correlation: Tensor,
+        index: Tensor | None = None,
+        projected: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Mask logits from `C_A = [f_A, S]`.
 
         Args:
-            features: of N pictures.
+            features: of N pictures; `skips` is not looked at where `projected` is given.
             correlation: `(P, h*w, h, w)`, spatial layout of the picture that is segmented, one channel per position
                 of its partner (that is S_BA for A).
             index: `(P,)` the picture of each row; `None` when P = N in the same order.
+            projected: what [`project_skips`] made of the skips, for those who keep it.
 
         Returns:
             `(P, H, W)` logits.
         """
         last = features.last if index is None else features.last[index]
-        hidden = self.input_norm(torch.cat((last, correlation.to(last.dtype)), dim=1))
-        skips = dict(zip(self.strides, features.skips, strict=True))
+        correlation = correlation.to(last.dtype)
+        if last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous():
+            # In another memory layout than the features, it would send the whole decoder down the slow path.
+            correlation = correlation.contiguous(memory_format=torch.channels_last)
+        hidden = self.input_norm(torch.cat((last, correlation), dim=1))
+        maps = self.project_skips(features.skips) if projected is None else projected
+        skips = dict(zip(self.strides, maps, strict=True))
         for block, stride in zip(self.blocks, (8, 4, 2, 1), strict=True):
             hidden = block(hidden, skips.get(stride), index)
         return self.classifier(hidden).squeeze(1)
@@ -433,39 +458,58 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
                 raise InputError(
                     f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(image_sizes.shape)}."
                 )
-        pairs = ordered_pairs(views)
-        first_view = torch.arange(batch, device=pixel_values.device).unsqueeze(1) * views
-        source = (first_view + torch.tensor([i for i, _ in pairs], device=pixel_values.device)).flatten()
-        target = (first_view + torch.tensor([j for _, j in pairs], device=pixel_values.device)).flatten()
-
         pictures = pixel_values.flatten(0, 1)
         features = self.get_image_features(pictures)
+        exact = self.config.cascade == "exact"
+        output = self.relate_views(features, views, pictures if exact else None, output_masks=output_masks)
+        if output_flow:
+            output.flow = self._dense_flow(output, image_sizes, ordered_pairs(views))
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    def relate_views(
+        self,
+        features: MaCoSNetFeatures,
+        num_views: int,
+        pixel_values: Tensor | None = None,
+        output_masks: bool = True,
+    ) -> MaCoSNetModelOutput:
+        """Everything behind the encoder: correlations, transforms and masks of every ordered pair of views.
+
+        Args:
+            features: of `B * num_views` pictures, the views of a group side by side.
+            num_views: V, 2 or 3.
+            pixel_values: `(B * V, 3, H, W)`, for the exact cascade; see [`predict_transforms`].
+            output_masks: whether to run the decoder.
+        """
+        pairs = ordered_pairs(num_views)
+        device = features.last.device
+        batch = features.last.shape[0] // num_views
+        first_view = torch.arange(batch, device=device).unsqueeze(1) * num_views
+        source, target = (
+            (first_view + torch.tensor([pair[side] for pair in pairs], device=device)).flatten() for side in (0, 1)
+        )
         correlation = correlate(features.normalized[source], features.normalized[target])
+        without_skips = features.without_skips()
         affine, tps = self.predict_transforms(
-            features.without_skips().select(source),
-            features.without_skips().select(target),
-            pictures[source] if self.config.cascade == "exact" else None,
+            without_skips.select(source),
+            without_skips.select(target),
+            None if pixel_values is None else pixel_values[source],
             correlation,
         )
         masks = None
         if output_masks:
             # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
-            reverse = torch.arange(len(pairs), device=pixel_values.device) ^ 1
-            partner = correlation.unflatten(0, (batch, len(pairs)))[:, reverse].flatten(0, 1)
-            masks = self.predict_masks(features, partner, source).unflatten(0, (batch, len(pairs)))
-
-        output = MaCoSNetModelOutput(
+            reverse = torch.arange(len(source), device=device) ^ 1
+            masks = self.predict_masks(features, correlation[reverse], source).unflatten(0, (batch, len(pairs)))
+        return MaCoSNetModelOutput(
             affine=affine.unflatten(0, (batch, len(pairs))),
             tps=tps.unflatten(0, (batch, len(pairs))),
             correlation=correlation.unflatten(0, (batch, len(pairs))),
             mask_logits=masks,
-            features=features.normalized.unflatten(0, (batch, views)),
+            features=features.normalized.unflatten(0, (batch, num_views)),
         )
-        if output_flow:
-            output.flow = self._dense_flow(output, image_sizes, pairs)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
 
     def _dense_flow(
         self, output: MaCoSNetModelOutput, image_sizes: Tensor, pairs: tuple[tuple[int, int], ...]
@@ -628,7 +672,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         on_source = sample_at(masks[:, 0], source).squeeze(-1)
         on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
         features = outputs.features.float()
-        similarity = F.cosine_similarity(sample_at(features[:, 0], source), sample_at(features[:, 1], target), dim=-1)
+        similarity = similarities(features[:, 0], features[:, 1], source, target)
         scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
 
         threshold = self.config.match_mask_threshold
@@ -717,20 +761,24 @@ def _match_some_locally(
         make_grid(side, side, device=points.device, dtype=points.dtype).reshape(-1, 2)
         for side in (_WINDOW_SAMPLES, _OFFSET_SAMPLES)
     )
+    # One channel per position of the target, spatial layout of the source. Descriptors between the source's cells are
+    # mixtures of the cells', so their similarities are the same mixtures of these numbers: no descriptor is made.
+    similarity = torch.bmm(target.flatten(2).transpose(1, 2), source.flatten(2)).unflatten(-1, source.shape[-2:])
+    gram = torch.bmm(source.flatten(2).transpose(1, 2), source.flatten(2))
     answer = apply_cascade(points, affine, tps, regularization=regularization)
     moved = torch.zeros_like(points)
     for sigma, half in zip(sigmas, windows, strict=True):
         around = (points.unsqueeze(2) + half * unit_window).flatten(1, 2)
         weights = torch.exp(-2 * unit_window.square().sum(-1)) * inside(around).unflatten(1, (count, len(unit_window)))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=_NORM_EPSILON)
-        descriptors = l2_normalize(sample_at(source, around), dim=-1)
-        similarity = torch.bmm(descriptors, target.flatten(2)).unflatten(-1, target.shape[-2:])
+        length = _mixture_length(gram, around, source.shape[-2:])
+        evidence_maps = (sample_at(similarity, around) / length.unsqueeze(-1)).unflatten(-1, target.shape[-2:])
         mapped = apply_cascade(around, affine, tps, regularization=regularization)
         mapped = mapped + moved.repeat_interleave(len(unit_window), dim=1)
         offsets = _OFFSET_REACH * sigma * unit_offsets
         places = mapped.unsqueeze(2) + offsets
         found = F.grid_sample(
-            similarity.flatten(0, 1).unsqueeze(1),
+            evidence_maps.flatten(0, 1).unsqueeze(1),
             places.flatten(0, 1).unsqueeze(2),
             align_corners=True,
             padding_mode="border",
@@ -740,6 +788,15 @@ def _match_some_locally(
         chances = torch.softmax(temperature * evidence - offsets.square().sum(-1) / (2 * sigma**2), dim=-1)
         moved = moved + chances @ offsets
     return answer + moved
+
+
+def _mixture_length(gram: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
+    """Length `(B, N)` of bilinear samples of a map at points `(B, N, 2)`, from its inner products `(B, h*w, h*w)`."""
+    index, weight = corner_weights(points, size)
+    flat = (index.unsqueeze(-1) * gram.shape[-1] + index.unsqueeze(-2)).flatten(1)
+    products = gram.flatten(1).gather(1, flat).view(*index.shape, 4)
+    square = torch.einsum("bna,bnac,bnc->bn", weight, products, weight)
+    return (square.clamp(min=0) + _NORM_EPSILON).sqrt()
 
 
 MaCoSNetModel.register_for_auto_class("AutoModel")
@@ -755,4 +812,5 @@ __all__ = [
     "correlate",
     "match_locally",
     "ordered_pairs",
+    "similarities",
 ]

@@ -8,8 +8,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from .errors import OutputError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_PREFIX = ".macosnet-"
 
 
 @contextlib.contextmanager
@@ -18,7 +27,9 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     vanish.
 
     The folder is created if need be, before the block runs, so that a long run does not end at a closed door. Files
-    of the same name are replaced, others stay.
+    of the same name are replaced, others stay. JSON files, which say what the other files are, come last, and older
+    ones of their names go first: also after a kill between two files, what is there beside such a file belongs to it.
+    What killed runs left in the folder is removed; two runs at a time do not mix their files.
 
     Raises:
         OutputError: if the folder cannot be created or written.
@@ -30,25 +41,92 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     done = False
     try:
         try:
-            partial = Path(tempfile.mkdtemp(prefix=".macosnet-", dir=target))
+            with _alone_in(target):
+                _remove_left_over(target)
+                partial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+                held = hold_folder(partial)
         except OSError as error:
             raise OutputError(f"Nothing can be written in the folder {target} ({_reason(error)}).") from error
         try:
             yield partial
-            results = sorted(partial.iterdir())
-            for path in results:  # all of them before the first one moves
-                if (target / path.name).is_dir():
-                    raise OutputError(f"{target / path.name} is a folder; it stands where a result should go.")
-            for path in results:
-                os.replace(path, target / path.name)
+            with _alone_in(target):
+                _move_all(partial, target)
             done = True
         except OSError as error:
             raise OutputError(f"The results could not be written in {target} ({_reason(error)}).") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            release_folder(held)
     finally:
         if not done:
             _remove_empty(created)
+
+
+def _move_all(partial: Path, target: Path) -> None:
+    results = sorted(partial.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+    for path in results:  # all of them before the first one moves
+        if (target / path.name).is_dir():
+            raise OutputError(f"{target / path.name} is a folder; it stands where a result should go.")
+    for path in results:
+        if path.suffix == ".json":
+            (target / path.name).unlink(missing_ok=True)
+    for path in results:
+        os.replace(path, target / path.name)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Removes the temporary folders of runs that were killed; those of living runs are held."""
+    for path in target.glob(f"{_PREFIX}*"):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(BlockingIOError):
+                held = hold_folder(path)
+                if held is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    release_folder(held)
+
+
+def hold_folder(folder: Path) -> int | None:
+    """Marks a folder as one that a living process writes; the system takes the mark away when the process ends.
+
+    Returns:
+        what [`release_folder`] takes, or `None` where there are no such marks: on Windows and some network drives.
+
+    Raises:
+        BlockingIOError: if the folder is held already.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def release_folder(held: int | None) -> None:
+    """Ends what [`hold_folder`] began."""
+    if held is not None:
+        os.close(held)
+
+
+@contextlib.contextmanager
+def _alone_in(target: Path) -> Iterator[None]:
+    """Waits until no other process is inside such a block for the same folder; each lasts a moment only."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:

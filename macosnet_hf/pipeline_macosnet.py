@@ -6,17 +6,19 @@ this package is installed and one of its classes was imported, `trust_remote_cod
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
 from .collection import refined_mask, segment_collection
 from .errors import InputError
+from .image_processing_macosnet import read_photo
+from .refinement import REFINEMENT_METHODS
 
 
 class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
@@ -37,9 +39,32 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
 
     _load_video_processor = False  # the library would take the image processor's code for one
 
+    def __call__(self, inputs: Any, threshold: float | None = None, **kwargs: Any) -> Any:
+        """Matches of one pair of photographs (paths, URLs, PIL pictures), or of each of several.
+
+        Args:
+            inputs: a pair, or a list of pairs; a list gives a list, also of one pair.
+            threshold: smallest score of a match, 0 to 1; by default what `pipeline` was given, else 0.
+            kwargs: `timeout` (seconds to wait for a picture from the web), `batch_size`.
+
+        Raises:
+            InputError: for anything else.
+            ImageError: for a photograph that cannot be read.
+        """
+        inputs = _with_strings(inputs)
+        if not _is_pair(inputs) and not (_is_list(inputs) and len(inputs) > 0 and all(map(_is_pair, inputs))):
+            raise InputError(
+                "Key-point matching takes a pair of photographs (paths, URLs or PIL pictures), or several."
+            )
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise InputError(f"threshold must be a number between 0 and 1; got {threshold!r}.")
+        # Not the parent's, which gives the bare matches for a list of one pair.
+        results = Pipeline.__call__(self, [inputs] if _is_pair(inputs) else inputs, threshold=threshold, **kwargs)
+        return results[0] if _is_pair(inputs) else results
+
     def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """One pair to `pixel_values` `(1, 2, 3, H, W)` and `target_sizes` `(1, 2, 2)` as (height, width)."""
-        photos = [load_image(image, timeout=timeout) for image in images]
+        photos = [read_photo(image, timeout) for image in images]
         pixel_values = self.image_processor(photos, return_tensors="pt")["pixel_values"]
         sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
         return {"pixel_values": pixel_values, "target_sizes": sizes}
@@ -103,20 +128,26 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         Raises:
             InputError: for fewer than two photographs, or something that is none.
         """
+        inputs = _with_strings(inputs)
         several = _is_list(inputs) and len(inputs) > 0 and all(_is_list(item) for item in inputs)
         collections = list(inputs) if several else [inputs]
         for photos in collections:
-            if not _is_list(photos) or not all(isinstance(photo, (str, Image.Image)) for photo in photos):
+            if not _is_list(photos) or not all(map(_is_photo, photos)):
                 raise InputError("Co-segmentation takes a list of photographs: paths, URLs or PIL pictures.")
             if len(photos) < 2:
                 raise InputError("Co-segmentation needs two or more photographs.")
+        partners, refine = kwargs.get("partners"), kwargs.get("refine")
+        if partners is not None and (not isinstance(partners, int) or partners < 1):
+            raise InputError(f"partners must be a whole number from 1; got {partners!r}.")
+        if refine is not None and refine not in REFINEMENT_METHODS:  # before the network runs
+            raise InputError(f"Unknown refinement {refine!r}; choose one of {', '.join(REFINEMENT_METHODS)}.")
         # Photographs of a collection go through the network one after another, whatever their number.
         results = super().__call__(collections, **{**kwargs, "batch_size": 1})
         return results if several else results[0]
 
     def preprocess(self, photos: Any, timeout: float | None = None) -> dict[str, Any]:
         """Upright RGB pictures; the collection's own code resizes them."""
-        return {"photos": [load_image(photo, timeout=timeout) for photo in photos]}
+        return {"photos": [read_photo(photo, timeout) for photo in photos]}
 
     def _forward(self, model_inputs: dict[str, Any], partners: int = 4) -> dict[str, Any]:
         photos = model_inputs["photos"]
@@ -153,6 +184,21 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
+
+
+def _with_strings(value: Any) -> Any:
+    """The same, in lists, with strings for paths: the library takes tuples apart in its own way."""
+    if _is_list(value):
+        return [_with_strings(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _is_photo(value: Any) -> bool:
+    return isinstance(value, (str, Image.Image))
+
+
+def _is_pair(value: Any) -> bool:
+    return _is_list(value) and len(value) == 2 and all(map(_is_photo, value))
 
 
 # What a saved configuration says, so that `pipeline` finds these classes in the folder beside it.

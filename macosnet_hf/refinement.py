@@ -15,11 +15,11 @@ from .errors import InputError
 
 REFINEMENT_METHODS = ("grabcut", "otsu", "crf", "none")
 
-# Where GrabCut's answer is fixed beforehand. Chosen on msrc-coseg (52 photographs at 200 px) with true masks blurred,
-# shifted and disturbed for soft masks, J 0.59 before: J is 0.70 with these, 0.63 without a sure foreground, 0.65
-# without either, 0.65 at 0.2 and 0.9.
-SURE_BACKGROUND = 0.05
-SURE_FOREGROUND = 0.9
+# Where GrabCut's answer is fixed beforehand. Chosen on every second photograph of msrc-coseg with the soft masks of the
+# embedded checkpoint: J is 0.770 with these, 0.745 at 0.05 and 0.9 (there it may flood), 0.761 at 0.2 and 0.8, 0.717 at
+# 0.3 and 0.9, and 0.745 for the soft masks themselves.
+SURE_BACKGROUND = 0.15
+SURE_FOREGROUND = 0.75
 
 _COMPONENTS = 5  # of each of GrabCut's two colour models; fewer samples than this cannot feed them
 _MIN_CONTRAST = (
@@ -35,7 +35,7 @@ def refine_mask(
     *,
     threshold: float = 0.5,
     working_size: int = 320,
-    iterations: int = 3,
+    iterations: int = 1,
     sure_background: float = SURE_BACKGROUND,
     sure_foreground: float = SURE_FOREGROUND,
 ) -> np.ndarray:

@@ -141,13 +141,16 @@ function drawPoints(parent) {
   }
 }
 
+const follow = matchMedia("(hover: none)").matches ? "The colour of a line tells the place."
+  : "Move over a line to follow it; its colour tells the place.";
+
 function tell(text, wrong) {
   const foot = find(".viewer-foot");
   if (!text) {
     const shown = matches.lines.length;
     text = points.length ? "" : !matches.all ? "No matching points on the object."
       : !matches.above ? "None of the " + matches.all + " matches has so high a score; lower the confidence."
-      : shown + " of " + matches.all + " matches. Move over a line to follow it; its colour tells the place.";
+      : shown + " of " + matches.all + " matches. " + follow;
     const pins = points.filter((point) => !point.dot).length;
     if (pins) text = pins + (pins === 1 ? " point and its partner" : " points and their partners") + ".";
     else if (points.length) text = "The same colour marks the same place on the object.";
@@ -248,4 +251,49 @@ new ResizeObserver(() => {
   if (width && Math.abs(width - drawnWidth) > 2) { drawnWidth = width; draw(); }
 }).observe(find(".viewer-stage"));
 take();
+"""
+
+
+# Run once by the page. A picture that is pasted goes to the photograph under the pointer, else to an empty place, else
+# to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
+PASTE = r"""
+() => {
+  let pointed = null;
+  let last = null;
+  document.addEventListener("pointerover", (event) => { pointed = event.target; });
+
+  const places = () => ["#source", "#target", "#photographs"]
+    .map((name) => document.querySelector(name))
+    .filter((place) => place && place.offsetParent !== null);
+  const input = (place) => place.querySelector("input[type=file]");
+  const choose = (found) =>
+    found.find((place) => pointed && place.contains(pointed)) ||
+    found.find((place) => !place.querySelector("img") && input(place)) ||
+    found.find((place) => place !== last);
+
+  const give = (place, files, tries) => {
+    const field = input(place);
+    if (field) {
+      field.files = files;
+      field.dispatchEvent(new Event("change", { bubbles: true }));
+      return;
+    }
+    const remove = place.querySelector("button[aria-label='Remove Image']");
+    if (remove) remove.click();
+    if (tries > 0) setTimeout(give, 50, place, files, tries - 1);
+  };
+
+  document.addEventListener("paste", (event) => {
+    const pictures = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+    const found = places();
+    if (!pictures.length || !found.length) return;
+    event.preventDefault();
+    const place = choose(found) || found[0];
+    const several = place.id === "photographs";
+    const files = new DataTransfer();
+    for (const picture of several ? pictures : pictures.slice(0, 1)) files.items.add(picture);
+    last = place;
+    give(place, files.files, 20);
+  });
+}
 """

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .errors import ImageError
-from .image_io import image_size, load_image
+from .image_io import image_format, image_size, load_image
 
 WORKING_SIDE = 960  # pixels of the longer side; the network sees a quarter of that, a page shows it at half its width
+_SHOWN_BY_BROWSERS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "ICO")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,24 @@ class WorkingCopy:
         return np.array([max(self.size[0] - 1, 1) / width, max(self.size[1] - 1, 1) / height])
 
 
+def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
+    """A photograph as a file that a browser can show: a PNG of the same size in `folder`, or `None` if it is one.
+
+    Only the header of a file that can be shown is read.
+
+    Raises:
+        ImageError: as [`open_working_copy`].
+    """
+    try:
+        if image_format(path) in _SHOWN_BY_BROWSERS:
+            return None
+        copy = folder / f"{Path(path).stem}.png"
+        load_image(path).save(copy, compress_level=1)
+    except ImageError as error:
+        raise _without_folder(error, path, os.path.basename(path)) from error
+    return copy
+
+
 def open_working_copy(path: str | os.PathLike[str], name: str | None = None, side: int = WORKING_SIDE) -> WorkingCopy:
     """Reads a photograph at a bounded size; a JPEG is not even decoded at its full one.
 
@@ -80,11 +100,15 @@ def open_working_copy(path: str | os.PathLike[str], name: str | None = None, sid
         # The reduction keeps the shorter side at least this long, hence the longer one at least `side`.
         image = load_image(path, reduced_to=max(1, round(side * min(width, height) / max(width, height))))
     except ImageError as error:
-        raise ImageError(str(error).replace(os.fspath(path), name)) from error
+        raise _without_folder(error, path, name) from error
     if image.size != (width, height) and max(width, height) <= side:
         width, height = image.size  # some containers (ICO) tell their true size only when decoded
     image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return WorkingCopy(os.fspath(path), name, image, (width, height))
+
+
+def _without_folder(error: ImageError, path: str | os.PathLike[str], name: str) -> ImageError:
+    return ImageError(str(error).replace(os.fspath(path), name))
 
 
 def distinct_names(names: list[str]) -> list[str]:

@@ -380,6 +380,24 @@ def test_files_of_the_server_cannot_be_named_in_a_collection(address, meta):
     assert '"photos"' not in answer
 
 
+@pytest.mark.parametrize("kind", ["UploadedImage", "UploadedGallery", "UploadedFile"])
+def test_components_that_a_session_makes_anew_are_as_careful(kind, tmp_path, monkeypatch):
+    """gradio does so whenever an event leaves a component as it is, or changes one of its options."""
+    options = {"file_count": "multiple"} if kind == "UploadedFile" else {}
+    first = getattr(app, kind)(label="photographs", type="filepath", **options)
+    made_anew = type(first)(**first.constructor_args)
+    payload, several = {"path": CHEETAH}, [{"path": CHEETAH}]
+    if kind == "UploadedGallery":
+        several = [{"image": payload, "caption": None}]
+    model = made_anew.data_model
+    data = model(**payload) if kind == "UploadedImage" else model(root=several) if kind == "UploadedGallery" else None
+    if data is None:
+        data = gr.data_classes.ListFiles(root=[gr.FileData(**payload)])
+    with pytest.raises(gr.Error, match="Only uploaded files"):
+        made_anew.preprocess(data)
+    assert made_anew.get_block_name() == type(first).__base__.__name__.lower()
+
+
 def test_an_uploaded_file_can_be_named(address):
     """Else the test above would pass whatever happens."""
     upload = httpx.post(f"{address}/gradio_api/upload", files={"files": ("c.jpg", Path(CHEETAH).read_bytes())})

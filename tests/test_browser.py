@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def result():
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a green one
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
         yield browser
         browser.close()
 
@@ -191,17 +193,123 @@ def test_an_example_runs_at_one_click(page):
     assert page.locator("#verdict .mark.poor").is_visible()
 
 
-def test_wrong_file_is_a_message_and_no_old_result_stays(page, tmp_path):
-    (tmp_path / "letter.jpg").write_text("This is a letter, not a picture. " * 20)
+def letter(folder, name="letter & <i>.jpg"):
+    """Text under the name of a photograph."""
+    (folder / name).write_text("This is a letter, not a picture. " * 20)
+    return folder / name
+
+
+def test_a_wrong_file_is_said_at_once_and_the_place_is_free_again(page, tmp_path):
+    clear(page, "source")
+    page.locator("#source input[type=file]").set_input_files(str(letter(tmp_path)))
+    page.locator(".toast-body").get_by_text("' is not a picture in a format that can be read").wait_for()
+    assert "'letter & i.jpg'" in page.locator(".toast-body").inner_text()  # gradio takes < and > out of names
+    page.locator("#source img").wait_for(state="detached")
+    choose(page, "source", Path(LION))
+
+
+def test_no_old_result_stays_where_there_is_no_new_one(page):
     clear(page, "source")
     page.locator("#match").click()
     page.locator(".toast-body").get_by_text("Choose two photographs first.").wait_for()
-    choose(page, "source", tmp_path / "letter.jpg")
-    page.locator("#match").click()
-    page.locator(".toast-body").get_by_text("Source: 'letter.jpg' is not a picture").wait_for()
     page.locator("#viewer").wait_for(state="hidden")
     page.locator("#examples tbody tr").first.click()  # the server lives on
     page.locator("#viewer svg").wait_for(timeout=60_000)
+
+
+def test_a_photograph_that_browsers_do_not_show_is_shown(page, tmp_path):
+    with Image.open(LION) as photo:
+        photo.save(tmp_path / "scan.tif")
+    clear(page, "source")
+    page.locator("#source input[type=file]").set_input_files(str(tmp_path / "scan.tif"))
+    page.locator("#source img[src*='scan.png']").wait_for()
+    page.wait_for_function("document.querySelector('#source img').naturalWidth == 256")
+    page.locator("#match").click()
+    page.get_by_text("This is the same photograph twice").wait_for(timeout=60_000)
+
+
+# What somebody does who copies a picture: one of the examples is on the clipboard afterwards.
+COPY = """async (number) => {
+  const image = new Image();
+  image.src = document.querySelectorAll("#examples img")[number].src;
+  await image.decode();
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+  await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+}"""
+TOWER_EXAMPLE, CAT_EXAMPLE = 5, 3
+
+
+def paste(page, number, place):
+    """Puts an example on the clipboard, presses Ctrl+V and waits until the place shows something else."""
+    before = page.locator(f"#{place} img").first.get_attribute("src") if page.locator(f"#{place} img").count() else ""
+    page.evaluate(COPY, number)
+    page.keyboard.press("Control+v")
+    wait_until(page, lambda: (page.locator(f"#{place} img").all() or [None])[0] is not None)
+    wait_until(page, lambda: page.locator(f"#{place} img").first.get_attribute("src") != before)
+
+
+@pytest.fixture
+def clipboard_page(browser, address):
+    page = open_page(browser, address, permissions=["camera", "clipboard-read", "clipboard-write"])
+    yield page
+    close_page(page, address)
+
+
+def test_pictures_are_pasted_one_after_the_other(clipboard_page):
+    page = clipboard_page
+    lion = page.locator("#target img").get_attribute("src")
+    page.mouse.move(5, 5)
+    paste(page, TOWER_EXAMPLE, "source")  # both places are taken: one after the other
+    assert page.locator("#target img").get_attribute("src") == lion
+    paste(page, TOWER_EXAMPLE, "target")
+    page.locator("#match").click()
+    page.get_by_text("This is the same photograph twice").wait_for(timeout=60_000)
+    page.locator("#target").hover()  # whatever lies under the pointer
+    tower = page.locator("#source img").get_attribute("src")
+    paste(page, CAT_EXAMPLE, "target")
+    assert page.locator("#source img").get_attribute("src") == tower
+    clear(page, "source")  # an empty place
+    page.mouse.move(5, 5)
+    paste(page, CAT_EXAMPLE, "source")
+
+
+def test_the_button_of_the_clipboard(clipboard_page):
+    page = clipboard_page
+    clear(page, "target")
+    page.evaluate(COPY, TOWER_EXAMPLE)
+    page.locator("#target button[aria-label='Paste from clipboard']").click()
+    page.locator("#target img").wait_for()
+    page.locator("#match").click()
+    page.get_by_text(app.VERDICTS["poor"]).wait_for(timeout=60_000)
+
+
+def test_pasting_words_changes_nothing(clipboard_page):
+    page = clipboard_page
+    before = page.locator("#source img").get_attribute("src")
+    page.evaluate("navigator.clipboard.writeText('a word')")
+    page.locator("#count input[type=number]").fill("")
+    page.locator("#count input[type=number]").focus()
+    page.keyboard.press("Control+v")
+    page.wait_for_timeout(300)
+    assert page.locator("#source img").get_attribute("src") == before
+
+
+def test_a_photograph_of_the_camera(clipboard_page, matcher):
+    page, before = clipboard_page, matcher.pairs
+    clear(page, "source")
+    page.locator("#source button[aria-label='Capture from camera']").click()
+    page.get_by_text("Click to Access Webcam").click()
+    video = page.locator("#source video")
+    page.wait_for_function("document.querySelector('#source video').videoWidth > 0")
+    assert "flip" not in video.get_attribute("class")  # a mirrored partner is not recognised
+    page.locator("#source button[aria-label='capture photo']").click()
+    page.locator("#source img[src*='/gradio_api/file=']").wait_for()
+    page.locator("#match").click()
+    page.get_by_text(app.VERDICTS["poor"]).wait_for(timeout=60_000)
+    assert matcher.pairs == before + 1
 
 
 def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
@@ -243,6 +351,32 @@ def test_collection_upload_run_and_zip(page, tmp_path):
     started.value.save_as(tmp_path / "collection.zip")
     with zipfile.ZipFile(tmp_path / "collection.zip") as archive:
         assert {f"own{number}_cutout.png" for number in range(4)} <= set(archive.namelist())
+
+
+def test_wrong_files_of_a_collection_are_left_out_at_once(page, tmp_path):
+    open_collection(page)
+    page.locator("#photographs button[aria-label='Clear']").click()
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    files = [letter(tmp_path), CHEETAH, tmp_path / "dot.png", LION]
+    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in files])
+    page.locator(".toast-body").get_by_text("'dot.png' has only 1 x 1 pixels").wait_for()
+    assert "'letter & i.jpg' is not a picture" in page.locator(".toast-body").inner_text()
+    wait_until(page, lambda: page.locator("#photographs img").count() == 2)
+
+
+def test_who_comes_back_to_the_collection_finds_the_own_photographs(page, tmp_path):
+    open_collection(page)
+    page.locator("#photographs button[aria-label='Clear']").click()
+    photographs = {"mine0.jpg": LION, "mine1.jpg": CHEETAH}
+    own = [save_large(path, (300, 200), tmp_path / name) for name, path in photographs.items()]
+    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in own])
+    page.locator("#photographs img[src*='mine1.jpg']").wait_for()
+    page.get_by_role("tab", name="Pair").click()
+    page.get_by_role("tab", name="Collection").click()
+    page.wait_for_timeout(500)
+    page.locator("#segment").click()
+    page.get_by_text("All 2 photographs seem").wait_for(timeout=60_000)
+    assert set(page.locator("#agreement .name").all_inner_texts()) == set(photographs)
 
 
 def start_long_run(page, matcher, tmp_path):

@@ -1,16 +1,20 @@
 """Published checkpoints become ours: the same parameters as an independent copy of the original network."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import re
+import tarfile
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -295,16 +299,64 @@ def test_a_malicious_pickle_never_runs(kind, tmp_path, capsys):
     assert witness.exists()
 
 
-def test_files_that_are_none(tmp_path):
+def saved(content, **options):
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+def tar_of(content):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        entry = tarfile.TarInfo("storages")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def zip_of(name):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, "x")
+    return stream.getvalue()
+
+
+WEIGHTS = {"state_dict": {"a": torch.zeros(300)}}
+JUNK = {
+    "empty": (b"", "is empty"),
+    "text": (b"hello" * 100, "is no PyTorch checkpoint"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(50), "is no PyTorch checkpoint"),
+    "number": (b"j\x75\x97\x6b\x0a" * 9, "is no PyTorch checkpoint"),  # torch: KeyError(174823285)
+    "safetensors": (save({"a": torch.zeros(2)}), "holds safetensors"),
+    "tar": (tar_of(b"x"), "is a tar archive"),
+    "start of a zip": (b"PK\x03\x04" + bytes(50), "is damaged or cut off"),
+    "another zip": (zip_of("a.txt"), "is damaged or cut off"),
+    "cut off": (saved(WEIGHTS)[:900], "is damaged or cut off"),
+    "cut off, legacy": (saved(WEIGHTS, _use_new_zipfile_serialization=False)[:-9], "is damaged or cut off"),
+    "another pickle": (pickle.dumps(174812789), "is refused: it is a pickle of something else"),
+    "list": (saved([1, 2]), "holds no state dict"),
+    "number of torch": (saved({"step": 1}), "step is no tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", JUNK)
+def test_files_that_are_none_are_said_in_plain_words(kind, tmp_path, capsys):
+    content, words = JUNK[kind]
+    path = tmp_path / "junk.pth.tar"
+    path.write_bytes(content)
+    assert main(["convert", str(path), str(tmp_path / "ours")]) == 2
+    message = capsys.readouterr().err.replace(str(path), "F")
+    assert words in message
+    assert len(message) < 200
+    assert not re.search(r"\(|\d{4}|enforce|miniz|Error", message), message  # nothing of torch's own insides
+    assert not (tmp_path / "ours").exists()
+
+
+def test_paths_that_are_no_file(tmp_path):
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         read_state_dict(tmp_path / "nothing.pth.tar")
-    for name, content in (("empty", b""), ("text", b"hello" * 100), ("zip", b"PK\x03\x04" + b"\0" * 50)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"damaged or no PyTorch checkpoint|refused"):
-            read_state_dict(tmp_path / name)
-    torch.save([1, 2], tmp_path / "list")
-    with pytest.raises(CheckpointError, match="no state dict"):
-        read_state_dict(tmp_path / "list")
+    with pytest.raises(CheckpointError, match=r"is a folder; give the \.pth\.tar file"):
+        read_state_dict(tmp_path)
 
 
 def test_an_output_folder_that_cannot_be_made(original, tmp_path, capsys):

@@ -223,4 +223,4 @@ def test_first_result_comes_within_seconds():
         float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=120).stdout)
         for _ in range(2)
     ]
-    assert min(runs) < 8
+    assert min(runs) < 6

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from hub_server import TOKEN, HubServer
 from PIL import Image
@@ -136,7 +138,7 @@ def test_a_folder_of_another_kind_is_refused(kind, words, tmp_path, capsys):
 
 
 def test_a_space_needs_its_settings(tmp_path):
-    for name in ("app.py", "requirements.txt"):
+    for name in ("app.py", "model_card.md", "requirements.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "README.md").write_text("# No settings\n")
     with pytest.raises(InputError, match="sdk: gradio"):
@@ -264,7 +266,7 @@ def test_prepare_pushes_too(hub, tmp_path, prepared):
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_space_goes_up(hub, tmp_path):
+def test_space_goes_up_and_starts_from_what_is_there(hub, tmp_path):
     done = macosnet(hub, tmp_path, "push", "space", ROOT, "me/demo")
     assert done.returncode == 0, done.stderr
     assert hub.settings["space", "me/demo"]["sdk"] == "gradio"
@@ -272,6 +274,30 @@ def test_space_goes_up(hub, tmp_path):
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
     weights = "macosnet_hf/pretrained/macosnet-lite/model.safetensors"
     assert files[weights] == (ROOT / weights).read_bytes()
+
+    space = tmp_path / "space"
+    for name, content in files.items():
+        (space / name).parent.mkdir(parents=True, exist_ok=True)
+        (space / name).write_bytes(content)
+    pytest.importorskip("gradio", reason="the Space needs gradio")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "--port", str(port)],
+        cwd=space,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(tmp_path / "served")},
+    )
+    try:
+        assert process.stdout.readline().startswith("Open http"), process.communicate()[0]
+        page = httpx.get(f"http://127.0.0.1:{port}/config", timeout=60)
+        assert "Model card of the embedded checkpoint" in page.text
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -314,10 +340,15 @@ def test_a_hub_that_is_not_there_is_one_sentence(prepared, checkpoint, tmp_path)
         assert done.stderr.count("\n") == 1
 
 
-def test_a_bad_name_is_one_sentence(hub, checkpoint, tmp_path):
-    done = macosnet(hub, tmp_path, "push", "model", checkpoint, "me/small/again")
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("name", ["me/small/again", "bad name!!", "", "me/"])
+def test_a_bad_name_is_one_sentence(options, name, hub, checkpoint, tmp_path):
+    done = macosnet(hub, tmp_path, "push", "model", checkpoint, name, *options)
     assert done.returncode == 2
-    assert "cannot be pushed to me/small/again" in done.stderr
+    assert done.stderr.startswith(f"macosnet: {name!r} cannot be the name of a repository")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert hub.requests == []
 
 
 # ---- loading by id ---------------------------------------------------------------------------------------------------

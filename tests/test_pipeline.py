@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import SuperGlueConfig, SuperGlueForKeypointMatching, SuperGlueImageProcessor, pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
-from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetForKeypointMatching, match_pair
+from macosnet_hf import DEFAULT_CHECKPOINT, ImageError, InputError, MaCoSNetForKeypointMatching, match_pair
 from macosnet_hf.collection import refined_mask, segment_collection
 from macosnet_hf.pipeline_macosnet import CUSTOM_PIPELINES, MaCoSNetCosegmentationPipeline
 
@@ -127,7 +127,68 @@ def test_several_collections_at_once(segmenter, photos):
     ]
 
 
-@pytest.mark.parametrize("inputs", ["photo.png", [], [1, 2], None])
+def test_a_list_of_one_pair_is_a_list_of_one_result(matcher, photos):
+    alone = matcher(photos[:2])
+    assert matcher([photos[:2]]) == matcher(((Path(photos[0]), Path(photos[1])),)) == [alone]
+
+
+PAIR = ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "ab",
+        None,
+        3,
+        [],
+        [[]],
+        ["a.png"],
+        [*PAIR, "c.png"],
+        [PAIR, "c.png"],
+        [PAIR, ["c.png"]],
+        [[PAIR]],
+        [1, 2],
+        {"a": 1},
+    ],
+)
+def test_what_is_no_pair_is_said(matcher, inputs):
+    with pytest.raises(InputError, match="takes a pair of photographs"):
+        matcher(inputs)
+
+
+@pytest.mark.parametrize("threshold", ["high", -0.1, 2.0, float("nan")])
+def test_a_threshold_that_is_none_is_said(matcher, photos, threshold):
+    with pytest.raises(InputError, match="threshold must be a number between 0 and 1"):
+        matcher(photos[:2], threshold=threshold)
+
+
+def test_a_threshold_for_all_calls(matcher, photos):
+    strict = pipeline("keypoint-matching", model=matcher.model, image_processor=matcher.image_processor, threshold=0.7)
+    assert strict(photos[:2]) == matcher(photos[:2], threshold=0.7) != matcher(photos[:2])
+
+
+@pytest.mark.parametrize("task", ["matcher", "segmenter"])
+def test_a_photograph_that_is_not_there_is_said(task, photos, request):
+    with pytest.raises(ImageError, match=r"'nowhere\.jpg' does not exist") as caught:
+        request.getfixturevalue(task)([photos[0], "nowhere.jpg"])
+    assert "padding" not in str(caught.value)  # the library takes it for base64
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"partners": 0}, "partners must be a whole number"),
+        ({"partners": "two"}, "partners must be a whole number"),
+        ({"refine": "sharp"}, "Unknown refinement 'sharp'"),
+    ],
+)
+def test_options_of_co_segmentation(segmenter, photos, option, words):
+    with pytest.raises(InputError, match=words):
+        segmenter(photos[:2], **option)
+
+
+@pytest.mark.parametrize("inputs", ["photo.png", [], [1, 2], None, [[PAIR]], [PAIR, "c.png"], {"a": 1}])
 def test_what_is_no_list_of_photographs_is_said(segmenter, inputs):
     with pytest.raises(InputError, match="Co-segmentation"):
         segmenter(inputs)

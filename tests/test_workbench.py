@@ -18,7 +18,7 @@ from macosnet_hf.kept import KeptResults
 from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.viewer import grid_document, object_grid, source_on_target, tint, viewer_lines, viewer_photos
 from macosnet_hf.workbench import match_files, matches_table, pair_document, pair_flow, segment_files, write_pair_files
-from macosnet_hf.working_copy import distinct_names, open_working_copy
+from macosnet_hf.working_copy import distinct_names, for_browser, open_working_copy
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
 CHEETAH, LION, TOWER = (os.path.join(IMAGES, name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
@@ -145,6 +145,33 @@ def test_errors_name_the_photograph_without_its_folder(tmp_path):
     gone.unlink()
     with pytest.raises(ImageError, match=r"^'gone\.png' is no longer on the server"):
         copy.open_original()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "gif", "bmp", "ico"])
+def test_what_browsers_show_stays_as_it_is(ending, tmp_path):
+    with Image.open(LION) as photo:
+        photo.save(tmp_path / f"lion.{ending}")
+    assert for_browser(tmp_path / f"lion.{ending}", tmp_path) is None
+
+
+def test_what_browsers_do_not_show_becomes_a_png(tmp_path):
+    with Image.open(LION) as photo:
+        photo.resize((90, 60)).save(tmp_path / "scan.of a lion.tif")
+    copy = for_browser(tmp_path / "scan.of a lion.tif", tmp_path)
+    assert copy == tmp_path / "scan.of a lion.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(copy)), np.asarray(load_image(tmp_path / "scan.of a lion.tif")))
+
+
+def test_what_cannot_be_shown_is_said(tmp_path):
+    (tmp_path / "letter.jpg").write_text("a letter " * 9)
+    with pytest.raises(ImageError, match=r"^'letter\.jpg' is not a picture"):
+        for_browser(tmp_path / "letter.jpg", tmp_path)
+    with Image.open(LION) as photo:
+        photo.save(tmp_path / "cut.tif")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "cut.tif").read_bytes()[:9000])
+    with pytest.raises(ImageError, match=r"^'cut\.tif' is damaged"):
+        for_browser(tmp_path / "cut.tif", tmp_path)
+    assert list(tmp_path.glob("*.png")) == []
 
 
 def test_names_of_files_become_distinct():

@@ -10,6 +10,7 @@ class, so PF-WILLOW's 450 pairs take little more room than its 100 pictures.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -51,7 +52,7 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 
 def _is_own_output(folder: Path) -> bool:
     """Whether [`prepare`] made everything that is in the folder, so that it may be replaced."""
-    if not is_prepared(folder) or {path.name for path in folder.iterdir()} != {"README.md", "data"}:
+    if not is_prepared(folder) or {path.name for path in folder.iterdir()} - {MARKER} != {"README.md", "data"}:
         return False
     if any(path.suffix != ".parquet" for path in (folder / "data").iterdir()):
         return False
@@ -118,7 +119,7 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
 
     try:
         stream = load_dataset(data, split=split, streaming=True)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it holds a script
         raise DataError(f"{data}: the split {split!r} cannot be loaded: {_first_line(error)}") from error
     declared = features()
     present = stream.features or {}
@@ -215,27 +216,26 @@ def prepare(
         raise DataError(f"{source}: no split of {entry.title} was found.")
     if benchmark in ("coseg", "pairs") and len(chosen) > 1:
         raise InputError(f"{entry.title} has no splits of its own, so only one can be made of it at a time.")
-    lock = _start(partial)
+    lock = _start(partial, _replaced(folder))
+    root = _data_root(Path(source))
     try:
         counts = {}
         for split in chosen:
             records, _ = open_records(benchmark, source, split, pairs=pairs, problems=problems)
             counts[split] = _write_split(
-                _verified(records, problems), partial / "data", split, shard_bytes, row_group_bytes, progress
+                _verified(records, problems, root), partial / "data", split, shard_bytes, row_group_bytes, progress
             )
             if counts[split] == 0:
                 raise DataError(f"{source}: no valid record is left in the split {split!r}.")
         card = data_card(entry, counts, problems, _digest(partial / "data"))
         (partial / "README.md").write_text(card, encoding="utf-8")
         (partial / MARKER).unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        _put_in_place(partial, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard_quietly(partial)
         raise OutputError(f"{folder} cannot be written: {error}.") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard_quietly(partial)
         raise
     finally:
         lock.release()
@@ -247,7 +247,42 @@ def _partial(output: str | os.PathLike[str]) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def _start(partial: Path) -> FileLock:
+def _replaced(folder: Path) -> Path:
+    """Where an older output stands for the moment in which the new one takes its name."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Gives the finished folder its name. An older output goes as a whole first: were it removed under its name, a
+    kill would leave some of its shards there, which `datasets` would load as if they were all."""
+    old = _replaced(folder)
+    if folder.exists():
+        (folder / MARKER).touch()  # it is ours, and may be removed
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    if old.exists():
+        _discard(old)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder of ours. The marker goes last, so that a removal that is cut off can be told and repeated."""
+    marker = folder / MARKER
+    marker.touch()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    marker.unlink()
+    folder.rmdir()
+
+
+def _discard_quietly(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        _discard(folder)
+
+
+def _start(partial: Path, old: Path) -> FileLock:
     """Makes the partial folder; the rest of a run that was cut off is removed. The marker stays locked while a run is
     alive (the system unlocks it when the run dies), so that two runs never write into one folder."""
     from filelock import FileLock, Timeout
@@ -255,11 +290,15 @@ def _start(partial: Path) -> FileLock:
     lock = FileLock(partial / MARKER)
     try:
         if partial.exists():
-            # Without the marker it is complete: the run was cut off between the last file and the renaming.
-            if not (partial / MARKER).is_file() and not is_prepared(partial):
+            # Without the marker it is complete, or empty: the run was cut off between the last file and the renaming,
+            # or before the first file.
+            ours = (partial / MARKER).is_file() or is_prepared(partial) or not any(partial.iterdir())
+            if not ours:
                 raise OutputError(f"{partial} is in the way; remove it.")
             with FileLock(partial / MARKER).acquire(timeout=0):
-                shutil.rmtree(partial)
+                _discard(partial)
+        if (old / MARKER).is_file() or (old.is_dir() and not any(old.iterdir())):
+            _discard(old)
         partial.mkdir(parents=True)
         # The marker is the first file: whatever bears it is ours, unfinished, and may be removed.
         lock.acquire(timeout=0)
@@ -271,7 +310,13 @@ def _start(partial: Path) -> FileLock:
     return lock
 
 
-def _verified(records: Iterable[Record], problems: Problems) -> Iterator[Record]:
+def _data_root(source: Path) -> str:
+    """The real folder that everything of an archive lies in."""
+    inner = source.is_file() or source.name in ("PF-dataset", "PF-dataset-PASCAL")
+    return os.path.realpath(source.parent if inner else source)
+
+
+def _verified(records: Iterable[Record], problems: Problems, root: str) -> Iterator[Record]:
     """Records with their pictures read and decoded once; invalid ones are reported."""
     sizes: dict[str, tuple[int, int]] = {}
     for record in records:
@@ -281,7 +326,7 @@ def _verified(records: Iterable[Record], problems: Problems) -> Iterator[Record]
                 if record.get(f"{side}_image") is None:
                     continue
                 where = f"{record['id']}, {side}_image"
-                embedded[f"{side}_image"] = _embedded(record[f"{side}_image"], where)
+                embedded[f"{side}_image"] = _embedded(record[f"{side}_image"], where, root)
                 key = record.get(f"{side}_id") or where
                 if key not in sizes:
                     opened = open_picture(record[f"{side}_image"], where)
@@ -289,7 +334,7 @@ def _verified(records: Iterable[Record], problems: Problems) -> Iterator[Record]
                 if record.get(f"{side}_mask") is not None:
                     where = f"{record['id']}, {side}_mask"
                     mask_from_picture(record[f"{side}_mask"], where, sizes[key])
-                    embedded[f"{side}_mask"] = _embedded(record[f"{side}_mask"], where)
+                    embedded[f"{side}_mask"] = _embedded(record[f"{side}_mask"], where, root)
             flow_size = record.get("flow_size")
             if flow_size is not None and tuple(flow_size) != sizes[record["target_id"]]:
                 raise DataError(f"{record['id']}: the flow {tuple(flow_size)} is not of its picture's size.")
@@ -299,10 +344,13 @@ def _verified(records: Iterable[Record], problems: Problems) -> Iterator[Record]
             yield embedded
 
 
-def _embedded(picture: dict[str, Any], where: str) -> dict[str, Any]:
-    """Bytes and file name, without the folder: a machine's paths have no place in a data set."""
+def _embedded(picture: dict[str, Any], where: str, root: str) -> dict[str, Any]:
+    """Bytes and file name, without the folder: a machine's paths have no place in a data set, nor has a picture from
+    elsewhere, to which a link in a stranger's archive may lead."""
     if picture.get("bytes") is not None:
         return {"bytes": picture["bytes"], "path": os.path.basename(picture.get("path") or "") or None}
+    if not Path(os.path.realpath(picture["path"])).is_relative_to(root):
+        raise DataError(f"{where}: {picture['path']} is a link out of the data folder; put the file in its place.")
     try:
         return {"bytes": Path(picture["path"]).read_bytes(), "path": os.path.basename(picture["path"])}
     except OSError as error:

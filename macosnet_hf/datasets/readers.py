@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import DataError, InputError
+from .mat import read_matrix
 from .schema import DIFFICULTIES, Record, features, make_record
 
 if TYPE_CHECKING:
@@ -149,9 +150,21 @@ def _each(items: Iterable[Item], build: Callable[[Item], Record], problems: Prob
 
 
 def _picture(path: Path, where: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib raises for a name that is too long
         raise DataError(f"{where}: the picture {path} is missing.")
     return {"path": str(path), "bytes": None}
+
+
+def _inside(root: Path, name: str, where: str) -> Path:
+    """The path of a name that stands in a list or an annotation, which a stranger may have written.
+
+    Raises:
+        DataError: if it leads out of the folder: what is not part of the data must not get into a prepared data set.
+    """
+    path = root / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+        raise DataError(f"{where}: {name!r} leads out of the data folder {root}.")
+    return path
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -235,7 +248,7 @@ def _row_paths(row: dict[str, str], root: Path, where: str) -> tuple[Path, Path]
     for column in ("source_image", "target_image"):
         if not (row.get(column) or "").strip():
             raise DataError(f"{where}: the column {column} is missing or empty.")
-    return root / row["source_image"].strip(), root / row["target_image"].strip()
+    return _inside(root, row["source_image"].strip(), where), _inside(root, row["target_image"].strip(), where)
 
 
 def _class_by_number(row: dict[str, str], names: tuple[str, ...], where: str) -> str:
@@ -310,7 +323,7 @@ def _pair_list(
 
 def read_pf_willow(source: Path, split: str, problems: Problems, pairs: Path | None = None) -> Iterator[Record]:
     """PF-WILLOW (Ham et al., "Proposal Flow"): the 450 pairs of `test_pairs.csv`, or, without a list, all pairs within
-    each class from the `.mat` files (`pts_coord`, 2x10; needs SciPy), which are the same 450 unordered pairs."""
+    each class from the `.mat` files (`pts_coord`, 2x10), which are the same 450 unordered pairs."""
     root = source.parent if source.name == "PF-dataset" else source
     listing = pairs or root / "test_pairs.csv"
     if pairs is not None or listing.is_file():
@@ -353,14 +366,10 @@ def _willow_from_mat(root: Path, split: str, problems: Problems) -> Iterator[Rec
 
 def _mat_keypoints(path: Path) -> list[list[float]]:
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(f"{path}: reading .mat key-points needs SciPy; install it or give test_pairs.csv.") from error
-    try:
-        points = np.asarray(loadmat(path)["pts_coord"], dtype=np.float64)
-    except Exception as error:  # SciPy's parser fails in many ways on a damaged file; to the user all mean the same.
-        raise DataError(f"{path}: the key-points (pts_coord) cannot be read.") from error
-    if points.ndim != 2 or points.shape[0] != 2:
+        points = read_matrix(path.read_bytes(), "pts_coord")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the key-points (pts_coord) cannot be read ({error}).") from error
+    if points.shape[0] != 2:
         raise DataError(f"{path}: pts_coord must be 2xN; it is {'x'.join(map(str, points.shape))}.")
     return points.T.tolist()
 
@@ -399,7 +408,11 @@ def read_spair(source: Path, split: str, problems: Problems, pairs: Path | None 
             lines = listing.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{listing}: the list of pairs cannot be read.") from error
-        files = [annotations / f"{line.strip()}.json" for line in lines if line.strip()]
+        files = [
+            _inside(annotations, f"{line.strip()}.json", f"{listing}, line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
     else:
         files = sorted(annotations.glob("*.json"))
     _need_some(files, annotations, "pair annotation")
@@ -416,14 +429,14 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
         annotation = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{where}: the pair annotation is missing.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or no name of a file
         raise DataError(f"{where}: the pair annotation cannot be read.") from error
     try:
         class_name = annotation["category"]
         if class_name not in SPAIR_CLASSES:
             raise DataError(f"{where}: unknown class {class_name!r}.")
-        first = source / "JPEGImages" / class_name / annotation["src_imname"]
-        second = source / "JPEGImages" / class_name / annotation["trg_imname"]
+        pictures = source / "JPEGImages" / class_name
+        first, second = (_inside(pictures, annotation[name], where) for name in ("src_imname", "trg_imname"))
         if len(annotation["src_kps"]) != len(annotation["trg_kps"]):
             raise DataError(
                 f"{where}: {len(annotation['src_kps'])} key-points in the source but "
@@ -459,7 +472,7 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
     masks = {}
     for side, picture in (("source", first), ("target", second)):
         mask = source / "Segmentation" / class_name / f"{picture.stem}.png"
-        masks[f"{side}_mask"] = _picture(mask, where) if mask.is_file() else None
+        masks[f"{side}_mask"] = _picture(mask, where) if os.path.isfile(mask) else None
     return make_record(
         where,
         id=path.stem,

@@ -26,7 +26,6 @@ Absent values are `None`. Pictures in a record are `{"path": ..., "bytes": ...}`
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import struct
@@ -177,12 +176,11 @@ def picture_name(picture: Any) -> str:
     return str(getattr(picture, "filename", "") or "picture")
 
 
-def _open(picture: Any) -> Image.Image:
-    if isinstance(picture, Image.Image):
+def _source(picture: Any) -> Any:
+    """What [`load_image`] takes, of a record's picture."""
+    if not isinstance(picture, dict):
         return picture
-    if isinstance(picture, dict):
-        return Image.open(io.BytesIO(picture["bytes"]) if picture.get("bytes") is not None else picture["path"])
-    return Image.open(picture)
+    return picture["bytes"] if picture.get("bytes") is not None else picture["path"]
 
 
 def open_picture(picture: Any, where: str) -> Image.Image:
@@ -197,11 +195,8 @@ def open_picture(picture: Any, where: str) -> Image.Image:
     """
     from ..image_io import load_image
 
-    source = picture
-    if isinstance(picture, dict):
-        source = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
     try:
-        return load_image(source)
+        return load_image(_source(picture))
     except ImageError as error:
         raise DataError(f"{where}: {picture_name(picture)}: {error}") from error
 
@@ -216,11 +211,8 @@ def picture_size(picture: Any, where: str) -> tuple[int, int]:
 
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
-    source = picture
-    if isinstance(picture, dict):
-        source = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
     try:
-        return image_size(source)
+        return image_size(_source(picture))
     except ImageError as error:
         raise DataError(f"{where}: {picture_name(picture)}: {error}") from error
 
@@ -243,16 +235,16 @@ def mask_from_picture(picture: Any, where: str, size: tuple[int, int] | None = N
     Raises:
         DataError: if the mask is missing, damaged, or of another size than its picture.
     """
+    from ..image_io import load_as_stored
+
     try:
-        with _open(picture) as opened:
-            if opened.mode == "P" or opened.mode == "1":
-                array = np.asarray(opened)
-            elif opened.mode in ("RGBA", "LA", "RGB", "CMYK"):
-                array = np.asarray(opened.convert("RGB")).max(axis=-1)
-            else:
-                array = np.asarray(opened)
-            palette = opened.mode == "P"
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        opened = picture if isinstance(picture, Image.Image) else load_as_stored(_source(picture))
+        if opened.mode in ("RGBA", "LA", "RGB", "CMYK"):
+            array = np.asarray(opened.convert("RGB")).max(axis=-1)
+        else:
+            array = np.asarray(opened)
+    except (ImageError, OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        # Of a PIL picture that a caller has opened, this is the first that its pixels are looked at.
         raise DataError(f"{where}: {picture_name(picture)} cannot be read as a mask.") from error
     if array.ndim != 2:
         raise DataError(f"{where}: {picture_name(picture)} is not a mask of one value a pixel.")
@@ -261,7 +253,7 @@ def mask_from_picture(picture: Any, where: str, size: tuple[int, int] | None = N
             f"{where}: the mask {picture_name(picture)} is {array.shape[1]}x{array.shape[0]} pixels, "
             f"its picture {size[1]}x{size[0]}."
         )
-    if array.dtype == np.bool_ or palette or array.max(initial=0) < 128:
+    if array.dtype == np.bool_ or opened.mode == "P" or array.max(initial=0) < 128:
         return array > 0
     return array >= 128
 

@@ -5,6 +5,7 @@ Points are (x, y) in pixels of the original picture, 0 the centre of the first p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,11 +49,11 @@ def box_length(box: Sequence[float]) -> float:
     """Reference length of protocol `bbox`: the longer side, in pixels, of a box `(x0, y0, x1, y1)`.
 
     Raises:
-        DataError: if the box has no extent, so that no prediction could be right.
+        DataError: if the box has no extent, so that no prediction could be right, or no finite one, so that all were.
     """
     length = float(max(box[2] - box[0], box[3] - box[1]))
-    if not length > 0:
-        raise DataError("The reference box has no extent, so PCK `bbox` is not defined.")
+    if not 0 < length < math.inf:
+        raise DataError("The reference box has no extent, or no finite one, so PCK `bbox` is not defined.")
     return length
 
 
@@ -104,7 +105,7 @@ def keypoint_errors(
 
     Raises:
         InputError: for another protocol, shapes that differ, or a missing size.
-        DataError: if no key-point is valid, a prediction is not finite, or the box has no extent.
+        DataError: if no key-point is valid, one or its prediction is not finite, or the box has no extent.
     """
     predicted = np.asarray(predicted, dtype=np.float64).reshape(-1, 2)
     truth = np.asarray(truth, dtype=np.float64).reshape(-1, 2)
@@ -116,6 +117,8 @@ def keypoint_errors(
     predicted, truth = predicted[valid], truth[valid]
     if not np.isfinite(predicted).all():
         raise DataError("A predicted key-point is not a finite number.")
+    if not np.isfinite(truth).all():
+        raise DataError("An annotated key-point is not a finite number.")
     difference = predicted - truth
     if protocol == "bbox":
         length = box_length(points_box(truth, np.ones(len(truth), dtype=bool)) if box is None else box)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ import numpy as np
 
 from ..datasets.schema import Record
 from ..errors import DataError, InputError, OutputError
+from ..output_folder import hold_folder, release_folder
 from .inference import Prediction
 
 FORMAT = 2
 SAMPLES_PER_SHARD = 64
+
+_held: dict[str, int | None] = {}  # partial folders that this process is writing
 
 
 def record_stamp(record: Record) -> str:
@@ -110,9 +112,11 @@ def start_predictions(folder: str | os.PathLike[str]) -> None:
     """Makes an empty partial folder; the rest of an earlier run that was cut off is removed.
 
     Raises:
-        OutputError: if the folder cannot be made, or something that is not a set of predictions has its name.
+        OutputError: if the folder cannot be made, something that is not a set of predictions has its name, or another
+            run is writing it just now.
     """
     partial = partial_folder(folder)
+    release_folder(_held.pop(os.path.abspath(partial), None))  # of a run in this process that ended in an error
     if Path(folder).exists():
         raise OutputError(
             f"{folder} exists and is not a complete set of predictions; remove it or choose another name."
@@ -122,10 +126,22 @@ def start_predictions(folder: str | os.PathLike[str]) -> None:
             strange = [path.name for path in partial.iterdir() if not path.name.startswith("samples-")]
             if [name for name in strange if name != "manifest.json"]:
                 raise OutputError(f"{partial} holds other files than predictions; remove it or choose another name.")
+            held = hold_folder(partial)
             shutil.rmtree(partial)
+            release_folder(held)
         partial.mkdir(parents=True)
+        _held[os.path.abspath(partial)] = hold_folder(partial)
+    except BlockingIOError as error:
+        raise OutputError(f"Another run is writing the predictions {folder} just now; choose another name.") from error
     except OSError as error:
         raise OutputError(f"The folder {partial} cannot be made: {error}.") from error
+
+
+def abandon_predictions(folder: str | os.PathLike[str]) -> None:
+    """Removes what was written of predictions that will not be completed."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    release_folder(_held.pop(os.path.abspath(partial), None))
 
 
 def finish_predictions(
@@ -141,13 +157,27 @@ def finish_predictions(
         text = json.dumps({**manifest, "format": FORMAT, "samples": index}, indent=0, default=str)
         (partial / "manifest.json").write_text(text, encoding="utf-8")
         os.replace(partial, folder)
+        release_folder(_held.pop(os.path.abspath(partial), None))
     except OSError as error:
+        abandon_predictions(folder)
         raise OutputError(f"The predictions cannot be completed in {folder}: {error}.") from error
 
 
 def has_predictions(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder is a complete set of predictions."""
     return (Path(folder) / "manifest.json").is_file()
+
+
+def _entry(value: Any) -> tuple[str, str]:
+    """`(file, "number|stamp")` of a sample, as a manifest says it.
+
+    Raises:
+        ValueError, TypeError: if it is anything else, or the file is not one beside the manifest.
+    """
+    file, place = value
+    if os.path.basename(file) != file or place.count("|") != 1:
+        raise ValueError(f"{value} is no place of a prediction")
+    return file, place
 
 
 class PredictionReader:
@@ -165,8 +195,8 @@ class PredictionReader:
         self.folder = Path(folder)
         try:
             stored = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            self.index: dict[str, tuple[str, str]] = dict(stored.pop("samples"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.index = {name: _entry(place) for name, place in stored.pop("samples").items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"The predictions in {folder} are incomplete or damaged.") from error
         expected = json.loads(json.dumps({**manifest, "format": FORMAT}, default=str))
         for key in expected:
@@ -194,7 +224,7 @@ class PredictionReader:
             try:
                 with np.load(self.folder / name, allow_pickle=False) as shard:
                     self._shard = {key: shard[key] for key in shard.files}
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except Exception as error:  # numpy, zipfile and zlib fail in many ways on a damaged file
                 raise InputError(f"The predictions in {self.folder / name} are missing or damaged.") from error
             self._name = name
         prefix = f"{number}|"

@@ -24,6 +24,7 @@ from .inference import DIRECTIONS, Prediction, Predictor, field_to_places
 from .predictions import (
     PredictionReader,
     PredictionWriter,
+    abandon_predictions,
     finish_predictions,
     has_predictions,
     start_predictions,
@@ -481,18 +482,23 @@ def evaluate(
         writer = PredictionWriter(predictions, rank)
     start = time.monotonic()
     parts = class_groups(records) if protocol.kind == "pictures" else batches(records, options.batch_size)
-    for number, part in enumerate(parts):
-        if number % world_size != rank:
-            continue
-        if protocol.kind == "pictures":
-            _treat_pictures(part, protocol, predictor, options, problems, reader, writer, result)
-        else:
-            _treat_pairs(part, protocol, predictor, options, problems, reader, writer, result)
-        if progress is not None:
-            progress(len(part))
-    if writer is not None:
-        writer.flush()
-        result.index = writer.index
+    try:
+        for number, part in enumerate(parts):
+            if number % world_size != rank:
+                continue
+            if protocol.kind == "pictures":
+                _treat_pictures(part, protocol, predictor, options, problems, reader, writer, result)
+            else:
+                _treat_pairs(part, protocol, predictor, options, problems, reader, writer, result)
+            if progress is not None:
+                progress(len(part))
+        if writer is not None:
+            writer.flush()
+            result.index = writer.index
+    except BaseException:
+        if predictions is not None and writer is not None and world_size == 1:  # others may still be writing
+            abandon_predictions(predictions)
+        raise
     result.problems = list(problems.messages)
     result.seconds = time.monotonic() - start
     return result

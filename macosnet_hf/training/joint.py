@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from ..geometry import folded, sampling_grid, warp
 from ..losses import MaCoSNetObjective
-from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, correlate, ordered_pairs
+from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from .distillation import local_matching_loss
 from .pretraining import SyntheticObjective
 from .pseudo_masks import border_contrast, centre_weight
@@ -216,7 +216,7 @@ class JointObjective(nn.Module):
     def run_model(
         self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None
     ) -> tuple[MaCoSNetModelOutput, MaCoSNetFeatures]:
-        """What `MaCoSNetModel.forward` does, with no graph where nothing is trained.
+        """The model on groups, and the features of its pictures.
 
         Args:
             pixels: `(B, V, 3, H, W)`.
@@ -226,44 +226,13 @@ class JointObjective(nn.Module):
         Returns:
             The outputs, and the features of all B V pictures.
         """
-        model = self.model
-        batch, views = pixels.shape[:2]
-        pairs = ordered_pairs(views)
-        first = torch.arange(batch, device=pixels.device).unsqueeze(1) * views
-        source, target = (
-            (first + torch.tensor([pair[side] for pair in pairs], device=pixels.device)).flatten() for side in (0, 1)
-        )
         pictures = pixels.flatten(0, 1)
         if self.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        train_encoder = "encoder" in self.trained
-        with _graph(train_encoder):
-            features = model.get_image_features(pictures)
-            correlation = correlate(features.normalized[source], features.normalized[target])
-        with _graph(train_encoder or "predictor" in self.trained):
-            affine, tps = model.predict_transforms(
-                features.without_skips().select(source),
-                features.without_skips().select(target),
-                pictures[source] if (cascade or self.cascade) == "exact" else None,
-                correlation,
-            )
-        mask_logits = None
-        if with_masks:
-            with _graph(train_encoder or "decoder" in self.trained):
-                # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
-                reverse = torch.arange(len(source), device=pixels.device) ^ 1
-                partner = correlation[reverse]
-                if self.channels_last:
-                    # In another layout than the features, it would send the whole decoder down the slow path.
-                    partner = partner.contiguous(memory_format=torch.channels_last)
-                mask_logits = model.predict_masks(features, partner, source)
-                mask_logits = mask_logits.unflatten(0, (batch, len(pairs)))
-        outputs = MaCoSNetModelOutput(
-            affine=affine.unflatten(0, (batch, len(pairs))),
-            tps=tps.unflatten(0, (batch, len(pairs))),
-            correlation=correlation.unflatten(0, (batch, len(pairs))),
-            mask_logits=mask_logits,
-            features=features.normalized.unflatten(0, (batch, views)),
+        features = self.model.get_image_features(pictures)
+        exact = (cascade or self.cascade) == "exact"
+        outputs = self.model.relate_views(
+            features, pixels.shape[1], pictures if exact else None, output_masks=with_masks
         )
         return outputs, features
 
@@ -304,13 +273,6 @@ class _Apart:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Apart:
         return self
-
-
-@contextlib.contextmanager
-def _graph(needed: bool) -> Iterator[None]:
-    """No graph is kept where it leads to nothing that is trained."""
-    with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------

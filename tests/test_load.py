@@ -1,0 +1,54 @@
+"""The quick form of benchmarks/reliability/load.py; its long form and the figures are in docs/reliability.md."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="the demo needs gradio")
+pytest.importorskip("psutil", reason="memory is measured with psutil")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "reliability"))
+import load  # noqa: E402
+from served_demo import served_demo  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    with served_demo(tmp_path_factory.mktemp("server"), max_waiting=8) as running:
+        yield running
+
+
+def test_clients_with_good_and_bad_requests_get_their_own_answers_and_leave_nothing_behind(demo, tmp_path):
+    figures = load.hammer(demo, tmp_path, clients=3, seconds=8)
+    assert figures.answered
+    assert figures.refused + figures.abandoned > 0
+    assert figures.wrong == []
+    assert figures.failed == []
+    assert max(gigabytes for _, gigabytes in figures.memory) < 2.5
+    assert not load.left_behind(demo)
+    assert not [line for line in demo.log if "Traceback" in line]
+    assert demo.process.poll() is None
+
+
+def test_requests_over_the_limit_are_refused_and_the_others_answered(demo, tmp_path):
+    ends = load.crowd(demo, tmp_path, 16)
+    assert set(ends) == {"answered", "refused"}
+    assert ends["answered"] >= 8
+    assert load.crowd(demo, tmp_path, 1) == {"answered": 1}  # the queue is open again
+
+
+def test_the_load_notices_an_answer_to_somebody_else(demo, tmp_path):
+    """Else everything above would pass whatever the server answers."""
+    damaged = load.damaged_files(tmp_path)
+    one, other = (load.Visitor(demo.address, number, tmp_path, damaged) for number in (0, 1))
+    for turn in range(9):
+        one.bad(turn)  # each kind of bad request has its own refusal
+    assert one.expected != other.expected
+    one.own, one.size = other.own, other.size
+    with pytest.raises(load.WrongAnswerError, match=r"not the one that came while it was quiet|an answer about"):
+        one.good()
+    other.damaged = {"good": (other.own, "is damaged")}
+    with pytest.raises(load.WrongAnswerError, match="was answered"):
+        other.bad(0)
