@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .collection import Collection
+from .collection_matching import CollectionMatches, match_collection
 from .errors import InputError
 from .geometry import sampling_grid, warp
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
     from .modeling_macosnet import MaCoSNetForKeypointMatching
 
+_ALL_PAIRS_UP_TO = 30  # photographs; of more, each is matched with its neighbours
 _BACKGROUND_WEIGHT = 0.02  # so that the surroundings of the object are a faint mean of themselves
 
 
@@ -29,15 +32,20 @@ def aligned_average(
     *,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
+    matches: CollectionMatches | None = None,
     side: int = 480,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """The mean of photographs after each is bent onto a reference, where each shows the object.
 
+    Each is bent by what the direct transform and the ways round through other photographs agree on (see
+    [`CollectionMatches.repaired`]).
+
     Args:
         photos: N upright RGB pictures.
         probabilities: `(N, S, S)` soft masks, as of a [`~macosnet_hf.collection.CollectionResult`].
         reference: index of the photograph that the others are bent onto; its frame is the result's.
+        matches: of these photographs in this order, where they are known already.
         side: longer side of the result in pixels, at most that of the reference.
         progress: called with (done, total) after each photograph.
 
@@ -52,33 +60,33 @@ def aligned_average(
             f"The reference must be one of the {len(photos)} photographs, each with a mask; got {reference} and "
             f"{len(probabilities)} masks."
         )
+    if matches is None and len(photos) > 1:
+        collection = Collection(model, processor)
+        collection.add(photos)
+        matches = match_collection(collection, graph="all" if len(photos) <= _ALL_PAIRS_UP_TO else "neighbours")
+    repaired = None if matches is None else matches.repaired()
     target = photos[reference].copy()
     target.thumbnail((side, side))
     size = (target.height, target.width)
     total = torch.zeros(1, 3, *size)
     weights = torch.zeros(1, 1, *size)
     for number, photo in enumerate(photos):
+        if progress is not None:
+            progress(number + 1, len(photos))
         mask = torch.from_numpy(probabilities[number])[None, None]
-        if number == reference:
+        if repaired is None or number == reference:
             picture = _as_tensor(target)
             shown = F.interpolate(mask, size=size, mode="bilinear", align_corners=True) + _BACKGROUND_WEIGHT
         else:
-            pixels = processor([[photo, photos[reference]]], return_tensors="pt")["pixel_values"]
-            outputs = model(pixels.to(model.device))
-            # Index 0 takes points of the second picture, the reference, to the first.
-            grid = sampling_grid(
-                outputs.affine[:, 0].cpu(),
-                outputs.tps[:, 0].cpu(),
-                size=size,
-                regularization=model.config.tps_regularization,
-            )
+            affine, tps = repaired.affine[number, reference], repaired.tps[number, reference]
+            if not torch.isfinite(affine).all():  # nothing leads there
+                continue
+            grid = sampling_grid(affine[None], tps[None], size=size, regularization=model.config.tps_regularization)
             small = photo.copy()
             small.thumbnail((side, side))
             picture, shown = warp(_as_tensor(small), grid), warp(mask + _BACKGROUND_WEIGHT, grid)
         total += picture * shown
         weights += shown
-        if progress is not None:
-            progress(number + 1, len(photos))
     mean = total / weights.clamp(min=1e-6)
     present = (1.5 * weights / len(photos)).clamp(0, 1)
     blended = mean * present + 255 * (1 - present)

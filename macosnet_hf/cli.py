@@ -28,6 +28,7 @@ REFINEMENTS = ("grabcut", "otsu", "crf", "none")
 MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.png", "source_warped.png")
 _COPY_SIDE = 512  # `segment` keeps copies of this size of all photographs in memory; the network sees 240 pixels
 _OVERVIEW_SIDE = 400
+_READERS = min(8, os.cpu_count() or 1)  # photographs that are decoded at the same time
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
 
 
@@ -318,7 +319,7 @@ def run_segment(args: argparse.Namespace) -> int:
     quiet = not sys.stderr.isatty()
     with output_folder(args.output_dir) as folder:
         with collector_paused():
-            from .collection import refined_mask, segment_collection
+            from .collection import odd_ones_out, refined_mask, segment_collection
             from .drawing import cutout, overview
             from .loading import load_model_and_processor
 
@@ -331,6 +332,7 @@ def run_segment(args: argparse.Namespace) -> int:
                 partners=args.partners,
                 progress=lambda done, total: bar.update() and None,
             )
+        odd = odd_ones_out(result.agreement)
         summary, small_masks = [], []
         for number, name in enumerate(tqdm(names, desc="Cutting out", unit="photo", disable=quiet)):
             photo = load_image(kept[number])  # again, so that one photograph at a time is in memory in full size
@@ -354,11 +356,14 @@ def run_segment(args: argparse.Namespace) -> int:
         overview(copies, small_masks, [path.name for path in kept]).save(folder / "overview.png", compress_level=4)
         document = {
             "photos": summary,
+            "odd_ones_out": [str(kept[number]) for number in odd],
             "skipped": [{"photo": str(path), "reason": reason} for path, reason in skipped],
             "model": _model_name(args.model),
             "refine": args.refine,
         }
         _write_json(document, folder / "summary.json")
+    for number in odd:
+        print(f"{kept[number]} does not seem to show what the others show")
     print(f"{len(kept)} photographs; see {Path(args.output_dir) / 'overview.png'}")
     return 0
 
@@ -403,20 +408,28 @@ def _read_copies(
     Raises:
         ImageError: for the first one that cannot be read, unless `skip_damaged`.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from .image_io import load_image
 
-    copies, kept, skipped = [], [], []
-    for path in paths:
+    def read(path: Path) -> Image.Image | ImageError:
         try:
-            copy = load_image(path)
+            copy = load_image(path, reduced_to=_COPY_SIDE)  # JPEG at a fraction of its size, which is much faster
         except ImageError as error:
-            if not skip_damaged:
-                raise
-            skipped.append((path, str(error)))
-        else:
-            copy.thumbnail((_COPY_SIDE, _COPY_SIDE))
-            copies.append(copy)
-            kept.append(path)
+            return error
+        copy.thumbnail((_COPY_SIDE, _COPY_SIDE))
+        return copy
+
+    copies, kept, skipped = [], [], []
+    with ThreadPoolExecutor(_READERS) as pool:
+        for path, found in zip(paths, pool.map(read, paths), strict=True):
+            if not isinstance(found, ImageError):
+                copies.append(found)
+                kept.append(path)
+            elif skip_damaged:
+                skipped.append((path, str(found)))
+            else:
+                raise found
     return copies, kept, skipped
 
 

@@ -160,7 +160,7 @@ class Collection:
         indices, similarity = choose_partners(features.last, partners)
         probabilities = []
         for number in range(len(self)):
-            probabilities.append(self._mean_mask(features, number, indices[number]))
+            probabilities.append(self.mean_mask(features, number, indices[number]))
             if progress is not None:
                 progress(number + 1, len(self))
         masks = torch.stack(probabilities)
@@ -179,8 +179,14 @@ class Collection:
             collection=self,
         )
 
-    def _mean_mask(self, features: MaCoSNetFeatures, number: int, partners: Tensor) -> Tensor:
-        """`(S, S)` soft mask of one photograph: the mean over its partners `(K,)`."""
+    def mean_mask(self, features: MaCoSNetFeatures, number: int, partners: Tensor) -> Tensor:
+        """`(S, S)` soft mask of one photograph: the mean over its partners `(K,)`.
+
+        Args:
+            features: of all photographs, as [`features`] gives them.
+            number: the photograph.
+            partners: the numbers of its partners.
+        """
         own = features.select([number])
         source = features.normalized[partners]
         correlation = correlate(source, own.normalized.expand_as(source))

@@ -107,7 +107,7 @@ def _check_space(root: Path) -> None:
 
 def _check_name(repository: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not marked so
 
     try:
         validate_repo_id(repository)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -85,8 +86,17 @@ def _remove_left_over(target: Path) -> None:
                     release_folder(held)
 
 
+def _remove_left_over_file(path: Path) -> None:
+    """The same for a file under its temporary name."""
+    with contextlib.suppress(OSError):  # held by a living writer, or gone
+        held = hold_folder(path)
+        if held is not None:
+            path.unlink()
+            release_folder(held)
+
+
 def hold_folder(folder: Path) -> int | None:
-    """Marks a folder as one that a living process writes; the system takes the mark away when the process ends.
+    """Marks a folder, or a file, as one that a living process writes; the system takes the mark away when that ends.
 
     Returns:
         what [`release_folder`] takes, or `None` where there are no such marks: on Windows and some network drives.
@@ -130,7 +140,8 @@ def _alone_in(target: Path) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all; text as UTF-8. An older file of the name stays until the new one is whole.
+    """Writes a file whole or not at all; text as UTF-8. An older file of the name stays until the new one is whole, and
+    what killed runs left of it is removed.
 
     Raises:
         OutputError: if it cannot be written.
@@ -138,7 +149,11 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     path = Path(path)
     try:
         # A name of its own for each writer: several processes may write the same file.
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        with _alone_in(path.parent):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                _remove_left_over_file(left)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            held = hold_folder(Path(name))
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -147,6 +162,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        finally:
+            release_folder(held)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written ({_reason(error)}).") from error
 
@@ -163,7 +180,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist.")
     try:  # permissions do not tell everything: to root all seems writable, read-only file systems included
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent):
+        with (
+            _alone_in(path.parent),
+            tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent),
+        ):
             pass
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written ({_reason(error)}).") from error

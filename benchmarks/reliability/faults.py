@@ -148,6 +148,7 @@ class Bench:
 
     Attributes:
         folder: for everything.
+        commands: that the scenarios go through which are not about a single one.
         faults: what went wrong, one text each.
         counts: figures by name.
     """
@@ -155,6 +156,7 @@ class Bench:
     folder: Path
     rng: random.Random
     moments: int
+    commands: tuple[str, ...] = ()
     faults: list[str] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     number: int = 0
@@ -542,7 +544,8 @@ def _with_small_files(work: Work, kilobytes: int) -> Work:
 def full_disk(bench: Bench) -> None:
     """Every command on disks that are too small; then on the same one made larger."""
     scenario = "disk"
-    for name, command in COMMANDS.items():
+    for name in bench.commands:
+        command = COMMANDS[name]
         whole, _ = whole_outputs(bench, name, ("new", "old"))  # `save` writes both in turn
         clean = names_left(bench, name)
         for kilobytes in (8, 40, 120, 400) if bench.moments > 5 else (40,):
@@ -576,7 +579,8 @@ def full_disk(bench: Bench) -> None:
 def read_only(bench: Bench) -> None:
     """Every command with an output folder on a read-only disk."""
     scenario = "read-only"
-    for name, command in COMMANDS.items():
+    for name in bench.commands:
+        command = COMMANDS[name]
         out = bench.fresh()
         with small_disk(out, 100, read_only=True) as mounted:
             if not mounted:
@@ -667,7 +671,8 @@ def _alive(pid: int) -> bool:
 def backward_clock(bench: Bench) -> None:
     """The time of day goes back an hour at every look; the results are the same."""
     scenario = "clock"
-    for name, command in COMMANDS.items():
+    for name in bench.commands:
+        command = COMMANDS[name]
         whole, _ = whole_outputs(bench, name, ("new",))
         out = bench.fresh()
         run = bench.run(_backwards(command.work(bench, out, "new")), out)
@@ -736,6 +741,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--moments", type=int, default=30, help="kills of each command (default 30)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help=f"of {', '.join(SCENARIOS)}; separated by commas")
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="for disk, read-only and clock (default: all)")
     parser.add_argument("--report", metavar="FILE", help="write the figures here as JSON")
     args = parser.parse_args(arguments)
 
@@ -751,7 +757,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), random.Random(args.seed), args.moments)
+        bench = Bench(Path(folder), random.Random(args.seed), args.moments, tuple(args.commands.split(",")))
         os.environ["HF_DATASETS_CACHE"] = str(bench.folder / "cache")
         aside(bench.make, bench.folder)
         for name in args.only.split(",") if args.only else SCENARIOS:

@@ -1,0 +1,110 @@
+"""Masks of whole classes: what agreement over a collection brings beside single pairs, on photographs with true masks.
+
+    python benchmarks/collection_masks.py DATA [--photos_per_class 20] [--model MODEL]
+
+DATA holds `images/<class>` and `masks/<class>`, as voc2010-coseg and msrc-coseg. Every class is a collection. J is the
+mean over photographs, then over classes, without refinement and with GrabCut at `--refine_size` pixels; P is the share
+of right pixels. The masks are only used to score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+from macosnet_hf import DEFAULT_CHECKPOINT, load_image
+from macosnet_hf.collection import Collection
+from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.refinement import refine_mask
+
+
+def read_classes(folder: Path, limit: int | None) -> dict[str, list[tuple[Image.Image, np.ndarray]]]:
+    """Photographs with their true masks, by class; of those without a mask nothing is read."""
+    classes = {}
+    for images in sorted(path for path in (folder / "images").iterdir() if path.is_dir()):
+        found = []
+        for path in sorted(images.iterdir())[:limit]:
+            mask = folder / "masks" / images.name / f"{path.stem}.png"
+            if mask.is_file():
+                found.append((load_image(path), np.asarray(Image.open(mask).convert("L")) > 127))
+        if len(found) > 1:
+            classes[images.name] = found
+    return classes
+
+
+@torch.inference_mode()
+def random_partners(collection: Collection, count: int) -> np.ndarray:
+    """Each photograph with `count` others chosen by chance: single pairs, for `count = 1`."""
+    random = np.random.default_rng(0)
+    features = collection.features(range(len(collection)))
+    masks = []
+    for number in range(len(collection)):
+        others = np.delete(np.arange(len(collection)), number)
+        chosen = random.choice(others, min(count, len(others)), replace=False)
+        masks.append(collection.mean_mask(features, number, torch.from_numpy(chosen)))
+    return torch.stack(masks).cpu().numpy()
+
+
+WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
+    "single pairs": lambda collection: random_partners(collection, 1),
+    "three partners by chance": lambda collection: random_partners(collection, 3),
+    "the most alike": lambda collection: collection.segment(partners=1, common=False).probabilities,
+    "the four most alike": lambda collection: collection.segment(common=False).probabilities,
+    "eight most alike": lambda collection: collection.segment(partners=8, common=False).probabilities,
+    "four, and what all masks have in common": lambda collection: collection.segment().probabilities,
+}
+
+
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union; 1 for two empty masks."""
+    union = (mask | truth).sum()
+    return float((mask & truth).sum() / union) if union else 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--photos_per_class", type=int, default=None)
+    parser.add_argument("--refine_size", type=int, default=200)
+    arguments = parser.parse_args()
+    model, processor = load_model_and_processor(arguments.model)
+    classes = read_classes(arguments.data, arguments.photos_per_class)
+    scores: dict[str, dict[str, list[list[float]]]] = {name: {} for name in WAYS}
+    seconds = dict.fromkeys(WAYS, 0.0)
+    quiet = not sys.stderr.isatty()
+    for class_name, found in tqdm(classes.items(), desc="classes", disable=quiet):
+        collection = Collection(model, processor)
+        collection.add([photo for photo, _ in found])
+        for name, way in WAYS.items():
+            start = time.perf_counter()
+            masks = way(collection)
+            seconds[name] += time.perf_counter() - start
+            for (photo, truth), probability in zip(found, masks, strict=True):
+                soft = F.interpolate(
+                    torch.from_numpy(probability)[None, None], size=truth.shape, mode="bilinear", align_corners=True
+                )
+                values = soft[0, 0].clamp(0, 1).numpy()
+                hard = refine_mask(photo, values, working_size=arguments.refine_size)
+                row = [jaccard(values >= 0.5, truth), jaccard(hard, truth), float((hard == truth).mean())]
+                scores[name].setdefault(class_name, []).append(row)
+    count = sum(len(found) for found in classes.values())
+    print(f"{count} photographs in {len(classes)} classes\n")
+    print("| masks by | J soft | J GrabCut | P GrabCut | ms a photograph |\n|---|---:|---:|---:|---:|")
+    for name, by_class in scores.items():
+        means = np.mean([np.mean(rows, axis=0) for rows in by_class.values()], axis=0)
+        figures = " | ".join(f"{mean:.3f}" for mean in means)
+        print(f"| {name} | {figures} | {1000 * seconds[name] / count:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
