@@ -315,6 +315,8 @@ def collection_verdict(work: Any) -> str:
     """One line: which photographs do not belong."""
     odd = [work.copies[number].name for number in work.odd]
     rest = len(work.copies) - len(odd)
+    if rest < 4 and not odd:
+        return f"{rest} photographs are too few to tell whether one does not belong; four will do."
     if not odd:
         return f"All {rest} photographs seem to show the same kind of object."
     named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .collection import Collection
-from .collection_matching import CollectionMatches, match_collection
+from .collection_matching import match_collection
 from .errors import InputError
 from .geometry import sampling_grid, warp
 
@@ -32,7 +32,7 @@ def aligned_average(
     *,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
-    matches: CollectionMatches | None = None,
+    collection: Collection | None = None,
     side: int = 480,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
@@ -45,7 +45,7 @@ def aligned_average(
         photos: N upright RGB pictures.
         probabilities: `(N, S, S)` soft masks, as of a [`~macosnet_hf.collection.CollectionResult`].
         reference: index of the photograph that the others are bent onto; its frame is the result's.
-        matches: of these photographs in this order, where they are known already.
+        collection: of these photographs in this order, where they are encoded already.
         side: longer side of the result in pixels, at most that of the reference.
         progress: called with (done, total) after each photograph.
 
@@ -60,11 +60,13 @@ def aligned_average(
             f"The reference must be one of the {len(photos)} photographs, each with a mask; got {reference} and "
             f"{len(probabilities)} masks."
         )
-    if matches is None and len(photos) > 1:
-        collection = Collection(model, processor)
-        collection.add(photos)
-        matches = match_collection(collection, graph="all" if len(photos) <= _ALL_PAIRS_UP_TO else "neighbours")
-    repaired = None if matches is None else matches.repaired()
+    repaired = None
+    if len(photos) > 1:
+        if collection is None:
+            collection = Collection(model, processor)
+            collection.add(photos)
+        graph = "all" if len(photos) <= _ALL_PAIRS_UP_TO else "neighbours"
+        repaired = match_collection(collection, graph=graph).repaired()
     target = photos[reference].copy()
     target.thumbnail((side, side))
     size = (target.height, target.width)

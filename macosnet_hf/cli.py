@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import io
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import DEFAULT_CHECKPOINT, __version__
 from .collector import collector_paused, no_collection_at_exit
@@ -29,6 +30,9 @@ MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.
 _COPY_SIDE = 512  # `segment` keeps copies of this size of all photographs in memory; the network sees 240 pixels
 _OVERVIEW_SIDE = 400
 _READERS = min(8, os.cpu_count() or 1)  # photographs that are decoded at the same time
+_CUTTERS = 2  # photographs that are refined at the same time, in full size
+
+T = TypeVar("T")
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
 
 
@@ -38,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # forward pass took 0.2 s so and 4.7 s without. OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     no_collection_at_exit()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a finished run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args(arguments)
         code: int = args.run(args)
@@ -333,39 +339,74 @@ def run_segment(args: argparse.Namespace) -> int:
                 progress=lambda done, total: bar.update() and None,
             )
         odd = odd_ones_out(result.agreement)
-        summary, small_masks = [], []
-        for number, name in enumerate(tqdm(names, desc="Cutting out", unit="photo", disable=quiet)):
-            photo = load_image(kept[number])  # again, so that one photograph at a time is in memory in full size
+
+        def cut_out(number: int) -> tuple[dict[str, Any], np.ndarray]:
+            photo = load_image(kept[number])  # again, so that few photographs are in memory in full size
             mask = refined_mask(photo, result.probabilities[number], args.refine)
-            _save_mask(mask, folder / f"{name}_mask.png")
-            cutout(photo, mask).save(folder / f"{name}_cutout.png", compress_level=1)
+            _save_mask(mask, folder / f"{names[number]}_mask.png")
+            cutout(photo, mask).save(folder / f"{names[number]}_cutout.png", compress_level=1)
             copies[number].thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))
-            small_masks.append(_resized_mask(mask, copies[number].size))
-            summary.append(
-                {
-                    "photo": str(kept[number]),
-                    "mask": f"{name}_mask.png",
-                    "cutout": f"{name}_cutout.png",
-                    "width": photo.width,
-                    "height": photo.height,
-                    "object_share": round(float(mask.mean()), 4),
-                    "agreement": round(float(result.agreement[number]), 4),
-                    "partners": [str(kept[index]) for index in result.partners[number]],
-                }
-            )
-        overview(copies, small_masks, [path.name for path in kept]).save(folder / "overview.png", compress_level=4)
+            entry = {
+                "photo": str(kept[number]),
+                "mask": f"{names[number]}_mask.png",
+                "cutout": f"{names[number]}_cutout.png",
+                "width": photo.width,
+                "height": photo.height,
+                "object_share": round(float(mask.mean()), 4),
+                "agreement": round(float(result.agreement[number]), 4),
+                "partners": [str(kept[index]) for index in result.partners[number]],
+            }
+            return entry, _resized_mask(mask, copies[number].size)
+
+        with tqdm(total=len(kept), desc="Cutting out", unit="photo", disable=quiet) as bar:
+            done = _in_parallel(cut_out, len(kept), lambda: bar.update() and None)
+        overview(
+            [copies[number] for number in done],
+            [mask for _, mask in done.values()],
+            [kept[number].name for number in done],
+        ).save(folder / "overview.png", compress_level=4)
         document = {
-            "photos": summary,
+            "photos": [entry for entry, _ in done.values()],
             "odd_ones_out": [str(kept[number]) for number in odd],
             "skipped": [{"photo": str(path), "reason": reason} for path, reason in skipped],
+            "not_done": [str(kept[number]) for number in range(len(kept)) if number not in done],
             "model": _model_name(args.model),
             "refine": args.refine,
         }
         _write_json(document, folder / "summary.json")
     for number in odd:
         print(f"{kept[number]} does not seem to show what the others show")
-    print(f"{len(kept)} photographs; see {Path(args.output_dir) / 'overview.png'}")
+    print(f"{len(done)} photographs; see {Path(args.output_dir) / 'overview.png'}")
+    if len(done) < len(kept):
+        print(f"macosnet: interrupted; {len(done)} of {len(kept)} photographs were cut out and kept.", file=sys.stderr)
+        return 130
     return 0
+
+
+def _in_parallel(work: Callable[[int], T], count: int, progress: Callable[[], None]) -> dict[int, T]:
+    """`work(number)` for 0 to count - 1, a few at a time; after Ctrl+C what is done until then, if anything is.
+
+    Raises:
+        KeyboardInterrupt: if nothing was done before Ctrl+C.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_CUTTERS) as pool:
+        futures = [pool.submit(work, number) for number in range(count)]
+        interrupt = None
+        try:
+            for future in futures:
+                future.result()
+                progress()
+        except KeyboardInterrupt as error:
+            interrupt = error
+        finally:
+            for future in futures:  # those that run already are waited for
+                future.cancel()
+    done = {number: future.result() for number, future in enumerate(futures) if not future.cancelled()}
+    if interrupt is not None and not done:
+        raise interrupt
+    return done
 
 
 def _photo_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:

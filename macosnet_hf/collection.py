@@ -127,6 +127,13 @@ class Collection:
                 progress(start + len(some), len(photos))
         return numbers
 
+    def subset(self, numbers: Sequence[int]) -> Collection:
+        """Some of the photographs as a collection of their own; nothing is encoded again."""
+        part = Collection(self.model, self.processor, batch_size=self._batch_size, skip_memory=self._skip_memory)
+        part.photos, part.keys = [self.photos[number] for number in numbers], [self.keys[number] for number in numbers]
+        part._encoded, part._skip_bytes = dict(self._encoded), self._skip_bytes
+        return part
+
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
         """Stride-16 features of some of the photographs, without skips."""
         last = torch.stack([self._encoded[self.keys[number]].last for number in numbers])

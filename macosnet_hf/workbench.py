@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,8 +305,10 @@ def segment_files(
         belonging.index(reference),
         model=model,
         processor=processor,
+        collection=result.collection.subset(belonging) if result.collection is not None else None,
         progress=lambda done, total: progress(0.75 + 0.25 * done / total, f"Averaging {done} of {total}"),
     )
+    result = replace(result, collection=None)  # results are kept for visitors, features need not be
     return CollectionWork(copies, distinct_names(list(names)), result, masks, odd, average, reference, refine)
 
 
@@ -353,16 +355,23 @@ def write_collection_zip(
     """
     progress = progress or _say_nothing
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG does not get smaller
-        archive.writestr("summary.json", _as_json(collection_document(work)))
+        _add(archive, "summary.json", _as_json(collection_document(work)).encode())
         for name, picture in (("overview.png", work.sheet()), ("average.png", work.average)):
             stream = io.BytesIO()
             picture.save(stream, "PNG", compress_level=4)
-            archive.writestr(name, stream.getvalue())
+            _add(archive, name, stream.getvalue())
         for number, (copy, name, mask) in enumerate(zip(work.copies, work.names, work.masks, strict=True)):
             progress(number / len(work.copies), f"Writing {name}")
             for written in _write_mask_and_cutout(copy, mask, path.parent, name):
-                archive.write(written, written.name)
+                _add(archive, written.name, written.read_bytes())
                 written.unlink()
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Without the time of day: the same collection gives the same bytes, which a server then keeps only once."""
+    member = zipfile.ZipInfo(name)
+    member.external_attr = 0o644 << 16  # else nobody may read what is unpacked
+    archive.writestr(member, content)
 
 
 def _as_json(document: dict[str, Any]) -> str:

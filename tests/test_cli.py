@@ -660,6 +660,41 @@ def test_ctrl_c_leaves_nothing(tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    with Image.open(LION) as picture:
+        for number in range(12):
+            picture.convert("RGB").resize((3000, 2000 + number)).save(photos / f"{number:02}.jpg")
+    process = subprocess.Popen(
+        [*COMMAND, "segment", photos, "--output-dir", output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob(".macosnet-*/*_cutout.png")):  # until the first one is being written
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    summary = json.loads((output / "summary.json").read_text())
+    done = len(summary["photos"])
+    assert 1 <= done < 12
+    assert len(summary["not_done"]) == 12 - done
+    assert f"interrupted; {done} of 12 photographs were cut out and kept" in err
+    for entry in summary["photos"]:
+        for kind in ("mask", "cutout"):
+            with Image.open(output / entry[kind]) as picture:
+                picture.load()
+                assert picture.size == (entry["width"], entry["height"])
+    assert len(list(output.iterdir())) == 2 * done + 2
+
+
 def test_main_leaves_the_garbage_collector_on(run):
     import gc
 

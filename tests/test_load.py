@@ -28,7 +28,7 @@ def test_clients_with_good_and_bad_requests_get_their_own_answers_and_leave_noth
     assert figures.failed == []
     assert max(gigabytes for _, gigabytes in figures.memory) < 2.5
     assert not load.left_behind(demo)
-    assert not [line for line in demo.log if "Traceback" in line]
+    assert load.tracebacks(demo) == []
     assert demo.process.poll() is None
 
 

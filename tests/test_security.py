@@ -427,6 +427,29 @@ def test_text_of_a_stranger_cannot_steer_the_terminal(tmp_path, capsys):
     assert str(InputError("Zwei Zeilen:\n\t猫, é und 👩‍🚀")) == "Zwei Zeilen:\n\t猫, é und 👩‍🚀"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_that_the_terminal_cannot_show_do_not_end_a_finished_run(tmp_path, sound, encoding):
+    names = (b"a\xff.png", "b \u732b.png".encode(), b"c\x1b[2J.png")
+    photos = [os.path.join(os.fsencode(tmp_path), name) for name in names]
+    for number, photo in enumerate(photos):
+        with open(photo, "wb") as file:
+            Image.effect_noise((40, 30), 30 + number).convert("RGB").save(file, "PNG")
+    out = os.path.join(os.fsencode(tmp_path), b"out\xff")
+    options = ["--output-dir", out, "--model", str(sound), "--device", "cpu", "--refine", "none"]
+    done = subprocess.run(
+        [sys.executable, "-m", "macosnet_hf.cli", "segment", *photos, *options],
+        capture_output=True,
+        env={**environment(), "PYTHONIOENCODING": encoding},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"out\\udcff" in done.stdout
+    assert b"summary.json" in os.listdir(out)
+    assert len(os.listdir(out)) == 8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------

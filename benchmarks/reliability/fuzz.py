@@ -126,7 +126,9 @@ def _pair_list() -> Kind:
 
 def _predictions() -> Kind:
     """Predictions that an evaluation kept."""
-    from macosnet_hf.evaluation.predictions import PredictionReader
+    from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
+
+    stamp = record_stamp({"id": "a"})
 
     def place(rng: random.Random, folder: Path) -> Read:
         where = folder / "predictions"
@@ -143,18 +145,14 @@ def _predictions() -> Kind:
         def read() -> None:
             reader = PredictionReader(where, {"model": "m"})
             for name in "ab":
-                entry = reader.index.get(name)
-                # The stamp is that of the record, whatever the manifest says, so that the shard is opened.
-                stamped = f"{str(entry[1]).split('|')[0]}|{_STAMP}" if isinstance(entry, list) and entry[1:] else entry
-                if isinstance(entry, list) and len(entry) == 2:
-                    reader.index[name] = [entry[0], stamped]  # type: ignore[assignment]
+                if name in reader.index:
+                    # The stamp is that of the record, whatever the manifest says, so that the shard is opened.
+                    file, where_in_it = reader.index[name]
+                    reader.index[name] = (file, f"{where_in_it.split('|')[0]}|{stamp}")
                 reader.get({"id": name})
 
         return read
 
-    from macosnet_hf.evaluation.predictions import record_stamp
-
-    _STAMP = record_stamp({"id": "a"})
     return Kind(1.0, place)
 
 

@@ -271,11 +271,24 @@ def left_behind(demo: ServedDemo, seconds: float = 20) -> list[str]:
     return left
 
 
+def tracebacks(demo: ServedDemo) -> list[str]:
+    """What the server's log says went wrong: the last line of each traceback."""
+    ends, inside = [], False
+    for line in demo.log:
+        if line.startswith("Traceback"):
+            inside = True
+        elif inside and line.strip() and not line.startswith((" ", "|", "+")):
+            ends.append(line.strip())
+            inside = False
+    return ends
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--waiting", type=int, default=MAX_WAITING, help=f"limit of the queue ({MAX_WAITING})")
+    parser.add_argument("--log", type=Path, help="file for what the server printed")
     args = parser.parse_args()
     requests = args.waiting + max(10, args.waiting // 2)
     missed = []
@@ -292,7 +305,9 @@ def main() -> int:
             ends = crowd(demo, folder, requests)
             left = left_behind(demo)
             alive = demo.process.poll() is None
-            traces = [line for line in demo.log if "Traceback" in line]
+            if args.log:
+                args.log.write_text("".join(demo.log), encoding="utf-8")
+            traces = tracebacks(demo)
     print(f"{args.clients} clients, {args.seconds:g} s\n")
     print("| what | measured | goal | |\n|---|---:|---:|---|")
     print(
@@ -319,7 +334,8 @@ def main() -> int:
     )
     report("full queue, neither answered nor refused", strange, 0, "", note)
     report("full queue, nobody was refused", 0 if ends["refused"] else 1, 0)
-    for text in [*figures.wrong, *figures.failed, *traces, *left, *(kind for kind in ends if " " in kind)][:9]:
+    strangers = [kind for kind in ends if kind not in ("answered", "refused")]
+    for text in [*figures.wrong[:5], *figures.failed[:5], *Counter(traces), *left[:5], *strangers]:
         print("  ", text[:400], file=sys.stderr)
     if missed:
         print("missed: " + "; ".join(missed), file=sys.stderr)

@@ -83,7 +83,7 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(_how_many(rng)):
         if not changed:
-            changed = bytearray(rng.randbytes(rng.randrange(64)))
+            changed = bytearray(rng.randbytes(rng.randrange(1, 64)))
         place = _place(len(changed), rng)
         kind = rng.randrange(9)
         if kind == 0:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import tomllib
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("demo", "train", "export")
@@ -38,11 +39,16 @@ def run(*command: object, **options: object) -> None:
 
 
 def lower_bounds(project: dict) -> list[str]:
-    """`name==version` of every direct dependency at its lower bound."""
+    """`name==version` of every direct dependency at its lower bound (where that names no patch, at its last one)."""
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in (*EXTRAS, "dev") for line in extras[extra])]
-    wanted = [Requirement(line) for line in lines]
-    return [f"{each.name}=={str(each.specifier).removeprefix('>=')}" for each in wanted if str(each.specifier)]
+    bounds: dict[str, str] = {}
+    for each in map(Requirement, lines):
+        bound = str(each.specifier).removeprefix(">=")
+        if bound:  # an extra may ask for more than the package itself
+            bounds[each.name] = max(bound, bounds.get(each.name, bound), key=Version)
+    bounds.pop("torchvision", None)  # each goes with one torch, and the extras ask for a newer one
+    return [f"{name}=={bound}{'' if bound.count('.') > 1 else '.*'}" for name, bound in bounds.items()]
 
 
 def link_torch(folder: Path) -> list[str]:
@@ -66,7 +72,7 @@ def main() -> int:
     parser.add_argument("--reuse-torch", action="store_true", help="link the torch of this environment")
     parser.add_argument("--folder", type=Path, help="where to work, kept afterwards (default: a temporary folder)")
     parser.add_argument("tests", nargs="*", help="test files or options of pytest")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     tests = args.tests or sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT)
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
