@@ -1,6 +1,7 @@
 """The quick form of benchmarks/reliability/load.py; its long form and the figures are in docs/reliability.md."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_requests_over_the_limit_are_refused_and_the_others_answered(demo, tmp_p
     assert set(ends) == {"answered", "refused"}
     assert ends["answered"] >= 8
     assert load.crowd(demo, tmp_path, 1) == {"answered": 1}  # the queue is open again
+
+
+def test_who_asks_for_the_same_again_takes_no_more_of_the_disk(demo, tmp_path):
+    """Files are named after their content, so none may hold the time of day."""
+    visitor = load.Visitor(demo.address, 9, tmp_path, {})
+    assert visitor.collects
+    files = demo.files()
+    time.sleep(2.1)  # the clock of a zip goes in steps of two seconds
+    visitor.good()
+    assert demo.files() == files
 
 
 def test_the_load_notices_an_answer_to_somebody_else(demo, tmp_path):

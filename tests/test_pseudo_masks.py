@@ -1,9 +1,17 @@
 """Pseudo-masks: each step against a slow reference, and the whole on pictures with an obvious object."""
 
+from pathlib import Path
+
+import gradio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
+from macosnet_hf.errors import DataError
+from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.refinement import refine_mask
 from macosnet_hf.training.pseudo_masks import (
     border_contrast,
     centre_weight,
@@ -11,6 +19,7 @@ from macosnet_hf.training.pseudo_masks import (
     pseudo_masks,
     sharpen,
     stretch,
+    teacher_masks,
 )
 
 
@@ -142,3 +151,63 @@ def test_masks_survive_their_file(tmp_path):
     assert torch.equal(load_masks(path, "these"), masks)
     assert load_masks(path, "other photographs") is None
     assert [file.name for file in tmp_path.iterdir()] == ["masks.npz"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks of a teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_model_and_processor(device="cpu")
+
+
+def read(names, side=256):
+    folder = Path(gradio.__file__).parent / "media_assets" / "images"
+    pictures = [Image.open(folder / name).convert("RGB").resize((side, side)) for name in names]
+    return torch.stack([torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures])
+
+
+def masks_of(teacher, pictures, names, **options):
+    model, processor = teacher
+    return teacher_masks(
+        model.macosnet,
+        lambda numbers: pictures[numbers],
+        names,
+        mean=processor.image_mean,
+        std=processor.image_std,
+        quiet=True,
+        **options,
+    )
+
+
+def test_a_teacher_s_mask_is_its_soft_mask_of_the_pair_refined(teacher):
+    model, processor = teacher
+    pictures = read(["cheetah1.jpg", "lion.jpg"])
+    found = masks_of(teacher, pictures, ["cat", "cat"], weight=0.0)
+    assert found.shape == (2, 256, 256)
+    assert found.dtype == torch.bool
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    small = F.interpolate(pictures.float() / 255, size=(240, 240), mode="bilinear", align_corners=True)
+    with torch.inference_mode():
+        soft = model(((small - mean) / std)[None]).mask_logits[0].sigmoid()
+    for picture, probability, mask in zip(pictures, soft, found, strict=True):
+        large = F.interpolate(probability[None, None], size=(256, 256), mode="bilinear", align_corners=True)[0, 0]
+        expected = refine_mask(picture.permute(1, 2, 0).numpy(), large.clamp(0, 1).numpy(), working_size=192)
+        assert (mask.numpy() == expected).mean() > 0.995
+        assert 0.02 < mask.float().mean() < 0.9
+
+
+def test_a_teacher_s_masks_stay_with_their_photographs_whatever_the_order(teacher):
+    pictures = read(["cheetah1.jpg", "tower.jpg", "lion.jpg", "bus.png"])
+    names = ["cat", "thing", "cat", "thing"]
+    straight = masks_of(teacher, pictures, names, batch_size=1)
+    order = [3, 2, 0, 1]
+    shuffled = masks_of(teacher, pictures[order], [names[number] for number in order])
+    assert (shuffled == straight[order]).float().mean() > 0.995
+
+
+def test_a_teacher_needs_two_photographs_of_a_class(teacher):
+    with pytest.raises(DataError, match="'dog' has one photograph"):
+        masks_of(teacher, read(["cheetah1.jpg", "lion.jpg", "bus.png"]), ["cat", "cat", "dog"])

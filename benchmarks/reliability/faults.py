@@ -640,6 +640,10 @@ def _starving_workers(work: Work) -> Work:
         import sandbox
         from torch.utils.data import _utils
 
+        from macosnet_hf.training import loop as training
+
+        if hasattr(training, "WORKER_SECONDS"):
+            training.WORKER_SECONDS = 60  # instead of the many that a slow disk may need
         original = _utils.worker._worker_loop
 
         def loop(*arguments: Any, **options: Any) -> Any:
