@@ -231,7 +231,9 @@ def _check_folder(folder: Path) -> None:
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise CheckpointError(f"{folder / _INDEX} is damaged: it names no weights.")
         for shard in sorted(set(shards.values())):
-            if not (folder / shard).is_file():
+            if os.path.basename(shard) != shard:
+                raise CheckpointError(f"{folder / _INDEX} is damaged: {shard!r} is no file beside it.")
+            if not os.path.isfile(folder / shard):  # pathlib raises for a name that is too long
                 raise CheckpointError(f"The checkpoint folder {folder} has no {shard}.")
             _check_safetensors(folder / shard)
     else:
@@ -297,7 +299,11 @@ def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: M
     import numpy as np
     from PIL import Image
 
+    size = model.config.image_size
     try:
+        asked = (processor.size["height"], processor.size["width"])
+        if max(asked) > 10 * size:  # a picture of the size that a damaged or hostile file asks for may not fit anywhere
+            raise ValueError(f"pictures of {asked[1]}x{asked[0]} pixels, but the model takes {size}x{size}")
         with np.errstate(all="ignore"):
             pixels = processor.preprocess_views([Image.new("RGB", (4, 4))], return_tensors="pt")["pixel_values"]
     except Exception as error:
@@ -305,7 +311,6 @@ def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: M
         raise CheckpointError(
             f"The preprocessor_config.json of {name} cannot be used ({_first_line(error)})."
         ) from error
-    size = model.config.image_size
     if tuple(pixels.shape) != (1, 3, size, size):
         raise CheckpointError(
             f"The preprocessor_config.json of {name} makes pictures of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, "

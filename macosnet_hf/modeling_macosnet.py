@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -318,7 +319,12 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("MaCoSNetTransformationHead", "MaCoSNetDecoderBlock")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder serves every auto class of ours, whichever class is saved."""
+        """As in transformers; the folder serves every auto class of ours, whichever class is saved.
+
+        Over an older model, the new one is written as a whole first and its configuration takes its name last: a run
+        that is killed leaves the older model, the new one, or none that loads, never the weights of one with the
+        settings of the other. (Not with `push_to_hub`, which transformers does from the folder itself.)
+        """
         # A class has one `_auto_class`, and transformers writes only that of the class that it saves.
         module = __name__.rpartition(".")[2]
         self.config.auto_map = {
@@ -332,7 +338,16 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
         before = getattr(self.config, "custom_pipelines", None)
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            if args or kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True):
+                super().save_pretrained(save_directory, *args, **kwargs)
+            else:
+                partial = os.path.join(save_directory, ".partial-model")
+                shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+                try:
+                    super().save_pretrained(partial, **kwargs)
+                    _replace_model(partial, save_directory)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
         finally:
             # Only in the file: in memory they would make `pipeline` ask for `trust_remote_code`.
             del self.config.custom_pipelines
@@ -357,6 +372,23 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
             identity = identity_tps(1) if module.out_features == TPS_PARAMETERS else identity_affine(1)
             init.normal_(module.weight, std=1e-3)
             init.copy_(module.bias, identity[0].to(module.bias))
+
+
+def _replace_model(partial: str, folder: str | os.PathLike[str]) -> None:
+    """Moves the files of a whole model into the folder of an older one, whose weights go before its configuration is
+    replaced."""
+    names = os.listdir(partial)
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        os.remove(os.path.join(folder, "config.json"))
+    for name in os.listdir(folder):
+        if (
+            name not in names
+            and name.startswith("model")
+            and name.endswith((".safetensors", ".safetensors.index.json"))
+        ):
+            os.remove(os.path.join(folder, name))
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        os.replace(os.path.join(partial, name), os.path.join(folder, name))
 
 
 class MaCoSNetModel(MaCoSNetPreTrainedModel):

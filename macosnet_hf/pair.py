@@ -215,7 +215,7 @@ def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int
     """
     try:
         array = np.asarray(points, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a whole number of 400 digits
         raise InputError("Points must be pairs of numbers (x, y).") from error
     if array.size == 0:
         return np.zeros((0, 2), dtype=np.float32)

@@ -349,3 +349,8 @@ def test_masks_are_read_with_the_care_of_photographs(tmp_path):
         with pytest.raises(DataError, match=rf"here: .*{name} cannot be read as a mask") as caught:
             mask_from_picture({"path": str(tmp_path / name), "bytes": None}, "here")
         assert isinstance(caught.value.__cause__, ImageError)
+
+
+def test_points_with_numbers_that_no_float_can_hold():
+    with pytest.raises(InputError, match="pairs of numbers"):
+        check_points([[10**400, 1]], (50, 40))

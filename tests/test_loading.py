@@ -83,6 +83,20 @@ LIGHT_FAULTS = {
         ),
         r"has no model-1-of-1\.safetensors",
     ),
+    "a shard elsewhere": (
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "elsewhere.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}'),
+        ),
+        "is no file beside it",
+    ),
+    "a shard with a name that no file has": (
+        lambda d: (
+            (d / "model.safetensors").unlink(),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "' + "x" * 300 + '"}}'),
+        ),
+        r"has no x+\.",
+    ),
     "index of another shape": (
         lambda d: (
             (d / "model.safetensors").unlink(),
@@ -132,6 +146,10 @@ DEEP_FAULTS = {
     "another size of pictures": (
         lambda d: change(d / "preprocessor_config.json", size={"height": 64, "width": 96}),
         "96x64 pixels, but its model takes",
+    ),
+    "pictures that no memory holds": (
+        lambda d: change(d / "preprocessor_config.json", size={"height": 100_000, "width": 100_000}),
+        "100000x100000 pixels, but the model takes 240x240",
     ),
     "size is no size": (lambda d: change(d / "preprocessor_config.json", size="big"), "cannot be used"),
     "mean of two channels": (lambda d: change(d / "preprocessor_config.json", image_mean=[0.5, 0.5]), "cannot be used"),

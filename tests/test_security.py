@@ -153,7 +153,7 @@ def test_kept_predictions_hold_numbers_only(tmp_path, witness):
         PredictionReader(tmp_path, {}).get({"id": "a"})
 
 
-EVIL = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+EVIL = ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
 
 
 @pytest.fixture(scope="module")

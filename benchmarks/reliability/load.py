@@ -333,9 +333,7 @@ def main() -> int:
     report("files kept, growth", megabytes_later - megabytes, 20 + 0.2 * megabytes, "MB", note)
     report("temporary files left behind", len(left), 0)
     strange = sum(count for kind, count in ends.items() if kind not in ("answered", "refused"))
-    note = (
-        f"{4 * args.waiting} at once, {args.waiting} may wait: {ends['answered']} answered, {ends['refused']} refused"
-    )
+    note = f"{requests} at once, {args.waiting} may wait: {ends['answered']} answered, {ends['refused']} refused"
     report("full queue, neither answered nor refused", strange, 0, "", note)
     report("full queue, nobody was refused", 0 if ends["refused"] else 1, 0)
     strangers = [kind for kind in ends if kind not in ("answered", "refused")]

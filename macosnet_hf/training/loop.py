@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..errors import InputError, MaCoSNetError, OutputError
+from ..output_folder import hold_folder, release_folder
 
 DEFAULT_STEPS = 1000
+WORKER_SECONDS = 900  # within which a process that reads photographs must have a batch
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 # What may change between a run and its continuation, because it does not touch the result. The photographs are compared
@@ -247,6 +250,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.is_main_process:
         try:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            _hold(Path(args.output_dir))
             for partial in Path(args.output_dir).glob("partial-*"):
                 # What a killed run left behind while it saved or removed something.
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -262,6 +266,28 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         values = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("macosnet", config=values)
     return accelerator
+
+
+_held: dict[str, int | None] = {}  # output folders that this process trains in
+_PATIENCE = 15  # seconds; the workers of a run that was killed live on for some five
+
+
+def _hold(folder: Path) -> None:
+    """Lets no other run into the folder as long as this process lives: two would remove each other's checkpoints.
+
+    Raises:
+        OutputError: if another run is in it.
+    """
+    name = os.path.abspath(folder)
+    release_folder(_held.pop(name, None))  # of an earlier run in this process
+    limit = time.monotonic() + _PATIENCE
+    while name not in _held:
+        try:
+            _held[name] = hold_folder(folder)
+        except BlockingIOError as error:
+            if time.monotonic() > limit:
+                raise OutputError(f"Another run is training in {folder} just now; choose another folder.") from error
+            time.sleep(0.5)
 
 
 def save_model(accelerator: Accelerator, args: argparse.Namespace, model: Any, processor: Any) -> None:
@@ -412,6 +438,16 @@ def run_script(main: Callable[[], int]) -> None:
     except MaCoSNetError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except (RuntimeError, MemoryError) as error:
+        # A worker that the system killed, or that met with an error itself: torch says so in its own words.
+        if "DataLoader" not in str(error):
+            raise
+        print(
+            "error: A process that reads photographs died, ran out of memory or fell silent; take fewer "
+            "--dataloader_num_workers, and go on with --resume_from_checkpoint latest.",
+            file=sys.stderr,
+        )
+        status = 2
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(status)
@@ -532,6 +568,8 @@ def train(
         sampler=EpochSampler(len(dataset), args.seed, fresh=getattr(dataset, "fresh_epochs", False)),
         drop_last=True,
         num_workers=args.dataloader_num_workers,
+        # A worker that lost its sending thread for want of memory lives on in silence, and torch would wait for ever.
+        timeout=WORKER_SECONDS if args.dataloader_num_workers else 0,
     )
     batches_per_epoch = len(loader) // accelerator.num_processes
     total_steps = args.max_train_steps or DEFAULT_STEPS
@@ -840,6 +878,7 @@ class Checkpoints:
         description = _description(path)
         if description["data"] != self.data and not self.args.allow_changes:
             raise InputError(f"{path} was made with other photographs; {_WAYS_OUT}.")
+        _refuse_code(path)
         try:
             self.accelerator.load_state(str(path))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -852,6 +891,19 @@ class Checkpoints:
             group["lr"] = rate * factor(schedule.last_epoch)
         self.accelerator.step = 0  # a step begins with its first batch, also after a failure in the middle of one
         return int(description["step"])
+
+
+def _refuse_code(path: Path) -> None:
+    """accelerate reads its custom checkpoints, here the moving average, with all that a pickle can do.
+
+    Raises:
+        InputError: if there is more in one than tensors and plain values.
+    """
+    for file in sorted(path.glob("custom_checkpoint_*.pkl")):
+        try:
+            torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise InputError(f"{file} is damaged, or holds more than numbers; it is not loaded.") from error
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
