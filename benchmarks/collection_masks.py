@@ -45,12 +45,11 @@ def read_classes(folder: Path, limit: int | None) -> dict[str, list[tuple[Image.
 def random_partners(collection: Collection, count: int) -> np.ndarray:
     """Each photograph with `count` others chosen by chance: single pairs, for `count = 1`."""
     random = np.random.default_rng(0)
-    features = collection.features(range(len(collection)))
     masks = []
     for number in range(len(collection)):
         others = np.delete(np.arange(len(collection)), number)
         chosen = random.choice(others, min(count, len(others)), replace=False)
-        masks.append(collection.mean_mask(features, number, torch.from_numpy(chosen)))
+        masks.append(collection.mean_mask(number, chosen.tolist()))
     return torch.stack(masks).cpu().numpy()
 
 
@@ -58,9 +57,10 @@ WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "single pairs": lambda collection: random_partners(collection, 1),
     "three partners by chance": lambda collection: random_partners(collection, 3),
     "the most alike": lambda collection: collection.segment(partners=1, common=False).probabilities,
-    "the four most alike": lambda collection: collection.segment(common=False).probabilities,
+    "the two most alike": lambda collection: collection.segment(common=False).probabilities,
+    "the four most alike": lambda collection: collection.segment(partners=4, common=False).probabilities,
     "eight most alike": lambda collection: collection.segment(partners=8, common=False).probabilities,
-    "four, and what all masks have in common": lambda collection: collection.segment().probabilities,
+    "two, and what all masks have in common": lambda collection: collection.segment().probabilities,
 }
 
 

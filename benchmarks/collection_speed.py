@@ -8,7 +8,7 @@
 * fast: every photograph encoded once, feature maps warped instead of pixels.
 
 All give transforms of all N (N - 1) ordered pairs and N masks. (plain decodes a mask for every ordered pair, for that
-is how it finds masks; ours decodes each photograph with four partners.) The limit is the encoder alone, once a
+is how it finds masks; ours decodes each photograph with two partners.) The limit is the encoder alone, once a
 photograph.
 Beyond `--whole` ordered pairs, plain and exact are timed on a sample of pairs and scaled, which the table marks with ~.
 Weights are random, which does not change the time, and so are the pictures.

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument(
         "--partners",
         type=int,
-        default=4,
+        default=2,
         metavar="N",
         help="how many others each photograph is compared with (default 4)",
     )

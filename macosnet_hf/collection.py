@@ -144,7 +144,7 @@ class Collection:
         return self._pixels([self.photos[number] for number in numbers]).to(self.model.device)
 
     @torch.inference_mode()
-    def segment(self, *, partners: int = 4, common: bool = True, progress: Progress | None = None) -> CollectionResult:
+    def segment(self, *, partners: int = 2, common: bool = True, progress: Progress | None = None) -> CollectionResult:
         """Soft masks of the object that the photographs have in common.
 
         A photograph's mask is the mean of the masks that the decoder gives it together with each of its partners. Of
@@ -163,20 +163,20 @@ class Collection:
             raise InputError("Co-segmentation needs two or more photographs.")
         if partners < 1:
             raise InputError(f"partners must be at least 1, not {partners}.")
-        features = self.features(range(len(self)))
-        indices, similarity = choose_partners(features.last, partners)
+        last = torch.stack([self._encoded[key].last for key in self.keys])
+        indices, similarity = choose_partners(last, partners)
         probabilities = []
         for number in range(len(self)):
-            probabilities.append(self.mean_mask(features, number, indices[number]))
+            probabilities.append(self.mean_mask(number, indices[number].tolist()))
             if progress is not None:
                 progress(number + 1, len(self))
         masks = torch.stack(probabilities)
         if common and len(self) >= _COMMON_FROM:
             # In an order that the content gives, so that sums do not depend on that of the photographs.
             order = sorted(range(len(self)), key=lambda number: self.keys[number])
-            small = F.interpolate(masks[order, None], size=features.last.shape[-2:], mode="area")[:, 0]
+            small = F.interpolate(masks[order, None], size=last.shape[-2:], mode="area")[:, 0]
             explained = torch.empty_like(small)
-            explained[order] = explain_masks(features.last[order], small)
+            explained[order] = explain_masks([last[number] for number in order], small)
             learnt = F.interpolate(explained[:, None], size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
             masks = (1 - _COMMON_SHARE) * masks + _COMMON_SHARE * learnt
         return CollectionResult(
@@ -186,16 +186,9 @@ class Collection:
             collection=self,
         )
 
-    def mean_mask(self, features: MaCoSNetFeatures, number: int, partners: Tensor) -> Tensor:
-        """`(S, S)` soft mask of one photograph: the mean over its partners `(K,)`.
-
-        Args:
-            features: of all photographs, as [`features`] gives them.
-            number: the photograph.
-            partners: the numbers of its partners.
-        """
-        own = features.select([number])
-        source = features.normalized[partners]
+    def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
+        """`(S, S)` soft mask of one photograph: the mean over its K partners, all given by their numbers."""
+        own, source = self.features([number]), self.features(partners).normalized
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
         skips = self._encoded[self.keys[number]].skips
@@ -230,7 +223,7 @@ def segment_collection(
     *,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
-    partners: int = 4,
+    partners: int = 2,
     batch_size: int | None = None,
     skip_memory: int = _SKIP_MEMORY,
     progress: Progress | None = None,
@@ -254,27 +247,38 @@ def segment_collection(
     return collection.segment(partners=partners, progress=progress)
 
 
-def explain_masks(features: Tensor, masks: Tensor, *, ridge: float = 0.01) -> Tensor:
+def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
     """Masks as far as a linear function of the features can explain them.
 
     A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
-    the 5th percentile of each picture is 0 and the 95th is 1.
+    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory.
 
     Args:
-        features: `(N, C, h, w)`.
+        features: N maps `(C, h, w)`.
         masks: `(N, h, w)` in [0, 1].
         ridge: weight of the penalty, a cell.
 
     Returns:
         `(N, h, w)` in [0, 1].
     """
-    cells = features.float().flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
-    labels = masks.float().reshape(-1)
-    cells = (cells - cells.mean(0)) / (cells.std(0) + 1e-5)
-    cells = torch.cat((cells, torch.ones_like(cells[:, :1])), dim=1)
-    system = cells.t() @ cells + ridge * len(cells) * torch.eye(cells.shape[1], device=cells.device)
-    fitted = cells @ torch.linalg.solve(system, cells.t() @ labels)
-    return stretch(fitted.view(masks.shape))
+    count = masks.numel()
+    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
+    mean = torch.stack([cells.double().sum(0) for cells in maps]).sum(0) / count
+    squares = torch.stack([(cells.double() - mean).square().sum(0) for cells in maps]).sum(0)
+    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
+
+    def standard(cells: Tensor) -> Tensor:
+        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
+
+    channels = len(mean) + 1
+    system = ridge * count * torch.eye(channels, device=mean.device)
+    target = torch.zeros(channels, device=mean.device)
+    for cells, mask in zip(maps, masks, strict=True):
+        rows = standard(cells)
+        system += rows.t() @ rows
+        target += rows.t() @ mask.float().flatten()
+    weights = torch.linalg.solve(system, target)
+    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
 
 
 def stretch(maps: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .geometry import (
     tps_basis,
     warp,
 )
-from .modeling_macosnet import MaCoSNetFeatures, match_locally, similarities
+from .modeling_macosnet import cell_products, cell_similarity, match_locally, normalize_similarity
 
 GRAPHS = ("all", "neighbours", "star", "random")
 
@@ -236,16 +236,49 @@ def match_collection(
     affine, tps = identity_affine(count, count), identity_tps(count, count)
     off_diagonal = ~torch.eye(count, dtype=torch.bool)
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
-    everything = collection.features(range(count))
+    similarity = torch.full((count, count), float("nan"))
+    products = [cell_products(collection.features([number]).last) for number in range(count)]
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         some = pairs[start : start + _PAIRS_AT_ONCE]
         i, j = some.t()
-        pixels = collection.pixel_values(i.tolist()) if cascade == "exact" else None
-        found_affine, found_tps = model.predict_transforms(everything.select(i), everything.select(j), pixels)
-        affine[i, j], tps[i, j] = found_affine.float().cpu(), found_tps.float().cpu()
+        cells = _both_ways(collection, some)
+        if cascade == "exact":
+            first, second = collection.features(i.tolist()), collection.features(j.tolist())
+            found = model.predict_transforms(
+                first, second, collection.pixel_values(i.tolist()), normalize_similarity(cells)
+            )
+        else:
+            lengths, gram = (torch.cat([products[number][part] for number in i.tolist()]) for part in (0, 1))
+            found = model.predict_transforms_from_similarity(cells, lengths, gram)
+        affine[i, j], tps[i, j] = (parameters.float().cpu() for parameters in found)
+        similarity[i, j] = _brought_together(cells, affine[i, j], tps[i, j], collection)
         if progress is not None:
             progress(start + len(some), len(pairs))
-    return _judged(collection, affine, tps, everything)
+    return _judged(collection, affine, tps, similarity)
+
+
+def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:
+    """Inner products of all cells `(P, h*w, h, w)` of pairs that stand beside their reverse, which is the transpose."""
+    forth = pairs[0::2]
+    products = cell_similarity(*(collection.features(forth[:, side].tolist()).normalized for side in (0, 1)))
+    height, width = products.shape[-2:]
+    back = products.flatten(2).transpose(1, 2).unflatten(-1, (height, width))
+    return torch.stack((products, back), dim=1).flatten(0, 1)
+
+
+def _brought_together(cells: Tensor, affine: Tensor, tps: Tensor, collection: Collection) -> Tensor:
+    """Mean cosine similarity `(P,)` of the target's cells and of the places where transforms send them in the source.
+
+    Read from the inner products `(P, h*w, h, w)`, interpolated; a cell that leaves the source has no partner there.
+    """
+    height, width = cells.shape[-2:]
+    grid = make_grid(height, width).reshape(1, -1, 2).expand(len(cells), -1, -1)
+    regularization = float(collection.model.config.tps_regularization)
+    there = apply_cascade(grid, affine, tps, regularization=regularization)
+    # One map over the source for each of the target's cells, looked up at one place.
+    maps = cells.float().cpu().flatten(2).transpose(1, 2).reshape(-1, 1, height, width)
+    found = warp(maps, there.reshape(-1, 1, 1, 2)).view(len(cells), -1)
+    return (found * inside(there)).mean(-1)
 
 
 def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int = 0) -> Tensor:
@@ -278,34 +311,31 @@ def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int
     return torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
 
 
-def _judged(
-    collection: Collection, affine: Tensor, tps: Tensor, everything: MaCoSNetFeatures | None = None
-) -> CollectionMatches:
-    """Similarity, error and trust of transforms `(N, N, 6)` and `(N, N, 18)`."""
+def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Tensor | None = None) -> CollectionMatches:
+    """Error and trust of transforms `(N, N, 6)` and `(N, N, 18)`, and their similarity where it is not known."""
     count = len(collection)
-    everything = collection.features(range(count)) if everything is None else everything
     regularization = float(collection.model.config.tps_regularization)
-    device = everything.last.device
-    side = _POINTS_A_SIDE
-    points = make_grid(side, side).reshape(1, -1, 2) * 0.9
-    similarity, error = torch.full((count, count), float("nan")), torch.full((count, count), float("nan"))
+    points = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9
+    error = torch.full((count, count), float("nan"))
     known = torch.isfinite(affine).all(-1)
-    pairs = torch.nonzero(known)
-    with torch.inference_mode():
-        for some in pairs.split(_PAIRS_AT_ONCE):
-            i, j = some.t()
-            start = points.expand(len(some), -1, -1)
-            there = apply_cascade(start, affine[i, j], tps[i, j], regularization=regularization)
-            back = apply_cascade(there, affine[j, i], tps[j, i], regularization=regularization)
-            error[i, j] = (back - start).norm(dim=-1).mean(-1)
-            alike = similarities(
-                everything.normalized[i.to(device)],
-                everything.normalized[j.to(device)],
-                there.to(device),
-                start.to(device),
-            )
-            # A point that leaves the photograph has no partner there.
-            similarity[i, j] = (alike.float().cpu() * inside(there)).mean(-1)
+    i, j = torch.nonzero(known).t()
+    for part in torch.arange(len(i)).split(4096):
+        a, b = i[part], j[part]
+        start = points.expand(len(part), -1, -1)
+        there = apply_cascade(start, affine[a, b], tps[a, b], regularization=regularization)
+        back = apply_cascade(there, affine[b, a], tps[b, a], regularization=regularization)
+        error[a, b] = (back - start).norm(dim=-1).mean(-1)
+    if similarity is None:
+        similarity = torch.full((count, count), float("nan"))
+        upper = torch.triu_indices(count, count, 1).t()
+        pairs = torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
+        with torch.inference_mode():
+            for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+                some = pairs[start : start + _PAIRS_AT_ONCE]
+                a, b = some.t()
+                cells = _both_ways(collection, some)
+                similarity[a, b] = _brought_together(cells, affine[a, b], tps[a, b], collection)
+    similarity = similarity.clone().fill_diagonal_(1.0)
     trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _RETURN_SIGMA) ** 2)
     return CollectionMatches(affine, tps, similarity, error, trust.nan_to_num(0).fill_diagonal_(1.0), collection)
 

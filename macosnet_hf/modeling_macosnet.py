@@ -153,8 +153,24 @@ def correlate(source: Tensor, target: Tensor) -> Tensor:
     Returns:
         `(B, h*w, h', w')`: one channel per position of A (row by row), spatial layout of B.
     """
-    similarity = torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2))
-    return l2_normalize(F.relu(similarity)).unflatten(-1, target.shape[-2:])
+    return normalize_similarity(cell_similarity(source, target))
+
+
+def cell_similarity(source: Tensor, target: Tensor) -> Tensor:
+    """Inner products of all cells: `(B, C, h, w)` and `(B, C, h', w')` to `(B, h*w, h', w')`."""
+    return torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2)).unflatten(-1, target.shape[-2:])
+
+
+def normalize_similarity(similarity: Tensor) -> Tensor:
+    """ReLU, then unit length over the source's cells: `(B, h*w, h', w')` to the correlation map of [`correlate`]."""
+    return l2_normalize(F.relu(similarity))
+
+
+def cell_products(last: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths `(B, h*w)` of the cells of a map `(B, C, h, w)`, and their inner products `(B, h*w, h*w)`."""
+    cells = last.float().flatten(2)
+    lengths = (cells.square().sum(1) + _NORM_EPSILON).sqrt()
+    return lengths, torch.bmm(cells.transpose(1, 2), cells)
 
 
 def similarities(source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor) -> Tensor:
@@ -439,18 +455,43 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         Returns:
             affine `(N, 6)` and tps `(N, 18)` of T_AB, float32.
         """
+        if source_pixel_values is None:
+            return self.predict_transforms_from_similarity(
+                cell_similarity(source.normalized, target.normalized), *cell_products(source.last)
+            )
         if correlation is None:
             correlation = correlate(source.normalized, target.normalized)
         affine = self.affine_head(correlation)
-        padding_mode = self.config.padding_mode
-        if source_pixel_values is not None:
-            grid = sampling_grid(affine, size=source_pixel_values.shape[-2:])
-            warped_pixels = warp(source_pixel_values.to(self.dtype), grid, padding_mode=padding_mode)
-            warped = self.encoder(warped_pixels).normalized
-        else:
-            grid = sampling_grid(affine, size=source.last.shape[-2:])
-            warped = l2_normalize(warp(source.last, grid, padding_mode=padding_mode))
+        grid = sampling_grid(affine, size=source_pixel_values.shape[-2:])
+        warped_pixels = warp(source_pixel_values.to(self.dtype), grid, padding_mode=self.config.padding_mode)
+        warped = self.encoder(warped_pixels).normalized
         return affine, self.tps_head(correlate(warped, target.normalized))
+
+    def predict_transforms_from_similarity(
+        self, similarity: Tensor, lengths: Tensor, gram: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The cascade that warps A's feature map, from inner products alone: no feature is touched again.
+
+        A feature of the warped map is a mixture of A's features, so its inner products with B's features are the same
+        mixture of inner products that are known already, and its length follows from those within A.
+
+        Args:
+            similarity: `(N, h*w, h, w)` of [`cell_similarity`], A's cells as channels, B's layout.
+            lengths: `(N, h*w)` and gram `(N, h*w, h*w)`: of A's map, see [`cell_products`].
+
+        Returns:
+            As [`predict_transforms`].
+        """
+        affine = self.affine_head(normalize_similarity(similarity))
+        height, width = similarity.shape[-2:]
+        grid = sampling_grid(affine, size=(height, width))
+        cells = torch.eye(height * width, device=similarity.device, dtype=grid.dtype)
+        unit = cells.view(1, -1, height, width).expand(len(grid), -1, -1, -1)
+        shares = warp(unit, grid, padding_mode=self.config.padding_mode).flatten(2).transpose(1, 2)  # (N, A', A)
+        products = torch.bmm(shares * lengths.unsqueeze(1).to(shares), similarity.flatten(2).to(shares))
+        square = (torch.bmm(shares, gram.to(shares)) * shares).sum(-1, keepdim=True).clamp(min=0)
+        warped = (products * torch.rsqrt(square + _NORM_EPSILON)).to(similarity.dtype)
+        return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
 
     def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
         """Mask logits `(P, H, W)`; `correlation` has the layout of the picture that is segmented (S_BA for A)."""
@@ -841,8 +882,11 @@ __all__ = [
     "MaCoSNetModel",
     "MaCoSNetModelOutput",
     "MaCoSNetPreTrainedModel",
+    "cell_products",
+    "cell_similarity",
     "correlate",
     "match_locally",
+    "normalize_similarity",
     "ordered_pairs",
     "similarities",
 ]

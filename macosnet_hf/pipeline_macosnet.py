@@ -149,7 +149,7 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         """Upright RGB pictures; the collection's own code resizes them."""
         return {"photos": [read_photo(photo, timeout) for photo in photos]}
 
-    def _forward(self, model_inputs: dict[str, Any], partners: int = 4) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], partners: int = 2) -> dict[str, Any]:
         photos = model_inputs["photos"]
         result = segment_collection(photos, model=self.model, processor=self.image_processor, partners=partners)
         return {"photos": photos, "probabilities": result.probabilities, "agreement": result.agreement}
