@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=2,
         metavar="N",
-        help="how many others each photograph is compared with (default 4)",
+        help="how many others each photograph is compared with (default 2)",
     )
     segment.set_defaults(run=run_segment)
 

@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 # ResNet-101. Those of further photographs are made again when they are needed, by a second pass of the encoder.
 _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
+# How many of the most alike say whether a photograph belongs.
+_AGREEMENT_PARTNERS = 4
 # From so many photographs on, what their masks have in common is learnt, and has this share in each mask.
 _COMMON_FROM = 6
 _COMMON_SHARE = 1 / 3
@@ -42,7 +44,7 @@ class CollectionResult:
     Attributes:
         probabilities: `(N, S, S)` float32 soft masks at the network's resolution.
         partners: the indices of each photograph's partners, most alike first.
-        agreement: `(N,)` mean cosine similarity of each photograph's pooled feature to those of its partners, in
+        agreement: `(N,)` mean cosine similarity of each photograph's pooled feature to those of the four most alike, in
             [-1, 1]; the odd one out has the smallest.
         collection: the encoded photographs, for further questions.
     """
@@ -164,7 +166,8 @@ class Collection:
         if partners < 1:
             raise InputError(f"partners must be at least 1, not {partners}.")
         last = torch.stack([self._encoded[key].last for key in self.keys])
-        indices, similarity = choose_partners(last, partners)
+        indices, similarity = choose_partners(last, max(partners, _AGREEMENT_PARTNERS))
+        agreement, indices = similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1), indices[:, :partners]
         probabilities = []
         for number in range(len(self)):
             probabilities.append(self.mean_mask(number, indices[number].tolist()))
@@ -182,7 +185,7 @@ class Collection:
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=indices.tolist(),
-            agreement=similarity.mean(dim=1).cpu().numpy(),
+            agreement=agreement.cpu().numpy(),
             collection=self,
         )
 

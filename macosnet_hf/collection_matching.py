@@ -330,8 +330,8 @@ def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Ten
         upper = torch.triu_indices(count, count, 1).t()
         pairs = torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
         with torch.inference_mode():
-            for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-                some = pairs[start : start + _PAIRS_AT_ONCE]
+            for first in range(0, len(pairs), _PAIRS_AT_ONCE):
+                some = pairs[first : first + _PAIRS_AT_ONCE]
                 a, b = some.t()
                 cells = _both_ways(collection, some)
                 similarity[a, b] = _brought_together(cells, affine[a, b], tps[a, b], collection)

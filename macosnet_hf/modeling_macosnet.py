@@ -307,7 +307,11 @@ class MaCoSNetDecoder(nn.Module):
         """
         last = features.last if index is None else features.last[index]
         correlation = correlation.to(last.dtype)
-        if last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous():
+        if (
+            not torch.compiler.is_compiling()  # asking for the layout would tie a graph to one batch size
+            and last.is_contiguous(memory_format=torch.channels_last)
+            and not last.is_contiguous()
+        ):
             # In another memory layout than the features, it would send the whole decoder down the slow path.
             correlation = correlation.contiguous(memory_format=torch.channels_last)
         hidden = self.input_norm(torch.cat((last, correlation), dim=1))
@@ -574,7 +578,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         masks = None
         if output_masks:
             # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
-            reverse = torch.arange(len(source), device=device) ^ 1
+            reverse = torch.arange(source.shape[0], device=device) ^ 1
             masks = self.predict_masks(features, correlation[reverse], source).unflatten(0, (batch, len(pairs)))
         return MaCoSNetModelOutput(
             affine=affine.unflatten(0, (batch, len(pairs))),

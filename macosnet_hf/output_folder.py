@@ -95,6 +95,9 @@ def _remove_left_over_file(path: Path) -> None:
             release_folder(held)
 
 
+_held_here: dict[int, str] = {}  # what this process has marked, by descriptor
+
+
 def hold_folder(folder: Path) -> int | None:
     """Marks a folder, or a file, as one that a living process writes; the system takes the mark away when that ends.
 
@@ -115,12 +118,19 @@ def hold_folder(folder: Path) -> int | None:
     except OSError:
         os.close(descriptor)
         return None
+    _held_here[descriptor] = os.path.realpath(folder)
     return descriptor
+
+
+def held_by_this_process(folder: Path) -> bool:
+    """Whether [`hold_folder`] marked a folder here, so that marking it again would only meet ourselves."""
+    return os.path.realpath(folder) in _held_here.values()
 
 
 def release_folder(held: int | None) -> None:
     """Ends what [`hold_folder`] began."""
     if held is not None:
+        _held_here.pop(held, None)
         os.close(held)
 
 

@@ -106,7 +106,7 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
     list of results.
 
     Args of a call:
-        partners (`int`, defaults to 4): how many others each photograph is compared with.
+        partners (`int`, defaults to 2): how many others each photograph is compared with.
         refine (`str`, defaults to `"grabcut"`): soft to hard masks: `"grabcut"`, `"otsu"`, `"crf"` or `"none"`.
         timeout (`float`, *optional*): seconds to wait for a picture from the web.
     """

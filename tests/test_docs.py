@@ -19,7 +19,7 @@ from macosnet_hf.convert import original_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["tour", "coordinates", "your-own-data", "train", "figures", "publishing", "converting"]
+PAGES = ["tour", "coordinates", "your-own-data", "collections", "train", "figures", "publishing", "converting"]
 PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 

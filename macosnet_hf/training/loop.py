@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..errors import InputError, MaCoSNetError, OutputError
-from ..output_folder import hold_folder, release_folder
+from ..output_folder import held_by_this_process, hold_folder, release_folder
 
 DEFAULT_STEPS = 1000
 WORKER_SECONDS = 900  # within which a process that reads photographs must have a batch
@@ -280,6 +280,8 @@ def _hold(folder: Path) -> None:
     """
     name = os.path.abspath(folder)
     release_folder(_held.pop(name, None))  # of an earlier run in this process
+    if held_by_this_process(folder):  # `macosnet adapt` trains in a folder of its own making
+        return
     limit = time.monotonic() + _PATIENCE
     while name not in _held:
         try:
