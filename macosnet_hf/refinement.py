@@ -123,7 +123,15 @@ def centre_grabcut(image: Any, *, extent: float = 0.7, working_size: int = 240, 
     prior = centre_prior(*rgb.shape[:2], extent=extent)
     corner = 2.0 ** -(1 / extent**2)  # the prior's value on the ellipse that touches the borders
     soft = np.where(prior < corner, 0.0, np.where(prior >= 0.5, 0.75, 0.25)).astype(np.float32)
-    return refine_mask(rgb, soft, "grabcut", working_size=working_size, iterations=iterations)
+    return refine_mask(
+        rgb,
+        soft,
+        "grabcut",
+        working_size=working_size,
+        iterations=iterations,
+        sure_background=0.05,  # only the corners, where the guess is 0
+        sure_foreground=0.9,  # nothing
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
