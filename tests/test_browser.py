@@ -375,7 +375,7 @@ def test_who_comes_back_to_the_collection_finds_the_own_photographs(page, tmp_pa
     page.get_by_role("tab", name="Collection").click()
     page.wait_for_timeout(500)
     page.locator("#segment").click()
-    page.get_by_text("All 2 photographs seem").wait_for(timeout=60_000)
+    page.get_by_text("2 photographs are too few").wait_for(timeout=60_000)
     assert set(page.locator("#agreement .name").all_inner_texts()) == set(photographs)
 
 

@@ -99,7 +99,8 @@ def centre_ellipse(height: int, width: int, radius: float = 0.7) -> np.ndarray:
     """Probability `(height, width)` of an ellipse in the middle of the picture: 0.5 at `radius`, where the half sides
     of the picture are 1, up to 0.7 inside, down to 0.2 outside, and 0 in the corners; float32.
 
-    The bounds leave GrabCut free everywhere but in the corners, which are taken for background. On a part of msrc-coseg (6 photos a class) free corners cost 0.016 in J.
+    The bounds leave GrabCut free everywhere but in the corners, which are taken for background. On a part of msrc-coseg
+    (6 photos a class) free corners cost 0.016 in J.
     """
     y = np.linspace(-1, 1, height)[:, None]
     x = np.linspace(-1, 1, width)[None]
