@@ -53,14 +53,15 @@ def random_partners(collection: Collection, count: int) -> np.ndarray:
     return torch.stack(masks).cpu().numpy()
 
 
+REFINED = "the same, refined on the way"  # by GrabCut: not refined again
+
 WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "single pairs": lambda collection: random_partners(collection, 1),
     "three partners by chance": lambda collection: random_partners(collection, 3),
-    "the most alike": lambda collection: collection.segment(partners=1, common=False).probabilities,
-    "the two most alike": lambda collection: collection.segment(common=False).probabilities,
-    "the four most alike": lambda collection: collection.segment(partners=4, common=False).probabilities,
-    "eight most alike": lambda collection: collection.segment(partners=8, common=False).probabilities,
-    "two, and what all masks have in common": lambda collection: collection.segment().probabilities,
+    "two of the collection": lambda collection: collection.segment(common=False).probabilities,
+    "four of the collection": lambda collection: collection.segment(partners=4, common=False).probabilities,
+    "two, and masks that travel": lambda collection: collection.segment().probabilities,
+    REFINED: lambda collection: collection.segment(refine="grabcut").probabilities,
 }
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--photos_per_class", type=int, default=None)
-    parser.add_argument("--refine_size", type=int, default=200)
+    parser.add_argument("--refine_size", type=int, default=320)
     arguments = parser.parse_args()
     model, processor = load_model_and_processor(arguments.model)
     classes = read_classes(arguments.data, arguments.photos_per_class)
@@ -94,8 +95,9 @@ def main() -> None:
                     torch.from_numpy(probability)[None, None], size=truth.shape, mode="bilinear", align_corners=True
                 )
                 values = soft[0, 0].clamp(0, 1).numpy()
-                hard = refine_mask(photo, values, working_size=arguments.refine_size)
-                row = [jaccard(values >= 0.5, truth), jaccard(hard, truth), float((hard == truth).mean())]
+                soft_mask = values >= 0.5
+                hard = soft_mask if name == REFINED else refine_mask(photo, values, working_size=arguments.refine_size)
+                row = [jaccard(soft_mask, truth), jaccard(hard, truth), float((hard == truth).mean())]
                 scores[name].setdefault(class_name, []).append(row)
     count = sum(len(found) for found in classes.values())
     print(f"{count} photographs in {len(classes)} classes\n")

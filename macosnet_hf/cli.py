@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import DEFAULT_CHECKPOINT, __version__
+from .allocator import give_memory_back
 from .collector import collector_paused, no_collection_at_exit
 from .errors import ImageError, InputError, MaCoSNetError
 
@@ -161,7 +162,8 @@ def run_match(args: argparse.Namespace) -> int:
         raise InputError(f"--threshold must lie between 0 and 1; got {args.threshold:g}.")
     points = _read_points(args)
     check_checkpoint(args.model)
-    photos = [load_image(args.source), load_image(args.target)]
+    give_memory_back()
+    photos = (load_image(args.source), load_image(args.target))
     if points is not None:
         _check_inside(points, photos[0])
     refuse_to_overwrite(args.output_dir, MATCH_RESULTS, (args.source, args.target))
@@ -169,10 +171,10 @@ def run_match(args: argparse.Namespace) -> int:
     with output_folder(args.output_dir) as folder:
         with collector_paused():
             from .loading import load_model_and_processor
-            from .pair import match_pair
+            from .pair import match_photos
 
             model, processor = load_model_and_processor(args.model, args.device)
-        result = match_pair(*photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
+        result = match_photos(photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
         document: dict[str, Any] = {
             "source": {"file": str(args.source), "width": result.source.width, "height": result.source.height},
             "target": {"file": str(args.target), "width": result.target.width, "height": result.target.height},
@@ -310,6 +312,7 @@ def run_segment(args: argparse.Namespace) -> int:
     paths, from_folder = _photo_paths(args.photos)
     if from_folder and os.path.realpath(args.output_dir) == os.path.realpath(args.photos[0]):
         raise InputError("The output folder is the folder of the photographs; a second run would take masks for them.")
+    give_memory_back()
     copies, kept, skipped = _read_copies(paths, skip_damaged=from_folder)
     if len(kept) < 2:
         raise InputError(
@@ -331,18 +334,24 @@ def run_segment(args: argparse.Namespace) -> int:
 
             model, processor = load_model_and_processor(args.model, args.device)
         with tqdm(total=len(kept), desc="Segmenting", unit="photo", disable=quiet) as bar:
+
+            def tell(done: int, total: int) -> None:
+                bar.total = total  # each photograph twice where masks are refined
+                bar.update(done - bar.n)
+
             result = segment_collection(
                 copies,
                 model=model,
                 processor=processor,
                 partners=args.partners,
-                progress=lambda done, total: bar.update() and None,
+                refine=args.refine,
+                progress=tell,
             )
         odd = odd_ones_out(result.agreement)
 
         def cut_out(number: int) -> tuple[dict[str, Any], np.ndarray]:
             photo = load_image(kept[number])  # again, so that few photographs are in memory in full size
-            mask = refined_mask(photo, result.probabilities[number], args.refine)
+            mask = refined_mask(photo, result.probabilities[number], "none")
             _save_mask(mask, folder / f"{names[number]}_mask.png")
             cutout(photo, mask).save(folder / f"{names[number]}_cutout.png", compress_level=1)
             copies[number].thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))

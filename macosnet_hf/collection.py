@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .modeling_macosnet import MaCoSNetFeatures, correlate, l2_normalize
-from .refinement import refine_mask
+from .refinement import REFINEMENT_METHODS, refine_mask
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
@@ -32,9 +33,18 @@ _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
 # How many of the most alike say whether a photograph belongs.
 _AGREEMENT_PARTNERS = 4
-# From so many photographs on, what their masks have in common is learnt, and has this share in each mask.
-_COMMON_FROM = 6
-_COMMON_SHARE = 1 / 3
+# How masks are carried from photograph to photograph, chosen on every second photograph of msrc-coseg: each cell looks
+# at the cells that resemble it most in the photographs most alike, and what they say has this share in the mask (less
+# of a pair, where one wrong mask is all that can be asked).
+_TRANSFER_PARTNERS = 16
+_TRANSFER_CELLS = 20
+_TRANSFER_TEMPERATURE = 0.1
+_TRANSFER_SHARE = 1 / 2
+_TRANSFER_SHARE_OF_TWO = 0.3
+# Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
+REFINED_SHARES = (0.3, 0.4, 0.3)
+# Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
+_REFINED_SIDE = 320
 
 
 @dataclass
@@ -146,48 +156,94 @@ class Collection:
         return self._pixels([self.photos[number] for number in numbers]).to(self.model.device)
 
     @torch.inference_mode()
-    def segment(self, *, partners: int = 2, common: bool = True, progress: Progress | None = None) -> CollectionResult:
+    def segment(
+        self,
+        *,
+        partners: int = 2,
+        common: bool = True,
+        refine: str = "none",
+        workers: int = 2,
+        progress: Progress | None = None,
+    ) -> CollectionResult:
         """Soft masks of the object that the photographs have in common.
 
-        A photograph's mask is the mean of the masks that the decoder gives it together with each of its partners. Of
-        six photographs or more, a third of it is what the stride-16 features explain of *all* these masks (a ridge
-        regression): a part that is taken for the object in one photograph only is not confirmed by the others.
+        Three steps, none of which encodes a photograph again:
+
+        1. The decoder sees each photograph with each of its partners; the mean of these masks is its first mask.
+        2. Masks travel ([`transfer_masks`]): each cell asks the cells that resemble it most in other photographs, and
+           what these say is half of the new mask. A part that is taken for the object in one photograph only finds no
+           support.
+        3. With `refine`, these masks are refined by each picture's own colours, the refined masks travel in the same
+           way, and the result is the mean of the first mask (0.3), of what travelled (0.4) and of the refined mask
+           itself (0.3). The object is where it is 0.5 or more: refine it no further.
 
         Args:
-            partners: how many others each photograph is compared with.
-            common: whether to learn what the masks have in common.
-            progress: called with (done, total) after each photograph.
+            partners: how many others the decoder compares each photograph with.
+            common: whether masks travel.
+            refine: one of `refinement.REFINEMENT_METHODS`, for the third step; `"none"` leaves it out.
+            workers: threads that refine.
+            progress: called with (done, total) after each photograph of the first step, and of the third.
 
         Raises:
-            InputError: for fewer than two photographs, or no partner.
+            InputError: for fewer than two photographs, no partner, or an unknown refinement.
         """
         if len(self) < 2:
             raise InputError("Co-segmentation needs two or more photographs.")
         if partners < 1:
             raise InputError(f"partners must be at least 1, not {partners}.")
+        if refine not in REFINEMENT_METHODS:
+            raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+        refined = common and refine != "none"
+        total = len(self) * (2 if refined else 1)
         last = torch.stack([self._encoded[key].last for key in self.keys])
-        indices, similarity = choose_partners(last, max(partners, _AGREEMENT_PARTNERS))
-        agreement, indices = similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1), indices[:, :partners]
-        probabilities = []
+        others, similarity = choose_partners(last, len(self))
+        agreement = similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
+        chosen = others[:, spread_ranks(others.shape[1], partners)]
+        first = []
         for number in range(len(self)):
-            probabilities.append(self.mean_mask(number, indices[number].tolist()))
+            first.append(self.mean_mask(number, chosen[number].tolist()))
             if progress is not None:
-                progress(number + 1, len(self))
-        masks = torch.stack(probabilities)
-        if common and len(self) >= _COMMON_FROM:
-            # In an order that the content gives, so that sums do not depend on that of the photographs.
-            order = sorted(range(len(self)), key=lambda number: self.keys[number])
-            small = F.interpolate(masks[order, None], size=last.shape[-2:], mode="area")[:, 0]
-            explained = torch.empty_like(small)
-            explained[order] = explain_masks([last[number] for number in order], small)
-            learnt = F.interpolate(explained[:, None], size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-            masks = (1 - _COMMON_SHARE) * masks + _COMMON_SHARE * learnt
+                progress(number + 1, total)
+        masks = own = torch.stack(first)
+        if common:
+            share = _TRANSFER_SHARE if len(self) > 2 else _TRANSFER_SHARE_OF_TWO
+            masks = (1 - share) * own + share * transfer_masks(last, own, others)
+        if refined:
+
+            def tell(done: int) -> None:
+                if progress is not None:
+                    progress(len(self) + done, total)
+
+            sharp = self._refine(masks, refine, workers, tell)
+            shares = REFINED_SHARES
+            masks = shares[0] * own + shares[1] * transfer_masks(last, sharp, others) + shares[2] * sharp
+        elif refine != "none":
+            masks = self._refine(masks, refine, workers, lambda done: None)
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
-            partners=indices.tolist(),
+            partners=chosen.tolist(),
             agreement=agreement.cpu().numpy(),
             collection=self,
         )
+
+    def _refine(self, masks: Tensor, method: str, workers: int, tell: Callable[[int], None]) -> Tensor:
+        """Refined masks as shares of the object, `(N, S, S)` in [0, 1]."""
+        size = tuple(masks.shape[-2:])
+
+        def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
+            scale = min(1.0, _REFINED_SIDE / max(photo.size))
+            small = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BOX)
+            soft = torch.from_numpy(probability)[None, None]
+            soft = F.interpolate(soft, size=(small.height, small.width), mode="bilinear", align_corners=True)
+            hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
+            return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
+
+        found = []
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for sharp in pool.map(one, self.photos, masks.cpu().numpy()):
+                found.append(sharp)
+                tell(len(found))
+        return torch.stack(found).to(masks.device)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
         """`(S, S)` soft mask of one photograph: the mean over its K partners, all given by their numbers."""
@@ -227,6 +283,7 @@ def segment_collection(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     partners: int = 2,
+    refine: str = "none",
     batch_size: int | None = None,
     skip_memory: int = _SKIP_MEMORY,
     progress: Progress | None = None,
@@ -235,11 +292,11 @@ def segment_collection(
 
     Args:
         photos: two or more upright RGB pictures.
-        partners, progress: as in [`Collection.segment`].
+        partners, refine, progress: as in [`Collection.segment`].
         batch_size, skip_memory: as in [`Collection`].
 
     Raises:
-        InputError: for fewer than two photographs, or options that are not positive.
+        InputError: for fewer than two photographs, or options that cannot be used.
     """
     if len(photos) < 2:
         raise InputError("Co-segmentation needs two or more photographs.")
@@ -247,48 +304,44 @@ def segment_collection(
         raise InputError(f"partners must be at least 1, not {partners}.")
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
     collection.add(photos)
-    return collection.segment(partners=partners, progress=progress)
+    return collection.segment(partners=partners, refine=refine, progress=progress)
 
 
-def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
-    """Masks as far as a linear function of the features can explain them.
+def transfer_masks(features: Tensor, masks: Tensor, others: Tensor) -> Tensor:
+    """What the photographs of a collection say of each other's masks.
 
-    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
-    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory.
+    For each cell of a picture the 20 cells that resemble it most (cosine similarity s of the features) are sought in
+    the 16 pictures that are most alike; their masks are averaged with the weights softmax(s / 0.1).
 
     Args:
-        features: N maps `(C, h, w)`.
-        masks: `(N, h, w)` in [0, 1].
-        ridge: weight of the penalty, a cell.
+        features: `(N, C, h, w)`.
+        masks: `(N, S, S)` in [0, 1].
+        others: `(N, K)` for each picture the numbers of others, most alike first.
 
     Returns:
-        `(N, h, w)` in [0, 1].
+        `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
     """
-    count = masks.numel()
-    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
-    mean = torch.stack([cells.double().sum(0) for cells in maps]).sum(0) / count
-    squares = torch.stack([(cells.double() - mean).square().sum(0) for cells in maps]).sum(0)
-    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
-
-    def standard(cells: Tensor) -> Tensor:
-        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
-
-    channels = len(mean) + 1
-    system = ridge * count * torch.eye(channels, device=mean.device)
-    target = torch.zeros(channels, device=mean.device)
-    for cells, mask in zip(maps, masks, strict=True):
-        rows = standard(cells)
-        system += rows.t() @ rows
-        target += rows.t() @ mask.float().flatten()
-    weights = torch.linalg.solve(system, target)
-    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
+    small = F.interpolate(masks[:, None], size=features.shape[-2:], mode="area").flatten(1)
+    cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
+    found = torch.empty_like(small)
+    for number, partners in enumerate(others[:, :_TRANSFER_PARTNERS].tolist()):
+        # One product a partner: stacked, their cells would be copied for every photograph anew.
+        similarity = torch.cat([cells[number].t() @ cells[partner] for partner in partners], dim=1)
+        best = similarity.topk(min(_TRANSFER_CELLS, similarity.shape[1]), dim=1)
+        weights = (best.values / _TRANSFER_TEMPERATURE).softmax(dim=1)
+        found[number] = (weights * small[partners].flatten()[best.indices]).sum(dim=1)
+    found = found.view(len(found), 1, *features.shape[-2:])
+    return F.interpolate(found, size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
 
 
-def stretch(maps: Tensor) -> Tensor:
-    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
-    flat = maps.flatten(1)
-    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
-    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)
+def spread_ranks(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` places in a row, evenly spread from the first on; all if there are fewer.
+
+    The most alike often share the background too, and then confirm it: on msrc-coseg the first and the middle one
+    together make better masks than the first two, the last two, or two in between.
+    """
+    wanted = min(wanted, count)
+    return [number * count // wanted for number in range(wanted)]
 
 
 def odd_ones_out(agreement: np.ndarray) -> list[int]:
@@ -347,13 +400,13 @@ def refined_mask(photo: Image.Image, probability: np.ndarray, refine: str = "gra
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in full_size)
         photo = photo.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
+    del photo  # nothing of this size is held longer than it is needed: two photographs are refined at a time
     soft = F.interpolate(
-        torch.from_numpy(probability)[None, None],
-        size=(photo.height, photo.width),
-        mode="bilinear",
-        align_corners=True,
+        torch.from_numpy(probability)[None, None], size=pixels.shape[:2], mode="bilinear", align_corners=True
     )
-    mask = refine_mask(photo, soft[0, 0].clamp(0, 1).numpy(), refine)
+    mask = refine_mask(pixels, soft[0, 0].clamp_(0, 1).numpy(), refine)
     if scale >= 1:
         return mask
-    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(full_size, Image.Resampling.BILINEAR)) >= 128
+    del pixels, soft
+    return np.asarray(Image.fromarray(mask * np.uint8(255)).resize(full_size, Image.Resampling.BILINEAR)) >= 128

@@ -120,7 +120,7 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
     def _sanitize_parameters(
         self, partners: int | None = None, refine: str | None = None, timeout: float | None = None
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return _given(timeout=timeout), _given(partners=partners), _given(refine=refine)
+        return _given(timeout=timeout), _given(partners=partners, refine=refine), {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Masks of one collection of photographs (paths, URLs, PIL pictures), or of each of several.
@@ -149,16 +149,18 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         """Upright RGB pictures; the collection's own code resizes them."""
         return {"photos": [read_photo(photo, timeout) for photo in photos]}
 
-    def _forward(self, model_inputs: dict[str, Any], partners: int = 2) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], partners: int = 2, refine: str = "grabcut") -> dict[str, Any]:
         photos = model_inputs["photos"]
-        result = segment_collection(photos, model=self.model, processor=self.image_processor, partners=partners)
+        result = segment_collection(
+            photos, model=self.model, processor=self.image_processor, partners=partners, refine=refine
+        )
         return {"photos": photos, "probabilities": result.probabilities, "agreement": result.agreement}
 
-    def postprocess(self, model_outputs: dict[str, Any], refine: str = "grabcut") -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Hard masks in the photographs' own sizes."""
         results = []
         for photo, probability, agreement in zip(*model_outputs.values(), strict=True):
-            mask = refined_mask(photo, probability, refine)
+            mask = refined_mask(photo, probability, "none")
             inside = np.asarray(Image.fromarray(mask).resize(probability.shape[::-1], Image.Resampling.NEAREST))
             results.append(
                 {

@@ -23,7 +23,7 @@ from .collection import CollectionResult, odd_ones_out, refined_mask, segment_co
 from .drawing import cutout, overview
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, make_grid
-from .pair import DIRECTIONS, PairResult, check_points, match_pair
+from .pair import DIRECTIONS, PairResult, check_points, match_photos
 from .working_copy import WorkingCopy, distinct_names, open_working_copy
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def match_files(
     Args:
         source, target: paths.
         names: what their owner calls them.
-        model, processor, refine: as in [`match_pair`].
+        model, processor, refine: as in [`~macosnet_hf.pair.match_pair`].
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
@@ -99,7 +99,8 @@ def match_files(
             copies.append(open_working_copy(path, names[index] if names else None))
         except ImageError as error:
             raise ImageError(f"{role}: {error}") from error
-    result = match_pair(copies[0].image, copies[1].image, model=model, processor=processor, refine=refine)
+    photos = (copies[0].image, copies[1].image)
+    result = match_photos(photos, model=model, processor=processor, refine=refine)
     return PairWork((copies[0], copies[1]), result, refine)
 
 
@@ -270,7 +271,7 @@ def segment_files(
 
     Args:
         paths, names: N files and what their owner calls them.
-        model, processor, refine: as in [`match_pair`].
+        model, processor, refine: as in [`~macosnet_hf.pair.match_pair`].
         progress: called often with the share that is done, 0 to 1, and what is going on; may raise to stop the work.
 
     Raises:
@@ -286,16 +287,22 @@ def segment_files(
         copies.append(open_working_copy(path, name, COLLECTION_SIDE))
     pictures = [copy.image for copy in copies]
     progress(0.15, "Looking at all photographs")
+
+    def look(done: int, total: int) -> None:
+        text = f"Found the object in {done}" if done <= count else f"Following the colours of {done - count}"
+        progress(0.15 + 0.5 * done / total, f"{text} of {count}")
+
     result = segment_collection(
         pictures,
         model=model,
         processor=processor,
-        progress=lambda done, _: progress(0.15 + 0.35 * done / count, f"Found the object in {done} of {count}"),
+        refine=refine,
+        progress=look,
     )
     masks = []
     for number, (picture, probability) in enumerate(zip(pictures, result.probabilities, strict=True)):
-        progress(0.5 + 0.25 * number / count, f"Cutting out {number + 1} of {count}")
-        masks.append(refined_mask(picture, probability, refine))
+        progress(0.65 + 0.1 * number / count, f"Cutting out {number + 1} of {count}")
+        masks.append(refined_mask(picture, probability, "none"))
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
     belonging = [number for number in range(count) if number not in odd]

@@ -1,15 +1,24 @@
 """Collections: partners, masks that do not depend on the order, bounded memory."""
 
+import math
 import os
 
 import gradio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from macosnet_hf import InputError, load_image
-from macosnet_hf.collection import choose_partners, refined_mask, segment_collection
+from macosnet_hf.collection import (
+    Collection,
+    choose_partners,
+    refined_mask,
+    segment_collection,
+    spread_ranks,
+    transfer_masks,
+)
 from macosnet_hf.loading import load_model_and_processor
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
@@ -36,7 +45,9 @@ def soft_mask_of_pair(network, first, second):
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_masks_are_the_mean_over_the_partners(network, photos, count):
-    result = segment_collection(photos[:count], **network, partners=2)
+    collection = Collection(**network)
+    collection.add(photos[:count])
+    result = collection.segment(partners=2, common=False)
     size = network["model"].config.image_size
     assert result.probabilities.shape == (count, size, size)
     assert result.probabilities.dtype == np.float32
@@ -47,6 +58,89 @@ def test_masks_are_the_mean_over_the_partners(network, photos, count):
         assert len(set(partners)) == len(partners)
         expected = np.mean([soft_mask_of_pair(network, photos[number], photos[other]) for other in partners], axis=0)
         np.testing.assert_allclose(result.probabilities[number], expected, atol=2e-4)
+
+
+def slow_transfer(features, masks, others):
+    """Cell by cell in float64; the masks have the features' size."""
+    count, _, height, width = features.shape
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    result = np.zeros((count, height, width))
+    for number in range(count):
+        for y in range(height):
+            for x in range(width):
+                found = []
+                for other in others[number][:16]:
+                    for v in range(height):
+                        for u in range(width):
+                            alike = float(unit[number, :, y, x] @ unit[other, :, v, u])
+                            found.append((alike, masks[other, v, u]))
+                best = sorted(found, reverse=True)[:20]
+                weights = [math.exp(alike / 0.1) for alike, _ in best]
+                result[number, y, x] = sum(w * m for w, (_, m) in zip(weights, best, strict=True)) / sum(weights)
+    return result
+
+
+@pytest.mark.parametrize("count", [2, 3, 19])
+def test_masks_travel_as_in_plain_loops(count):
+    random = np.random.default_rng(count)
+    features, masks = random.normal(size=(count, 5, 3, 4)), random.random((count, 3, 4))
+    others = np.stack([random.permutation(np.delete(np.arange(count), number)) for number in range(count)])
+    found = transfer_masks(torch.from_numpy(features), torch.from_numpy(masks), torch.from_numpy(others))
+    np.testing.assert_allclose(found.numpy(), slow_transfer(features, masks, others), atol=1e-5)
+
+
+def test_masks_travel_along_what_is_alike():
+    """Two pictures of the same three things in other places: a wrong mask is outvoted by those of the others."""
+    kinds = torch.eye(3)
+    layout = torch.tensor([[[0, 1], [2, 2]], [[2, 0], [1, 1]], [[1, 2], [0, 2]]])
+    features = kinds[layout].permute(0, 3, 1, 2)
+    masks = (layout == 0).float()
+    masks[0] = 1 - masks[0]
+    others = torch.tensor([[1, 2], [2, 0], [0, 1]])
+    found = transfer_masks(features, masks, others)
+    assert (found[0] > 0.5).tolist() == (layout[0] == 0).tolist()
+
+
+def test_spread_ranks():
+    assert spread_ranks(29, 2) == [0, 14]
+    assert spread_ranks(29, 3) == [0, 9, 19]
+    assert spread_ranks(3, 1) == [0]
+    assert spread_ranks(1, 2) == [0]
+    assert spread_ranks(5, 5) == [0, 1, 2, 3, 4]
+    for count in range(1, 40):
+        for wanted in range(1, 45):
+            ranks = spread_ranks(count, wanted)
+            assert len(set(ranks)) == len(ranks) == min(count, wanted)
+            assert all(0 <= rank < count for rank in ranks)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_three_steps_of_a_mask(network, photos, count):
+    """Decoder, what the others say, and the picture's own colours, put together by hand."""
+    collection = Collection(**network)
+    collection.add(photos[:count])
+    features = collection.features(range(count)).last
+    others, _ = choose_partners(features, count)
+    first = torch.from_numpy(collection.segment(common=False).probabilities)
+    share = 0.5 if count > 2 else 0.3
+    travelled = (1 - share) * first + share * transfer_masks(features, first, others)
+    np.testing.assert_allclose(collection.segment().probabilities, travelled.numpy(), atol=1e-6)
+    sharp = []
+    for photo, mask in zip(photos, travelled, strict=False):
+        small = photo.copy()
+        if max(photo.size) > 320:
+            scale = 320 / max(photo.size)
+            small = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BOX)
+        hard = refined_mask(small, mask.numpy(), "grabcut")
+        soft = F.interpolate(
+            torch.from_numpy(hard)[None, None].float(), mask.shape, mode="bilinear", align_corners=True
+        )
+        sharp.append(soft[0, 0])
+    sharp = torch.stack(sharp)
+    expected = 0.3 * first + 0.4 * transfer_masks(features, sharp, others) + 0.3 * sharp
+    refined = collection.segment(refine="grabcut", workers=3)
+    np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
+    assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
 
 
 def test_order_does_not_matter(network, photos):

@@ -7,7 +7,7 @@ from PIL import Image
 from small_models import IMAGE_SIZE, small_model
 
 from macosnet_hf import MaCoSNetImageProcessor
-from macosnet_hf.collection import Collection, explain_masks
+from macosnet_hf.collection import Collection
 from macosnet_hf.collection_matching import (
     GRAPHS,
     CollectionMatches,
@@ -211,21 +211,6 @@ def test_the_geometric_median_is_where_the_sum_of_distances_is_smallest():
     best = cost(found)
     for _ in range(50):
         assert (cost(found + 0.05 * torch.randn(found.shape, generator=generator)) > best - 1e-4).all()
-
-
-def test_what_features_explain_of_masks_is_a_ridge_regression():
-    generator = torch.Generator().manual_seed(2)
-    features = torch.randn(3, 5, 6, 4, generator=generator)
-    masks = torch.rand(3, 6, 4, generator=generator)
-    cells = features.double().permute(0, 2, 3, 1).reshape(-1, 5).numpy()
-    cells = (cells - cells.mean(0)) / (cells.std(0, ddof=1) + 1e-5)
-    cells = np.concatenate((cells, np.ones((len(cells), 1))), axis=1)
-    labels = masks.double().reshape(-1).numpy()
-    solution = np.linalg.inv(cells.T @ cells + 0.01 * len(cells) * np.eye(6)) @ cells.T @ labels
-    fitted = (cells @ solution).reshape(3, -1)
-    low, high = np.quantile(fitted, 0.05, axis=1)[:, None], np.quantile(fitted, 0.95, axis=1)[:, None]
-    expected = ((fitted - low) / (high - low + 1e-6)).clip(0, 1).reshape(3, 6, 4)
-    np.testing.assert_allclose(explain_masks(features, masks).numpy(), expected, atol=1e-4)
 
 
 def test_bad_input(network, photos, collection):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from archives import coseg, disc, internet, mask, pf_pascal, pf_willow, spair, tss
-from small_models import IMAGE_SIZE, small_model
+from small_models import save_small_checkpoint, small_model, small_processor
 
-from macosnet_hf import MaCoSNetImageProcessor
+from macosnet_hf.collection import Collection
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.datasets.readers import Problems, iter_records
 from macosnet_hf.datasets.schema import flow_array, keypoint_array, mask_from_picture, open_picture, picture_size
 from macosnet_hf.errors import DataError, InputError, OutputError
-from macosnet_hf.evaluation import command
+from macosnet_hf.evaluation import command, metrics
 from macosnet_hf.evaluation.baselines import BASELINES, centre_ellipse, make_baseline
 from macosnet_hf.evaluation.inference import EncodedPicture, ModelPredictor, PictureCache, Predictor, field_to_places
 from macosnet_hf.evaluation.protocols import (
@@ -26,6 +26,8 @@ from macosnet_hf.evaluation.protocols import (
     class_groups,
     evaluate,
     finish,
+    mask_scores,
+    resize_probability,
 )
 from macosnet_hf.evaluation.tables import PAPER, markdown_table, nested
 from macosnet_hf.geometry import denormalize_points, sampling_grid
@@ -44,14 +46,12 @@ MAKERS = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
-    return folder
+    return save_small_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return small_processor()
 
 
 def run(*arguments, json_file=None):
@@ -92,7 +92,7 @@ class Oracle(Predictor):
             predictions.append(prediction)
         return predictions
 
-    def predict_pictures(self, records, partners, *, batch_size, dense):
+    def predict_pictures(self, records, partners, *, batch_size, dense, collection=None):
         predictions = []
         for record, others in zip(records, partners, strict=True):
             truth = mask_from_picture(record["source_mask"], "here")
@@ -207,6 +207,39 @@ def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor
         ]
     np.testing.assert_allclose(prediction["mask/target"] / 255, torch.stack(masks).mean(0), atol=0.5 / 255 + 1e-4)
     assert str(prediction["partner"]) == "Cat/p2.jpg"
+
+
+def test_masks_of_a_class_as_one_collection(tmp_path, processor):
+    """What `segment` gives for the same photographs, scored; other predictors and pair lists are refused."""
+    model = small_model(MaCoSNetForKeypointMatching)
+    root = coseg(tmp_path)
+    records = [record for record in iter_records("coseg", root) if record["class_name"] == "Cat"]
+    predictor = ModelPredictor(model, processor)
+    predictions = predictor.predict_pictures(
+        records, [[1, 2], [0, 2], [0, 1]], batch_size=2, dense=True, collection="grabcut"
+    )
+    collection = Collection(model, processor)
+    collection.add([open_picture(record["source_image"], "x") for record in records])
+    for key, refine in (("mask/target", "none"), ("refined/target", "grabcut")):
+        expected = collection.segment(refine=refine).probabilities
+        for prediction, probability in zip(predictions, expected, strict=True):
+            np.testing.assert_allclose(prediction[key] / 255, probability, atol=0.5 / 255 + 1e-4)
+    assert "field/local" in predictions[0]
+
+    options = Options(masks="collection")
+    scores = mask_scores(records[0], "source", predictions[0], options)
+    truth = mask_from_picture(records[0]["source_mask"], "here")
+    for name, key in (("before_refinement.", "mask/target"), ("", "refined/target")):
+        hard = resize_probability(predictions[0][key], truth.shape) >= 0.5
+        assert scores[f"{name}precision"] == (metrics.precision(hard, truth), 1)
+    result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], predictor, options)
+    assert "each class as one collection" in markdown_table(PROTOCOLS["coseg"], result.variants["local"], options, "m")
+    with pytest.raises(InputError, match="single pairs only"):
+        make_baseline("centre-grabcut").predict_pictures(
+            records, [[1], [0], [0]], batch_size=2, dense=False, collection="grabcut"
+        )
+    with pytest.raises(InputError, match="masks must be one of"):
+        Options(masks="magic")
 
 
 def test_each_picture_is_encoded_once(tmp_path, processor, monkeypatch):
@@ -506,6 +539,8 @@ def test_wishes_that_cannot_be_met(tmp_path, checkpoint):
         run("pf-willow", "--baseline", "identity")
     with pytest.raises(InputError, match="--matching"):
         run("pf-willow", "--data", root, "--baseline", "identity", "--matching", "local")
+    with pytest.raises(InputError, match="--masks collection"):
+        run("pf-willow", "--data", root, "--baseline", "identity", "--masks", "collection")
     with pytest.raises(OutputError, match="does not exist"):
         run("pf-willow", "--data", root, "--baseline", "identity", "--json", tmp_path / "no" / "r.json")
     with pytest.raises(OutputError, match="is a folder"):
@@ -561,12 +596,11 @@ def test_predictions_of_another_model_configuration_benchmark_or_data_are_refuse
     config = tmp_path / "config"
     small_model(MaCoSNetForKeypointMatching, local_matching_temperature=30.0).save_pretrained(config)
     for folder in (weights, config):
-        MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
+        small_processor().save_pretrained(folder)
         with pytest.raises(InputError, match="another model or configuration"):
             run(*arguments, "--model", folder)
     copy = tmp_path / "copy"
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(copy)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(copy)
+    save_small_checkpoint(copy)
     run(*arguments, "--model", copy)  # the same model in another folder is the same model
 
     with pytest.raises(InputError, match="another benchmark"):
@@ -644,7 +678,9 @@ def test_shares_of_several_processes_merge_to_the_whole(tmp_path, processor):
     total = shares[0]
     for share in shares[1:]:
         total.merge(share)
+    assert total.variants.keys() == whole.variants.keys() > set()
     for variant, tally in whole.variants.items():
         assert total.variants[variant].count() == 6
+        assert tally.overall()
         for name, value in tally.overall().items():
             assert total.variants[variant].overall()[name] == pytest.approx(value, abs=1e-9)

@@ -82,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="coseg, internet: partners of each picture (default: 3)",
     )
+    parser.add_argument(
+        "--masks",
+        choices=("pairs", "collection"),
+        default="pairs",
+        help="coseg, internet: masks of pairs, or of each class as one collection (default: pairs)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of partners (default: 0)")
     parser.add_argument(
         "--alphas", type=_alpha_list, metavar="A,B,...", help="thresholds instead of the protocol's own"
@@ -132,11 +138,14 @@ def choose(args: argparse.Namespace) -> tuple[Protocol, Options]:
         raise InputError("Say where the data is with --data (or --pairs, for a pair list).")
     if args.data is None and args.benchmark != "pairs":
         raise InputError(f"{args.benchmark} needs --data.")
+    if args.masks != "pairs" and PROTOCOLS[args.benchmark].kind != "pictures":
+        raise InputError(f"--masks collection is for single pictures in classes; {args.benchmark} is a list of pairs.")
     options = Options(
         refine=args.refine,
         refine_size=args.refine_size,
         partners=args.partners,
         seed=args.seed,
+        masks=args.masks,
         alphas=args.alphas,
         batch_size=args.batch_size,
     )

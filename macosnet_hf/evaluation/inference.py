@@ -8,6 +8,7 @@ A *prediction* is a dictionary of NumPy arrays, everything that scoring needs an
 | `points/<variant>` | (N, 2) float32 | transferred key-points, pixels of the picture they were transferred to |
 | `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a grid over the target, corners included |
 | `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single picture), times 255 |
+| `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
 | `partner` | () string | single pictures: id of the record that the field leads to |
 
 A *variant* is a way to transfer a point: `transform` (the bare geometric transform) and `local` (the best feature match
@@ -38,6 +39,8 @@ Prediction = dict[str, np.ndarray]
 
 FIELD_SIDE = 40
 """Side of the stored grid of a dense transfer; between its points it is interpolated bilinearly."""
+
+_COLLECTION_SIDE = 512
 
 MASK_SIDE = 240
 """Side of a stored mask where no model sets it."""
@@ -196,7 +199,13 @@ class Predictor:
         return predictions
 
     def predict_pictures(
-        self, records: Sequence[Record], partners: Sequence[Sequence[int]], *, batch_size: int, dense: bool
+        self,
+        records: Sequence[Record],
+        partners: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        dense: bool,
+        collection: str | None = None,
     ) -> list[Prediction]:
         """Predictions of a group of single pictures of one class, segmented in pairs.
 
@@ -206,6 +215,10 @@ class Predictor:
             them.
             batch_size: pairs at a time.
             dense: whether to add the field that leads from each picture to its first partner.
+            collection: the group is segmented as one collection, refined in this way, instead of in pairs.
+
+        Raises:
+            InputError: if a predictor cannot segment collections.
         """
         pictures = [self.picture(record, "source") for record in records]
         predictions: list[Prediction] = []
@@ -213,7 +226,11 @@ class Predictor:
             sizes = np.asarray([pictures[others[0]].size, pictures[index].size], dtype=np.int32)
             predictions.append({"sizes": sizes, "partner": np.asarray(records[others[0]]["id"])})
         pairs = [(index, other) for index, others in enumerate(partners) for other in others]
-        if self.gives_masks:
+        if self.gives_masks and collection is not None:
+            found = self.predict_collection(records, refine=collection)
+            for prediction, soft, refined in zip(predictions, *found, strict=True):
+                prediction |= {"mask/target": quantize(soft), "refined/target": quantize(refined)}
+        elif self.gives_masks:
             sums: list[np.ndarray | float] = [0.0] * len(records)
             for start in range(0, len(pairs), batch_size):
                 part = pairs[start : start + batch_size]
@@ -232,6 +249,14 @@ class Predictor:
                     [False] * len(predictions[start:end]),
                 )
         return predictions
+
+    def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
+        """Soft masks `(2, N, S, S)` of a group of pictures as one collection: as they are, and refined.
+
+        Raises:
+            InputError: from all predictors that cannot do it.
+        """
+        raise InputError(f"{self.name} segments single pairs only: leave out --masks collection.")
 
     def _add_points(
         self,
@@ -372,6 +397,7 @@ class ModelPredictor(FeaturePredictor):
 
     def __init__(self, model: Any, processor: Any, *, name: str = "model", masks: bool = True):
         super().__init__(model, processor)
+        self.whole = model
         self.name = name
         self.keep_skips = masks
         self.gives_masks = masks
@@ -410,6 +436,16 @@ class ModelPredictor(FeaturePredictor):
             # A mask is decoded from S_BA: the layout of the segmented picture A, one channel per position of B.
             logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
         return logits.float().sigmoid().cpu().numpy()
+
+    def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
+        from ..collection import Collection
+
+        collection = Collection(self.whole, self.processor)
+        for record in records:
+            picture = open_picture(record["source_image"], f"{record['id']}, source_image").copy()
+            picture.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))  # more neither the network nor GrabCut looks at
+            collection.add([picture])
+        return collection.segment().probabilities, collection.segment(refine=refine).probabilities
 
 
 def weights_hash(model: Any) -> str:

@@ -31,6 +31,7 @@ from .predictions import (
 )
 
 GROUP_SIZE = 64
+MASKS = ("pairs", "collection")
 """Single pictures of a class that are paired among themselves; a longer class is cut into such groups."""
 
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
@@ -121,6 +122,7 @@ class Options:
             at the original size.
         partners: how many pictures of its class each single picture is paired with.
         seed: of the choice of partners.
+        masks: `pairs`, or `collection`: each group of a class (at most 65 pictures) is segmented as one collection.
         alphas: thresholds instead of the protocol's own.
         batch_size: pairs at a time.
     """
@@ -129,10 +131,13 @@ class Options:
     refine_size: int = 320
     partners: int = 3
     seed: int = 0
+    masks: str = "pairs"
     alphas: tuple[float, ...] | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        if self.masks not in MASKS:
+            raise InputError(f"masks must be one of {', '.join(MASKS)}; got {self.masks!r}.")
         if self.refine not in REFINEMENTS:
             raise InputError(f"refine must be one of {', '.join(REFINEMENTS)}; got {self.refine!r}.")
         if self.partners < 1 or self.batch_size < 1 or self.refine_size < 0:
@@ -286,7 +291,9 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
     scores: Scores = {"before_refinement.precision": (metrics.precision(soft, truth), 1)}
     _add_jaccard(scores, "before_refinement.jaccard", soft, truth)
     hard = soft
-    if options.refine != "none":
+    if "refined/target" in prediction:
+        hard = resize_probability(prediction["refined/target"], size) >= 0.5
+    elif options.refine != "none":
         picture = open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")
         hard = refined_mask(picture, probability, options)
     scores["precision"] = (metrics.precision(hard, truth), 1)
@@ -421,6 +428,8 @@ def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Opti
     }
     if protocol.kind == "pictures":
         manifest["choice of partners"] = [options.partners, options.seed]
+        if options.masks != "pairs":
+            manifest["masks"] = [options.masks, options.refine]
     return manifest
 
 
@@ -619,7 +628,11 @@ def _treat_pictures(
     else:
         partners = choose_partners([record["id"] for record in records], options.partners, options.seed)
         predictions = predictor.predict_pictures(
-            records, partners, batch_size=options.batch_size, dense=protocol.label_transfer
+            records,
+            partners,
+            batch_size=options.batch_size,
+            dense=protocol.label_transfer,
+            collection=options.refine if options.masks == "collection" else None,
         )
     by_id = {record["id"]: record for record in records}
     masked = _all_mask_scores(records, "source", predictions, protocol, options)

@@ -124,6 +124,8 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     widths = [max(len(row[index]) for row in rows) for index in range(len(header))]
     lines = [_line(rows[0], widths), "|" + "|".join(_rule(index, width) for index, width in enumerate(widths)) + "|"]
     lines += [_line(row, widths) for row in rows[1:]]
+    if options.masks == "collection":
+        name += ", each class as one collection"
     return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + f"\n\n{protocol.text}\n"
 
 
@@ -180,6 +182,7 @@ def json_report(
         "model": model,
         "matching": variant,
         "refine": options.refine if protocol.masks else None,
+        "masks": options.masks if protocol.kind == "pictures" else None,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
         "per_class": {

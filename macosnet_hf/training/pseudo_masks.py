@@ -10,8 +10,8 @@ prior. 2. *GrabCut* turns it into a hard mask that follows colour edges.
    comes in.
 4. *GrabCut* again, on the discriminants' mean.
 
-A model that was trained on such masks makes better ones itself: [`teacher_masks`] puts its soft masks in the place of
-the first two steps. On msrc-coseg, with the model that was trained on the first masks, J rises from 0.715 to 0.772.
+A model that was trained on such masks makes better ones itself: [`teacher_masks`]. There the masks travel between the
+photographs of a class in the place of step 3, as in [`~macosnet_hf.collection.Collection.segment`].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..collection import choose_partners, explain_masks, stretch
+from ..collection import REFINED_SHARES, choose_partners, spread_ranks, transfer_masks
 from ..errors import DataError
 from ..modeling_macosnet import MaCoSNetModel, correlate
 from ..refinement import otsu_threshold, refine_mask
@@ -45,6 +45,47 @@ def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
     border[0], border[-1], border[:, 0], border[:, -1] = True, True, True, True
     similarity = torch.einsum("nchw,nck->nhwk", unit, unit[:, :, border])
     return stretch(1 - similarity.topk(neighbours, dim=-1).values.mean(-1))
+
+
+def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
+    """Masks as far as a linear function of the features can explain them.
+
+    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
+    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory.
+
+    Args:
+        features: N maps `(C, h, w)`.
+        masks: `(N, h, w)` in [0, 1].
+        ridge: weight of the penalty, a cell.
+
+    Returns:
+        `(N, h, w)` in [0, 1].
+    """
+    count = masks.numel()
+    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
+    mean = torch.stack([cells.double().sum(0) for cells in maps]).sum(0) / count
+    squares = torch.stack([(cells.double() - mean).square().sum(0) for cells in maps]).sum(0)
+    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
+
+    def standard(cells: Tensor) -> Tensor:
+        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
+
+    channels = len(mean) + 1
+    system = ridge * count * torch.eye(channels, device=mean.device)
+    target = torch.zeros(channels, device=mean.device)
+    for cells, mask in zip(maps, masks, strict=True):
+        rows = standard(cells)
+        system += rows.t() @ rows
+        target += rows.t() @ mask.float().flatten()
+    weights = torch.linalg.solve(system, target)
+    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
+    flat = maps.flatten(1)
+    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
+    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)
 
 
 def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: float = 0.01) -> Tensor:
@@ -118,15 +159,14 @@ def teacher_masks(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    partners: int = 3,
-    weight: float = 1 / 3,
+    partners: int = 2,
     batch_size: int = 16,
     quiet: bool = False,
 ) -> Tensor:
-    """Masks of photographs by a model that can segment already, and by what its masks of a class have in common.
+    """Masks of photographs by a model that can segment already, each class as a collection.
 
-    The model's soft masks (the mean over each photograph's partners, the most alike of its class) and the discriminants
-    that its features give for them are averaged, then GrabCut follows the colours.
+    The three steps of [`~macosnet_hf.collection.Collection.segment`]: the mean of the decoder's masks over partners,
+    masks that travel between photographs, and GrabCut, whose masks travel again.
 
     Args:
         model: the teacher.
@@ -134,7 +174,6 @@ def teacher_masks(
         class_names: N names.
         mean: of the picture's channels in [0, 1], and `std` likewise, as in the image processor.
         partners: photographs of the class that each is compared with.
-        weight: share of the discriminants.
 
     Returns:
         bool `(N, S, S)`.
@@ -160,19 +199,21 @@ def teacher_masks(
             encoded.append(model.get_image_features(pixels.to(model.device)))
         last = torch.cat([part.last for part in encoded])
         normalized = torch.cat([part.normalized for part in encoded])
-        chosen, _ = choose_partners(last, partners)
+        others, _ = choose_partners(last, len(members))
+        chosen = others[:, spread_ranks(others.shape[1], partners)]
         soft = torch.zeros(len(members), side, side, device=last.device)
         for batch, features in enumerate(encoded):
             rows = slice(batch * batch_size, batch * batch_size + len(features.last))
             for k in range(chosen.shape[1]):
                 correlation = correlate(normalized[chosen[rows, k]], normalized[rows])
                 soft[rows] += model.predict_masks(features, correlation).float().sigmoid() / chosen.shape[1]
-        coarse = F.interpolate(soft[:, None], size=last.shape[-2:], mode="area")[:, 0]
-        same = torch.zeros(len(members), dtype=torch.long)
-        learnt = discriminants(last.float().cpu(), coarse.cpu(), same)
-        learnt = F.interpolate(learnt[:, None], size=soft.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-        mixed = (1 - weight) * soft.cpu() + weight * learnt
-        sharp = sharpen(originals, mixed, working_size=192, threshold=0.5, quiet=True)
+        travelled = (soft + transfer_masks(last, soft, others)) / 2
+        sharp = sharpen(originals, travelled.cpu(), working_size=192, threshold=0.5, quiet=True)
+        sharp = F.interpolate(sharp[:, None].float(), size=(side, side), mode="bilinear", align_corners=True)[:, 0]
+        own, carried, refined = REFINED_SHARES
+        mixed = own * soft.cpu() + carried * transfer_masks(last.cpu(), sharp, others.cpu()) + refined * sharp
+        mixed = F.interpolate(mixed[:, None], size=originals.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+        sharp = mixed >= 0.5
         for row, index in enumerate(members):
             masks[index] = sharp[row]
         progress.update(len(members))
