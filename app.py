@@ -5,7 +5,6 @@ Run it with `make demo`, or `python app.py --port 7860 --host 127.0.0.1 --model 
 
 import argparse
 import contextlib
-import ctypes
 import html
 import importlib
 import logging
@@ -13,6 +12,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +27,7 @@ from PIL import Image
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
+from macosnet_hf.allocator import give_memory_back, trim
 from macosnet_hf.drawing import cutout, overlay_mask
 from macosnet_hf.kept import KeptResults
 from macosnet_hf.loading import load_model_and_processor
@@ -42,6 +43,8 @@ KEPT_SECONDS = 1800
 KEPT_PAIRS, KEPT_COLLECTIONS = 64, 8  # some 8 and 30 MB each
 KEPT_PER_VISITOR = 4
 FILE_SECONDS = 3600  # how long uploads and results stay on the disk
+TIDY_SECONDS = 20  # between two looks for memory that can be given back
+KEPT_SESSIONS = 256  # of which gradio remembers what their pages show; its own limit is 10,000
 DISPLAY_SIDE = 720  # pixels of the smaller pictures
 
 TITLE = "Show, Match and Segment"
@@ -68,7 +71,7 @@ EXAMPLES_FOLDER = MEDIA_ROOT / "images"
 OWN_EXAMPLES = Path(__file__).resolve().parent / "docs" / "images"
 CHEETAH, LION, TOWER = (str(EXAMPLES_FOLDER / name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
 CAT = str(OWN_EXAMPLES / "cat.jpg")
-EXAMPLES = ((CHEETAH, LION), (CHEETAH, CAT), (LION, TOWER))
+EXAMPLES = ((CHEETAH, CAT), (CHEETAH, LION), (LION, TOWER))
 COLLECTION_EXAMPLE = (CHEETAH, LION, CAT, TOWER)
 
 # Fonts that every computer has: nothing on the page is fetched from elsewhere.
@@ -163,6 +166,7 @@ class Matcher:
         self.checkpoint = checkpoint
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
+        self._tidied = time.monotonic()
 
     def load(self) -> dict[str, Any]:
         """Returns the arguments `model` and `processor` of `match_pair`. Raises `CheckpointError`."""
@@ -178,13 +182,26 @@ class Matcher:
     def pair(self, source: str, target: str, refine: str) -> Any:
         """A [`~macosnet_hf.workbench.PairWork`]."""
         loaded = self.load()
-        return workbench().match_files(source, target, refine=refine, **loaded)
+        try:
+            return workbench().match_files(source, target, refine=refine, **loaded)
+        finally:
+            self._tidy_up()
 
     def collection(self, paths: list[str], refine: str, progress: Any) -> Any:
         """A [`~macosnet_hf.workbench.CollectionWork`]."""
         loaded = self.load()
         names = [os.path.basename(path) for path in paths]
-        return workbench().segment_files(paths, names, refine=refine, progress=progress, **loaded)
+        try:
+            return workbench().segment_files(paths, names, refine=refine, progress=progress, **loaded)
+        finally:
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        """Gives back what lies free between the results that are kept; now and then, for it takes some milliseconds."""
+        now = time.monotonic()
+        if now - self._tidied > TIDY_SECONDS:
+            self._tidied = now
+            trim()
 
 
 def workbench() -> Any:
@@ -894,6 +911,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         share=False,
         ssr_mode=False,
         max_file_size=MAX_FILE_MEGABYTES * gr.FileSize.MB,
+        state_session_capacity=KEPT_SESSIONS,
         theme=THEME,
         css=CSS + STYLE,
         js=PASTE,
@@ -902,14 +920,6 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         quiet=True,
     )
     return address
-
-
-def give_memory_back() -> None:
-    """Lets glibc return the memory of large pictures at once: a server of many threads would hoard it otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems have other allocators
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-8, 2)  # M_ARENA_MAX
-        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD, in bytes; setting it ends its growth
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ _TRANSFER_TEMPERATURE = 0.1
 _TRANSFER_SHARE = 1 / 2
 _TRANSFER_SHARE_OF_TWO = 0.3
 # Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
-REFINED_SHARES = (0.3, 0.4, 0.3)
+_REFINED_SHARES = (0.3, 0.4, 0.3)
 # Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
 _REFINED_SIDE = 320
 
@@ -193,8 +193,7 @@ class Collection:
             raise InputError(f"partners must be at least 1, not {partners}.")
         if refine not in REFINEMENT_METHODS:
             raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
-        refined = common and refine != "none"
-        total = len(self) * (2 if refined else 1)
+        total = len(self) * (1 if refine == "none" else 2)
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, similarity = choose_partners(last, len(self))
         agreement = similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
@@ -205,45 +204,23 @@ class Collection:
             if progress is not None:
                 progress(number + 1, total)
         masks = own = torch.stack(first)
-        if common:
-            share = _TRANSFER_SHARE if len(self) > 2 else _TRANSFER_SHARE_OF_TWO
-            masks = (1 - share) * own + share * transfer_masks(last, own, others)
-        if refined:
+        cells = similar_cells(last, others) if common else None
+        if cells is not None:
+            masks = share_masks(own, cells)
+        if refine != "none":
 
             def tell(done: int) -> None:
                 if progress is not None:
                     progress(len(self) + done, total)
 
-            sharp = self._refine(masks, refine, workers, tell)
-            shares = REFINED_SHARES
-            masks = shares[0] * own + shares[1] * transfer_masks(last, sharp, others) + shares[2] * sharp
-        elif refine != "none":
-            masks = self._refine(masks, refine, workers, lambda done: None)
+            sharp = refine_small(self.photos, masks, refine, workers=workers, tell=tell)
+            masks = sharp if cells is None else mix_refined(own, sharp, cells)
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=chosen.tolist(),
             agreement=agreement.cpu().numpy(),
             collection=self,
         )
-
-    def _refine(self, masks: Tensor, method: str, workers: int, tell: Callable[[int], None]) -> Tensor:
-        """Refined masks as shares of the object, `(N, S, S)` in [0, 1]."""
-        size = tuple(masks.shape[-2:])
-
-        def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
-            scale = min(1.0, _REFINED_SIDE / max(photo.size))
-            small = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BOX)
-            soft = torch.from_numpy(probability)[None, None]
-            soft = F.interpolate(soft, size=(small.height, small.width), mode="bilinear", align_corners=True)
-            hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
-            return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
-
-        found = []
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            for sharp in pool.map(one, self.photos, masks.cpu().numpy()):
-                found.append(sharp)
-                tell(len(found))
-        return torch.stack(found).to(masks.device)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
         """`(S, S)` soft mask of one photograph: the mean over its K partners, all given by their numbers."""
@@ -307,31 +284,114 @@ def segment_collection(
     return collection.segment(partners=partners, refine=refine, progress=progress)
 
 
-def transfer_masks(features: Tensor, masks: Tensor, others: Tensor) -> Tensor:
-    """What the photographs of a collection say of each other's masks.
+class SimilarCells(NamedTuple):
+    """For each cell of N pictures the K cells of other pictures that resemble it most.
 
-    For each cell of a picture the 20 cells that resemble it most (cosine similarity s of the features) are sought in
-    the 16 pictures that are most alike; their masks are averaged with the weights softmax(s / 0.1).
+    Attributes:
+        places: `(N, h*w, K)` into the `N*h*w` cells of all pictures.
+        weights: `(N, h*w, K)`, softmax(s / 0.1) of the cosine similarities s of the features.
+        size: (h, w).
+    """
+
+    places: Tensor
+    weights: Tensor
+    size: tuple[int, int]
+
+
+def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
+    """The 20 most similar cells, for each cell, in the 16 pictures most alike.
 
     Args:
         features: `(N, C, h, w)`.
-        masks: `(N, S, S)` in [0, 1].
         others: `(N, K)` for each picture the numbers of others, most alike first.
-
-    Returns:
-        `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
     """
-    small = F.interpolate(masks[:, None], size=features.shape[-2:], mode="area").flatten(1)
+    height, width = features.shape[-2:]
+    count = height * width
     cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
-    found = torch.empty_like(small)
+    indices, weights = [], []
     for number, partners in enumerate(others[:, :_TRANSFER_PARTNERS].tolist()):
         # One product a partner: stacked, their cells would be copied for every photograph anew.
         similarity = torch.cat([cells[number].t() @ cells[partner] for partner in partners], dim=1)
         best = similarity.topk(min(_TRANSFER_CELLS, similarity.shape[1]), dim=1)
-        weights = (best.values / _TRANSFER_TEMPERATURE).softmax(dim=1)
-        found[number] = (weights * small[partners].flatten()[best.indices]).sum(dim=1)
-    found = found.view(len(found), 1, *features.shape[-2:])
+        starts = torch.tensor(partners, device=features.device) * count
+        indices.append(starts[best.indices // count] + best.indices % count)
+        weights.append((best.values / _TRANSFER_TEMPERATURE).softmax(dim=1))
+    return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
+
+
+def transfer_masks(masks: Tensor, cells: SimilarCells) -> Tensor:
+    """What the photographs of a collection say of each other's masks: in each cell the weighted mean of the masks where
+    the cells lie that resemble it most.
+
+    Args:
+        masks: `(N, S, S)` in [0, 1].
+        cells: of the same pictures.
+
+    Returns:
+        `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
+    """
+    small = F.interpolate(masks[:, None], size=cells.size, mode="area").flatten()
+    found = (cells.weights * small[cells.places]).sum(dim=-1).view(len(masks), 1, *cells.size)
     return F.interpolate(found, size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+
+
+def share_masks(own: Tensor, cells: SimilarCells) -> Tensor:
+    """The second step of [`Collection.segment`]: masks `(N, S, S)`, half of which (of two: 0.3) the others say."""
+    share = _TRANSFER_SHARE if len(own) > 2 else _TRANSFER_SHARE_OF_TWO
+    return (1 - share) * own + share * transfer_masks(own, cells)
+
+
+def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
+    """The third step of [`Collection.segment`]: 0.3 own, 0.4 what the refined masks of the others say, 0.3 refined.
+
+    Args:
+        own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same photographs.
+        cells: of the same photographs.
+    """
+    shares = _REFINED_SHARES
+    return shares[0] * own + shares[1] * transfer_masks(refined, cells) + shares[2] * refined
+
+
+def refine_small(
+    photos: Sequence[Image.Image],
+    masks: Tensor,
+    method: str,
+    *,
+    workers: int = 2,
+    tell: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Refined masks as shares of the object, `(N, S, S)` in [0, 1].
+
+    Args:
+        photos: N upright RGB pictures; copies of 320 pixels are looked at.
+        masks: `(N, S, S)` in [0, 1].
+        method: one of `refinement.REFINEMENT_METHODS`.
+        workers: threads.
+        tell: called with the number that are done; may raise to stop the work.
+    """
+    size = tuple(masks.shape[-2:])
+
+    def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
+        scale = min(1.0, _REFINED_SIDE / max(photo.size))
+        width, height = (max(1, round(side * scale)) for side in photo.size)
+        small = photo.resize((width, height), Image.Resampling.BOX) if scale < 1 else photo
+        soft = torch.from_numpy(probability)[None, None]
+        soft = F.interpolate(soft, size=(height, width), mode="bilinear", align_corners=True)
+        hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
+        return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
+
+    found: list[Tensor] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting = [pool.submit(one, *both) for both in zip(photos, masks.cpu().numpy(), strict=True)]
+        try:
+            for refined in waiting:
+                found.append(refined.result())
+                if tell is not None:
+                    tell(len(found))
+        except BaseException:  # Ctrl+C, or a visitor who stops: what has not begun is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return torch.stack(found).to(masks.device)
 
 
 def spread_ranks(count: int, wanted: int) -> list[int]:

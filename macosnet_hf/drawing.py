@@ -79,6 +79,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return upright
 
 
+def as_upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture itself where it is upright and RGB already, else as [`upright_rgb`]: for those who only look at it.
+
+    A photograph of 12 megapixels takes 48 MB, and a copy of it takes them again.
+    """
+    image.load()
+    if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1:
+        return image
+    return upright_rgb(image)
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, (255, 255, 255))
@@ -106,8 +117,9 @@ def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _as_rgb(picture: Picture, what: str) -> Image.Image:
+    """To be looked at, not changed: it may be the picture itself."""
     if isinstance(picture, Image.Image):
-        return upright_rgb(picture)
+        return as_upright_rgb(picture)
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(

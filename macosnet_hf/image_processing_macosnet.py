@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .drawing import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, draw_matches, upright_rgb
+from .drawing import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, draw_matches, upright_rgb
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, normalize_points
 from .refinement import REFINEMENT_METHODS, refine_mask
@@ -430,9 +430,9 @@ def read_photo(photo: str | Image.Image, timeout: float | None = None) -> Image.
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    """Upright RGB of a PIL picture, whose file may be read only now."""
+    """Upright RGB of a PIL picture, whose file may be read only now; the picture itself if it is that already."""
     try:
-        return upright_rgb(image)
+        return as_upright_rgb(image)
     except Exception as error:  # PIL raises many kinds on damaged bytes
         name = getattr(image, "filename", "") or "A picture"
         raise ImageError(f"{name} is damaged or cut off and cannot be read ({error}).") from error

@@ -1,7 +1,30 @@
-"""Shared test set-up: no network, single-threaded numerics are not forced, real photographs as fixtures."""
+"""Shared test set-up: no network, single-threaded numerics are not forced; models that several files use."""
 
 import os
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+# Imports of the fixtures stand inside: torch takes seconds, and not every test needs it.
+
+
+@pytest.fixture(scope="session")
+def start_model(tmp_path_factory) -> Path:
+    """A folder with the small network and its processor, to read only."""
+    from small_models import save_small_checkpoint
+
+    return save_small_checkpoint(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def network() -> dict[str, Any]:
+    """The embedded checkpoint as the arguments `model` and `processor`."""
+    from macosnet_hf.loading import load_model_and_processor
+
+    model, processor = load_model_and_processor(device="cpu")
+    return {"model": model, "processor": processor}

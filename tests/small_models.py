@@ -1,10 +1,13 @@
 """A network that is built and run in milliseconds, with every part of the real one, for the tests."""
 
+from pathlib import Path
+
 import torch
 from transformers import ResNetConfig
 
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
-from macosnet_hf.modeling_macosnet import MaCoSNetPreTrainedModel
+from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetPreTrainedModel
 
 IMAGE_SIZE = 96
 GRID_SIZE = IMAGE_SIZE // 16
@@ -43,6 +46,21 @@ def small_model(model_class: type[MaCoSNetPreTrainedModel], seed: int = 0, **kwa
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def small_processor() -> MaCoSNetImageProcessor:
+    return MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+
+
+def save_small_checkpoint(folder: Path) -> Path:
+    """Writes the small network and its processor as users do, and returns the folder."""
+    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
+    small_processor().save_pretrained(folder)
+    return folder
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def random_pictures(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 from archives import coseg, pf_willow
-from small_models import IMAGE_SIZE, small_model
+from small_models import save_small_checkpoint
 
-from macosnet_hf import MaCoSNetImageProcessor
 from macosnet_hf.errors import DataError, InputError
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
 
@@ -36,8 +34,7 @@ def setting(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablation")
     coseg(root / "data" / "voc2010-coseg", pictures=4, classes=("Car", "Cat"))
     pf_willow(root / "data" / "pf-willow", pictures=3)
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(root / "model")
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(root / "model")
+    save_small_checkpoint(root / "model")
     settings = ["per_device_train_batch_size: 2", "photo_size: 96", "prior_weight: 20.0", "lambda_task: 10.0"]
     # Rates that move the figures of a single step.
     settings += ["learning_rate: 0.01", "decoder_learning_rate: 0.05", "ema_decay: 0.0", "detach_masks: true"]

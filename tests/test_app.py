@@ -533,6 +533,36 @@ assert found[0].result.matches
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
 
 
+def test_sessions_are_remembered_up_to_a_limit(monkeypatch, tmp_path):
+    """gradio keeps what each page shows, also of pages that were closed."""
+    monkeypatch.setattr(app, "KEPT_SESSIONS", 3)
+    demo = app.build_demo()
+    try:
+        address = app.serve(demo)
+        for _ in range(5):
+            client = Client(address, verbose=False, download_files=str(tmp_path))
+            with pytest.raises(AppError, match="no longer kept"):
+                client.predict("no such key", [[1, 1]], api_name="/transfer_points")
+        assert len(demo.app.state_holder.session_data) == 3
+    finally:
+        demo.close(verbose=False)
+
+
+def test_free_memory_is_given_back_now_and_then(monkeypatch, tmp_path):
+    trimmed = []
+    monkeypatch.setattr(app, "trim", lambda: trimmed.append(True))
+    matcher = app.Matcher()
+    missing = str(tmp_path / "missing.jpg")
+    for seconds, times in ((-1, 1), (1000, 1), (-1, 2)):
+        monkeypatch.setattr(app, "TIDY_SECONDS", seconds)
+        with pytest.raises(macosnet_hf.ImageError):  # also where a request fails
+            matcher.pair(missing, CHEETAH, "none")
+        assert len(trimmed) == times
+    with pytest.raises(macosnet_hf.InputError):
+        matcher.collection([CHEETAH], "none", None)
+    assert len(trimmed) == 3
+
+
 # ---- starting --------------------------------------------------------------------------------------------------------
 
 
@@ -567,7 +597,7 @@ def test_taken_port_ends_with_a_sentence():
 def test_verdict_has_words_for_every_quality():
     from macosnet_hf.pair import quality_in_words
 
-    words = {quality_in_words(np.full(20, score)) for score in np.linspace(0, 1, 41)}
+    words = {quality_in_words(agreement, 20) for agreement in np.linspace(0, 1, 41)}
     assert words == set(app.VERDICTS)
 
 

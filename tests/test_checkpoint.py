@@ -3,18 +3,17 @@
 import json
 from pathlib import Path
 
-import gradio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_photos import PHOTOS
 from skimage import data
 
 from macosnet_hf import match_pair
 from macosnet_hf.cli import main
 from macosnet_hf.geometry import apply_affine, denormalize_points, invert_affine, normalize_points, sampling_grid, warp
 
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

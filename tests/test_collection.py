@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from macosnet_hf import InputError, load_image
+from macosnet_hf import InputError, collection, load_image
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
+    refine_small,
     refined_mask,
     segment_collection,
+    similar_cells,
     spread_ranks,
     transfer_masks,
 )
@@ -85,7 +87,8 @@ def test_masks_travel_as_in_plain_loops(count):
     random = np.random.default_rng(count)
     features, masks = random.normal(size=(count, 5, 3, 4)), random.random((count, 3, 4))
     others = np.stack([random.permutation(np.delete(np.arange(count), number)) for number in range(count)])
-    found = transfer_masks(torch.from_numpy(features), torch.from_numpy(masks), torch.from_numpy(others))
+    cells = similar_cells(torch.from_numpy(features), torch.from_numpy(others))
+    found = transfer_masks(torch.from_numpy(masks), cells)
     np.testing.assert_allclose(found.numpy(), slow_transfer(features, masks, others), atol=1e-5)
 
 
@@ -97,7 +100,7 @@ def test_masks_travel_along_what_is_alike():
     masks = (layout == 0).float()
     masks[0] = 1 - masks[0]
     others = torch.tensor([[1, 2], [2, 0], [0, 1]])
-    found = transfer_masks(features, masks, others)
+    found = transfer_masks(masks, similar_cells(features, others))
     assert (found[0] > 0.5).tolist() == (layout[0] == 0).tolist()
 
 
@@ -123,7 +126,8 @@ def test_the_three_steps_of_a_mask(network, photos, count):
     others, _ = choose_partners(features, count)
     first = torch.from_numpy(collection.segment(common=False).probabilities)
     share = 0.5 if count > 2 else 0.3
-    travelled = (1 - share) * first + share * transfer_masks(features, first, others)
+    cells = similar_cells(features, others)
+    travelled = (1 - share) * first + share * transfer_masks(first, cells)
     np.testing.assert_allclose(collection.segment().probabilities, travelled.numpy(), atol=1e-6)
     sharp = []
     for photo, mask in zip(photos, travelled, strict=False):
@@ -137,10 +141,26 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    expected = 0.3 * first + 0.4 * transfer_masks(features, sharp, others) + 0.3 * sharp
+    expected = 0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp
     refined = collection.segment(refine="grabcut", workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
     assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
+
+
+def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
+    begun = []
+    real = collection.refine_mask
+    monkeypatch.setattr(collection, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    many = [photo.resize((160, 120)) for photo in photos] * 6
+    masks = torch.linspace(0, 1, 40).expand(30, 40, 40)
+    with pytest.raises(KeyboardInterrupt):
+        refine_small(many, masks, "grabcut", tell=stop)
+    assert len(begun) <= 10
+    assert len(refine_small(many, masks, "otsu", workers=1)) == 30
 
 
 def test_order_does_not_matter(network, photos):

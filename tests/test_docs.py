@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gradio
 import numpy as np
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from PIL import Image
+from real_photos import PHOTOS
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetForKeypointMatching
 from macosnet_hf.convert import original_state_dict
@@ -20,7 +20,6 @@ from macosnet_hf.convert import original_state_dict
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["tour", "coordinates", "your-own-data", "collections", "train", "figures", "publishing", "converting"]
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

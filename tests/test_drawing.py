@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from real_photos import PHOTOS
 
 from macosnet_hf.drawing import (
     OBJECT_COLOR,
+    as_upright_rgb,
     cutout,
     draw_matches,
     on_checkerboard,
@@ -19,9 +20,6 @@ from macosnet_hf.drawing import (
     upright_rgb,
 )
 from macosnet_hf.errors import InputError
-
-gradio = pytest.importorskip("gradio", reason="the photographs of these tests come with gradio")
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +331,39 @@ def test_upright_rgb_does_not_change_its_input():
     assert image.size == (30, 20)
     assert image.getexif()[0x0112] == 6
     assert upright_rgb(turned).size == (20, 30), "and it happens once"
+
+
+def test_an_upright_rgb_picture_is_looked_at_without_a_copy(tmp_path):
+    plain_one = Image.new("RGB", (30, 20), "red")
+    assert as_upright_rgb(plain_one) is plain_one
+    with Image.open(PHOTOS / "lion.jpg") as file:
+        assert as_upright_rgb(file) is file
+        np.testing.assert_array_equal(np.asarray(as_upright_rgb(file)), np.asarray(upright_rgb(file)))
+    turned = plain_one.copy()
+    turned.getexif()[0x0112] = 6
+    with_transparency = plain_one.copy()
+    with_transparency.info["transparency"] = (255, 0, 0)
+    for picture in (turned, with_transparency, plain_one.convert("L"), plain_one.convert("RGBA")):
+        seen = as_upright_rgb(picture)
+        assert seen is not picture
+        np.testing.assert_array_equal(np.asarray(seen), np.asarray(upright_rgb(picture)))
+
+
+def test_nothing_that_draws_changes_its_pictures(cheetah):
+    """They are looked at without a copy; a picture of the very size that is drawn is the hard case."""
+    before, mask = np.array(cheetah), ellipse(cheetah)
+    fitting = cheetah.resize((300, 300))
+    fitting_before = np.array(fitting)
+    draw_matches(cheetah, fitting, [[5, 5]], [[6, 6]])
+    sheet = overview([cheetah, fitting], [mask, np.ones((300, 300), bool)], ["a", "b"])
+    overview([fitting])
+    for alpha in (0, 0.35, 1):
+        overlaid = overlay_mask(cheetah, mask, alpha=alpha, fade=0.5)
+        assert overlaid is not cheetah
+    cutout(cheetah, mask)
+    np.testing.assert_array_equal(np.asarray(cheetah), before)
+    np.testing.assert_array_equal(np.asarray(fitting), fitting_before)
+    assert sheet.width > 300
 
 
 def test_drawing_is_light_to_import():

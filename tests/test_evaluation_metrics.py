@@ -101,6 +101,20 @@ def test_keypoints_that_cannot_be_scored():
         metrics.keypoint_errors(np.zeros((2, 2)), np.ones((1, 2)), "image", size=(5, 5))
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("protocol", metrics.PCK_PROTOCOLS)
+def test_numbers_without_end_are_never_right(protocol, value):
+    """An annotation at infinity made the box endless, and with it every prediction right."""
+    sound, every = np.array([[3.0, 4.0], [9.0, 7.0]]), np.ones(2, dtype=bool)
+    odd = np.array([[3.0, 4.0], [9.0, value]])
+    with pytest.raises(DataError, match="A predicted key-point is not a finite number"):
+        metrics.keypoint_errors(odd, sound, protocol, size=(20, 30), valid=every)
+    with pytest.raises(DataError, match="An annotated key-point is not a finite number"):
+        metrics.keypoint_errors(sound, odd, protocol, size=(20, 30), valid=every)
+    with pytest.raises(DataError, match="no extent, or no finite one"):
+        metrics.keypoint_errors(sound, sound, "bbox", box=(0.0, 0.0, value, value))
+
+
 def test_flow_pck_against_a_loop():
     generator = np.random.default_rng(4)
     height, width, source_size = 11, 17, (23, 40)

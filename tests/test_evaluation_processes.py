@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 from archives import coseg, pf_willow, tss
-from small_models import IMAGE_SIZE, small_model
-
-from macosnet_hf import MaCoSNetImageProcessor
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
+from small_models import save_small_checkpoint
+from training_runs import ROOT, environment
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (extra `train`)")
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "training" / "evaluate.py"
 
 # Several evaluations in one launch: starting two processes takes longer than the evaluations.
@@ -26,16 +23,6 @@ status = max(script["main"](arguments) for arguments in json.loads(sys.argv[2]))
 script["close"]()
 sys.exit(status)
 """
-
-
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def launch(processes: int, script: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -70,9 +57,7 @@ def same(first, second, path=""):
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    model = tmp_path / "model"
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(model)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(model)
+    model = save_small_checkpoint(tmp_path / "model")
     willow = pf_willow(tmp_path / "willow")
     damaged = willow / "PF-dataset" / "car(G)" / "photo_001.png"
     damaged.write_bytes(b"x")

@@ -7,18 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gradio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_photos import PHOTOS
 from small_models import IMAGE_SIZE, random_pictures, small_model
 
 from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor, OutputError
 from macosnet_hf.cli import main
 from macosnet_hf.export import OUTPUTS, export
-
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 
 @pytest.fixture(scope="module")

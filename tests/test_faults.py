@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import coseg
-from training_runs import environment
+from small_models import small_model, small_processor
+from training_runs import environment, equal
 
-from macosnet_hf import OutputError
+from macosnet_hf import CheckpointError, MaCoSNetForKeypointMatching, OutputError
 from macosnet_hf.datasets.prepare import MARKER, is_prepared, open_records, prepare
 from macosnet_hf.evaluation import predictions
 from macosnet_hf.evaluation.predictions import finish_predictions, has_predictions, start_predictions
+from macosnet_hf.loading import check_checkpoint
 from macosnet_hf.output_folder import hold_folder, output_folder, release_folder, write_file
 
 FAULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "reliability" / "faults.py"
@@ -160,6 +162,69 @@ def test_a_summary_never_stands_beside_files_of_another_run(tmp_path, moment):
     command = [sys.executable, "-c", KILLED_AT_A_MOVE, str(out), str(moment)]
     assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
+
+
+SAVES_KILLED_AT_EVERY_MOVE = """
+import functools, os, shutil, signal, sys
+sys.path.insert(0, sys.argv[1])
+from small_models import small_model, small_processor
+from macosnet_hf import modeling_macosnet
+model = small_model(modeling_macosnet.MaCoSNetForKeypointMatching)
+replace_model, moment, status = modeling_macosnet._replace_model, 0, signal.SIGKILL
+
+def killed_at(left, partial, folder):
+    def or_die(action):
+        def act(*arguments):
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return action(*arguments)
+        return act
+    os.replace, os.remove = or_die(os.replace), or_die(os.remove)
+    replace_model(partial, folder)
+
+while status == signal.SIGKILL:
+    folder = shutil.copytree(sys.argv[2], os.path.join(sys.argv[3], str(moment)))
+    child = os.fork()
+    if child == 0:
+        try:
+            modeling_macosnet._replace_model = functools.partial(killed_at, moment)
+            model.save_pretrained(folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    moment += 1
+sys.exit(status)
+"""
+
+
+def test_a_model_that_is_saved_over_another_is_never_a_mixture_of_both(tmp_path):
+    old = small_model(MaCoSNetForKeypointMatching, seed=1, local_matching_temperature=30.0)
+    new = small_model(MaCoSNetForKeypointMatching)
+    for part in (old, small_processor()):
+        part.save_pretrained(tmp_path / "old")
+    command = [sys.executable, "-c", SAVES_KILLED_AT_EVERY_MOVE, str(Path(__file__).parent), str(tmp_path / "old")]
+    subprocess.run([*command, str(tmp_path / "killed")], env=environment(), check=True)
+    folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
+    found = []
+    for folder in folders:
+        try:
+            check_checkpoint(folder)
+        except CheckpointError:
+            found.append(None)
+        else:
+            model = MaCoSNetForKeypointMatching.from_pretrained(folder)
+            expected = {30.0: old}.get(model.config.local_matching_temperature, new)
+            assert equal(model.state_dict(), expected.state_dict())
+            found.append(expected)
+    assert (found[0], found[-1]) == (old, new)
+    assert len(found) > 10
+    for folder in folders[1::6]:  # the same again ends as if nobody had been killed
+        new.save_pretrained(folder)
+        assert names(folder) == names(folders[-1])
+        assert equal(MaCoSNetForKeypointMatching.from_pretrained(folder).state_dict(), new.state_dict())
 
 
 KILLED_WHILE_REPLACING = """

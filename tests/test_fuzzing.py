@@ -18,10 +18,10 @@ from archives import pf_willow, spair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_models import IMAGE_SIZE, small_model
+from small_models import small_model, small_processor
 from training_runs import environment
 
-from macosnet_hf import DataError, ImageError, InputError, MaCoSNetError, MaCoSNetImageProcessor, load_image
+from macosnet_hf import DataError, ImageError, InputError, MaCoSNetError, load_image
 from macosnet_hf.datasets.mat import read_matrix
 from macosnet_hf.datasets.readers import Problems, iter_records, read_flow
 from macosnet_hf.datasets.schema import mask_from_picture
@@ -310,7 +310,7 @@ def test_damaged_predictions_are_said_to_be(tmp_path):
 @pytest.fixture(scope="module")
 def pipelines():
     model = small_model(MaCoSNetForKeypointMatching)
-    processor = MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    processor = small_processor()
     kinds = (MaCoSNetKeypointMatchingPipeline, MaCoSNetCosegmentationPipeline)
     return [kind(model=model, image_processor=processor) for kind in kinds], processor
 

@@ -394,13 +394,15 @@ def test_inside_counts_the_border_and_a_margin():
 
 
 def test_folded_tells_sane_transforms_from_torn_ones():
-    affine, tps = geometry.identity_affine(4), geometry.identity_tps(4)
+    affine, tps = geometry.identity_affine(5), geometry.identity_tps(5)
     affine[1, 0] = -1  # mirrored: inside out everywhere
     affine[2, 3:5] = 0  # flattened on to a line
     tps[3, [0, 1, 2]], tps[3, [3, 4, 5]] = tps[3, [3, 4, 5]], tps[3, [0, 1, 2]]  # left and middle columns swapped
+    affine[4] = torch.tensor([0.0, -1, 0, 1, 0, 0])  # a quarter turn
     share = geometry.folded(affine, tps)
     assert share[0] == 0
     assert share[1] == 1
     assert share[2] == 1
     assert 0.1 < share[3] < 0.9
+    assert share[4] == 0
     assert geometry.folded(random_affine(5, spread=0.05), random_tps(5, spread=0.03)).tolist() == [0.0] * 5

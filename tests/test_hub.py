@@ -14,10 +14,9 @@ import httpx
 import pytest
 from hub_server import TOKEN, HubServer
 from PIL import Image
-from small_models import IMAGE_SIZE, small_model
+from small_models import save_small_checkpoint, small_model, small_processor
 
 from macosnet_hf import DEFAULT_CHECKPOINT, CheckpointError, InputError, MaCoSNetForKeypointMatching
-from macosnet_hf import MaCoSNetImageProcessor as Processor
 from macosnet_hf.cli import main
 from macosnet_hf.hub import plan
 
@@ -33,8 +32,7 @@ def hub():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "small"
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
-    Processor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
+    save_small_checkpoint(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A card\n")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "state.bin").write_bytes(b"x" * 1000)
@@ -189,7 +187,7 @@ def test_model_goes_up_and_comes_down(hub, checkpoint, tmp_path):
 def test_weights_in_several_files_come_down(hub, tmp_path):
     model = small_model(MaCoSNetForKeypointMatching)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    Processor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(tmp_path / "sharded")
+    small_processor().save_pretrained(tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert macosnet(hub, tmp_path, "push", "model", tmp_path / "sharded", "me/sharded").returncode == 0
     code = """

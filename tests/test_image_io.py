@@ -7,17 +7,14 @@ import struct
 import threading
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, MaCoSNetError
 from macosnet_hf.image_io import image_size, load_image
-
-gradio = pytest.importorskip("gradio", reason="the photographs of these tests come with gradio")
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 
 @pytest.fixture(scope="module")

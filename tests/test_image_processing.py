@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, InputError, MaCoSNetError
 from macosnet_hf.image_io import load_image
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.modeling_macosnet import MaCoSNetKeypointMatchingOutput
-
-gradio = pytest.importorskip("gradio", reason="the photographs of these tests come with gradio")
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 SOURCE_SIZE = (34, 50)  # (height, width)
 TARGET_SIZE = (61, 23)

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import IMAGE_SIZE, small_model
+from small_models import IMAGE_SIZE, seeded, small_model
 from training_runs import TRAINING, Runs, environment, log, photographs
 
-from macosnet_hf import MaCoSNetImageProcessor
 from macosnet_hf.datasets.sampling import augment
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.geometry import identity_tps, sampling_grid, warp
 from macosnet_hf.losses import MaCoSNetLossWeights, MaCoSNetObjective
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel, MaCoSNetModelOutput
+from macosnet_hf.modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -29,10 +28,6 @@ from macosnet_hf.training.monitoring import mask_agreement, match_rank  # noqa: 
 
 FIVE = MaCoSNetLossWeights(cycle=5, trans=4, contrast=3, task=2)
 PARTS = ("encoder", "affine_head", "tps_head", "decoder")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def batch_of(groups: int = 2, views: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -241,14 +236,6 @@ def test_the_criterion_prefers_the_transform_that_is_right():
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def start_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
-    return folder
 
 
 def arguments(photos, start_model) -> list[str]:

@@ -2,14 +2,9 @@
 
 import math
 import signal
-from pathlib import Path
 
 import pytest
-from small_models import IMAGE_SIZE, small_model
 from training_runs import ROOT, Runs, equal, log, part, photographs, weights
-
-from macosnet_hf import MaCoSNetImageProcessor
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -18,14 +13,6 @@ TERMS = ("matching", "cycle", "transitivity", "contrast", "consistency")
 OPTIONS = {"matching": "matching", "cycle": "cycle", "transitivity": "trans", "contrast": "contrast"}
 OPTIONS["consistency"] = "task"
 PRESETS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def start_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from macosnet_hf.modeling_macosnet import (
     MaCoSNetForKeypointMatching,
     MaCoSNetModel,
     MaCoSNetModelOutput,
+    cell_products,
+    cell_similarity,
     correlate,
     match_locally,
     ordered_pairs,
@@ -278,6 +280,23 @@ def test_correlation_matches_the_loop_reference_for_unequal_grids():
     for b in range(2):
         expected = torch.tensor(reference_correlation(source[b], target[b]), dtype=torch.float64)
         torch.testing.assert_close(result[b].flatten(1), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_inner_products_of_cells_match_the_loops():
+    """Their own scale counts: a collection compares them over pairs."""
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randn(2, 3, 2, 4, generator=generator)
+    target = torch.randn(2, 3, 3, 5, generator=generator)
+    found = cell_similarity(source, target)
+    lengths, gram = cell_products(source)
+    assert found.shape == (2, 8, 3, 5)
+    for b in range(2):
+        here, there = (list(picture[b].flatten(1).t().double()) for picture in (source, target))
+        across = torch.stack([torch.stack([one @ other for other in there]) for one in here])
+        within = torch.stack([torch.stack([one @ other for other in here]) for one in here])
+        torch.testing.assert_close(found[b].flatten(1).double(), across, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gram[b].double(), within, atol=1e-5, rtol=0)
+        torch.testing.assert_close(lengths[b].double(), within.diagonal().sqrt(), atol=1e-4, rtol=0)
 
 
 def test_forward_s_correlation_has_the_source_s_positions_as_channels():

@@ -1,27 +1,15 @@
 """`match_pair`: one call from two photographs to matches, masks, transferred points and the warped source."""
 
-import os
-
-import gradio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_photos import CHEETAH, LION, TOWER
 
 import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
-from macosnet_hf.geometry import apply_cascade, denormalize_points, normalize_points
-from macosnet_hf.loading import load_model_and_processor
-from macosnet_hf.pair import check_points, quality_in_words
-
-IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
-CHEETAH, LION, TOWER = (os.path.join(IMAGES, name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
-
-
-@pytest.fixture(scope="module")
-def network():
-    model, processor = load_model_and_processor(device="cpu")
-    return {"model": model, "processor": processor}
+from macosnet_hf.geometry import apply_cascade, denormalize_points, identity_tps, normalize_points
+from macosnet_hf.pair import _as_array, check_points, match_photos, object_agreement, quality_in_words
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +151,11 @@ def test_a_source_too_long_for_opencv_is_warped_too(result):
     assert (warped[..., 0] > 250).mean() > 0.3
 
 
+def test_pixels_come_strip_by_strip():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1100, 7, 3)).astype(np.uint8))
+    np.testing.assert_array_equal(_as_array(photo), np.asarray(photo))
+
+
 def test_every_kind_of_source_gives_the_same(network):
     photo = load_image(CHEETAH)
     whole = match_pair(CHEETAH, LION, **network, refine="none")
@@ -170,6 +163,18 @@ def test_every_kind_of_source_gives_the_same(network):
         other = match_pair(source, LION, **network, refine="none")
         np.testing.assert_array_equal(other.keypoints, whole.keypoints)
         np.testing.assert_array_equal(other.source_mask, whole.source_mask)
+
+
+def test_loaded_photographs_are_held_and_not_copied(network):
+    photos = (load_image(CHEETAH), load_image(LION))
+    found = match_photos(photos, **network, refine="none")
+    assert (found.source, found.target) == photos
+    assert found.source is photos[0]
+    whole = match_pair(*photos, **network, refine="none")
+    np.testing.assert_array_equal(found.keypoints, whole.keypoints)
+    assert whole.source is not photos[0], "what a caller of match_pair does with a picture later is his business"
+    with pytest.raises(InputError, match="threshold"):
+        match_photos(photos, **network, threshold=2)
 
 
 def test_swapping_the_photographs_swaps_everything(network):
@@ -235,40 +240,53 @@ def test_exported_by_the_package():
 
 
 def test_quality_words():
-    assert quality_in_words(np.zeros(0)) == "poor"
-    assert quality_in_words(np.full(100, 0.05)) == "poor"
-    assert quality_in_words(np.full(100, 0.95)) == "good"
-    assert quality_in_words(np.full(2, 0.95)) == "poor"  # a few good ones are no matching
-    assert quality_in_words(np.full(20, -0.95)) == "poor"
-    words = [quality_in_words(np.full(40, similarity)) for similarity in np.linspace(0, 1, 101)]
+    assert quality_in_words(0.0, 100) == "poor"
+    assert quality_in_words(0.95, 100) == "good"
+    assert quality_in_words(0.95, 2) == "poor"  # a few good ones are no matching
+    words = [quality_in_words(agreement, 40) for agreement in np.linspace(0, 1, 101)]
     assert sorted(set(words), key=words.index) == ["poor", "fair", "good"]
     order = [("poor", "fair", "good").index(word) for word in words]
     assert order == sorted(order)
 
 
-def test_quality_comes_from_the_features_at_both_ends(result):
-    """Against a slow reference that looks every feature up by itself."""
-    from macosnet_hf.pair import _feature_similarity
+def test_agreement_of_objects_against_plain_loops():
+    """Cell by cell in float64: where each cell goes, what lies there, whether both masks have it."""
+    random = np.random.default_rng(3)
+    features, masks = random.normal(0.4, size=(2, 4, 5, 6)), random.random((2, 5, 6))
+    affine = np.array([[0.9, 0.1, 0.05, -0.1, 1.1, -0.02], [1.0, -0.2, 0.1, 0.1, 0.8, 0.0]])
+    tps = np.stack([identity_tps().numpy().ravel()] * 2) + random.normal(scale=0.03, size=(2, 18))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
 
-    features = result._outputs.features
-    found = _feature_similarity(features, result.keypoints, result.image_sizes)
-    maps = features[0].double().numpy()
-    for match, similarity in list(zip(result.keypoints, found, strict=True))[::7]:
-        vectors = []
-        for view, photo in enumerate((result.source, result.target)):
-            height, width = maps.shape[-2:]
-            x = match[view, 0] / (photo.width - 1) * (width - 1)
-            y = match[view, 1] / (photo.height - 1) * (height - 1)
-            vectors.append(
-                sum(
-                    maps[view, :, row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
-                    for row in range(height)
-                    for column in range(width)
-                    if abs(y - row) < 1 and abs(x - column) < 1
+    def look(maps, x, y):
+        column, row = (x + 1) / 2 * 5, (y + 1) / 2 * 4
+        return sum(
+            maps[..., i, j] * max(0, 1 - abs(row - i)) * max(0, 1 - abs(column - j)) for i in range(5) for j in range(6)
+        )
+
+    pooled = [(unit[k] * masks[k]).sum((1, 2)) for k in (0, 1)]
+    alike = pooled[0] @ pooled[1] / np.linalg.norm(pooled[0]) / np.linalg.norm(pooled[1])
+    aligned = []
+    for k in (0, 1):
+        total = weight = 0.0
+        for i in range(5):
+            for j in range(6):
+                start = torch.tensor([[[j / 5 * 2 - 1, i / 4 * 2 - 1]]], dtype=torch.float64)
+                place = apply_cascade(
+                    start, torch.from_numpy(affine[k : k + 1]), torch.from_numpy(tps[k : k + 1]), regularization=0.1
                 )
-            )
-        expected = vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1])
-        assert similarity == pytest.approx(expected, abs=1e-3)
+                x, y = place[0, 0].tolist()
+                both = look(masks[k], x, y) * masks[1 - k, i, j]
+                total += both * float(look(unit[k], x, y) @ unit[1 - k, :, i, j])
+                weight += both
+        aligned.append(total / weight)
+    expected = (max(alike, 0) * max(np.mean(aligned), 0)) ** 0.5
+    tensors = [torch.from_numpy(values) for values in (features, masks, affine, tps)]
+    assert expected > 0
+    assert object_agreement(*tensors, regularization=0.1) == pytest.approx(expected, abs=1e-5)
+    same = [features[[0, 0]], masks[[0, 0]], np.array([[1.0, 0, 0, 0, 1, 0]] * 2), identity_tps(2).numpy()]
+    same = [torch.from_numpy(np.asarray(values)) for values in same]
+    assert object_agreement(*same, regularization=0.1) == pytest.approx(1, abs=1e-5)
+    assert object_agreement(-tensors[0] * torch.tensor([1, -1]).view(2, 1, 1, 1), *tensors[1:], regularization=0.1) == 0
 
 
 def test_unrelated_photographs_are_not_called_good(network):

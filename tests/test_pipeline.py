@@ -7,18 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gradio
 import numpy as np
 import pytest
 from PIL import Image
+from real_photos import PHOTOS
 from transformers import SuperGlueConfig, SuperGlueForKeypointMatching, SuperGlueImageProcessor, pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
 from macosnet_hf import DEFAULT_CHECKPOINT, ImageError, InputError, MaCoSNetForKeypointMatching, match_pair
 from macosnet_hf.collection import refined_mask, segment_collection
 from macosnet_hf.pipeline_macosnet import CUSTOM_PIPELINES, MaCoSNetCosegmentationPipeline
-
-PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import shutil
-import time
 from pathlib import Path
 
 import archives
@@ -127,10 +126,10 @@ def test_overwriting_spares_whatever_prepare_has_not_made(tmp_path):
     assert (out / "README.md").read_text().startswith("# A data set of my own")
 
 
-def _prepare_slowly(root: Path, out: Path, started: object) -> None:
+def _prepare_when_told(root: Path, out: Path, started: object, told: object) -> None:
     def progress(count: int) -> None:
         started.set()
-        time.sleep(0.3)
+        assert told.wait(60)
 
     prepare("coseg", root, out, progress=progress)
 
@@ -138,14 +137,15 @@ def _prepare_slowly(root: Path, out: Path, started: object) -> None:
 def test_two_runs_into_one_output_do_not_meet(tmp_path):
     root, out = archives.coseg(tmp_path / "coseg"), tmp_path / "out"
     context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    process = context.Process(target=_prepare_slowly, args=(root, out, started))
+    started, told = context.Event(), context.Event()
+    process = context.Process(target=_prepare_when_told, args=(root, out, started, told))
     process.start()
     try:
         assert started.wait(60)
         with pytest.raises(OutputError, match="Another run is writing this output"):
             prepare("coseg", root, out)
     finally:
+        told.set()
         process.join(60)
     assert process.exitcode == 0
     assert len(list(open_records("coseg", out)[0])) == 6

@@ -152,6 +152,7 @@ def test_a_stream_holds_no_more_than_its_buffers():
 
 def test_groups_of_a_real_folder(tmp_path):
     found = list(iter_records("coseg", coseg(tmp_path)))
-    sampler = GroupSampler(class_names_of(found), 2)
-    for group in sampler:
+    groups = list(GroupSampler(class_names_of(found), 2))
+    assert len(groups) == len(found) > 0
+    for group in groups:
         assert {found[index]["class_name"] for index in group.members} == {group.class_name}

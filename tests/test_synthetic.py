@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import seeded
 
 from macosnet_hf.geometry import apply_cascade, identity_affine, identity_tps, make_grid
 from macosnet_hf.training.synthetic import (
@@ -21,10 +22,6 @@ from macosnet_hf.training.synthetic import (
 
 CPU = torch.device("cpu")
 SIDE = 96
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def smooth_pictures(batch: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:

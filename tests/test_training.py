@@ -6,28 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import IMAGE_SIZE, small_model
 from training_runs import TRAINING, Runs, environment, equal, log, part, photographs, same, state_of, weights
 
-from macosnet_hf import MaCoSNetImageProcessor
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
-
-
-@pytest.fixture(scope="module")
-def start_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    small_model(MaCoSNetForKeypointMatching).save_pretrained(folder)
-    MaCoSNetImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,28 +6,18 @@ import json
 import os
 from pathlib import Path
 
-import gradio
 import numpy as np
 import pytest
 from PIL import Image
+from real_photos import CHEETAH, LION, TOWER
 
 from macosnet_hf import ImageError, InputError, load_image, match_pair
 from macosnet_hf.average import aligned_average
 from macosnet_hf.collection import odd_ones_out
 from macosnet_hf.kept import KeptResults
-from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.viewer import grid_document, object_grid, source_on_target, tint, viewer_lines, viewer_photos
 from macosnet_hf.workbench import match_files, matches_table, pair_document, pair_flow, segment_files, write_pair_files
 from macosnet_hf.working_copy import distinct_names, for_browser, open_working_copy
-
-IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
-CHEETAH, LION, TOWER = (os.path.join(IMAGES, name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
-
-
-@pytest.fixture(scope="module")
-def network():
-    model, processor = load_model_and_processor(device="cpu")
-    return {"model": model, "processor": processor}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +174,13 @@ def test_names_of_files_become_distinct():
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_holds_each_photograph_once(work):
+    """A server keeps dozens of pairs."""
+    for kept in (work, work.refined("otsu")):
+        assert kept.result.source is work.copies[0].image
+        assert kept.result.target is work.copies[1].image
 
 
 def test_other_options_need_no_network(network):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..collection import REFINED_SHARES, choose_partners, spread_ranks, transfer_masks
+from ..collection import choose_partners, mix_refined, share_masks, similar_cells, spread_ranks
 from ..errors import DataError
 from ..modeling_macosnet import MaCoSNetModel, correlate
 from ..refinement import otsu_threshold, refine_mask
@@ -207,11 +207,10 @@ def teacher_masks(
             for k in range(chosen.shape[1]):
                 correlation = correlate(normalized[chosen[rows, k]], normalized[rows])
                 soft[rows] += model.predict_masks(features, correlation).float().sigmoid() / chosen.shape[1]
-        travelled = (soft + transfer_masks(last, soft, others)) / 2
-        sharp = sharpen(originals, travelled.cpu(), working_size=192, threshold=0.5, quiet=True)
+        soft, cells = soft.cpu(), similar_cells(last.cpu(), others.cpu())
+        sharp = sharpen(originals, share_masks(soft, cells), working_size=192, threshold=0.5, quiet=True)
         sharp = F.interpolate(sharp[:, None].float(), size=(side, side), mode="bilinear", align_corners=True)[:, 0]
-        own, carried, refined = REFINED_SHARES
-        mixed = own * soft.cpu() + carried * transfer_masks(last.cpu(), sharp, others.cpu()) + refined * sharp
+        mixed = mix_refined(soft, sharp, cells)
         mixed = F.interpolate(mixed[:, None], size=originals.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
         sharp = mixed >= 0.5
         for row, index in enumerate(members):
