@@ -20,6 +20,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio import processing_utils
 from gradio.media import MEDIA_ROOT
 from PIL import Image
 
@@ -427,6 +428,18 @@ def into_cache(component: Any, paths: list[Path]) -> list[str]:
     """Copies files to where gradio serves and, later, deletes them. The copies can be fetched by who knows their names
     only, which hold a hash of the content."""
     return [component.move_resource_to_block_cache(str(path)) for path in paths]
+
+
+def save_picture(img: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
+    """In the place of gradio's `save_pil_to_cache`, which names a picture after its content as well but writes it anew
+    each time: whoever was fetching it for an equal request got a part of it, or nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.{format}"
+        path.write_bytes(processing_utils.encode_pil_to_bytes(img, format))
+        return processing_utils.save_file_to_cache(path, cache_dir)  # whole, and only if it is not there
+
+
+processing_utils.save_pil_to_cache = save_picture  # where all components look for it
 
 
 def checked_upload(component: Any, paths: list[str]) -> list[str]:

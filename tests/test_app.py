@@ -533,6 +533,32 @@ assert found[0].result.matches
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
 
 
+@pytest.mark.parametrize("kind", ["drawing", "array", "masks", "slider", "gallery"])
+def test_a_picture_that_may_be_being_fetched_is_not_written_again(kind, tmp_path):
+    """Pictures are named after their content: two equal requests have one file."""
+    picture = Image.open(LION).convert("RGB")
+    mask = np.zeros((picture.height, picture.width))
+    mask[:9] = 1
+    component, value = {
+        "drawing": (gr.Image(type="pil", format="jpeg"), picture),
+        "array": (gr.Image(format="png"), np.asarray(picture)),
+        "masks": (gr.AnnotatedImage(format="jpeg"), (picture, [(mask, "object")])),
+        "slider": (gr.ImageSlider(type="pil", format="jpeg"), (picture, picture.transpose(0))),
+        "gallery": (gr.Gallery(format="png"), [(picture, "one"), (picture.transpose(0), "two")]),
+    }[kind]
+    component.GRADIO_CACHE = str(tmp_path)
+    component.postprocess(value)
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(paths) == (1 if kind in ("drawing", "array") else 2)
+    for path in paths:
+        with Image.open(path) as saved:
+            assert saved.size == picture.size
+        path.write_bytes(b"being fetched")
+    component.postprocess(value)
+    assert [path.read_bytes() for path in paths] == [b"being fetched"] * len(paths)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(paths)
+
+
 def test_sessions_are_remembered_up_to_a_limit(monkeypatch, tmp_path):
     """gradio keeps what each page shows, also of pages that were closed."""
     monkeypatch.setattr(app, "KEPT_SESSIONS", 3)

@@ -41,6 +41,10 @@ from served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_de
 sys.path.insert(0, str(ROOT))
 from app import MAX_WAITING
 
+# Seconds in which the server must begin to answer. The client's own limit is 5, in which a busy machine may run neither
+# clients nor server; how long answers take is a figure of its own.
+PATIENCE = {"timeout": 60}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What one client sends
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +84,8 @@ class Visitor:
     def __init__(self, address: str, number: int, folder: Path, damaged: dict[str, tuple[Path, str]]) -> None:
         self.number = number
         self.size = (800 + 3 * number, 600 + 2 * number)
-        self.client = Client(address, verbose=False, download_files=str(folder / f"client{number}"))
+        downloads = str(folder / f"client{number}")
+        self.client = Client(address, verbose=False, download_files=downloads, httpx_kwargs=PATIENCE)
         self.own = enlarge(PHOTOGRAPHS[number % 3], self.size, folder / f"own-{number}.jpg")
         self.other = enlarge(PHOTOGRAPHS[(number + 1) % 3], self.size[::-1], folder / f"other-{number}.jpg")
         self.damaged = damaged
@@ -245,7 +250,8 @@ def hammer(demo: ServedDemo, folder: Path, clients: int, seconds: float) -> Figu
 
 def crowd(demo: ServedDemo, folder: Path, requests: int) -> Counter[str]:
     """So many requests at once: how many were answered, refused because the queue is full, or went wrong."""
-    client = Client(demo.address, verbose=False, download_files=str(folder / "crowd"), max_workers=requests)
+    downloads = str(folder / "crowd")
+    client = Client(demo.address, verbose=False, download_files=downloads, max_workers=requests, httpx_kwargs=PATIENCE)
     photos = [enlarge(PHOTOGRAPHS[index], (120, 90), folder / f"small-{index}.jpg") for index in (0, 1)]
     ends: Counter[str] = Counter()
 
