@@ -341,8 +341,8 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder serves every auto class of ours, whichever class is saved.
 
-        Over an older model, the new one is written as a whole first and its configuration takes its name last: a run
-        that is killed leaves the older model, the new one, or none that loads, never the weights of one with the
+        Over an older model, the new one is written as a whole first and its weights take their name last: a run that
+        is killed leaves the older model, the new one, or none that loads, never the weights of one with the
         settings of the other. (Not with `push_to_hub`, which transformers does from the folder itself.)
         """
         # A class has one `_auto_class`, and transformers writes only that of the class that it saves.
@@ -395,20 +395,21 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
 
 
 def _replace_model(partial: str, folder: str | os.PathLike[str]) -> None:
-    """Moves the files of a whole model into the folder of an older one, whose weights go before its configuration is
-    replaced."""
-    names = os.listdir(partial)
-    if os.path.isfile(os.path.join(folder, "config.json")):
-        os.remove(os.path.join(folder, "config.json"))
-    for name in os.listdir(folder):
-        if (
-            name not in names
-            and name.startswith("model")
-            and name.endswith((".safetensors", ".safetensors.index.json"))
-        ):
-            os.remove(os.path.join(folder, name))
-    for name in sorted(names, key=lambda name: name == "config.json"):
+    """Moves the files of a whole model into the folder of an older one. The old weights go first and the new ones come
+    last: transformers loads weights that have no configuration beside them, with the default settings."""
+    for name in sorted(filter(_is_weights, os.listdir(folder)), key=_is_index, reverse=True):
+        os.remove(os.path.join(folder, name))
+    for name in sorted(os.listdir(partial), key=lambda name: (_is_weights(name), _is_index(name), name)):
         os.replace(os.path.join(partial, name), os.path.join(folder, name))
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _is_index(name: str) -> bool:
+    """Of weights in several files, which are no model without it."""
+    return name.endswith(".index.json")
 
 
 class MaCoSNetModel(MaCoSNetPreTrainedModel):

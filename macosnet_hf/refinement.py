@@ -160,7 +160,7 @@ def _as_probability(probability: Any, size: tuple[int, ...]) -> np.ndarray:
         raise InputError(f"The soft mask must have the image's height and width {tuple(size)}, not {array.shape}.")
     if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"The soft mask must hold floating-point numbers in [0, 1], not {array.dtype}.")
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)  # `clip` makes the copy
     if not np.isfinite(array).all():
         raise InputError("The soft mask contains values that are not finite numbers.")
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:

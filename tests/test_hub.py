@@ -371,15 +371,17 @@ def test_without_a_network_the_answer_comes_at_once(tmp_path):
     Image.new("RGB", (50, 50), "red").save(tmp_path / "a.png")
     with HubServer() as gone:
         pass
-    start = time.monotonic()
-    done = macosnet(gone, tmp_path, "match", "a.png", "a.png", "--output-dir", "out", "--model", "my-modle")
-    seconds = time.monotonic() - start
-    assert done.returncode == 2
+    seconds = []
+    for more in ({"HF_HUB_OFFLINE": "1"}, {}):  # the first cannot wait for anything: what a busy machine takes
+        start = time.monotonic()
+        done = macosnet(gone, tmp_path, "match", "a.png", "a.png", "--output-dir", "out", "--model", "my-modle", **more)
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 2
     assert "'my-modle' is no folder here" in done.stderr
     assert "config.json" in done.stderr
     assert "hf download my-modle" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert seconds < 20
+    assert seconds[1] < seconds[0] + 15
     assert not (tmp_path / "out").exists()
 
 

@@ -16,29 +16,23 @@ from macosnet_hf.encoder_weights import load_imagenet_encoder
 from macosnet_hf.errors import InputError
 from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.training.loop import (
-    add_common_arguments,
     check_enough,
     make_accelerator,
     parse_with_config,
     run_script,
     save_model,
+    script_parser,
     train,
 )
-from macosnet_hf.training.photos import Photographs
+from macosnet_hf.training.photos import open_photographs, read_photographs
 from macosnet_hf.training.pretraining import SyntheticObjective, keypoint_validation
 from macosnet_hf.training.synthetic import WarpRange
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_arguments(parser)
+    parser = script_parser(__doc__)
     parser.add_argument("--preset", default="lite", help="paper, lite or vgg16")
     parser.add_argument("--model_name_or_path", default=None, help="go on from this model instead of a fresh preset")
-    parser.add_argument(
-        "--photo_size", type=int, default=256, help="side to which photographs are resized before warping"
-    )
     parser.add_argument("--background_swap", type=float, default=0.5)
     parser.add_argument("--feature_noise", type=float, default=0.7)
     parser.add_argument("--exact_share", type=float, default=0.5)
@@ -51,10 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
-    quiet = not accelerator.is_main_process
-    dataset = Photographs(
-        args.dataset_name, args.photo_size, exclude=tuple(args.exclude_classes), streaming=args.streaming
-    )
+    dataset = open_photographs(args)
     check_enough(len(dataset), args, accelerator)
     if args.per_device_train_batch_size < 2 and args.background_swap > 0:
         raise InputError(
@@ -67,12 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         processor = MaCoSNetImageProcessor.from_preset(args.preset)
         load_imagenet_encoder(model)
     validate = keypoint_validation(args.validation_pairs, processor) if args.validation_pairs else None
-    if args.keep_in_memory:
-        dataset.keep_in_memory(quiet=quiet)
-    elif not args.skip_data_check:
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                dataset.check()
+    read_photographs(accelerator, args, dataset)
     objective = SyntheticObjective(
         model.macosnet,
         list(processor.image_mean),

@@ -11,40 +11,31 @@ Needs photographs in class folders. Encoder and predictor stay as they are; the 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-import torch
 
 from macosnet_hf.loading import load_model_and_processor
 from macosnet_hf.training.decoder_start import (
     DecoderObjective,
     MaskedPairs,
     class_pairs,
-    encode_all,
-    load_masks,
+    kept_masks,
+    make_masks,
     mask_validation,
-    save_masks,
 )
 from macosnet_hf.training.loop import (
-    add_common_arguments,
     check_enough,
     make_accelerator,
     parse_with_config,
     run_script,
     save_model,
+    script_parser,
     train,
 )
-from macosnet_hf.training.photos import Photographs
-from macosnet_hf.training.pseudo_masks import pseudo_masks
+from macosnet_hf.training.photos import open_photographs
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_arguments(parser)
+    parser = script_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="the model of the first stage")
-    parser.add_argument("--photo_size", type=int, default=256)
     parser.add_argument("--photos_per_class", type=int, default=None, help="use at most so many photographs of a class")
     parser.add_argument("--partners", type=int, default=4, help="partners of each photograph")
     parser.add_argument(
@@ -58,13 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
-    photographs = Photographs(
-        args.dataset_name,
-        args.photo_size,
-        exclude=tuple(args.exclude_classes),
-        limit=args.photos_per_class,
-        streaming=args.streaming,
-    )
+    photographs = open_photographs(args, args.photos_per_class)
     pairs = class_pairs(photographs, args.partners, args.seed)
     check_enough(len(pairs), args, accelerator, "pairs")
     model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
@@ -73,18 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         mask_validation(args.validation_masks, processor, args.validation_per_class) if args.validation_masks else None
     )
     photographs.keep_in_memory(quiet=not accelerator.is_main_process)
-    # Made once, on the first process, and kept for a resumed run: they must not change between the two.
-    path = Path(args.output_dir) / "pseudo_masks.npz"
-    with accelerator.main_process_first():
-        others_made = args.resume_from_checkpoint or not accelerator.is_main_process
-        masks = load_masks(path, photographs.fingerprint()) if others_made else None
-        if masks is None:
-            pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-            features = encode_all(model.macosnet, photographs, mean, std)
-            masks = pseudo_masks(pictures, features, photographs.class_names)
-            del pictures, features
-            if accelerator.is_main_process:
-                save_masks(path, masks, photographs.fingerprint())
+    masks = kept_masks(accelerator, args, photographs, lambda: make_masks(model.macosnet, photographs, mean, std))
     dataset = MaskedPairs(photographs, masks, pairs)
     trained = train(
         accelerator,

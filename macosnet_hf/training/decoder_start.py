@@ -6,6 +6,7 @@ with a partner of its class.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,6 +25,7 @@ from ..image_io import load_image
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..modeling_macosnet import MaCoSNetModel, correlate
 from .photos import Photographs
+from .pseudo_masks import pseudo_masks
 from .synthetic import paste_on_others, photometric, random_view
 
 
@@ -165,6 +168,28 @@ def encode_all(model: MaCoSNetModel, photographs: Photographs, mean: list[float]
             pictures = F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=True)
             parts.append(model.get_image_features(((pictures - centre) / spread).to(model.device)).last.float().cpu())
     return torch.cat(parts).clone()
+
+
+def make_masks(model: MaCoSNetModel, photographs: Photographs, mean: list[float], std: list[float]) -> Tensor:
+    """Pseudo-masks `(N, S, S)` that need no trained model, from the encoder's features."""
+    pictures = torch.stack([photographs[index] for index in range(len(photographs))])
+    return pseudo_masks(pictures, encode_all(model, photographs, mean, std), photographs.class_names)
+
+
+def kept_masks(
+    accelerator: Accelerator, args: argparse.Namespace, photographs: Photographs, make: Callable[[], Tensor]
+) -> Tensor:
+    """What `make` gives, made once on the first process and kept in the output folder: it must not change between a
+    run and its resumption."""
+    path = Path(args.output_dir) / "pseudo_masks.npz"
+    with accelerator.main_process_first():
+        made_before = args.resume_from_checkpoint or not accelerator.is_main_process
+        masks = load_masks(path, photographs.fingerprint()) if made_before else None
+        if masks is None:
+            masks = make()
+            if accelerator.is_main_process:
+                save_masks(path, masks, photographs.fingerprint())
+    return masks
 
 
 def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:

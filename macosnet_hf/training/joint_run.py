@@ -20,23 +20,23 @@ from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..loading import load_model_and_processor
 from ..losses import CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWeights, MaCoSNetObjective, PerceptualNetwork
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
-from .decoder_start import encode_all, load_masks, mask_validation, save_masks
+from .decoder_start import kept_masks, load_masks, make_masks, mask_validation
 from .groups import GroupedPhotographs, check_classes, fixed_groups, hold_out
 from .joint import CASCADES, JointObjective, checkpoint_activations, feature_statistics
 from .loop import (
     BestModel,
     ParameterGroup,
-    add_common_arguments,
     make_accelerator,
     parse_with_config,
     save_model,
+    script_parser,
     train,
     write_model,
 )
 from .monitoring import SamplePictures, Validation, label_free_validation, labelled_validation, matching_validation
-from .photos import Photographs
+from .photos import Photographs, open_photographs, read_photographs
 from .pretraining import SyntheticObjective
-from .pseudo_masks import pseudo_masks, teacher_masks
+from .pseudo_masks import teacher_masks
 from .synthetic import WarpRange
 
 BENCHMARKS = ("tss", "internet", "pf-pascal", "spair-71k")
@@ -48,17 +48,13 @@ _STATISTICS_PHOTOGRAPHS = 128
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     """All arguments of joint training."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_common_arguments(parser)
+    parser = script_parser(description)
     parser.set_defaults(learning_rate=1e-5, per_device_train_batch_size=8, ema_decay=0.99)
     flag = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data")
     data.add_argument("--model_name_or_path", required=True, help="the model to train further")
     data.add_argument("--group_size", type=int, choices=(2, 3), default=3, help="pairs or triplets of a class")
-    data.add_argument("--photo_size", type=int, default=256, help="side to which photographs are resized at first")
     data.add_argument("--photos_per_class", type=int, default=None, help="use at most so many photographs of a class")
     data.add_argument("--smallest_crop", type=float, default=0.8, help="side of the smallest random crop; 1: no crops")
     data.add_argument("--flip_probability", type=float, default=0.5, help="of mirroring a whole group")
@@ -214,17 +210,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_arguments(args)
     accelerator = make_accelerator(args)
     quiet = not accelerator.is_main_process
-    photographs = Photographs(
-        args.dataset_name,
-        args.photo_size,
-        exclude=tuple(args.exclude_classes),
-        limit=args.photos_per_class,
-        streaming=args.streaming,
-    )
+    photographs = open_photographs(args, args.photos_per_class)
     check_classes(photographs.class_names, args.group_size)
     model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
     labels = _labelled_validations(args, model, processor)
-    _read_photographs(accelerator, args, photographs)
+    read_photographs(accelerator, args, photographs)
     masks = _masks(accelerator, args, photographs, model, processor) if args.prior_weight else None
 
     kept, held = list(range(len(photographs))), list[int]()
@@ -371,16 +361,6 @@ def _labelled_validations(
     return validations
 
 
-def _read_photographs(accelerator: Accelerator, args: argparse.Namespace, photographs: Photographs) -> None:
-    """Keeps all photographs in memory, or tries to read each of them once."""
-    if args.keep_in_memory:
-        photographs.keep_in_memory(quiet=not accelerator.is_main_process)
-    elif not args.skip_data_check:
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                photographs.check()
-
-
 def _masks(
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -396,15 +376,9 @@ def _masks(
                 f"{args.pseudo_masks} was made of other photographs; leave --pseudo_masks out to make some."
             )
         return masks
-    path = Path(args.output_dir) / "pseudo_masks.npz"
-    with accelerator.main_process_first():
-        made_before = args.resume_from_checkpoint or not accelerator.is_main_process
-        masks = load_masks(path, photographs.fingerprint()) if made_before else None
-        if masks is None:
-            masks = _make_masks(args.mask_teacher, photographs, model, processor)
-            if accelerator.is_main_process:
-                save_masks(path, masks, photographs.fingerprint())
-    return masks
+    return kept_masks(
+        accelerator, args, photographs, lambda: _make_masks(args.mask_teacher, photographs, model, processor)
+    )
 
 
 def _make_masks(
@@ -414,9 +388,7 @@ def _make_masks(
     processor: MaCoSNetImageProcessor,
 ) -> Tensor:
     if teacher is None:
-        pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-        features = encode_all(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
-        return pseudo_masks(pictures, features, photographs.class_names)
+        return make_masks(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
     model, processor = load_model_and_processor(teacher, model.device)
     return teacher_masks(
         model.macosnet.eval(),

@@ -86,12 +86,16 @@ class TrainingData(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that every script takes, under the names that Accelerate's users know."""
+def script_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the arguments that every script takes, under the names that Accelerate's users know."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--config", default=None, help="YAML file of these arguments; the command line wins over it")
     parser.add_argument("--dataset_name", nargs="+", required=True, help="folders of photographs, or Hub data-set ids")
     parser.add_argument("--exclude_classes", nargs="*", default=[], help="class folders to leave out")
+    parser.add_argument("--photo_size", type=int, default=256, help="side to which photographs are resized at first")
     parser.add_argument("--output_dir", required=True, help="where checkpoints and the final model go")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -135,6 +139,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report_to", default="tensorboard", help="tensorboard, trackio, wandb, ..., or all")
     parser.add_argument("--push_to_hub", action=flag, default=False, help="upload the final model (no checkpoints)")
     parser.add_argument("--hub_model_id", default=None, help="defaults to the name of the output folder")
+    return parser
 
 
 def parse_with_config(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:

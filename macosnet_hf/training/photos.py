@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError, ImageError, InputError
 from ..image_io import load_image
+
+if TYPE_CHECKING:  # `macosnet adapt` looks for photographs before it asks for accelerate
+    from accelerate import Accelerator
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -272,3 +276,32 @@ def _dataset_photographs(source: str) -> tuple[list[tuple[Any, int, str]], list[
                 items.append((dataset, row, column))
                 names.append(name)
     return items, names
+
+
+def open_photographs(args: argparse.Namespace, limit: int | None = None) -> Photographs:
+    """The photographs that a script's arguments name, at most `limit` of a class.
+
+    Raises:
+        DataError, InputError: as [`Photographs`].
+    """
+    return Photographs(
+        args.dataset_name,
+        args.photo_size,
+        exclude=tuple(args.exclude_classes),
+        limit=limit,
+        streaming=args.streaming,
+    )
+
+
+def read_photographs(accelerator: Accelerator, args: argparse.Namespace, photographs: Photographs) -> None:
+    """Keeps all photographs in memory, or tries to read each of them once.
+
+    Raises:
+        DataError: naming the first photograph that cannot be read.
+    """
+    if args.keep_in_memory:
+        photographs.keep_in_memory(quiet=not accelerator.is_main_process)
+    elif not args.skip_data_check:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                photographs.check()
