@@ -39,7 +39,7 @@ def address(matcher):
 
 @pytest.fixture(scope="module")
 def result():
-    return macosnet_hf.match_pair(CHEETAH, LION)
+    return macosnet_hf.match_pair(*app.EXAMPLES[0])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,9 @@ def test_upload_and_match(page, matcher, tmp_path):
         choose(page, place, save_large(photograph, (800, 500), tmp_path / f"my-{place}.jpg"))
     page.locator("#match").click()
     wait_until(page, lambda: page.locator("#viewer image").first.get_attribute("href") is not None)
-    page.wait_for_function("document.querySelectorAll('#viewer image')[1].getBBox().width > 500", timeout=60_000)
+    box = "document.querySelectorAll('#viewer image')[1].getBBox()"
+    wide = f"Math.abs({box}.width / {box}.height - 1.6) < 0.02"  # 800x500, which the example is not
+    page.wait_for_function(wide, timeout=60_000)
     assert matcher.pairs == before + 1
     assert page.locator("#verdict .mark").inner_text() in app.VERDICTS
 
@@ -157,25 +159,27 @@ def test_other_edges_of_the_masks_need_no_network(page, matcher):
     assert matcher.pairs == before
 
 
-def pin(page, number, side):
-    """Where a numbered point stands on a photograph, in its pixels (both have 256)."""
+def pin(page, number, side, size):
+    """Where a numbered point stands on a photograph of the given (width, height), in its pixels."""
     circle = page.locator(f"#viewer .pin circle[data-side='{side}']").nth(number)
     box = page.locator("#viewer image").nth(side)
-    x, y, width = (float(box.get_attribute(name)) for name in ("x", "y", "width"))
+    x, y, width, height = (float(box.get_attribute(name)) for name in ("x", "y", "width", "height"))
     centre = float(circle.get_attribute("cx")), float(circle.get_attribute("cy"))
-    return np.array([(centre[0] - x) / width * 256 - 0.5, (centre[1] - y) / width * 256 - 0.5])
+    return np.array([(centre[0] - x) / width, (centre[1] - y) / height]) * size - 0.5
 
 
 def test_a_clicked_point_appears_in_the_other_photograph(page, matcher, result):
     before = matcher.pairs
+    sizes = np.array([result.source.size, result.target.size])
     page.locator(".viewer-foot").scroll_into_view_if_needed()
     for number, (side, x, y) in enumerate([(0, 0.35, 0.35), (1, 0.45, 0.3), (0, 0.6, 0.5)]):
         box = page.locator("#viewer image").nth(side).bounding_box()
         page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
         wait_until(page, lambda count=number + 1: page.locator("#viewer .pin").count() == count)
-        start, end = pin(page, number, side), pin(page, number, 1 - side)
-        np.testing.assert_allclose(start, np.array([x, y]) * 256 - 0.5, atol=1)
-        expected = result.transfer([start], ("source_to_target", "target_to_source")[side])[0].clip(0, 255)
+        start, end = (pin(page, number, place, sizes[place]) for place in (side, 1 - side))
+        np.testing.assert_allclose(start, np.array([x, y]) * sizes[side] - 0.5, atol=1)
+        expected = result.transfer([start], ("source_to_target", "target_to_source")[side])[0]
+        expected = expected.clip(0, sizes[1 - side] - 1)
         np.testing.assert_allclose(end, expected, atol=2)
     assert page.locator("#viewer .pin text").all_text_contents() == ["1", "1", "2", "2", "3", "3"]
     page.get_by_role("button", name="Clear points").click()
@@ -218,12 +222,13 @@ def test_no_old_result_stays_where_there_is_no_new_one(page):
 
 
 def test_a_photograph_that_browsers_do_not_show_is_shown(page, tmp_path):
-    with Image.open(LION) as photo:
+    with Image.open(app.EXAMPLES[0][1]) as photo:
         photo.save(tmp_path / "scan.tif")
+        width = photo.width
     clear(page, "source")
     page.locator("#source input[type=file]").set_input_files(str(tmp_path / "scan.tif"))
     page.locator("#source img[src*='scan.png']").wait_for()
-    page.wait_for_function("document.querySelector('#source img').naturalWidth == 256")
+    page.wait_for_function("document.querySelector('#source img').naturalWidth == " + str(width))
     page.locator("#match").click()
     page.get_by_text("This is the same photograph twice").wait_for(timeout=60_000)
 
