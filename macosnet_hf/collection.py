@@ -39,6 +39,7 @@ _AGREEMENT_PARTNERS = 4
 _TRANSFER_PARTNERS = 16
 _TRANSFER_CELLS = 20
 _TRANSFER_TEMPERATURE = 0.1
+_KEPT_PRODUCTS = 512  # 200 KB each with 15x15 cells
 _TRANSFER_SHARE = 1 / 2
 _TRANSFER_SHARE_OF_TWO = 0.3
 # Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
@@ -308,10 +309,22 @@ def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
     height, width = features.shape[-2:]
     count = height * width
     cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
+    chosen = others[:, :_TRANSFER_PARTNERS].tolist()
+    kept: dict[tuple[int, int], Tensor] = {}
     indices, weights = [], []
-    for number, partners in enumerate(others[:, :_TRANSFER_PARTNERS].tolist()):
-        # One product a partner: stacked, their cells would be copied for every photograph anew.
-        similarity = torch.cat([cells[number].t() @ cells[partner] for partner in partners], dim=1)
+    for number, partners in enumerate(chosen):
+        products = []
+        for partner in partners:
+            # Of two that chose each other, one product is the other's transpose.
+            product = kept.pop((partner, number), None)
+            if product is not None:
+                product = product.t()
+            else:
+                product = cells[number].t() @ cells[partner]
+                if partner > number and len(kept) < _KEPT_PRODUCTS and number in chosen[partner]:
+                    kept[number, partner] = product
+            products.append(product)
+        similarity = torch.cat(products, dim=1)
         best = similarity.topk(min(_TRANSFER_CELLS, similarity.shape[1]), dim=1)
         starts = torch.tensor(partners, device=features.device) * count
         indices.append(starts[best.indices // count] + best.indices % count)

@@ -1,6 +1,7 @@
 """Shared test set-up: no network, single-threaded numerics are not forced; models that several files use."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+# A shell that starts something in the background has it ignore Ctrl+C, and what ignores a signal hands that on to every
+# program it starts; those that the tests interrupt would never hear of it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Imports of the fixtures stand inside: torch takes seconds, and not every test needs it.
 
