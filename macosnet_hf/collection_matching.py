@@ -27,7 +27,7 @@ from .geometry import (
     tps_basis,
     warp,
 )
-from .modeling_macosnet import cell_products, cell_similarity, match_locally, normalize_similarity
+from .modeling_macosnet import cell_products, cell_similarity, fit_mutually, match_locally, normalize_similarity
 
 GRAPHS = ("all", "neighbours", "star", "random")
 
@@ -172,9 +172,11 @@ class CollectionMatches:
         with torch.inference_mode():
             own = self.collection.features([photo]).normalized
             for some in known.split(_PAIRS_AT_ONCE):
+                targets = self.collection.features(some.tolist()).normalized
+                sources = own.expand(len(some), -1, -1, -1)
                 moved = match_locally(
-                    own.expand(len(some), -1, -1, -1),
-                    self.collection.features(some.tolist()).normalized,
+                    sources,
+                    targets,
                     repeated[: len(some)].to(device),
                     self.affine[some, photo].to(device),
                     self.tps[some, photo].to(device),
@@ -250,6 +252,8 @@ def match_collection(
         else:
             lengths, gram = (torch.cat([products[number][part] for number in i.tolist()]) for part in (0, 1))
             found = model.predict_transforms_from_similarity(cells, lengths, gram)
+        if collection.model.config.mutual_fit:
+            found = _fitted(collection, some, *found)
         affine[i, j], tps[i, j] = (parameters.float().cpu() for parameters in found)
         similarity[i, j] = _brought_together(cells, affine[i, j], tps[i, j], collection)
         if progress is not None:
@@ -264,6 +268,20 @@ def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:
     height, width = products.shape[-2:]
     back = products.flatten(2).transpose(1, 2).unflatten(-1, (height, width))
     return torch.stack((products, back), dim=1).flatten(0, 1)
+
+
+def _fitted(collection: Collection, pairs: Tensor, affine: Tensor, tps: Tensor) -> tuple[Tensor, Tensor]:
+    """[`fit_mutually`] for transforms `(P, 6)` and `(P, 18)` of pairs that stand beside their reverse."""
+    first, second = (collection.features(pairs[0::2, side].tolist()).normalized for side in (0, 1))
+    config = collection.model.config
+    fitted = fit_mutually(
+        torch.stack((first, second), dim=1),
+        affine.unflatten(0, (-1, 2)),
+        tps.unflatten(0, (-1, 2)),
+        temperature=config.local_matching_temperature,
+        regularization=config.tps_regularization,
+    )
+    return fitted[0].flatten(0, 1), fitted[1].flatten(0, 1)
 
 
 def _brought_together(cells: Tensor, affine: Tensor, tps: Tensor, collection: Collection) -> Tensor:

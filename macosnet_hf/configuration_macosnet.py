@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .errors import InputError
 
 # Raised when a setting changes its meaning, or a new one changes what a model answers.
-_CONFIG_VERSION = 1
+_CONFIG_VERSION = 2
 
 # Encoders by name: an explicit backbone configuration each, since a bare backbone name would call the network.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -49,10 +49,13 @@ class MaCoSNetConfig(PretrainedConfig):
         local_matching_windows (`list[float]`):
             half the side of the window around a point whose features are compared, for each pass.
         local_matching_temperature (`float`): factor on the cosine similarity before the soft-argmax.
+        mutual_fit (`bool`, defaults to `False`):
+            fit both transforms of a pair to the local matches on which its two directions agree; see `fit_mutually`.
+            [`MaCoSNetForKeypointMatching`] does so, [`MaCoSNetModel`] always answers with the paper's transforms.
         match_consistency_sigma (`float`):
             forward-backward error, in normalised coordinates, at which a match's score falls to exp(-1/2).
         match_mask_threshold (`float`, defaults to 0.5): matches are kept where both masks exceed it.
-        config_version (`int`, defaults to 1): of this list of settings; a later one is refused rather than misread.
+        config_version (`int`, defaults to 2): of this list of settings; a later one is refused rather than misread.
 
     Example:
 
@@ -81,6 +84,7 @@ class MaCoSNetConfig(PretrainedConfig):
         local_matching_sigmas: list[float] | None = None,
         local_matching_windows: list[float] | None = None,
         local_matching_temperature: float = 60.0,
+        mutual_fit: bool = False,
         match_consistency_sigma: float = 0.2,
         match_mask_threshold: float = 0.5,
         config_version: int = _CONFIG_VERSION,
@@ -113,6 +117,7 @@ class MaCoSNetConfig(PretrainedConfig):
         self.local_matching_sigmas = [0.3, 0.15] if local_matching_sigmas is None else list(local_matching_sigmas)
         self.local_matching_windows = [0.4, 0.25] if local_matching_windows is None else list(local_matching_windows)
         self.local_matching_temperature = local_matching_temperature
+        self.mutual_fit = mutual_fit
         self.match_consistency_sigma = match_consistency_sigma
         self.match_mask_threshold = match_mask_threshold
         self.config_version = config_version

@@ -35,6 +35,7 @@ from .geometry import (
     normalize_points,
     sample_at,
     sampling_grid,
+    tps_basis,
     warp,
 )
 
@@ -116,7 +117,9 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
         matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
         keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
         mask_logits (`(B, 2, H, W)`), affine (`(B, 2, 6)`), tps (`(B, 2, 18)`), correlation (`(B, 2, h*w, h, w)`),
-            features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request): as in [`MaCoSNetModelOutput`].
+            features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request): as in [`MaCoSNetModelOutput`]; the
+            transforms, and with them the flow, are those of [`fit_mutually`] where the configuration's `mutual_fit`
+            says so.
     """
 
     loss: Tensor | None = None
@@ -527,21 +530,15 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             raise InputError(
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
             )
-        batch, views = pixel_values.shape[:2]
+        views = pixel_values.shape[1]
         if output_flow:
-            if image_sizes is None:
-                raise InputError("output_flow needs image_sizes: the flow is in pixels of the original pictures.")
-            image_sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
-            if tuple(image_sizes.shape) != (batch, views, 2):
-                raise InputError(
-                    f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(image_sizes.shape)}."
-                )
+            image_sizes = _flow_sizes(image_sizes, pixel_values)
         pictures = pixel_values.flatten(0, 1)
         features = self.get_image_features(pictures)
         exact = self.config.cascade == "exact"
         output = self.relate_views(features, views, pictures if exact else None, output_masks=output_masks)
         if output_flow:
-            output.flow = self._dense_flow(output, image_sizes, ordered_pairs(views))
+            output.flow = self.dense_flow(output, image_sizes)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
@@ -589,9 +586,14 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             features=features.normalized.unflatten(0, (batch, num_views)),
         )
 
-    def _dense_flow(
-        self, output: MaCoSNetModelOutput, image_sizes: Tensor, pairs: tuple[tuple[int, int], ...]
-    ) -> Tensor:
+    def dense_flow(self, output: MaCoSNetModelOutput, image_sizes: Tensor) -> Tensor:
+        """Flow `(B, P, H, W, 2)` of every ordered pair, see [`MaCoSNetModelOutput`].
+
+        Args:
+            output: with the transforms of the pairs.
+            image_sizes: `(B, V, 2)` sizes (height, width) of the original pictures.
+        """
+        pairs = ordered_pairs(image_sizes.shape[1])
         size = self.config.image_size
         source_sizes = image_sizes[:, [i for i, _ in pairs]].flatten(0, 1)
         target_sizes = image_sizes[:, [j for _, j in pairs]].flatten(0, 1)
@@ -605,6 +607,19 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         )
         flow = denormalize_points(mapped, source_sizes) - denormalize_points(grid, target_sizes)
         return flow.unflatten(0, (-1, len(pairs))).unflatten(2, (size, size))
+
+
+def _flow_sizes(image_sizes: Tensor | None, pixel_values: Tensor) -> Tensor:
+    """Checked sizes of the original pictures: `(B, V, 2)` for pixels `(B, V, 3, H, W)`."""
+    if image_sizes is None:
+        raise InputError("output_flow needs image_sizes: the flow is in pixels of the original pictures.")
+    batch, views = pixel_values.shape[:2]
+    image_sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
+    if tuple(image_sizes.shape) != (batch, views, 2):
+        raise InputError(
+            f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(image_sizes.shape)}."
+        )
+    return image_sizes
 
 
 class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
@@ -650,8 +665,20 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         """
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
-        base = self.macosnet(pixel_values, output_flow=output_flow, image_sizes=image_sizes, return_dict=True, **kwargs)
+        if output_flow:
+            image_sizes = _flow_sizes(image_sizes, pixel_values)
+        base = self.macosnet(pixel_values, return_dict=True, **kwargs)
         loss = None if labels is None else self._keypoint_loss(base, labels)
+        if self.config.mutual_fit:
+            base.affine, base.tps = fit_mutually(
+                base.features,
+                base.affine,
+                base.tps,
+                temperature=self.config.local_matching_temperature,
+                regularization=self.config.tps_regularization,
+            )
+        if output_flow:
+            base.flow = self.macosnet.dense_flow(base, image_sizes)
         keypoints, matches, scores = self._match_grid(base)
         output = MaCoSNetKeypointMatchingOutput(
             loss=loss, matches=matches, matching_scores=scores, keypoints=keypoints, **base
@@ -868,6 +895,97 @@ def _match_some_locally(
     return answer + moved
 
 
+# Settings of `fit_mutually`, chosen on leordeanu-cars: points a side; width of the search and half the side of the
+# compared windows (normalised coordinates); forward-backward error at which a match's weight falls to exp(-1/2); how
+# strongly the first transform holds on; the smallest determinant of an affine part that is inverted.
+_FIT_POINTS = 7
+_FIT_SIGMA = 0.3
+_FIT_WINDOW = 0.6
+_FIT_ERROR_SIGMA = 0.1
+_FIT_RIDGE = 0.1
+_FIT_MARGIN = 0.05
+_FIT_DETERMINANT = 0.01
+
+
+def fit_mutually(
+    features: Tensor, affine: Tensor, tps: Tensor, *, temperature: float = 60.0, regularization: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Fits both transforms of a pair to the matches on which its two directions agree. Not in the paper.
+
+    A grid of 7x7 points of each picture is matched locally ([`match_locally`]) into the other and back. For each
+    direction, a thin-plate spline is fitted by weighted least squares to the matches of its own grid and to those of
+    the other direction, read backwards; a match weighs s^2 exp(-e^2 / 2 sigma^2) with the cosine similarity s of both
+    features and the forward-backward error e, and nothing if it leaves the picture. The transform that one starts from
+    holds on with a ridge, so that it stays as it is where features say nothing.
+
+    Args:
+        features: unit-length features `(B, 2, C, h, w)` of both pictures.
+        affine, tps: `(B, 2, 6)` and `(B, 2, 18)` of T_AB and T_BA.
+        temperature, regularization: as in [`match_locally`].
+
+    Returns:
+        affine `(B, 2, 6)`, as it was (the identity where it nearly flattens the picture), and tps
+        `(B, 2, 18)`, float32.
+    """
+    with maybe_autocast(features.device.type, enabled=False):  # half precision is too coarse for places and sums
+        return _fit_mutually(features.float(), affine.float(), tps.float(), temperature, regularization)
+
+
+def _fit_mutually(
+    features: Tensor, affine: Tensor, tps: Tensor, temperature: float, regularization: float
+) -> tuple[Tensor, Tensor]:
+    batch = len(features)
+    end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)  # T_AB takes points of B
+    there_and_back = [
+        (affine.flatten(0, 1), tps.flatten(0, 1)),
+        (affine.flip(1).flatten(0, 1), tps.flip(1).flatten(0, 1)),
+    ]
+    options: dict[str, Any] = {
+        "sigmas": (_FIT_SIGMA,),
+        "windows": (_FIT_WINDOW,),
+        "temperature": temperature,
+        "regularization": regularization,
+    }
+    grid = make_grid(_FIT_POINTS, _FIT_POINTS, device=affine.device, dtype=affine.dtype).reshape(1, -1, 2)
+    grid = grid.expand(2 * batch, -1, -1)
+    there = match_locally(start, end, grid, *there_and_back[0], **options)
+    back = match_locally(end, start, there.clamp(-1, 1), *there_and_back[1], **options)
+    error = (back - grid).square().sum(-1)
+    likeness = similarities(start, end, grid, there).clamp(0, 1)
+    weights = likeness.square() * torch.exp(-error / (2 * _FIT_ERROR_SIGMA**2)) * inside(there, margin=_FIT_MARGIN)
+
+    def reverse(of_pairs: Tensor) -> Tensor:
+        return of_pairs.unflatten(0, (batch, 2)).flip(1).flatten(0, 1)
+
+    basis = tps_basis(grid, regularization=regularization)
+    first = apply_cascade(grid, *there_and_back[0], regularization=regularization)
+    rows = torch.cat((basis, tps_basis(reverse(there), regularization=regularization), basis), dim=1)
+    places = torch.cat((there, grid, first), dim=1)
+    shares = torch.cat((weights, reverse(weights), torch.full_like(weights, _FIT_RIDGE)), dim=1).unsqueeze(-1)
+    weighted = (shares * rows).transpose(1, 2)
+    moved = _solve_definite(weighted @ rows, weighted @ places)  # (2B, 9, 2): where the control points go
+
+    matrix = there_and_back[0][0].unflatten(-1, (2, 3))
+    flat = (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs() < _FIT_DETERMINANT
+    kept = torch.where(flat[:, None], identity_affine(1, device=matrix.device, dtype=matrix.dtype), matrix.flatten(1))
+    a, b, x, c, d, y = kept.unsqueeze(1).unbind(-1)
+    across, down = moved[..., 0] - x, moved[..., 1] - y
+    control = torch.stack((d * across - b * down, a * down - c * across), dim=1) / (a * d - b * c).unsqueeze(1)
+    return kept.unflatten(0, (batch, 2)), control.flatten(1).unflatten(0, (batch, 2))
+
+
+def _solve_definite(system: Tensor, right: Tensor) -> Tensor:
+    """Solves positive definite systems `(B, n, n)` for `(B, n, m)`: by elimination, which needs no pivots for them and,
+    unlike a call of LAPACK, can be exported."""
+    count = system.shape[-1]
+    rows = torch.cat((system, right), dim=-1)
+    unit = torch.eye(count, device=rows.device, dtype=rows.dtype)
+    for k in range(count):
+        pivot = rows[:, k : k + 1] / rows[:, k : k + 1, k : k + 1]
+        rows = rows - (rows[:, :, k : k + 1] - unit[:, k : k + 1]) * pivot
+    return rows[..., count:]
+
+
 def _mixture_length(gram: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
     """Length `(B, N)` of bilinear samples of a map at points `(B, N, 2)`, from its inner products `(B, h*w, h*w)`."""
     index, weight = corner_weights(points, size)
@@ -890,6 +1008,7 @@ __all__ = [
     "cell_products",
     "cell_similarity",
     "correlate",
+    "fit_mutually",
     "match_locally",
     "normalize_similarity",
     "ordered_pairs",

@@ -406,18 +406,30 @@ class ModelPredictor(FeaturePredictor):
         self.variants = variants if self.model.config.local_matching else variants[::-1]
 
     def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+        import torch
+
         from ..geometry import apply_cascade
-        from ..modeling_macosnet import match_locally
+        from ..modeling_macosnet import fit_mutually, match_locally
 
         config = self.model.config
         # T_ij maps points of j into i: the picture where the points end is the transform's source.
         affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
+        around = affine, tps
+        if config.mutual_fit:
+            back = self.model.predict_transforms(start.features, end.features, start.pixel_values)
+            fitted = fit_mutually(
+                torch.stack((end.features.normalized, start.features.normalized), dim=1),
+                torch.stack((affine, back[0]), dim=1),
+                torch.stack((tps, back[1]), dim=1),
+                temperature=config.local_matching_temperature,
+                regularization=config.tps_regularization,
+            )
+            around = fitted[0][:, 0], fitted[1][:, 0]
         local = match_locally(
             start.features.normalized,
             end.features.normalized,
             points,
-            affine,
-            tps,
+            *around,
             sigmas=config.local_matching_sigmas,
             windows=config.local_matching_windows,
             temperature=config.local_matching_temperature,

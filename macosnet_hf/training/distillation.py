@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..configuration_macosnet import MaCoSNetConfig
 from ..geometry import apply_affine, apply_cascade, make_grid, sample_at
-from ..modeling_macosnet import MaCoSNetModelOutput, match_locally, ordered_pairs
+from ..modeling_macosnet import MaCoSNetModelOutput, fit_mutually, match_locally, ordered_pairs
 from .pretraining import grid_loss
 
 
@@ -25,6 +25,8 @@ def local_matching_targets(
     return_sigma: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
     """Where points of view j lie in view i by local matching, for every ordered pair (i, j), and how far to trust it.
+
+    With the configuration's `mutual_fit`, local matching starts from the transforms of `fit_mutually`.
 
     Args:
         outputs: of the model, for pairs or triplets; the masks may be missing.
@@ -42,6 +44,16 @@ def local_matching_targets(
         features = outputs.features.float()
         # T_ij sends points of j into i: the points are on the second view of the pair.
         ends, starts = ([pair[side] for pair in order] for side in (0, 1))
+        affine, tps = outputs.affine.float(), outputs.tps.float()
+        if config.mutual_fit:  # a pair stands beside its reverse
+            fitted = fit_mutually(
+                torch.stack((features[:, ends[::2]], features[:, starts[::2]]), dim=2).flatten(0, 1),
+                affine.unflatten(1, (-1, 2)).flatten(0, 1),
+                tps.unflatten(1, (-1, 2)).flatten(0, 1),
+                temperature=config.local_matching_temperature,
+                regularization=config.tps_regularization,
+            )
+            affine, tps = (parameters.unflatten(0, (batch, -1)).flatten(1, 2) for parameters in fitted)
 
         def matched(index: list[int], reverse: bool, given: Tensor) -> Tensor:
             start, end = (ends, starts) if reverse else (starts, ends)
@@ -49,8 +61,8 @@ def local_matching_targets(
                 features[:, start].flatten(0, 1),
                 features[:, end].flatten(0, 1),
                 given,
-                outputs.affine[:, index].float().flatten(0, 1),
-                outputs.tps[:, index].float().flatten(0, 1),
+                affine[:, index].flatten(0, 1),
+                tps[:, index].flatten(0, 1),
                 sigmas=config.local_matching_sigmas,
                 windows=config.local_matching_windows,
                 temperature=config.local_matching_temperature,
