@@ -97,49 +97,6 @@ def refine_mask(
     return _smooth_upsample(refined, *soft.shape) >= 0.5
 
 
-def centre_prior(height: int, width: int, *, extent: float = 0.6) -> np.ndarray:
-    """The soft mask of someone who has not seen the picture: a Gaussian on its middle, float32 `(height, width)`.
-
-    It falls to 0.5 on the ellipse whose half axes are `extent` times half the picture's sides, and is 1 in the middle.
-    """
-    y = (np.arange(height, dtype=np.float32) + 0.5) / height * 2 - 1
-    x = (np.arange(width, dtype=np.float32) + 0.5) / width * 2 - 1
-    return np.exp2(-(y[:, None] ** 2 + x[None] ** 2) / np.float32(extent) ** 2)
-
-
-def centre_grabcut(image: Any, *, extent: float = 0.7, working_size: int = 240, iterations: int = 5) -> np.ndarray:
-    """The baseline without a model: GrabCut started from a centred ellipse.
-
-    Inside the ellipse the first guess is object, outside it background; nothing but what lies beyond the ellipse that
-    touches the borders (the corners) is fixed.
-
-    Args:
-        image: uint8 `(H, W, 3)` RGB array or a PIL picture.
-        extent: half axes of the ellipse in halves of the picture's sides.
-        working_size: longer side, in pixels, at which GrabCut runs.
-        iterations: rounds of GrabCut.
-
-    Returns:
-        bool `(H, W)`, true on the object.
-
-    Raises:
-        InputError: an image of the wrong shape or type.
-    """
-    rgb = _as_rgb_array(image)
-    prior = centre_prior(*rgb.shape[:2], extent=extent)
-    corner = 2.0 ** -(1 / extent**2)  # the prior's value on the ellipse that touches the borders
-    soft = np.where(prior < corner, 0.0, np.where(prior >= 0.5, 0.75, 0.25)).astype(np.float32)
-    return refine_mask(
-        rgb,
-        soft,
-        "grabcut",
-        working_size=working_size,
-        iterations=iterations,
-        sure_background=0.05,  # only the corners, where the guess is 0
-        sure_foreground=0.9,  # nothing
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Input
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from macosnet_hf.refinement import (
     NARROW_LIMITS,
     REFINEMENT_METHODS,
     WIDE_LIMITS,
-    centre_grabcut,
-    centre_prior,
     colour_overlap,
     otsu_threshold,
     refine_mask,
@@ -375,29 +373,3 @@ def test_a_remote_checkpoint_demands_neither_opencv_nor_pydensecrf():
 # ---------------------------------------------------------------------------------------------------------------------
 # Without a model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_centre_prior():
-    prior = centre_prior(101, 201, extent=0.6)
-    assert prior.shape == (101, 201)
-    assert prior[50, 100] == prior.max() == 1
-    assert np.allclose(prior, prior[::-1])
-    assert np.allclose(prior, prior[:, ::-1])
-    y, x = np.mgrid[:101, :201]
-    inside = ((x - 100) / (0.6 * 100.5)) ** 2 + ((y - 50) / (0.6 * 50.5)) ** 2
-    assert np.array_equal(prior >= 0.5, inside <= 1)
-
-
-def test_centre_grabcut_finds_a_central_object():
-    picture, truth, _ = scene()
-    mask = centre_grabcut(picture)
-    assert mask.shape == (130, 200)
-    assert jaccard(mask, truth) > 0.85
-    assert jaccard(mask, truth) > jaccard(centre_prior(130, 200, extent=0.7) >= 0.5, truth) + 0.2
-
-
-def test_centre_grabcut_on_a_photograph():
-    with Image.open(PHOTOS / "cheetah.jpg") as image:
-        mask = centre_grabcut(image.convert("RGB"))
-    assert mask.shape == (343, 502)
-    assert 0.02 < mask.mean() < 0.6
