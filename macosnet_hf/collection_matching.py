@@ -241,6 +241,8 @@ def match_collection(
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
     similarity = torch.full((count, count), float("nan"))
     products = [cell_products(collection.features([number]).last) for number in range(count)]
+    lengths, gram = (torch.cat(parts) for parts in zip(*products, strict=True))
+    del products
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         some = pairs[start : start + _PAIRS_AT_ONCE]
         i, j = some.t()
@@ -251,8 +253,7 @@ def match_collection(
                 first, second, collection.pixel_values(i.tolist()), normalize_similarity(cells)
             )
         else:
-            lengths, gram = (torch.cat([products[number][part] for number in i.tolist()]) for part in (0, 1))
-            found = model.predict_transforms_from_similarity(cells, lengths, gram)
+            found = model.predict_transforms_from_similarity(cells, lengths, gram, i.to(gram.device))
         if collection.model.config.mutual_fit:
             found = _fitted(collection, some, *found)
         affine[i, j], tps[i, j] = (parameters.float().cpu() for parameters in found)

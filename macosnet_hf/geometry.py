@@ -273,26 +273,38 @@ def sample_at(features: Tensor, points: Tensor, *, padding_mode: str = "border")
     return warp(features, points.unsqueeze(1), padding_mode=padding_mode).squeeze(2).transpose(1, 2)
 
 
-def corner_weights(points: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Bilinear interpolation as a weighted mean of four cells; points outside count as on the border.
+def corner_weights(points: Tensor, size: Sequence[int], *, padding_mode: str = "border") -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation as a weighted sum of four cells.
 
     Args:
-        points: `(B, N, 2)` normalised points.
+        points: `(B, N, 2)` normalised points; one that is not a number counts as far outside.
         size: (height, width) of the map, at least 2 each.
+        padding_mode: what lies outside of the map, as in [`warp`].
 
     Returns:
-        flat indices of the cells, row by row, `(B, N, 4)` int64, and their weights `(B, N, 4)`, which sum to 1.
+        flat indices of the cells, row by row, `(B, N, 4)` int64, and their weights `(B, N, 4)`, which sum to 1 (to less
+        outside of the map, with `"zeros"`).
     """
     height, width = int(size[0]), int(size[1])
-    pixels = denormalize_points(points, (height, width))
-    x, y = pixels[..., 0].clamp(0, width - 1), pixels[..., 1].clamp(0, height - 1)
-    left, top = x.floor().clamp(max=width - 2), y.floor().clamp(max=height - 2)
+    pixels = denormalize_points(points, (height, width)).nan_to_num(nan=-2.0)
+    x, y = pixels[..., 0], pixels[..., 1]
+    if padding_mode == "zeros":
+        left, top = x.floor(), y.floor()
+    else:
+        if padding_mode == "reflection":
+            x, y = (end - (end - place.abs() % (2 * end)).abs() for place, end in ((x, width - 1), (y, height - 1)))
+        x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+        left, top = x.floor().clamp(max=width - 2), y.floor().clamp(max=height - 2)
+    columns, rows = torch.stack((left, left + 1), dim=-1), torch.stack((top, top + 1), dim=-1)
     right_share, lower_share = x - left, y - top
-    first = (top * width + left).long()
-    index = torch.stack((first, first + 1, first + width, first + width + 1), dim=-1)
     across = torch.stack((1 - right_share, right_share), dim=-1)
     down = torch.stack((1 - lower_share, lower_share), dim=-1)
-    return index, (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
+    if padding_mode == "zeros":
+        across = across * ((columns >= 0) & (columns <= width - 1))
+        down = down * ((rows >= 0) & (rows <= height - 1))
+        columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
+    index = rows.unsqueeze(-1) * width + columns.unsqueeze(-2)
+    return index.flatten(-2).long(), (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
 
 
 def folded(affine: Tensor, tps: Tensor | None = None, *, samples: int = 12, regularization: float = 0.0) -> Tensor:

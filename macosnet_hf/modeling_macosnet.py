@@ -476,7 +476,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         return affine, self.tps_head(correlate(warped, target.normalized))
 
     def predict_transforms_from_similarity(
-        self, similarity: Tensor, lengths: Tensor, gram: Tensor
+        self, similarity: Tensor, lengths: Tensor, gram: Tensor, maps: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The cascade that warps A's feature map, from inner products alone: no feature is touched again.
 
@@ -485,20 +485,22 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
 
         Args:
             similarity: `(N, h*w, h, w)` of [`cell_similarity`], A's cells as channels, B's layout.
-            lengths: `(N, h*w)` and gram `(N, h*w, h*w)`: of A's map, see [`cell_products`].
+            lengths: `(M, h*w)` and gram `(M, h*w, h*w)`: of M maps, see [`cell_products`].
+            maps: `(N,)`, which of these is A's; without it M = N and each pair has its own.
 
         Returns:
             As [`predict_transforms`].
         """
+        maps = torch.arange(len(similarity), device=similarity.device) if maps is None else maps
         affine = self.affine_head(normalize_similarity(similarity))
         height, width = similarity.shape[-2:]
         grid = sampling_grid(affine, size=(height, width))
-        cells = torch.eye(height * width, device=similarity.device, dtype=grid.dtype)
-        unit = cells.view(1, -1, height, width).expand(len(grid), -1, -1, -1)
-        shares = warp(unit, grid, padding_mode=self.config.padding_mode).flatten(2).transpose(1, 2)  # (N, A', A)
-        products = torch.bmm(shares * lengths.unsqueeze(1).to(shares), similarity.flatten(2).to(shares))
-        square = (torch.bmm(shares, gram.to(shares)) * shares).sum(-1, keepdim=True).clamp(min=0)
-        warped = (products * torch.rsqrt(square + _NORM_EPSILON)).to(similarity.dtype)
+        index, weights = corner_weights(grid.flatten(1, 2), (height, width), padding_mode=self.config.padding_mode)
+        # What each cell of the warped map is made of: its share of A's cells, before they had unit length, (N, A', A).
+        scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)
+        shares = weights.new_zeros(len(grid), height * width, height * width).scatter_add(2, index, scaled)
+        length = _mixture_length(gram.to(weights), index, weights, maps)
+        warped = (torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)).to(similarity.dtype)
         return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
 
     def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
@@ -876,7 +878,7 @@ def _match_some_locally(
         around = (points.unsqueeze(2) + half * unit_window).flatten(1, 2)
         weights = torch.exp(-2 * unit_window.square().sum(-1)) * inside(around).unflatten(1, (count, len(unit_window)))
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=_NORM_EPSILON)
-        length = _mixture_length(gram, around, source.shape[-2:])
+        length = _mixture_length(gram, *corner_weights(around, source.shape[-2:]))
         evidence_maps = (sample_at(similarity, around) / length.unsqueeze(-1)).unflatten(-1, target.shape[-2:])
         mapped = apply_cascade(around, affine, tps, regularization=regularization)
         mapped = mapped + moved.repeat_interleave(len(unit_window), dim=1)
@@ -986,12 +988,19 @@ def _solve_definite(system: Tensor, right: Tensor) -> Tensor:
     return rows[..., count:]
 
 
-def _mixture_length(gram: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
-    """Length `(B, N)` of bilinear samples of a map at points `(B, N, 2)`, from its inner products `(B, h*w, h*w)`."""
-    index, weight = corner_weights(points, size)
-    flat = (index.unsqueeze(-1) * gram.shape[-1] + index.unsqueeze(-2)).flatten(1)
-    products = gram.flatten(1).gather(1, flat).view(*index.shape, 4)
-    square = torch.einsum("bna,bnac,bnc->bn", weight, products, weight)
+def _mixture_length(gram: Tensor, index: Tensor, weights: Tensor, maps: Tensor | None = None) -> Tensor:
+    """Length `(B, N)` of mixtures of a map's cells.
+
+    Args:
+        gram: inner products of the cells of M maps, `(M, h*w, h*w)`.
+        index, weights: `(B, N, 4)`, see [`corner_weights`].
+        maps: `(B,)`, of which map each row is; without it M = B and each has its own.
+    """
+    cells = gram.shape[-1]
+    maps = torch.arange(len(gram), device=gram.device) if maps is None else maps
+    first = maps.view(-1, 1, 1, 1) * cells + index.unsqueeze(-1)
+    products = gram.flatten()[first * cells + index.unsqueeze(-2)]
+    square = ((weights.unsqueeze(-2) * products).sum(-1) * weights).sum(-1)
     return (square.clamp(min=0) + _NORM_EPSILON).sqrt()
 
 

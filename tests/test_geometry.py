@@ -406,3 +406,32 @@ def test_folded_tells_sane_transforms_from_torn_ones():
     assert 0.1 < share[3] < 0.9
     assert share[4] == 0
     assert geometry.folded(random_affine(5, spread=0.05), random_tps(5, spread=0.03)).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "zeros", "reflection"])
+def test_corner_weights_sample_as_warp_does(padding_mode):
+    generator = torch.Generator().manual_seed(5)
+    picture = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
+    inner = torch.rand(2, 60, 2, generator=generator, dtype=torch.float64) * 2 - 1
+    outer = torch.randn(2, 60, 2, generator=generator, dtype=torch.float64) * 3
+    corners = torch.tensor([[-1.0, -1], [1, 1], [0, 1], [1.0001, 0], [-1.2, 1.2]], dtype=torch.float64).expand(
+        2, -1, -1
+    )
+    points = torch.cat((inner, outer, corners), dim=1)
+    index, weights = geometry.corner_weights(points, (5, 7), padding_mode=padding_mode)
+    assert index.min() >= 0
+    assert index.max() < 35
+    values = picture.flatten(2).transpose(1, 2)
+    found = torch.stack([(values[b][index[b]] * weights[b].unsqueeze(-1)).sum(1) for b in range(2)])
+    torch.testing.assert_close(found, geometry.sample_at(picture, points, padding_mode=padding_mode))
+    if padding_mode != "zeros":
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_corner_weights_of_senseless_points_stay_within_the_map():
+    points = torch.tensor([[[float("nan"), 0.0], [float("inf"), 0.0], [1e30, -1e30], [0.0, float("-inf")]]])
+    for padding_mode in ("border", "zeros"):
+        index, weights = geometry.corner_weights(points, (4, 6), padding_mode=padding_mode)
+        assert index.min() >= 0
+        assert index.max() < 24
+        assert torch.isfinite(weights).all()
