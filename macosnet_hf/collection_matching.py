@@ -33,7 +33,7 @@ GRAPHS = ("all", "neighbours", "star", "random")
 
 # Forward-backward error, in normalised coordinates, at which trust falls to exp(-1/2).
 _RETURN_SIGMA = 0.2
-_PAIRS_AT_ONCE = 32
+_PAIRS_AT_ONCE = 16
 _FITS_AT_ONCE = 2
 _POINTS_A_SIDE = 7  # of the grid on which maps are compared and composed
 _ROUTES = 8  # ways round through a third photograph that are asked for each pair

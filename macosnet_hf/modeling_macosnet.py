@@ -310,14 +310,10 @@ class MaCoSNetDecoder(nn.Module):
         """
         last = features.last if index is None else features.last[index]
         correlation = correlation.to(last.dtype)
-        if (
-            not torch.compiler.is_compiling()  # asking for the layout would tie a graph to one batch size
-            and last.is_contiguous(memory_format=torch.channels_last)
-            and not last.is_contiguous()
-        ):
-            # In another memory layout than the features, it would send the whole decoder down the slow path.
-            correlation = correlation.contiguous(memory_format=torch.channels_last)
         hidden = self.input_norm(torch.cat((last, correlation), dim=1))
+        if not torch.compiler.is_compiling():  # it chooses layouts by itself, and this would tie it to one batch size
+            # Whatever the layout of the features: convolutions of few channels are up to 20 times faster so.
+            hidden = hidden.contiguous(memory_format=torch.channels_last)
         maps = self.project_skips(features.skips) if projected is None else projected
         skips = dict(zip(self.strides, maps, strict=True))
         for block, stride in zip(self.blocks, (8, 4, 2, 1), strict=True):
@@ -491,14 +487,14 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         Returns:
             As [`predict_transforms`].
         """
-        maps = torch.arange(len(similarity), device=similarity.device) if maps is None else maps
+        maps = torch.arange(similarity.shape[0], device=similarity.device) if maps is None else maps
         affine = self.affine_head(normalize_similarity(similarity))
         height, width = similarity.shape[-2:]
         grid = sampling_grid(affine, size=(height, width))
         index, weights = corner_weights(grid.flatten(1, 2), (height, width), padding_mode=self.config.padding_mode)
         # What each cell of the warped map is made of: its share of A's cells, before they had unit length, (N, A', A).
         scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)
-        shares = weights.new_zeros(len(grid), height * width, height * width).scatter_add(2, index, scaled)
+        shares = weights.new_zeros(grid.shape[0], height * width, height * width).scatter_add(2, index, scaled)
         length = _mixture_length(gram.to(weights), index, weights, maps)
         warped = (torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)).to(similarity.dtype)
         return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
@@ -600,7 +596,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         source_sizes = image_sizes[:, [i for i, _ in pairs]].flatten(0, 1)
         target_sizes = image_sizes[:, [j for _, j in pairs]].flatten(0, 1)
         grid = make_grid(size, size, device=output.affine.device, dtype=output.affine.dtype).reshape(1, -1, 2)
-        grid = grid.expand(len(source_sizes), -1, -1)
+        grid = grid.expand(source_sizes.shape[0], -1, -1)
         mapped = apply_cascade(
             grid,
             output.affine.flatten(0, 1),
@@ -936,7 +932,7 @@ def fit_mutually(
 def _fit_mutually(
     features: Tensor, affine: Tensor, tps: Tensor, temperature: float, regularization: float
 ) -> tuple[Tensor, Tensor]:
-    batch = len(features)
+    batch = features.shape[0]
     end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)  # T_AB takes points of B
     there_and_back = [
         (affine.flatten(0, 1), tps.flatten(0, 1)),
@@ -997,7 +993,7 @@ def _mixture_length(gram: Tensor, index: Tensor, weights: Tensor, maps: Tensor |
         maps: `(B,)`, of which map each row is; without it M = B and each has its own.
     """
     cells = gram.shape[-1]
-    maps = torch.arange(len(gram), device=gram.device) if maps is None else maps
+    maps = torch.arange(gram.shape[0], device=gram.device) if maps is None else maps
     first = maps.view(-1, 1, 1, 1) * cells + index.unsqueeze(-1)
     products = gram.flatten()[first * cells + index.unsqueeze(-2)]
     square = ((weights.unsqueeze(-2) * products).sum(-1) * weights).sum(-1)

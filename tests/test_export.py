@@ -21,7 +21,7 @@ from macosnet_hf.export import OUTPUTS, export
 
 @pytest.fixture(scope="module")
 def model():
-    model = small_model(MaCoSNetForKeypointMatching)
+    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True)
     with torch.no_grad():
         model.macosnet.decoder.classifier.bias.fill_(2.0)  # masks that cover enough for some matches
     return model
@@ -46,7 +46,7 @@ def checkpoint(model, processor, tmp_path_factory):
 @pytest.mark.parametrize("cascade", ["exact", "features"])
 def test_compiles_without_graph_breaks(cascade):
     """`fullgraph=True` is an error at the first break. The backend needs no C++ compiler; the tracing is the same."""
-    model = small_model(MaCoSNetForKeypointMatching, cascade=cascade)
+    model = small_model(MaCoSNetForKeypointMatching, cascade=cascade, mutual_fit=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     pixels = random_pictures(2, 2)
