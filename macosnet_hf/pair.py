@@ -178,8 +178,8 @@ def quality_in_words(agreement: float, matches: int) -> str:
     """How far a pair's matches can be trusted: `"good"`, `"fair"` or `"poor"`.
 
     On 208 pairs of msrc-coseg, half of them of different classes, with the embedded checkpoint, the area under the ROC
-    curve of the agreement is 0.905. "good" is said of 64 % of the pairs of one class and of 7 % of the others, at
-    least "fair" of 89 % and of 22 %. An object beside the same one turned by 90 degrees is still "good" in two cases
+    curve of the agreement is 0.903. "good" is said of 67 % of the pairs of one class and of 7 % of the others, at
+    least "fair" of 90 % and of 22 %. An object beside the same one turned by 90 degrees is still "good" in two cases
     of three, although few of the matches can be right. Other encoders have other similarities.
 
     Args:
