@@ -39,7 +39,7 @@ _AGREEMENT_PARTNERS = 4
 _TRANSFER_PARTNERS = 16
 _TRANSFER_CELLS = 20
 _TRANSFER_TEMPERATURE = 0.1
-_KEPT_PRODUCTS = 512  # 200 KB each with 15x15 cells
+_KEPT_PRODUCTS = 100_000_000  # bytes
 _TRANSFER_SHARE = 1 / 2
 _TRANSFER_SHARE_OF_TWO = 0.3
 # Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
@@ -311,6 +311,7 @@ def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
     cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
     chosen = others[:, :_TRANSFER_PARTNERS].tolist()
     kept: dict[tuple[int, int], Tensor] = {}
+    room = _KEPT_PRODUCTS // (4 * count**2)
     indices, weights = [], []
     for number, partners in enumerate(chosen):
         products = []
@@ -321,7 +322,7 @@ def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
                 product = product.t()
             else:
                 product = cells[number].t() @ cells[partner]
-                if partner > number and len(kept) < _KEPT_PRODUCTS and number in chosen[partner]:
+                if partner > number and len(kept) < room and number in chosen[partner]:
                     kept[number, partner] = product
             products.append(product)
         similarity = torch.cat(products, dim=1)

@@ -224,7 +224,8 @@ def match_collection(
             (each with the one that is most like all others, both ways) or `"random"` (each with `degree` others).
         degree: see `graph`.
         seed: of the random graph.
-        cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped photograph again.
+        cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped photograph again. With
+            the configuration's `mutual_fit` both transforms of a pair are then fitted to each other.
         progress: called with (done, total) pairs.
 
     Raises:
@@ -240,14 +241,12 @@ def match_collection(
     off_diagonal = ~torch.eye(count, dtype=torch.bool)
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
     similarity = torch.full((count, count), float("nan"))
-    products = [cell_products(collection.features([number]).last) for number in range(count)]
-    lengths, gram = (torch.cat(parts) for parts in zip(*products, strict=True))
-    del products
+    lengths, gram = _all_products(collection) if cascade == "features" else (None, None)
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         some = pairs[start : start + _PAIRS_AT_ONCE]
         i, j = some.t()
         cells = _both_ways(collection, some)
-        if cascade == "exact":
+        if lengths is None or gram is None:
             first, second = collection.features(i.tolist()), collection.features(j.tolist())
             found = model.predict_transforms(
                 first, second, collection.pixel_values(i.tolist()), normalize_similarity(cells)
@@ -261,6 +260,15 @@ def match_collection(
         if progress is not None:
             progress(start + len(some), len(pairs))
     return _judged(collection, affine, tps, similarity)
+
+
+def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
+    """[`cell_products`] of every photograph: `(N, h*w)` and `(N, h*w, h*w)`."""
+    first = cell_products(collection.features([0]).last)
+    lengths, gram = (part.new_empty(len(collection), *part.shape[1:]) for part in first)
+    for number in range(len(collection)):
+        lengths[number], gram[number] = (part[0] for part in cell_products(collection.features([number]).last))
+    return lengths, gram
 
 
 def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ class MaCoSNetConfig(PretrainedConfig):
         self.mutual_fit = mutual_fit
         self.match_consistency_sigma = match_consistency_sigma
         self.match_mask_threshold = match_mask_threshold
-        self.config_version = config_version
+        _check_version(config_version)
+        self.config_version = _CONFIG_VERSION  # what is saved has the settings of this version
         if not __name__.startswith("transformers_modules."):
             # The installed package registers its pipelines. A list of those in the model's folder would make
             # `pipeline` ask for `trust_remote_code`.
@@ -143,11 +144,6 @@ class MaCoSNetConfig(PretrainedConfig):
         return cls(**{**_preset_arguments(name), **kwargs})
 
     def _check(self) -> None:
-        if not isinstance(self.config_version, int) or self.config_version > _CONFIG_VERSION:
-            raise InputError(
-                f"This configuration has version {self.config_version}, but only versions up to {_CONFIG_VERSION} are "
-                "known here; a newer macosnet-hf reads it."
-            )
         if not isinstance(self.image_size, int) or self.image_size % 16 or self.image_size < 16:
             raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size!r}.")
         if len(self.predictor_channels) != len(self.predictor_kernel_sizes):
@@ -167,6 +163,14 @@ class MaCoSNetConfig(PretrainedConfig):
             raise InputError("local_matching_sigmas and local_matching_windows must be positive numbers.")
         if self.padding_mode not in ("zeros", "border", "reflection"):
             raise InputError(f"padding_mode must be 'zeros', 'border' or 'reflection'; got {self.padding_mode!r}.")
+
+
+def _check_version(version: int) -> None:
+    if not isinstance(version, int) or version > _CONFIG_VERSION:
+        raise InputError(
+            f"This configuration has version {version}, but only versions up to {_CONFIG_VERSION} are known here; a "
+            "newer macosnet-hf reads it."
+        )
 
 
 def _preset_arguments(name: str) -> dict[str, Any]:

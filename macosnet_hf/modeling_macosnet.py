@@ -311,14 +311,24 @@ class MaCoSNetDecoder(nn.Module):
         last = features.last if index is None else features.last[index]
         correlation = correlation.to(last.dtype)
         hidden = self.input_norm(torch.cat((last, correlation), dim=1))
-        if not torch.compiler.is_compiling():  # it chooses layouts by itself, and this would tie it to one batch size
-            # Whatever the layout of the features: convolutions of few channels are up to 20 times faster so.
+        if hidden.device.type == "cpu" or _is_channels_last(last):
+            # On a CPU convolutions of few channels are up to 20 times faster so; elsewhere the features decide, for two
+            # layouts together take the slow path.
             hidden = hidden.contiguous(memory_format=torch.channels_last)
         maps = self.project_skips(features.skips) if projected is None else projected
         skips = dict(zip(self.strides, maps, strict=True))
         for block, stride in zip(self.blocks, (8, 4, 2, 1), strict=True):
             hidden = block(hidden, skips.get(stride), index)
         return self.classifier(hidden).squeeze(1)
+
+
+def _is_channels_last(maps: Tensor) -> bool:
+    """Whether a map has that layout and no other; never while compiling: the question ties a graph to one size."""
+    return (
+        not torch.compiler.is_compiling()
+        and maps.is_contiguous(memory_format=torch.channels_last)
+        and not maps.is_contiguous()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -913,8 +923,8 @@ def fit_mutually(
     A grid of 7x7 points of each picture is matched locally ([`match_locally`]) into the other and back. For each
     direction, a thin-plate spline is fitted by weighted least squares to the matches of its own grid and to those of
     the other direction, read backwards; a match weighs s^2 exp(-e^2 / 2 sigma^2) with the cosine similarity s of both
-    features and the forward-backward error e, and nothing if it leaves the picture. The transform that one starts from
-    holds on with a ridge, so that it stays as it is where features say nothing.
+    features and the forward-backward error e, and nothing if it leaves the picture by more than 0.05. The transform
+    that one starts from holds on with a ridge, so that points stay where it sends them if the features say nothing.
 
     Args:
         features: unit-length features `(B, 2, C, h, w)` of both pictures.

@@ -168,9 +168,11 @@ def test_a_mirrored_source_with_key_points(tmp_path):
 
 
 @pytest.mark.parametrize("cascade", ["exact", "features"])
-def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, cascade):
-    model = small_model(MaCoSNetForKeypointMatching, cascade=cascade)
+@pytest.mark.parametrize("fit", [False, True])
+def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, cascade, fit):
+    model = small_model(MaCoSNetForKeypointMatching, cascade=cascade, mutual_fit=fit)
     predictor = ModelPredictor(model, processor)
+    assert predictor.variants == (("local", "fitted", "transform") if fit else ("local", "transform"))
     records = list(iter_records("pf-willow", pf_willow(tmp_path)))[:4]
     for direction, start in (("target_to_source", 1), ("source_to_target", 0)):
         predictions = predictor.predict_pairs(records, direction=direction, dense=True, masks=True)
@@ -178,14 +180,16 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
             pair = [open_picture(record[f"{side}_image"], "x") for side in ("source", "target")]
             sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
             with torch.no_grad():
-                outputs = model(**processor([pair], return_tensors="pt"))
+                inputs = processor([pair], return_tensors="pt")
+                outputs = model(**inputs)
                 points = torch.tensor(keypoint_array(record, ("source", "target")[start]))[None].float()
-                for variant in ("transform", "local"):
-                    expected = model.transfer_points(
-                        outputs, points, sizes, direction, local_matching=variant == "local"
-                    )
+                for variant in predictor.variants:
+                    # Without `mutual_fit` the model answers with the bare transform, with it only the network does.
+                    bare = model.macosnet(**inputs) if variant == "transform" else outputs
+                    expected = model.transfer_points(bare, points, sizes, direction, local_matching=variant == "local")
                     np.testing.assert_allclose(prediction[f"points/{variant}"], expected[0], atol=2e-2)
-                grid = sampling_grid(outputs.affine[:, 0], outputs.tps[:, 0], size=tuple(sizes[0, 1].tolist()))
+                bare = model.macosnet(**inputs)
+                grid = sampling_grid(bare.affine[:, 0], bare.tps[:, 0], size=tuple(sizes[0, 1].tolist()))
                 places = denormalize_points(grid.reshape(1, -1, 2), sizes[:, 0]).reshape(*grid.shape[1:])
                 stored = field_to_places(prediction["field/transform"], sizes[0, 0].tolist(), sizes[0, 1].tolist())
                 np.testing.assert_allclose(stored, places, atol=0.1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from small_models import IMAGE_SIZE, small_config, small_model
 
 from macosnet_hf import geometry
+from macosnet_hf.cli import main
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel, fit_mutually, match_locally
 
 REGULARIZATION = 0.1
@@ -198,4 +199,22 @@ def test_an_older_configuration_does_not_fit():
     assert document["config_version"] == 2
     del document["mutual_fit"]
     document["config_version"] = 1
-    assert type(small_config())(**document).mutual_fit is False
+    older = type(small_config())(**document)
+    assert older.mutual_fit is False
+    older.mutual_fit = True
+    assert older.to_dict()["config_version"] == 2  # or an older package would read it and not fit
+
+
+def test_asking_for_a_fit_that_the_model_does_not_make(start_model, tmp_path, capsys):
+    command = [
+        "evaluate",
+        "pairs",
+        "--data",
+        str(tmp_path),
+        "--pairs",
+        str(tmp_path / "none.csv"),
+        "--model",
+        str(start_model),
+    ]
+    assert main([*command, "--matching", "fitted"]) == 2
+    assert "mutual_fit" in capsys.readouterr().err

@@ -368,8 +368,3 @@ def test_a_remote_checkpoint_demands_neither_opencv_nor_pydensecrf():
 
     assert set(get_imports(module.__file__)) <= {"__future__", "typing", "numpy", "PIL"}
     assert set(REFINEMENT_METHODS) == {"grabcut", "otsu", "crf", "none"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Without a model
-# ---------------------------------------------------------------------------------------------------------------------

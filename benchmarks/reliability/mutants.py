@@ -251,8 +251,8 @@ MUTANTS = (
     Mutant(
         "features warped without their lengths",
         "modeling_macosnet.py",
-        "torch.bmm(shares * lengths.unsqueeze(1).to(shares), similarity",
-        "torch.bmm(shares, similarity",
+        "scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)",
+        "scaled = weights",
         tests=("tests/test_modeling.py",),
     ),
     Mutant(

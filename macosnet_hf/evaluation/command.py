@@ -62,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", choices=BASELINES, help="measure this instead of the model")
     parser.add_argument(
         "--matching",
-        choices=("transform", "local"),
-        help="bare transform, or the best feature match near it; default: what the model's configuration says",
+        choices=("transform", "fitted", "local"),
+        help="bare transform, the one fitted to what both directions agree on, or the best feature match near it; "
+        "default: what the model's configuration says",
     )
     parser.add_argument(
         "--refine", choices=REFINEMENTS, default="grabcut", help="soft to hard masks (default: grabcut)"
@@ -175,6 +176,8 @@ def make_predictor(args: argparse.Namespace, protocol: Protocol, device: str = "
     if args.baseline:
         return make_baseline(args.baseline, model, processor)
     predictor = ModelPredictor(model, processor, name=args.model or "macosnet-lite", masks=protocol.masks)
+    if args.matching and args.matching not in predictor.variants:
+        raise InputError(f"This model does not match so: its configuration has no mutual_fit ({args.matching}).")
     if args.matching:
         predictor.variants = tuple(sorted(predictor.variants, key=lambda variant: variant != args.matching))
     return predictor

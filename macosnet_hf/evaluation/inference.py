@@ -11,8 +11,9 @@ A *prediction* is a dictionary of NumPy arrays, everything that scoring needs an
 | `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
 | `partner` | () string | single pictures: id of the record that the field leads to |
 
-A *variant* is a way to transfer a point: `transform` (the bare geometric transform) and `local` (the best feature match
-near it) for the model, one of their own for the baselines.
+A *variant* is a way to transfer a point: for the model `transform` (the bare geometric transform), `fitted` (fitted to
+what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it), one
+of their own for the baselines.
 """
 
 from __future__ import annotations
@@ -384,7 +385,8 @@ class FeaturePredictor(Predictor):
 
 
 class ModelPredictor(FeaturePredictor):
-    """The model itself. Variants: `local` and `transform`, the configuration's own choice first.
+    """The model itself. Variants: `local`, with the configuration's `mutual_fit` also `fitted`, and `transform`, the
+    configuration's own choice first.
 
     Args:
         model, processor: as in [`FeaturePredictor`].
@@ -402,8 +404,8 @@ class ModelPredictor(FeaturePredictor):
         self.keep_skips = masks
         self.gives_masks = masks
         self.keep_pixels = self.model.config.cascade == "exact"
-        variants = ("local", "transform")
-        self.variants = variants if self.model.config.local_matching else variants[::-1]
+        smooth = ("fitted", "transform") if self.model.config.mutual_fit else ("transform",)
+        self.variants = ("local", *smooth) if self.model.config.local_matching else (*smooth, "local")
 
     def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
         import torch
@@ -435,8 +437,12 @@ class ModelPredictor(FeaturePredictor):
             temperature=config.local_matching_temperature,
             regularization=config.tps_regularization,
         )
-        mapped = apply_cascade(points, affine, tps, regularization=config.tps_regularization)
-        return {"transform": mapped, "local": local}
+        smooth = {"transform": (affine, tps), "fitted": around}
+        return {"local": local} | {
+            variant: apply_cascade(points, *smooth[variant], regularization=config.tps_regularization)
+            for variant in self.variants
+            if variant in smooth
+        }
 
     def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
         import torch

@@ -126,8 +126,8 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
 def matching_validation(
     csv_path: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
 ) -> Validation:
-    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with key-points: `pck_transform` of the transform alone, `pck_local`
-    with the model's local matching around it.
+    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with key-points: `pck_transform` of the transform alone
+    (fitted, where the configuration has `mutual_fit`), `pck_local` with the model's local matching around it.
 
     Args:
         csv_path: list of pairs, see [`read_keypoint_pairs`](pretraining.py).
