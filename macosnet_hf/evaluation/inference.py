@@ -12,8 +12,8 @@ A *prediction* is a dictionary of NumPy arrays, everything that scoring needs an
 | `partner` | () string | single pictures: id of the record that the field leads to |
 
 A *variant* is a way to transfer a point: for the model `transform` (the bare geometric transform), `fitted` (fitted to
-what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it), one
-of their own for the baselines.
+what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it),
+one of their own for the baselines.
 """
 
 from __future__ import annotations
