@@ -256,6 +256,27 @@ MUTANTS = (
         tests=("tests/test_modeling.py",),
     ),
     Mutant(
+        "fit that starts where it should end",
+        "modeling_macosnet.py",
+        "end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)",
+        "start, end = features.flatten(0, 1), features.flip(1).flatten(0, 1)",
+        tests=("tests/test_mutual_fit.py",),
+    ),
+    Mutant(
+        "matches of the other direction with the weights of this one",
+        "modeling_macosnet.py",
+        "shares = torch.cat((weights, reverse(weights),",
+        "shares = torch.cat((weights, weights,",
+        tests=("tests/test_mutual_fit.py",),
+    ),
+    Mutant(
+        "product of two photographs not turned for the second",
+        "collection.py",
+        "product = product.t()",
+        "product = product.clone()",
+        tests=("tests/test_collection.py",),
+    ),
+    Mutant(
         "background drawn near instead of pushed away",
         "losses.py",
         "F.relu(margin - within)",
