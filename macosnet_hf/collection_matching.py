@@ -173,11 +173,9 @@ class CollectionMatches:
         with torch.inference_mode():
             own = self.collection.features([photo]).normalized
             for some in known.split(_PAIRS_AT_ONCE):
-                targets = self.collection.features(some.tolist()).normalized
-                sources = own.expand(len(some), -1, -1, -1)
                 moved = match_locally(
-                    sources,
-                    targets,
+                    own.expand(len(some), -1, -1, -1),
+                    self.collection.features(some.tolist()).normalized,
                     repeated[: len(some)].to(device),
                     self.affine[some, photo].to(device),
                     self.tps[some, photo].to(device),

@@ -944,10 +944,8 @@ def _fit_mutually(
 ) -> tuple[Tensor, Tensor]:
     batch = features.shape[0]
     end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)  # T_AB takes points of B
-    there_and_back = [
-        (affine.flatten(0, 1), tps.flatten(0, 1)),
-        (affine.flip(1).flatten(0, 1), tps.flip(1).flatten(0, 1)),
-    ]
+    onward = affine.flatten(0, 1), tps.flatten(0, 1)
+    homeward = affine.flip(1).flatten(0, 1), tps.flip(1).flatten(0, 1)
     options: dict[str, Any] = {
         "sigmas": (_FIT_SIGMA,),
         "windows": (_FIT_WINDOW,),
@@ -956,8 +954,8 @@ def _fit_mutually(
     }
     grid = make_grid(_FIT_POINTS, _FIT_POINTS, device=affine.device, dtype=affine.dtype).reshape(1, -1, 2)
     grid = grid.expand(2 * batch, -1, -1)
-    there = match_locally(start, end, grid, *there_and_back[0], **options)
-    back = match_locally(end, start, there.clamp(-1, 1), *there_and_back[1], **options)
+    there = match_locally(start, end, grid, *onward, **options)
+    back = match_locally(end, start, there.clamp(-1, 1), *homeward, **options)
     error = (back - grid).square().sum(-1)
     likeness = similarities(start, end, grid, there).clamp(0, 1)
     weights = likeness.square() * torch.exp(-error / (2 * _FIT_ERROR_SIGMA**2)) * inside(there, margin=_FIT_MARGIN)
@@ -966,14 +964,14 @@ def _fit_mutually(
         return of_pairs.unflatten(0, (batch, 2)).flip(1).flatten(0, 1)
 
     basis = tps_basis(grid, regularization=regularization)
-    first = apply_cascade(grid, *there_and_back[0], regularization=regularization)
+    first = apply_cascade(grid, *onward, regularization=regularization)
     rows = torch.cat((basis, tps_basis(reverse(there), regularization=regularization), basis), dim=1)
     places = torch.cat((there, grid, first), dim=1)
     shares = torch.cat((weights, reverse(weights), torch.full_like(weights, _FIT_RIDGE)), dim=1).unsqueeze(-1)
     weighted = (shares * rows).transpose(1, 2)
     moved = _solve_definite(weighted @ rows, weighted @ places)  # (2B, 9, 2): where the control points go
 
-    matrix = there_and_back[0][0].unflatten(-1, (2, 3))
+    matrix = onward[0].unflatten(-1, (2, 3))
     flat = (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs() < _FIT_DETERMINANT
     kept = torch.where(flat[:, None], identity_affine(1, device=matrix.device, dtype=matrix.dtype), matrix.flatten(1))
     a, b, x, c, d, y = kept.unsqueeze(1).unbind(-1)

@@ -213,9 +213,8 @@ def test_a_model_that_is_saved_over_another_is_never_a_mixture_of_both(tmp_path)
         try:
             check_checkpoint(folder)
         except CheckpointError:
-            with pytest.raises(
-                OSError, match=r"model\.safetensors"
-            ):  # nor does transformers load it, with its defaults
+            # nor does transformers load it, with its defaults
+            with pytest.raises(OSError, match=r"model\.safetensors"):
                 MaCoSNetForKeypointMatching.from_pretrained(folder)
             found.append(None)
         else:
