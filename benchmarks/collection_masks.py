@@ -54,6 +54,7 @@ def random_partners(collection: Collection, count: int) -> np.ndarray:
 
 
 REFINED = "the same, refined on the way"  # by GrabCut: not refined again
+CLOSER = "and a closer look at small objects"
 
 WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "single pairs": lambda collection: random_partners(collection, 1),
@@ -61,7 +62,8 @@ WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "two of the collection": lambda collection: collection.segment(common=False).probabilities,
     "four of the collection": lambda collection: collection.segment(partners=4, common=False).probabilities,
     "two, and masks that travel": lambda collection: collection.segment().probabilities,
-    REFINED: lambda collection: collection.segment(refine="grabcut").probabilities,
+    REFINED: lambda collection: collection.segment(refine="grabcut", closer=False).probabilities,
+    CLOSER: lambda collection: collection.segment(refine="grabcut").probabilities,
 }
 
 
@@ -96,7 +98,11 @@ def main() -> None:
                 )
                 values = soft[0, 0].clamp(0, 1).numpy()
                 soft_mask = values >= 0.5
-                hard = soft_mask if name == REFINED else refine_mask(photo, values, working_size=arguments.refine_size)
+                hard = (
+                    soft_mask
+                    if name in (REFINED, CLOSER)
+                    else refine_mask(photo, values, working_size=arguments.refine_size)
+                )
                 row = [jaccard(soft_mask, truth), jaccard(hard, truth), float((hard == truth).mean())]
                 scores[name].setdefault(class_name, []).append(row)
     count = sum(len(found) for found in classes.values())

@@ -336,7 +336,7 @@ def run_segment(args: argparse.Namespace) -> int:
         with tqdm(total=len(kept), desc="Segmenting", unit="photo", disable=quiet) as bar:
 
             def tell(done: int, total: int) -> None:
-                bar.total = total  # each photograph twice where masks are refined
+                bar.total = total  # each photograph up to three times where masks are refined
                 bar.update(done - bar.n)
 
             result = segment_collection(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .agreement import SimilarCells, mix_refined, refine_small, share_masks, similar_cells
 from .errors import InputError
 from .modeling_macosnet import MaCoSNetFeatures, correlate, l2_normalize
 from .refinement import REFINEMENT_METHODS, refine_mask
@@ -33,19 +33,13 @@ _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
 # How many of the most alike say whether a photograph belongs.
 _AGREEMENT_PARTNERS = 4
-# How masks are carried from photograph to photograph, chosen on every second photograph of msrc-coseg: each cell looks
-# at the cells that resemble it most in the photographs most alike, and what they say has this share in the mask (less
-# of a pair, where one wrong mask is all that can be asked).
-_TRANSFER_PARTNERS = 16
-_TRANSFER_CELLS = 20
-_TRANSFER_TEMPERATURE = 0.1
-_KEPT_PRODUCTS = 100_000_000  # bytes
-_TRANSFER_SHARE = 1 / 2
-_TRANSFER_SHARE_OF_TWO = 0.3
-# Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
-_REFINED_SHARES = (0.3, 0.4, 0.3)
-# Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
-_REFINED_SIDE = 320
+# A closer look: the object's box, this share of its sides wider on each side, is cut out where it is no larger than
+# that share of the picture; no side is cut below 0.4. Chosen on msrc-coseg.
+_MARGIN = 0.2
+_LARGEST_CUT = 0.7
+_SHORTEST_CUT = 0.4
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask; right and bottom excluded
 
 
 @dataclass
@@ -72,6 +66,25 @@ class _Encoded:
 
     last: Tensor
     skips: tuple[Tensor, ...] | None
+
+
+class Look(NamedTuple):
+    """What the first two steps of [`Collection.segment`] give.
+
+    Attributes:
+        last: `(N, C, h, w)` stride-16 maps.
+        own, masks: `(N, S, S)` masks of the decoder, and after they have travelled.
+        cells: along which they did; None if they did not.
+        partners: numbers of those that each was compared with.
+        agreement: `(N,)`, as of a [`CollectionResult`].
+    """
+
+    last: Tensor
+    own: Tensor
+    masks: Tensor
+    cells: SimilarCells | None
+    partners: list[list[int]]
+    agreement: Tensor
 
 
 class Collection:
@@ -163,27 +176,29 @@ class Collection:
         partners: int = 2,
         common: bool = True,
         refine: str = "none",
+        closer: bool = True,
         workers: int = 2,
         progress: Progress | None = None,
     ) -> CollectionResult:
         """Soft masks of the object that the photographs have in common.
 
-        Three steps, none of which encodes a photograph again:
-
         1. The decoder sees each photograph with each of its partners; the mean of these masks is its first mask.
-        2. Masks travel ([`transfer_masks`]): each cell asks the cells that resemble it most in other photographs, and
-           what these say is half of the new mask. A part that is taken for the object in one photograph only finds no
-           support.
-        3. With `refine`, these masks are refined by each picture's own colours, the refined masks travel in the same
-           way, and the result is the mean of the first mask (0.3), of what travelled (0.4) and of the refined mask
-           itself (0.3). The object is where it is 0.5 or more: refine it no further.
+        2. Masks travel ([`~.agreement.transfer_masks`]): each cell asks the cells that resemble it most in other
+           photographs, and what these say is half of the new mask. A part that is taken for the object in one
+           photograph only finds no support.
+        3. With `refine`, a closer look: photographs whose object is small are cut to it, the cuts are encoded, and both
+           steps are done again with them. (Nothing else encodes a photograph twice.)
+        4. With `refine`, these masks are refined by each picture's own colours, and what was found is shared once more
+           ([`~.agreement.mix_refined`]). The object is where the result is 0.5 or more: refine it no further.
 
         Args:
             partners: how many others the decoder compares each photograph with.
             common: whether masks travel.
-            refine: one of `refinement.REFINEMENT_METHODS`, for the third step; `"none"` leaves it out.
+            refine: one of `refinement.REFINEMENT_METHODS`, for the last two steps; `"none"` leaves them out.
+            closer: whether there is a third step.
             workers: threads that refine.
-            progress: called with (done, total) after each photograph of the first step, and of the third.
+            progress: called with (done, total) after each photograph of the first step, of the third if there is one,
+                and of the fourth.
 
         Raises:
             InputError: for fewer than two photographs, no partner, or an unknown refinement.
@@ -194,34 +209,63 @@ class Collection:
             raise InputError(f"partners must be at least 1, not {partners}.")
         if refine not in REFINEMENT_METHODS:
             raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
-        total = len(self) * (1 if refine == "none" else 2)
-        last = torch.stack([self._encoded[key].last for key in self.keys])
-        others, similarity = choose_partners(last, len(self))
-        agreement = similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
-        chosen = others[:, spread_ranks(others.shape[1], partners)]
-        first = []
-        for number in range(len(self)):
-            first.append(self.mean_mask(number, chosen[number].tolist()))
+        rounds = 1 if refine == "none" else 2 + closer
+
+        def tell(step: int, done: int) -> None:
             if progress is not None:
-                progress(number + 1, total)
-        masks = own = torch.stack(first)
-        cells = similar_cells(last, others) if common else None
-        if cells is not None:
-            masks = share_masks(own, cells)
+                progress(step * len(self) + done, rounds * len(self))
+
+        look = first = self.look(partners, common, lambda done: tell(0, done))
+        masks = look.masks
         if refine != "none":
-
-            def tell(done: int) -> None:
-                if progress is not None:
-                    progress(len(self) + done, total)
-
-            sharp = refine_small(self.photos, masks, refine, workers=workers, tell=tell)
-            masks = sharp if cells is None else mix_refined(own, sharp, cells)
+            photos = self.photos
+            boxes = object_boxes(masks) if closer else [None] * len(self)
+            if any(boxes):
+                cut = self._cut(boxes)
+                photos, look = cut.photos, cut.look(partners, common, lambda done: tell(1, done))
+            masks = refine_small(photos, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
+            if look.cells is not None:
+                masks = mix_refined(look.own, masks, look.cells, look.last)
+            masks = put_back(masks, boxes)
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
-            partners=chosen.tolist(),
-            agreement=agreement.cpu().numpy(),
+            partners=first.partners,
+            agreement=first.agreement.cpu().numpy(),
             collection=self,
         )
+
+    @torch.inference_mode()
+    def look(self, partners: int, common: bool, tell: Callable[[int], None] | None = None) -> Look:
+        """The first two steps of [`segment`]; `tell` is called with the number of photographs that have been seen."""
+        last = torch.stack([self._encoded[key].last for key in self.keys])
+        others, similarity = choose_partners(last, len(self))
+        chosen = others[:, spread_ranks(others.shape[1], partners)].tolist()
+        first = []
+        for number, several in enumerate(chosen):
+            first.append(self.mean_mask(number, several))
+            if tell is not None:
+                tell(number + 1)
+        own = torch.stack(first)
+        cells = similar_cells(last, others) if common else None
+        return Look(
+            last=last,
+            own=own,
+            masks=own if cells is None else share_masks(own, cells),
+            cells=cells,
+            partners=chosen,
+            agreement=similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1),
+        )
+
+    def _cut(self, boxes: Sequence[Box | None]) -> Collection:
+        """The same photographs, of which those that have a box are cut to it."""
+        both = self.subset(range(len(self)))
+        side = self.model.config.image_size
+        numbers = list(range(len(self)))
+        rows = [number for number in numbers if boxes[number] is not None]
+        cuts = [cut_to_box(self.photos[number], boxes[number], side) for number in rows]
+        for row, number in zip(rows, both.add(cuts), strict=True):
+            numbers[row] = number
+        return both.subset(numbers)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
         """`(S, S)` soft mask of one photograph: the mean over its K partners, all given by their numbers."""
@@ -285,127 +329,51 @@ def segment_collection(
     return collection.segment(partners=partners, refine=refine, progress=progress)
 
 
-class SimilarCells(NamedTuple):
-    """For each cell of N pictures the K cells of other pictures that resemble it most.
-
-    Attributes:
-        places: `(N, h*w, K)` into the `N*h*w` cells of all pictures.
-        weights: `(N, h*w, K)`, softmax(s / 0.1) of the cosine similarities s of the features.
-        size: (h, w).
-    """
-
-    places: Tensor
-    weights: Tensor
-    size: tuple[int, int]
-
-
-def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
-    """The 20 most similar cells, for each cell, in the 16 pictures most alike.
-
-    Args:
-        features: `(N, C, h, w)`.
-        others: `(N, K)` for each picture the numbers of others, most alike first.
-    """
-    height, width = features.shape[-2:]
-    count = height * width
-    cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
-    chosen = others[:, :_TRANSFER_PARTNERS].tolist()
-    kept: dict[tuple[int, int], Tensor] = {}
-    room = _KEPT_PRODUCTS // (4 * count**2)
-    indices, weights = [], []
-    for number, partners in enumerate(chosen):
-        products = []
-        for partner in partners:
-            # Of two that chose each other, one product is the other's transpose.
-            product = kept.pop((partner, number), None)
-            if product is not None:
-                product = product.t()
-            else:
-                product = cells[number].t() @ cells[partner]
-                if partner > number and len(kept) < room and number in chosen[partner]:
-                    kept[number, partner] = product
-            products.append(product)
-        similarity = torch.cat(products, dim=1)
-        best = similarity.topk(min(_TRANSFER_CELLS, similarity.shape[1]), dim=1)
-        starts = torch.tensor(partners, device=features.device) * count
-        indices.append(starts[best.indices // count] + best.indices % count)
-        weights.append((best.values / _TRANSFER_TEMPERATURE).softmax(dim=1))
-    return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
-
-
-def transfer_masks(masks: Tensor, cells: SimilarCells) -> Tensor:
-    """What the photographs of a collection say of each other's masks: in each cell the weighted mean of the masks where
-    the cells lie that resemble it most.
+def object_boxes(masks: Tensor) -> list[Box | None]:
+    """Where each picture is worth a closer look: the box of its object, with a margin, where that is small.
 
     Args:
         masks: `(N, S, S)` in [0, 1].
-        cells: of the same pictures.
 
     Returns:
-        `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
+        N boxes; None where the object fills the picture, or there is none.
     """
-    small = F.interpolate(masks[:, None], size=cells.size, mode="area").flatten()
-    found = (cells.weights * small[cells.places]).sum(dim=-1).view(len(masks), 1, *cells.size)
-    return F.interpolate(found, size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+    side = masks.shape[-1]
+    inside = masks >= 0.5
+    ends = []
+    for along in (inside.any(dim=1), inside.any(dim=2)):  # columns, rows
+        first = along.int().argmax(dim=1)
+        last = side - along.flip(1).int().argmax(dim=1)
+        length = ((last - first) * (1 + 2 * _MARGIN)).clamp(_SHORTEST_CUT * side, side)
+        start = ((first + last - length) / 2).clamp(min=0).minimum(side - length)
+        ends.append((start.floor().int(), (start + length).ceil().int()))
+    (left, right), (top, bottom) = ends
+    small = (right - left) * (bottom - top) <= _LARGEST_CUT * side**2
+    worth = (small & inside.flatten(1).any(dim=1)).tolist()
+    boxes = torch.stack((left, top, right, bottom), dim=1).tolist()
+    return [(box[0], box[1], box[2], box[3]) if use else None for box, use in zip(boxes, worth, strict=True)]
 
 
-def share_masks(own: Tensor, cells: SimilarCells) -> Tensor:
-    """The second step of [`Collection.segment`]: masks `(N, S, S)`, half of which (of two: 0.3) the others say."""
-    share = _TRANSFER_SHARE if len(own) > 2 else _TRANSFER_SHARE_OF_TWO
-    return (1 - share) * own + share * transfer_masks(own, cells)
+def cut_to_box(photo: Image.Image, box: Box | None, side: int) -> Image.Image:
+    """The part of a photograph that a box of its mask of `(side, side)` shows; all of it without a box."""
+    if box is None:
+        return photo
+    left, right = (round(value * photo.width / side) for value in box[::2])
+    top, bottom = (round(value * photo.height / side) for value in box[1::2])
+    return photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
-def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
-    """The third step of [`Collection.segment`]: 0.3 own, 0.4 what the refined masks of the others say, 0.3 refined.
-
-    Args:
-        own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same photographs.
-        cells: of the same photographs.
-    """
-    shares = _REFINED_SHARES
-    return shares[0] * own + shares[1] * transfer_masks(refined, cells) + shares[2] * refined
-
-
-def refine_small(
-    photos: Sequence[Image.Image],
-    masks: Tensor,
-    method: str,
-    *,
-    workers: int = 2,
-    tell: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Refined masks as shares of the object, `(N, S, S)` in [0, 1].
-
-    Args:
-        photos: N upright RGB pictures; copies of 320 pixels are looked at.
-        masks: `(N, S, S)` in [0, 1].
-        method: one of `refinement.REFINEMENT_METHODS`.
-        workers: threads.
-        tell: called with the number that are done; may raise to stop the work.
-    """
-    size = tuple(masks.shape[-2:])
-
-    def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
-        scale = min(1.0, _REFINED_SIDE / max(photo.size))
-        width, height = (max(1, round(side * scale)) for side in photo.size)
-        small = photo.resize((width, height), Image.Resampling.BOX) if scale < 1 else photo
-        soft = torch.from_numpy(probability)[None, None]
-        soft = F.interpolate(soft, size=(height, width), mode="bilinear", align_corners=True)
-        hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
-        return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
-
-    found: list[Tensor] = []
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = [pool.submit(one, *both) for both in zip(photos, masks.cpu().numpy(), strict=True)]
-        try:
-            for refined in waiting:
-                found.append(refined.result())
-                if tell is not None:
-                    tell(len(found))
-        except BaseException:  # Ctrl+C, or a visitor who stops: what has not begun is not begun
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return torch.stack(found).to(masks.device)
+def put_back(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
+    """Masks of cut pictures as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay."""
+    whole = masks.clone()
+    for number, box in enumerate(boxes):
+        if box is not None:
+            left, top, right, bottom = box
+            whole[number] = 0
+            whole[number, top:bottom, left:right] = F.interpolate(
+                masks[number][None, None], size=(bottom - top, right - left), mode="bilinear", antialias=True
+            )[0, 0]
+    return whole
 
 
 def spread_ranks(count: int, wanted: int) -> list[int]:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from . import DEFAULT_CHECKPOINT
-from .collection import mix_refined, refine_small, refined_mask, share_masks, similar_cells
+from .agreement import mix_refined, refine_small, share_masks, similar_cells
+from .collection import Box, Collection, cut_to_box, object_boxes, put_back, refined_mask
 from .drawing import draw_matches
 from .errors import InputError
 from .geometry import denormalize_points, sampling_grid, warp
@@ -29,6 +30,7 @@ DIRECTIONS = ("source_to_target", "target_to_source")
 _MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes pictures of at most 32,766 pixels a side
 _TILE = 512
 _FEW_MATCHES = 5
+_EACH_OTHER = torch.tensor([[1], [0]])
 
 
 @dataclass
@@ -39,11 +41,23 @@ class _Candidates:
         points: `(M, 2, 2)` float32 pixels of both photographs.
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
+        closer: the second look that refined masks need, once it was taken.
     """
 
     points: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
+    closer: _Closer | None = None
+
+
+@dataclass
+class _Closer:
+    """Photographs cut to their objects where these are small (else whole), their boxes, and what is seen there."""
+
+    photos: Sequence[Image.Image]
+    boxes: Sequence[Box | None]
+    own: torch.Tensor
+    features: torch.Tensor
 
 
 @dataclass
@@ -72,6 +86,7 @@ class PairResult:
     quality: str
     _outputs: MaCoSNetKeypointMatchingOutput = field(repr=False)
     _model: MaCoSNetForKeypointMatching = field(repr=False)
+    _processor: MaCoSNetImageProcessor = field(repr=False)
     _candidates: _Candidates = field(repr=False)
 
     @property
@@ -98,7 +113,7 @@ class PairResult:
         return self._candidates.probabilities
 
     def with_options(self, *, refine: str = "grabcut", threshold: float = 0.0) -> PairResult:
-        """The same pair with masks refined in another way, or another threshold; the network does not run again.
+        """The same pair with masks refined in another way, or another threshold; the pair is not matched again.
 
         Args:
             refine, threshold: as in [`match_pair`].
@@ -107,7 +122,8 @@ class PairResult:
             InputError: if an option cannot be used.
         """
         _check_threshold(threshold)
-        return _result((self.source, self.target), self._model, self._outputs, self._candidates, refine, threshold)
+        photos, network = (self.source, self.target), (self._model, self._processor)
+        return _result(photos, *network, self._outputs, self._candidates, refine, threshold)
 
     def transfer(
         self,
@@ -341,19 +357,25 @@ def match_photos(
         scores=found["matching_scores"].float().cpu().numpy(),
         probabilities=outputs.mask_logits[0].float().sigmoid().cpu().numpy(),
     )
-    return _result(photos, model, outputs, candidates, refine, threshold)
+    return _result(photos, model, processor, outputs, candidates, refine, threshold)
 
 
 def _result(
     photos: tuple[Image.Image, Image.Image],
     model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
     outputs: MaCoSNetKeypointMatchingOutput,
     candidates: _Candidates,
     refine: str,
     threshold: float,
 ) -> PairResult:
     """Hard masks, and the candidates that lie on both of them with a score above the threshold."""
-    masks = _hard_masks(photos, outputs.features[0], candidates.probabilities, refine)
+    probabilities = candidates.probabilities
+    if refine != "none":
+        if candidates.closer is None:
+            candidates.closer = _look_closer(photos, model, processor, outputs.features[0], probabilities)
+        probabilities = _refined(candidates.closer, refine)
+    masks = [refined_mask(photo, mask, "none") for photo, mask in zip(photos, probabilities, strict=True)]
     points, scores = candidates.points, candidates.scores
     keep = _on_masks(points, masks)
     agreement = object_agreement(
@@ -379,26 +401,41 @@ def _result(
         quality=quality,
         _outputs=outputs,
         _model=model,
+        _processor=processor,
         _candidates=candidates,
     )
 
 
-def _hard_masks(
-    photos: tuple[Image.Image, Image.Image], features: torch.Tensor, probabilities: np.ndarray, refine: str
-) -> list[np.ndarray]:
-    """Masks of both photographs in their own sizes: the decoder's own, or refined as in a collection of two, where each
-    has a say in the other's mask.
+def _look_closer(
+    photos: tuple[Image.Image, Image.Image],
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    features: torch.Tensor,
+    probabilities: np.ndarray,
+) -> _Closer:
+    """What a collection of two does between its first masks and refined ones, see [`Collection.segment`].
 
     Args:
         features: `(2, C, h, w)`.
         probabilities: `(2, S, S)`.
     """
-    if refine != "none":
-        own = torch.from_numpy(probabilities)
-        cells = similar_cells(features.float().cpu(), torch.tensor([[1], [0]]))
-        refined = refine_small(photos, share_masks(own, cells), refine)
-        probabilities = mix_refined(own, refined, cells).numpy()
-    return [refined_mask(photo, mask, "none") for photo, mask in zip(photos, probabilities, strict=True)]
+    own, features = torch.from_numpy(probabilities), features.float().cpu()
+    boxes = object_boxes(share_masks(own, similar_cells(features, _EACH_OTHER)))
+    if not any(boxes):
+        return _Closer(photos, boxes, own, features)
+    cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
+    collection = Collection(model, processor)
+    collection.add(cuts)
+    look = collection.look(1, common=False)
+    return _Closer(cuts, boxes, look.own.cpu(), look.last.float().cpu())
+
+
+def _refined(closer: _Closer, refine: str) -> np.ndarray:
+    """Soft masks `(2, S, S)` of the whole photographs, refined as in a collection of two, where each has a say in the
+    other's mask."""
+    cells = similar_cells(closer.features, _EACH_OTHER)
+    refined = refine_small(closer.photos, share_masks(closer.own, cells), refine)
+    return put_back(mix_refined(closer.own, refined, cells, closer.features), closer.boxes).numpy()
 
 
 def _check_threshold(threshold: float) -> None:

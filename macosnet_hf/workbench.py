@@ -35,6 +35,7 @@ SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
 _FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation
 _SHEET_SIDE = 400
+_STEPS = ("Found the object in", "Looked closer at", "Followed the colours of")  # of `Collection.segment`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class PairWork:
         return first.shape == second.shape and bool((first == second).all())
 
     def refined(self, refine: str) -> PairWork:
-        """The same pair with masks refined in another way; the network does not run again."""
+        """The same pair with masks refined in another way; it is not matched again."""
         return self if refine == self.refine else PairWork(self.copies, self.result.with_options(refine=refine), refine)
 
     def transfer(self, points: Any, direction: str) -> np.ndarray:
@@ -289,8 +290,8 @@ def segment_files(
     progress(0.15, "Looking at all photographs")
 
     def look(done: int, total: int) -> None:
-        text = f"Found the object in {done}" if done <= count else f"Following the colours of {done - count}"
-        progress(0.15 + 0.5 * done / total, f"{text} of {count}")
+        step, number = divmod(done - 1, count)
+        progress(0.15 + 0.5 * done / total, f"{_STEPS[step]} {number + 1} of {count}")
 
     result = segment_collection(
         pictures,

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from macosnet_hf import InputError, collection, load_image
+from macosnet_hf import InputError, agreement, load_image
+from macosnet_hf.agreement import explain_masks, refine_small, similar_cells, transfer_masks
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
-    refine_small,
+    cut_to_box,
+    object_boxes,
+    put_back,
     refined_mask,
     segment_collection,
-    similar_cells,
     spread_ranks,
-    transfer_masks,
 )
 from macosnet_hf.loading import load_model_and_processor
 
@@ -141,16 +142,78 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    expected = 0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp
-    refined = collection.segment(refine="grabcut", workers=3)
+    explained = explain_masks(features, F.interpolate(sharp[:, None], features.shape[-2:], mode="area")[:, 0])
+    explained = F.interpolate(explained[:, None], first.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+    expected = 0.2 * first + 0.4 * transfer_masks(sharp, cells) + 0.2 * sharp + 0.2 * explained
+    refined = collection.segment(refine="grabcut", closer=False, workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
     assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
 
 
+def test_a_closer_look_is_the_collection_of_the_cuts(network, photos):
+    """Small objects, cut out by hand: what is found in the cuts is what is found in the whole photographs."""
+    small = []
+    for number, photo in enumerate(photos[:3]):
+        frame = Image.new("RGB", (640, 480), (90, 120, 90))
+        frame.paste(photo.resize((240, 180)), (40 + 150 * number, 30 + 120 * number))
+        small.append(frame)
+    small.append(photos[0])
+    collection = Collection(**network)
+    collection.add(small)
+    travelled = torch.from_numpy(collection.segment().probabilities)
+    boxes = object_boxes(travelled)
+    assert all(boxes[:3])
+    side = travelled.shape[-1]
+    cuts = []
+    for photo, box in zip(small, boxes, strict=True):
+        left, top, right, bottom = box or (0, 0, side, side)
+        x, y = photo.width / side, photo.height / side
+        cuts.append(photo.crop((round(left * x), round(top * y), round(right * x), round(bottom * y))))
+    closer = Collection(**network)
+    closer.add(cuts)
+    found = closer.segment(refine="grabcut", closer=False).probabilities
+    whole = collection.segment(refine="grabcut").probabilities
+    for mask, box, cut in zip(whole, boxes, found, strict=True):
+        if box is None:
+            np.testing.assert_allclose(mask, cut, atol=1e-5)
+            continue
+        left, top, right, bottom = box
+        assert mask[:top].max(initial=0) == mask[bottom:].max(initial=0) == 0
+        assert mask[:, :left].max(initial=0) == mask[:, right:].max(initial=0) == 0
+        reduced = Image.fromarray(cut).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(mask[top:bottom, left:right], np.asarray(reduced), atol=1e-3)
+
+
+def test_boxes_of_small_objects():
+    masks = torch.zeros(6, 100, 100)
+    masks[0, 10:30, 40:80] = 0.9  # 20 high and 40 wide: 56 wide with the margins, and at least 40 high
+    masks[1, 90:, :5] = 0.5  # in a corner
+    masks[2, 5:95, 5:95] = 1  # large
+    masks[3, 50, 50] = 0.49  # nothing
+    masks[4, :, 30:60] = 1  # 100 high, 42 wide
+    masks[5, 0, 0] = masks[5, 99, 99] = 1  # everywhere
+    expected = [(32, 0, 88, 40), (0, 60, 40, 100), None, None, (24, 0, 66, 100), None]
+    assert object_boxes(masks) == expected
+
+
+def test_what_was_cut_is_put_back(photos):
+    masks = torch.rand(3, 60, 60)
+    boxes = [(6, 12, 36, 60), None, (0, 0, 24, 24)]
+    whole = put_back(masks, boxes)
+    assert torch.equal(whole[1], masks[1])
+    assert whole[0].sum() == pytest.approx(float(masks[0].sum()) * 30 * 48 / 3600, rel=0.01)
+    outside = whole[0].clone()
+    outside[12:60, 6:36] = 0
+    assert not outside.any()
+    assert cut_to_box(photos[0], None, 60) is photos[0]
+    assert cut_to_box(Image.new("RGB", (600, 30)), boxes[0], 60).size == (300, 24)
+    assert cut_to_box(Image.new("RGB", (1, 2000)), boxes[0], 60).size == (1, 1600)
+
+
 def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
-    real = collection.refine_mask
-    monkeypatch.setattr(collection, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
+    real = agreement.refine_mask
+    monkeypatch.setattr(agreement, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
 
     def stop(done):
         raise KeyboardInterrupt
@@ -163,10 +226,11 @@ def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     assert len(refine_small(many, masks, "otsu", workers=1)) == 30
 
 
-def test_order_does_not_matter(network, photos):
+@pytest.mark.parametrize("refine", ["none", "grabcut"])
+def test_order_does_not_matter(network, photos, refine):
     order = [3, 0, 4, 2, 1]
-    straight = segment_collection(photos, **network, partners=2)
-    shuffled = segment_collection([photos[index] for index in order], **network, partners=2)
+    straight = segment_collection(photos, **network, partners=2, refine=refine)
+    shuffled = segment_collection([photos[index] for index in order], **network, partners=2, refine=refine)
     for place, index in enumerate(order):
         np.testing.assert_array_equal(shuffled.probabilities[place], straight.probabilities[index])
         assert [order[other] for other in shuffled.partners[place]] == straight.partners[index]
@@ -203,6 +267,9 @@ def test_progress_is_told(network, photos):
     seen = []
     segment_collection(photos[:3], **network, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    segment_collection(photos[:3], **network, refine="otsu", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 9) for done in range(1, 10)]
 
 
 def test_too_few_photographs_or_bad_options(network, photos):

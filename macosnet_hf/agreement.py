@@ -1,0 +1,206 @@
+"""What photographs of a collection say of each other's masks, once each is encoded and has a first mask of its own.
+
+The module travels with the model to the Hub; [`~.collection.Collection.segment`] puts the steps together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .refinement import refine_mask
+
+# How masks are carried from photograph to photograph, chosen on every second photograph of msrc-coseg: each cell looks
+# at the cells that resemble it most in the photographs most alike, and what they say has this share in the mask (less
+# of a pair, where one wrong mask is all that can be asked).
+_TRANSFER_PARTNERS = 16
+_TRANSFER_CELLS = 20
+_TRANSFER_TEMPERATURE = 0.1
+_KEPT_PRODUCTS = 100_000_000  # bytes
+_TRANSFER_SHARE = 1 / 2
+_TRANSFER_SHARE_OF_TWO = 0.3
+# Of refined masks: shares of the decoder's own, of what is carried over, of the refined one itself, and of what the
+# features explain of it.
+_REFINED_SHARES = (0.2, 0.4, 0.2, 0.2)
+# Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
+_REFINED_SIDE = 320
+
+
+class SimilarCells(NamedTuple):
+    """For each cell of N pictures the K cells of other pictures that resemble it most.
+
+    Attributes:
+        places: `(N, h*w, K)` into the `N*h*w` cells of all pictures.
+        weights: `(N, h*w, K)`, softmax(s / 0.1) of the cosine similarities s of the features.
+        size: (h, w).
+    """
+
+    places: Tensor
+    weights: Tensor
+    size: tuple[int, int]
+
+
+def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
+    """The 20 most similar cells, for each cell, in the 16 pictures most alike.
+
+    Args:
+        features: `(N, C, h, w)`.
+        others: `(N, K)` for each picture the numbers of others, most alike first.
+    """
+    height, width = features.shape[-2:]
+    count = height * width
+    cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
+    chosen = others[:, :_TRANSFER_PARTNERS].tolist()
+    kept: dict[tuple[int, int], Tensor] = {}
+    room = _KEPT_PRODUCTS // (4 * count**2)
+    indices, weights = [], []
+    for number, partners in enumerate(chosen):
+        products = []
+        for partner in partners:
+            # Of two that chose each other, one product is the other's transpose.
+            product = kept.pop((partner, number), None)
+            if product is not None:
+                product = product.t()
+            else:
+                product = cells[number].t() @ cells[partner]
+                if partner > number and len(kept) < room and number in chosen[partner]:
+                    kept[number, partner] = product
+            products.append(product)
+        similarity = torch.cat(products, dim=1)
+        best = similarity.topk(min(_TRANSFER_CELLS, similarity.shape[1]), dim=1)
+        starts = torch.tensor(partners, device=features.device) * count
+        indices.append(starts[best.indices // count] + best.indices % count)
+        weights.append((best.values / _TRANSFER_TEMPERATURE).softmax(dim=1))
+    return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
+
+
+def transfer_masks(masks: Tensor, cells: SimilarCells) -> Tensor:
+    """What the photographs of a collection say of each other's masks: in each cell the weighted mean of the masks where
+    the cells lie that resemble it most.
+
+    Args:
+        masks: `(N, S, S)` in [0, 1].
+        cells: of the same pictures.
+
+    Returns:
+        `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
+    """
+    small = F.interpolate(masks[:, None], size=cells.size, mode="area").flatten()
+    found = (cells.weights * small[cells.places]).sum(dim=-1).view(len(masks), 1, *cells.size)
+    return F.interpolate(found, size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+
+
+def share_masks(own: Tensor, cells: SimilarCells) -> Tensor:
+    """The second step of [`Collection.segment`]: masks `(N, S, S)`, half of which (of two: 0.3) the others say."""
+    share = _TRANSFER_SHARE if len(own) > 2 else _TRANSFER_SHARE_OF_TWO
+    return (1 - share) * own + share * transfer_masks(own, cells)
+
+
+def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells, features: Tensor) -> Tensor:
+    """Masks of which 0.2 are the decoder's own, 0.4 what the refined masks of the others say, 0.2 the refined ones, and
+    0.2 what the features explain of these ([`explain_masks`]): what the refinement found in one photograph only, be it
+    seen by its neighbours in feature space or by all photographs together, loses.
+
+    Args:
+        own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same photographs.
+        cells: of the same photographs.
+        features: `(N, C, h, w)` of the same photographs.
+    """
+    small = F.interpolate(refined[:, None], size=cells.size, mode="area")[:, 0]
+    explained = explain_masks(features, small)
+    explained = F.interpolate(explained[:, None], size=own.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+    parts = (own, transfer_masks(refined, cells), refined, explained)
+    return sum((share * part for share, part in zip(_REFINED_SHARES, parts, strict=True)), torch.zeros_like(own))
+
+
+def refine_small(
+    photos: Sequence[Image.Image],
+    masks: Tensor,
+    method: str,
+    *,
+    workers: int = 2,
+    tell: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Refined masks as shares of the object, `(N, S, S)` in [0, 1].
+
+    Args:
+        photos: N upright RGB pictures; copies of 320 pixels are looked at.
+        masks: `(N, S, S)` in [0, 1].
+        method: one of `refinement.REFINEMENT_METHODS`.
+        workers: threads.
+        tell: called with the number that are done; may raise to stop the work.
+    """
+    size = tuple(masks.shape[-2:])
+
+    def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
+        scale = min(1.0, _REFINED_SIDE / max(photo.size))
+        width, height = (max(1, round(side * scale)) for side in photo.size)
+        small = photo.resize((width, height), Image.Resampling.BOX) if scale < 1 else photo
+        soft = torch.from_numpy(probability)[None, None]
+        soft = F.interpolate(soft, size=(height, width), mode="bilinear", align_corners=True)
+        hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
+        return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
+
+    found: list[Tensor] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        waiting = [pool.submit(one, *both) for both in zip(photos, masks.cpu().numpy(), strict=True)]
+        try:
+            for refined in waiting:
+                found.append(refined.result())
+                if tell is not None:
+                    tell(len(found))
+        except BaseException:  # Ctrl+C, or a visitor who stops: what has not begun is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return torch.stack(found).to(masks.device)
+
+
+def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
+    """Masks as far as a linear function of the features can explain them.
+
+    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
+    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory,
+    and in an order of their contents, so that the order in which they are given changes nothing.
+
+    Args:
+        features: N maps `(C, h, w)`.
+        masks: `(N, h, w)` in [0, 1].
+        ridge: weight of the penalty, a cell.
+
+    Returns:
+        `(N, h, w)` in [0, 1].
+    """
+    count = masks.numel()
+    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
+    sums = [(float(cells.double().sum()), float(mask.double().sum())) for cells, mask in zip(maps, masks, strict=True)]
+    order = sorted(range(len(maps)), key=sums.__getitem__)
+    mean = torch.stack([maps[n].double().sum(0) for n in order]).sum(0) / count
+    squares = torch.stack([(maps[n].double() - mean).square().sum(0) for n in order]).sum(0)
+    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
+
+    def standard(cells: Tensor) -> Tensor:
+        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
+
+    channels = len(mean) + 1
+    system = ridge * count * torch.eye(channels, device=mean.device)
+    target = torch.zeros(channels, device=mean.device)
+    for n in order:
+        rows = standard(maps[n])
+        system += rows.t() @ rows
+        target += rows.t() @ masks[n].float().flatten()
+    weights = torch.linalg.solve(system, target)
+    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
+    flat = maps.flatten(1)
+    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
+    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)
