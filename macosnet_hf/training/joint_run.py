@@ -391,11 +391,10 @@ def _make_masks(
         return make_masks(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
     model, processor = load_model_and_processor(teacher, model.device)
     return teacher_masks(
-        model.macosnet.eval(),
+        model.eval(),
+        processor,
         lambda members: torch.stack([photographs[index] for index in members]),
         photographs.class_names,
-        mean=list(processor.image_mean),
-        std=list(processor.image_std),
     )
 
 

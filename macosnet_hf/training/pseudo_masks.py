@@ -10,26 +10,30 @@ prior. 2. *GrabCut* turns it into a hard mask that follows colour edges.
    comes in.
 4. *GrabCut* again, on the discriminants' mean.
 
-A model that was trained on such masks makes better ones itself: [`teacher_masks`]. There the masks travel between the
-photographs of a class in the place of step 3, as in [`~macosnet_hf.collection.Collection.segment`].
+A model that was trained on such masks makes better ones itself: [`teacher_masks`].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..agreement import explain_masks, mix_refined, share_masks, similar_cells, stretch
-from ..collection import choose_partners, spread_ranks
+from ..agreement import explain_masks, stretch
+from ..collection import Collection
 from ..errors import DataError
-from ..modeling_macosnet import MaCoSNetModel, correlate
 from ..refinement import otsu_threshold, refine_mask
+
+if TYPE_CHECKING:
+    from ..image_processing_macosnet import MaCoSNetImageProcessor
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching
 
 
 def centre_weight(side: int, sigma: float) -> Tensor:
@@ -66,20 +70,19 @@ def sharpen(
     maps: Tensor,
     *,
     working_size: int,
-    threshold: float | None = None,
     workers: int = 2,
     quiet: bool = False,
 ) -> Tensor:
     """GrabCut from coarse maps: uint8 `(N, 3, S, S)` and `(N, h, w)` to bool `(N, S, S)`.
 
-    The maps are split at `threshold`, or each by Otsu's method.
+    Each map is split by Otsu's method.
     """
     size = tuple(pictures.shape[-2:])
 
     def one(index: int) -> np.ndarray:
         soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
         soft = soft.clip(0, 1)
-        split = threshold if threshold is not None else otsu_threshold(soft) or 0.5
+        split = otsu_threshold(soft) or 0.5
         centred = np.where(soft < split, soft / split / 2, 0.5 + (soft - split) / (1 - split + 1e-6) / 2)
         picture = pictures[index].permute(1, 2, 0).contiguous().numpy()
         return refine_mask(picture, centred.clip(0, 1), "grabcut", working_size=working_size)
@@ -111,29 +114,21 @@ def pseudo_masks(pictures: Tensor, features: Tensor, class_names: Sequence[str],
     return sharpen(pictures, learnt, working_size=192, quiet=quiet)
 
 
-@torch.inference_mode()
 def teacher_masks(
-    model: MaCoSNetModel,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
     pictures: Callable[[list[int]], Tensor],
     class_names: Sequence[str],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    partners: int = 2,
-    batch_size: int = 16,
     quiet: bool = False,
 ) -> Tensor:
-    """Masks of photographs by a model that can segment already, each class as a collection.
-
-    The three steps of [`~macosnet_hf.collection.Collection.segment`]: the mean of the decoder's masks over partners,
-    masks that travel between photographs, and GrabCut, whose masks travel again.
+    """Masks of photographs by a model that can segment already: each class is a collection, refined by GrabCut, see
+    [`~macosnet_hf.collection.Collection.segment`].
 
     Args:
-        model: the teacher.
+        model: the teacher, in evaluation mode, and `processor` its image processor.
         pictures: uint8 `(n, 3, S, S)` of the photographs with these n numbers.
         class_names: N names.
-        mean: of the picture's channels in [0, 1], and `std` likewise, as in the image processor.
-        partners: photographs of the class that each is compared with.
 
     Returns:
         bool `(N, S, S)`.
@@ -141,40 +136,21 @@ def teacher_masks(
     Raises:
         DataError: if a class has a single photograph.
     """
-    centre, spread = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    side = model.config.image_size
     classes: dict[str, list[int]] = {}
     for index, name in enumerate(class_names):
         classes.setdefault(name, []).append(index)
-    masks: list[Tensor | None] = [None] * len(class_names)
-    progress = tqdm(total=len(class_names), desc="teacher's masks", disable=quiet)
     for name, members in classes.items():
         if len(members) < 2:
             raise DataError(f"The class {name!r} has one photograph, and a pair takes two.")
-        originals = pictures(members)
-        encoded = []
-        for part in originals.split(batch_size):
-            resized = F.interpolate(part.float() / 255, size=(side, side), mode="bilinear", align_corners=True)
-            pixels = ((resized - centre) / spread).to(memory_format=torch.channels_last)
-            encoded.append(model.get_image_features(pixels.to(model.device)))
-        last = torch.cat([part.last for part in encoded])
-        normalized = torch.cat([part.normalized for part in encoded])
-        others, _ = choose_partners(last, len(members))
-        chosen = others[:, spread_ranks(others.shape[1], partners)]
-        soft = torch.zeros(len(members), side, side, device=last.device)
-        for batch, features in enumerate(encoded):
-            rows = slice(batch * batch_size, batch * batch_size + len(features.last))
-            for k in range(chosen.shape[1]):
-                correlation = correlate(normalized[chosen[rows, k]], normalized[rows])
-                soft[rows] += model.predict_masks(features, correlation).float().sigmoid() / chosen.shape[1]
-        soft, cells = soft.cpu(), similar_cells(last.cpu(), others.cpu())
-        sharp = sharpen(originals, share_masks(soft, cells), working_size=192, threshold=0.5, quiet=True)
-        sharp = F.interpolate(sharp[:, None].float(), size=(side, side), mode="bilinear", align_corners=True)[:, 0]
-        mixed = mix_refined(soft, sharp, cells, last.cpu())
-        mixed = F.interpolate(mixed[:, None], size=originals.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-        sharp = mixed >= 0.5
-        for row, index in enumerate(members):
-            masks[index] = sharp[row]
-        progress.update(len(members))
-    progress.close()
+    masks: list[Tensor | None] = [None] * len(class_names)
+    with tqdm(total=len(class_names), desc="teacher's masks", disable=quiet) as progress:
+        for members in classes.values():
+            squares = pictures(members)
+            collection = Collection(model, processor)
+            collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
+            found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
+            found = F.interpolate(found[:, None], size=squares.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+            for index, mask in zip(members, found >= 0.5, strict=True):
+                masks[index] = mask
+            progress.update(len(members))
     return torch.stack([mask for mask in masks if mask is not None])
