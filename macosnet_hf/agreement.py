@@ -26,9 +26,8 @@ _TRANSFER_TEMPERATURE = 0.1
 _KEPT_PRODUCTS = 100_000_000  # bytes
 _TRANSFER_SHARE = 1 / 2
 _TRANSFER_SHARE_OF_TWO = 0.3
-# Of refined masks: shares of the decoder's own, of what is carried over, of the refined one itself, and of what the
-# features explain of it.
-_REFINED_SHARES = (0.2, 0.4, 0.2, 0.2)
+# Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
+_REFINED_SHARES = (0.3, 0.4, 0.3)
 # Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
 _REFINED_SIDE = 320
 
@@ -103,21 +102,15 @@ def share_masks(own: Tensor, cells: SimilarCells) -> Tensor:
     return (1 - share) * own + share * transfer_masks(own, cells)
 
 
-def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells, features: Tensor) -> Tensor:
-    """Masks of which 0.2 are the decoder's own, 0.4 what the refined masks of the others say, 0.2 the refined ones, and
-    0.2 what the features explain of these ([`explain_masks`]): what the refinement found in one photograph only, be it
-    seen by its neighbours in feature space or by all photographs together, loses.
+def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
+    """Masks of which 0.3 are the decoder's own, 0.4 what the refined masks of the others say, and 0.3 the refined ones.
 
     Args:
         own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same photographs.
         cells: of the same photographs.
-        features: `(N, C, h, w)` of the same photographs.
     """
-    small = F.interpolate(refined[:, None], size=cells.size, mode="area")[:, 0]
-    explained = explain_masks(features, small)
-    explained = F.interpolate(explained[:, None], size=own.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-    parts = (own, transfer_masks(refined, cells), refined, explained)
-    return sum((share * part for share, part in zip(_REFINED_SHARES, parts, strict=True)), torch.zeros_like(own))
+    shares = _REFINED_SHARES
+    return shares[0] * own + shares[1] * transfer_masks(refined, cells) + shares[2] * refined
 
 
 def refine_small(
@@ -160,47 +153,3 @@ def refine_small(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return torch.stack(found).to(masks.device)
-
-
-def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
-    """Masks as far as a linear function of the features can explain them.
-
-    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
-    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory,
-    and in an order of their contents, so that the order in which they are given changes nothing.
-
-    Args:
-        features: N maps `(C, h, w)`.
-        masks: `(N, h, w)` in [0, 1].
-        ridge: weight of the penalty, a cell.
-
-    Returns:
-        `(N, h, w)` in [0, 1].
-    """
-    count = masks.numel()
-    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
-    sums = [(float(cells.double().sum()), float(mask.double().sum())) for cells, mask in zip(maps, masks, strict=True)]
-    order = sorted(range(len(maps)), key=sums.__getitem__)
-    mean = torch.stack([maps[n].double().sum(0) for n in order]).sum(0) / count
-    squares = torch.stack([(maps[n].double() - mean).square().sum(0) for n in order]).sum(0)
-    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
-
-    def standard(cells: Tensor) -> Tensor:
-        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
-
-    channels = len(mean) + 1
-    system = ridge * count * torch.eye(channels, device=mean.device)
-    target = torch.zeros(channels, device=mean.device)
-    for n in order:
-        rows = standard(maps[n])
-        system += rows.t() @ rows
-        target += rows.t() @ masks[n].float().flatten()
-    weights = torch.linalg.solve(system, target)
-    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
-
-
-def stretch(maps: Tensor) -> Tensor:
-    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
-    flat = maps.flatten(1)
-    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
-    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)

@@ -72,14 +72,12 @@ class Look(NamedTuple):
     """What the first two steps of [`Collection.segment`] give.
 
     Attributes:
-        last: `(N, C, h, w)` stride-16 maps.
         own, masks: `(N, S, S)` masks of the decoder, and after they have travelled.
         cells: along which they did; None if they did not.
         partners: numbers of those that each was compared with.
         agreement: `(N,)`, as of a [`CollectionResult`].
     """
 
-    last: Tensor
     own: Tensor
     masks: Tensor
     cells: SimilarCells | None
@@ -225,7 +223,7 @@ class Collection:
                 photos, look = cut.photos, cut.look(partners, common, lambda done: tell(1, done))
             masks = refine_small(photos, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
             if look.cells is not None:
-                masks = mix_refined(look.own, masks, look.cells, look.last)
+                masks = mix_refined(look.own, masks, look.cells)
             masks = put_back(masks, boxes)
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
@@ -248,7 +246,6 @@ class Collection:
         own = torch.stack(first)
         cells = similar_cells(last, others) if common else None
         return Look(
-            last=last,
             own=own,
             masks=own if cells is None else share_masks(own, cells),
             cells=cells,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from . import DEFAULT_CHECKPOINT
-from .agreement import mix_refined, refine_small, share_masks, similar_cells
+from .agreement import SimilarCells, mix_refined, refine_small, share_masks, similar_cells
 from .collection import Box, Collection, cut_to_box, object_boxes, put_back, refined_mask
 from .drawing import draw_matches
 from .errors import InputError
@@ -57,7 +57,7 @@ class _Closer:
     photos: Sequence[Image.Image]
     boxes: Sequence[Box | None]
     own: torch.Tensor
-    features: torch.Tensor
+    cells: SimilarCells
 
 
 @dataclass
@@ -419,23 +419,23 @@ def _look_closer(
         features: `(2, C, h, w)`.
         probabilities: `(2, S, S)`.
     """
-    own, features = torch.from_numpy(probabilities), features.float().cpu()
-    boxes = object_boxes(share_masks(own, similar_cells(features, _EACH_OTHER)))
+    own = torch.from_numpy(probabilities)
+    cells = similar_cells(features.float().cpu(), _EACH_OTHER)
+    boxes = object_boxes(share_masks(own, cells))
     if not any(boxes):
-        return _Closer(photos, boxes, own, features)
+        return _Closer(photos, boxes, own, cells)
     cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
     collection = Collection(model, processor)
     collection.add(cuts)
-    look = collection.look(1, common=False)
-    return _Closer(cuts, boxes, look.own.cpu(), look.last.float().cpu())
+    own = collection.look(1, common=False).own.cpu()
+    return _Closer(cuts, boxes, own, similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER))
 
 
 def _refined(closer: _Closer, refine: str) -> np.ndarray:
     """Soft masks `(2, S, S)` of the whole photographs, refined as in a collection of two, where each has a say in the
     other's mask."""
-    cells = similar_cells(closer.features, _EACH_OTHER)
-    refined = refine_small(closer.photos, share_masks(closer.own, cells), refine)
-    return put_back(mix_refined(closer.own, refined, cells, closer.features), closer.boxes).numpy()
+    refined = refine_small(closer.photos, share_masks(closer.own, closer.cells), refine)
+    return put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes).numpy()
 
 
 def _check_threshold(threshold: float) -> None:

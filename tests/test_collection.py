@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from macosnet_hf import InputError, agreement, load_image
-from macosnet_hf.agreement import explain_masks, refine_small, similar_cells, transfer_masks
+from macosnet_hf.agreement import refine_small, similar_cells, transfer_masks
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
@@ -142,9 +142,7 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    explained = explain_masks(features, F.interpolate(sharp[:, None], features.shape[-2:], mode="area")[:, 0])
-    explained = F.interpolate(explained[:, None], first.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-    expected = 0.2 * first + 0.4 * transfer_masks(sharp, cells) + 0.2 * sharp + 0.2 * explained
+    expected = 0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp
     refined = collection.segment(refine="grabcut", closer=False, workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
     assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()

@@ -8,7 +8,6 @@ from PIL import Image
 from real_photos import PHOTOS
 from small_models import seeded
 
-from macosnet_hf.agreement import explain_masks, stretch
 from macosnet_hf.collection import Collection
 from macosnet_hf.errors import DataError
 from macosnet_hf.loading import load_model_and_processor
@@ -16,8 +15,10 @@ from macosnet_hf.training.pseudo_masks import (
     border_contrast,
     centre_weight,
     discriminants,
+    explain_masks,
     pseudo_masks,
     sharpen,
+    stretch,
     teacher_masks,
 )
 

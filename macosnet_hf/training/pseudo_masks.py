@@ -26,7 +26,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..agreement import explain_masks, stretch
 from ..collection import Collection
 from ..errors import DataError
 from ..refinement import otsu_threshold, refine_mask
@@ -50,6 +49,47 @@ def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
     border[0], border[-1], border[:, 0], border[:, -1] = True, True, True, True
     similarity = torch.einsum("nchw,nck->nhwk", unit, unit[:, :, border])
     return stretch(1 - similarity.topk(neighbours, dim=-1).values.mean(-1))
+
+
+def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
+    """Masks as far as a linear function of the features can explain them.
+
+    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
+    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory.
+
+    Args:
+        features: N maps `(C, h, w)`.
+        masks: `(N, h, w)` in [0, 1].
+        ridge: weight of the penalty, a cell.
+
+    Returns:
+        `(N, h, w)` in [0, 1].
+    """
+    count = masks.numel()
+    maps = [feature.flatten(1).t() for feature in features]  # (h*w, C) each
+    mean = torch.stack([cells.double().sum(0) for cells in maps]).sum(0) / count
+    squares = torch.stack([(cells.double() - mean).square().sum(0) for cells in maps]).sum(0)
+    mean, spread = mean.float(), (squares / (count - 1)).sqrt().float() + 1e-5
+
+    def standard(cells: Tensor) -> Tensor:
+        return torch.cat(((cells.float() - mean) / spread, torch.ones_like(cells[:, :1], dtype=torch.float32)), dim=1)
+
+    channels = len(mean) + 1
+    system = ridge * count * torch.eye(channels, device=mean.device)
+    target = torch.zeros(channels, device=mean.device)
+    for cells, mask in zip(maps, masks, strict=True):
+        rows = standard(cells)
+        system += rows.t() @ rows
+        target += rows.t() @ mask.float().flatten()
+    weights = torch.linalg.solve(system, target)
+    return stretch(torch.stack([standard(cells) @ weights for cells in maps]).view(masks.shape))
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each map of `(N, h, w)` from its 5th to its 95th percentile to [0, 1]."""
+    flat = maps.flatten(1)
+    low, high = (torch.quantile(flat, q, dim=1).view(-1, 1, 1) for q in (0.05, 0.95))
+    return ((maps - low) / (high - low + 1e-6)).clamp(0, 1)
 
 
 def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: float = 0.01) -> Tensor:
