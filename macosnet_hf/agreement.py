@@ -28,6 +28,8 @@ _TRANSFER_SHARE = 1 / 2
 _TRANSFER_SHARE_OF_TWO = 0.3
 # Of refined masks: shares of the decoder's own, of what is carried over, and of the refined one itself.
 _REFINED_SHARES = (0.3, 0.4, 0.3)
+# Of the final mask, pieces smaller than this share of the largest one are dropped.
+_CRUMB = 0.1
 # Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
 _REFINED_SIDE = 320
 
@@ -111,6 +113,26 @@ def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
     """
     shares = _REFINED_SHARES
     return shares[0] * own + shares[1] * transfer_masks(refined, cells) + shares[2] * refined
+
+
+def drop_crumbs(masks: Tensor) -> Tensor:
+    """Soft masks of whose objects only the larger pieces are left.
+
+    Pieces (8-connected) of the object that are smaller than a tenth of the largest are capped just below 0.5, where the
+    object begins; the rest stays as it is.
+
+    Args:
+        masks: `(N, S, S)` in [0, 1].
+    """
+    import cv2
+
+    crumbs = np.zeros(masks.shape, dtype=bool)
+    for number, inside in enumerate((masks >= 0.5).cpu().numpy()):
+        _, labels, numbers, _ = cv2.connectedComponentsWithStats(inside.view(np.uint8), connectivity=8)
+        areas = numbers[:, cv2.CC_STAT_AREA]
+        areas[0] = 0  # what is no object
+        crumbs[number] = inside & (areas < _CRUMB * areas.max())[labels]
+    return torch.where(torch.from_numpy(crumbs).to(masks.device), masks.clamp(max=0.499), masks)
 
 
 def refine_small(

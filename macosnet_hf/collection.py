@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .agreement import SimilarCells, mix_refined, refine_small, share_masks, similar_cells
+from .agreement import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
 from .errors import InputError
 from .modeling_macosnet import MaCoSNetFeatures, correlate, l2_normalize
 from .refinement import REFINEMENT_METHODS, refine_mask
@@ -187,7 +187,8 @@ class Collection:
         3. With `refine`, a closer look: photographs whose object is small are cut to it, the cuts are encoded, and both
            steps are done again with them. (Nothing else encodes a photograph twice.)
         4. With `refine`, these masks are refined by each picture's own colours, and what was found is shared once more
-           ([`~.agreement.mix_refined`]). The object is where the result is 0.5 or more: refine it no further.
+           ([`~.agreement.mix_refined`]); pieces that are much smaller than the largest are dropped. The object is where
+           the result is 0.5 or more: refine it no further.
 
         Args:
             partners: how many others the decoder compares each photograph with.
@@ -224,7 +225,7 @@ class Collection:
             masks = refine_small(photos, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
             if look.cells is not None:
                 masks = mix_refined(look.own, masks, look.cells)
-            masks = put_back(masks, boxes)
+            masks = drop_crumbs(put_back(masks, boxes))
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=first.partners,
@@ -303,6 +304,7 @@ def segment_collection(
     processor: MaCoSNetImageProcessor,
     partners: int = 2,
     refine: str = "none",
+    closer: bool = True,
     batch_size: int | None = None,
     skip_memory: int = _SKIP_MEMORY,
     progress: Progress | None = None,
@@ -311,7 +313,7 @@ def segment_collection(
 
     Args:
         photos: two or more upright RGB pictures.
-        partners, refine, progress: as in [`Collection.segment`].
+        partners, refine, closer, progress: as in [`Collection.segment`].
         batch_size, skip_memory: as in [`Collection`].
 
     Raises:
@@ -323,7 +325,7 @@ def segment_collection(
         raise InputError(f"partners must be at least 1, not {partners}.")
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
     collection.add(photos)
-    return collection.segment(partners=partners, refine=refine, progress=progress)
+    return collection.segment(partners=partners, refine=refine, closer=closer, progress=progress)
 
 
 def object_boxes(masks: Tensor) -> list[Box | None]:

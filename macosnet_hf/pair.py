@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from . import DEFAULT_CHECKPOINT
-from .agreement import SimilarCells, mix_refined, refine_small, share_masks, similar_cells
+from .agreement import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
 from .collection import Box, Collection, cut_to_box, object_boxes, put_back, refined_mask
 from .drawing import draw_matches
 from .errors import InputError
@@ -435,7 +435,7 @@ def _refined(closer: _Closer, refine: str) -> np.ndarray:
     """Soft masks `(2, S, S)` of the whole photographs, refined as in a collection of two, where each has a say in the
     other's mask."""
     refined = refine_small(closer.photos, share_masks(closer.own, closer.cells), refine)
-    return put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes).numpy()
+    return drop_crumbs(put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes)).numpy()
 
 
 def _check_threshold(threshold: float) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from macosnet_hf import InputError, agreement, load_image
-from macosnet_hf.agreement import refine_small, similar_cells, transfer_masks
+from macosnet_hf.agreement import drop_crumbs, refine_small, similar_cells, transfer_masks
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
@@ -142,14 +142,15 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    expected = 0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp
+    expected = drop_crumbs(0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp)
     refined = collection.segment(refine="grabcut", closer=False, workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
     assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
 
 
-def test_a_closer_look_is_the_collection_of_the_cuts(network, photos):
+def test_a_closer_look_is_the_collection_of_the_cuts(network, photos, monkeypatch):
     """Small objects, cut out by hand: what is found in the cuts is what is found in the whole photographs."""
+    monkeypatch.setattr("macosnet_hf.collection.drop_crumbs", lambda masks: masks)  # which differ in a reduced mask
     small = []
     for number, photo in enumerate(photos[:3]):
         frame = Image.new("RGB", (640, 480), (90, 120, 90))
@@ -206,6 +207,21 @@ def test_what_was_cut_is_put_back(photos):
     assert cut_to_box(photos[0], None, 60) is photos[0]
     assert cut_to_box(Image.new("RGB", (600, 30)), boxes[0], 60).size == (300, 24)
     assert cut_to_box(Image.new("RGB", (1, 2000)), boxes[0], 60).size == (1, 1600)
+
+
+def test_crumbs_are_dropped():
+    mask = torch.full((20, 20), 0.2)
+    mask[2:12, 2:12] = 0.9  # 100 pixels
+    mask[0, 15:19] = mask[1, 19] = 0.8  # 5, connected by a corner
+    mask[15:17, 1:6] = 0.7  # 10: a tenth
+    mask[19, 19] = 0.5
+    found = drop_crumbs(torch.stack([mask, torch.zeros(20, 20), torch.ones(20, 20), mask.T]))
+    expected = mask.clone()
+    expected[0, 15:19] = expected[1, 19] = expected[19, 19] = 0.499
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], torch.zeros(20, 20))
+    assert torch.equal(found[2], torch.ones(20, 20))
+    assert torch.equal(found[3], expected.T)
 
 
 def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):

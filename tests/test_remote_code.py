@@ -142,6 +142,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
     small_model(MaCoSNetForKeypointMatching).save_pretrained(tmp_path)
     saved = sorted(path.name for path in tmp_path.glob("*.py"))
     assert saved == [
+        "agreement.py",
         "collection.py",
         "configuration_macosnet.py",
         "drawing.py",

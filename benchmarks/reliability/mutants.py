@@ -271,9 +271,23 @@ MUTANTS = (
     ),
     Mutant(
         "product of two photographs not turned for the second",
-        "collection.py",
+        "agreement.py",
         "product = product.t()",
         "product = product.clone()",
+        tests=("tests/test_collection.py",),
+    ),
+    Mutant(
+        "boxes of small objects without a margin",
+        "collection.py",
+        "(1 + 2 * _MARGIN)",
+        "(1 + 0 * _MARGIN)",
+        tests=("tests/test_collection.py",),
+    ),
+    Mutant(
+        "photographs cut by the height for the width",
+        "collection.py",
+        "round(value * photo.width / side)",
+        "round(value * photo.height / side)",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
