@@ -4,6 +4,7 @@ import math
 import signal
 
 import pytest
+import torch
 from training_runs import ROOT, Runs, equal, log, part, photographs, weights
 
 for package in ("accelerate", "yaml"):
@@ -45,6 +46,9 @@ def runs(tmp_path_factory, start_model) -> Runs:
     runs.add("predictor", "train", *short, "--no-train_decoder", "--output_dir", root / "predictor")
     runs.add("decoder", "train", *short, "--no-train_predictor", "--output_dir", root / "decoder")
 
+    taught = (*short, "--prior_weight", 5, "--mask_teacher", start_model)
+    runs.add("taught", "train", *taught, "--output_dir", root / "taught")
+
     runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", "--model", start_model)
     one = photographs(root / "one", 1)
     runs.add("adapt-one", "adapt", one, "--output-dir", root / "adapted-one", "--model", start_model)
@@ -53,6 +57,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     runs.add("one-photo", "train", *base, *out, "--dataset_name", one)
     runs.add("no-trans-of-pairs", "train", *base, *out, "--group_size", 2, "--lambda_trans", 1)
     runs.add("negative", "train", *base, *out, "--local_weight", -1)
+    runs.add("teacher-of-nothing", "train", *base, *out, "--mask_teacher", start_model)
     runs.add("all-frozen", "train", *base, *out, "--no-train_predictor", "--no-train_decoder")
     (root / "unknown.yaml").write_text("lambda_circle: 2\n")
     runs.add("unknown-key", "train", *base, *out, "--config", root / "unknown.yaml")
@@ -89,6 +94,26 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
     line = log(runs.folder / f"no-{term}")[0]
     assert term not in line
     assert set(TERMS) - {term} <= set(line)
+
+
+def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
+    from macosnet_hf.loading import load_model_and_processor
+    from macosnet_hf.training.decoder_start import load_masks
+    from macosnet_hf.training.photos import Photographs
+    from macosnet_hf.training.pseudo_masks import teacher_masks
+
+    runs.succeeded("taught")
+    assert math.isfinite(log(runs.folder / "taught")[0]["prior"])
+    squares = Photographs([str(runs.folder / "photos")], 96)
+    found = load_masks(runs.folder / "taught" / "pseudo_masks.npz", squares.fingerprint())
+    assert found is not None
+    teacher = load_model_and_processor(str(start_model), "cpu")
+    members = squares.class_names
+    expected = teacher_masks(
+        *teacher, lambda numbers: torch.stack([squares[number] for number in numbers]), members, quiet=True
+    )
+    assert found.shape == expected.shape == (12, 96, 96)
+    assert (found == expected).float().mean() > 0.98  # a run computes on other threads
 
 
 def test_separate_streams_have_no_consistency_and_pairs_no_transitivity(runs):
@@ -131,6 +156,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(runs):
     runs.refused("no-trans-of-pairs", "--group_size 3")
     runs.refused("negative", "--local_weight")
     runs.refused("all-frozen", "frozen")
+    runs.refused("teacher-of-nothing", "--mask_teacher makes the masks of --prior_weight")
     runs.refused("unknown-key", "lambda_circle", "lambda_cycle")
 
 
