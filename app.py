@@ -632,7 +632,15 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
         concurrency_limit=None,
         **private,
     )
-    refine.input(refine_again, [key, *options, refine], shows, concurrency_limit=2, show_progress_on=line, **private)
+    refine.input(
+        refine_again,
+        [key, *options, refine],
+        shows,
+        concurrency_id="pair",
+        concurrency_limit=2,
+        show_progress_on=line,
+        **private,
+    )
     make_files.click(
         write_files, [key, threshold], files, concurrency_limit=2, show_progress_on=make_files, **private
     ).success(lambda: gr.Files(visible=True), outputs=files, queue=False, **private)

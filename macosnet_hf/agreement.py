@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .refinement import refine_mask
+from .refinement import opencv, refine_mask
 
 # How masks are carried from photograph to photograph, chosen on every second photograph of msrc-coseg: each cell looks
 # at the cells that resemble it most in the photographs most alike, and what they say has this share in the mask (less
@@ -123,9 +123,11 @@ def drop_crumbs(masks: Tensor) -> Tensor:
 
     Args:
         masks: `(N, S, S)` in [0, 1].
-    """
-    import cv2
 
+    Raises:
+        InputError: if OpenCV is not installed.
+    """
+    cv2 = opencv()
     crumbs = np.zeros(masks.shape, dtype=bool)
     for number, inside in enumerate((masks >= 0.5).cpu().numpy()):
         _, labels, numbers, _ = cv2.connectedComponentsWithStats(inside.view(np.uint8), connectivity=8)
@@ -133,6 +135,15 @@ def drop_crumbs(masks: Tensor) -> Tensor:
         areas[0] = 0  # what is no object
         crumbs[number] = inside & (areas < _CRUMB * areas.max())[labels]
     return torch.where(torch.from_numpy(crumbs).to(masks.device), masks.clamp(max=0.499), masks)
+
+
+def reduced(photo: Image.Image) -> Image.Image:
+    """What the refinement looks at: a copy of at most 320 pixels a side, or the photograph itself."""
+    scale = _REFINED_SIDE / max(photo.size)
+    if scale >= 1:
+        return photo
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    return photo.resize((width, height), Image.Resampling.BOX)
 
 
 def refine_small(
@@ -155,11 +166,9 @@ def refine_small(
     size = tuple(masks.shape[-2:])
 
     def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
-        scale = min(1.0, _REFINED_SIDE / max(photo.size))
-        width, height = (max(1, round(side * scale)) for side in photo.size)
-        small = photo.resize((width, height), Image.Resampling.BOX) if scale < 1 else photo
+        small = reduced(photo)
         soft = torch.from_numpy(probability)[None, None]
-        soft = F.interpolate(soft, size=(height, width), mode="bilinear", align_corners=True)
+        soft = F.interpolate(soft, size=small.size[::-1], mode="bilinear", align_corners=True)
         hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
         return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
 MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.png", "source_warped.png")
-_COPY_SIDE = 512  # `segment` keeps copies of this size of all photographs in memory; the network sees 240 pixels
+# `segment` keeps copies of this size of all photographs in memory: the network sees 240 pixels of a picture, and cuts
+# small objects out to 0.4 of it.
+_COPY_SIDE = 640
 _OVERVIEW_SIDE = 400
 _READERS = min(8, os.cpu_count() or 1)  # photographs that are decoded at the same time
 _CUTTERS = 2  # photographs that are refined at the same time, in full size

@@ -1,4 +1,5 @@
 """N photographs of the same kind of object at once: each is encoded once, whatever is then asked of the collection.
+(Only refined masks look at small objects a second time, from near.)
 
 The module travels with the model to the Hub. What relates photographs by transforms is in `collection_matching.py`.
 """
@@ -29,6 +30,7 @@ Progress = Callable[[int, int], None]
 
 # What the maps for the decoder's skip connections may take, in bytes: 1,300 photographs with the lite model, 330 with
 # ResNet-101. Those of further photographs are made again when they are needed, by a second pass of the encoder.
+# A closer look at small objects may take as much again while it lasts.
 _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
 # How many of the most alike say whether a photograph belongs.
@@ -48,7 +50,8 @@ class CollectionResult:
 
     Attributes:
         probabilities: `(N, S, S)` float32 soft masks at the network's resolution.
-        partners: the indices of each photograph's partners, most alike first.
+        partners: the indices of each photograph's partners, most alike first. (Of whole photographs: a closer look may
+            compare others.)
         agreement: `(N,)` mean cosine similarity of each photograph's pooled feature to those of the four most alike, in
             [-1, 1]; the odd one out has the smallest.
         collection: the encoded photographs, for further questions.
@@ -86,7 +89,7 @@ class Look(NamedTuple):
 
 
 class Collection:
-    """Photographs of the same kind of object, each encoded once.
+    """Photographs of the same kind of object, each encoded once (see [`segment`] for the one exception).
 
     Photographs may be added at any time; one whose content is there already costs no encoder pass. Answers about a
     photograph do not depend on the order in which they were added.
@@ -185,7 +188,8 @@ class Collection:
            photographs, and what these say is half of the new mask. A part that is taken for the object in one
            photograph only finds no support.
         3. With `refine`, a closer look: photographs whose object is small are cut to it, the cuts are encoded, and both
-           steps are done again with them. (Nothing else encodes a photograph twice.)
+           steps are done again with them. (Nothing else encodes a photograph twice.) A photograph in whose cut no
+           object is found stays whole.
         4. With `refine`, these masks are refined by each picture's own colours, and what was found is shared once more
            ([`~.agreement.mix_refined`]); pieces that are much smaller than the largest are dropped. The object is where
            the result is 0.5 or more: refine it no further.
@@ -214,22 +218,21 @@ class Collection:
             if progress is not None:
                 progress(step * len(self) + done, rounds * len(self))
 
-        look = first = self.look(partners, common, lambda done: tell(0, done))
-        masks = look.masks
+        look = self.look(partners, common, lambda done: tell(0, done))
+        masks, compared, agreement = look.masks, look.partners, look.agreement.cpu().numpy()
         if refine != "none":
             photos = self.photos
-            boxes = object_boxes(masks) if closer else [None] * len(self)
-            if any(boxes):
-                cut = self._cut(boxes)
-                photos, look = cut.photos, cut.look(partners, common, lambda done: tell(1, done))
+            boxes: list[Box | None] = [None] * len(self)
+            if closer:
+                photos, boxes, look = self._look_closer(look, partners, common, lambda done: tell(1, done))
             masks = refine_small(photos, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
             if look.cells is not None:
                 masks = mix_refined(look.own, masks, look.cells)
             masks = drop_crumbs(put_back(masks, boxes))
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
-            partners=first.partners,
-            agreement=first.agreement.cpu().numpy(),
+            partners=compared,
+            agreement=agreement,
             collection=self,
         )
 
@@ -254,14 +257,30 @@ class Collection:
             agreement=similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1),
         )
 
-    def _cut(self, boxes: Sequence[Box | None]) -> Collection:
-        """The same photographs, of which those that have a box are cut to it."""
+    def _look_closer(
+        self, look: Look, partners: int, common: bool, tell: Callable[[int], None]
+    ) -> tuple[list[Image.Image], list[Box | None], Look]:
+        """The photographs, of which those with small objects are cut to a box; the boxes; and what is seen then."""
+        boxes = object_boxes(look.masks)
+        while any(boxes):
+            cut = self._cut(boxes, lambda: tell(0))
+            seen = cut.look(partners, common, tell)
+            kept = boxes_with_object(boxes, seen.masks)
+            if kept == boxes:
+                return cut.photos, boxes, seen
+            boxes = kept
+        return self.photos, boxes, look
+
+    def _cut(self, boxes: Sequence[Box | None], tell: Callable[[], None]) -> Collection:
+        """The same photographs, of which those that have a box are cut to it; `tell` is called after each cut, and may
+        raise to stop the work."""
         both = self.subset(range(len(self)))
+        both._skip_bytes = 0  # the cuts may keep as many maps as the photographs do
         side = self.model.config.image_size
         numbers = list(range(len(self)))
         rows = [number for number in numbers if boxes[number] is not None]
         cuts = [cut_to_box(self.photos[number], boxes[number], side) for number in rows]
-        for row, number in zip(rows, both.add(cuts), strict=True):
+        for row, number in zip(rows, both.add(cuts, progress=lambda *_: tell()), strict=True):
             numbers[row] = number
         return both.subset(numbers)
 
@@ -353,6 +372,12 @@ def object_boxes(masks: Tensor) -> list[Box | None]:
     return [(box[0], box[1], box[2], box[3]) if use else None for box, use in zip(boxes, worth, strict=True)]
 
 
+def boxes_with_object(boxes: Sequence[Box | None], masks: Tensor) -> list[Box | None]:
+    """The boxes without those in which a closer look found nothing, by the masks `(N, S, S)` of the cuts."""
+    found = (masks >= 0.5).flatten(1).any(dim=1).tolist()
+    return [box if there else None for box, there in zip(boxes, found, strict=True)]
+
+
 def cut_to_box(photo: Image.Image, box: Box | None, side: int) -> Image.Image:
     """The part of a photograph that a box of its mask of `(side, side)` shows; all of it without a box."""
     if box is None:
@@ -363,7 +388,12 @@ def cut_to_box(photo: Image.Image, box: Box | None, side: int) -> Image.Image:
 
 
 def put_back(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
-    """Masks of cut pictures as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay."""
+    """Masks of cut pictures as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
+
+    The cells of a mask are areas here, as the processor reduces pictures.
+    """
+    if not any(boxes):
+        return masks
     whole = masks.clone()
     for number, box in enumerate(boxes):
         if box is not None:

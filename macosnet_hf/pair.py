@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from . import DEFAULT_CHECKPOINT
-from .agreement import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
-from .collection import Box, Collection, cut_to_box, object_boxes, put_back, refined_mask
+from .agreement import SimilarCells, drop_crumbs, mix_refined, reduced, refine_small, share_masks, similar_cells
+from .collection import Box, Collection, boxes_with_object, cut_to_box, object_boxes, put_back, refined_mask
 from .drawing import draw_matches
 from .errors import InputError
 from .geometry import denormalize_points, sampling_grid, warp
 from .image_io import load_image
 from .loading import load_model_and_processor
+from .refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
@@ -52,7 +53,8 @@ class _Candidates:
 
 @dataclass
 class _Closer:
-    """Photographs cut to their objects where these are small (else whole), their boxes, and what is seen there."""
+    """Photographs cut to their objects where these are small (else whole), reduced to what the refinement looks at,
+    their boxes, and what is seen there."""
 
     photos: Sequence[Image.Image]
     boxes: Sequence[Box | None]
@@ -116,12 +118,13 @@ class PairResult:
         """The same pair with masks refined in another way, or another threshold; the pair is not matched again.
 
         Args:
-            refine, threshold: as in [`match_pair`].
+            refine, threshold: as in [`match_pair`]. The first refinement of a pair whose objects are small looks at
+                them from near, which takes an encoder pass each.
 
         Raises:
             InputError: if an option cannot be used.
         """
-        _check_threshold(threshold)
+        _check_options(refine, threshold)
         photos, network = (self.source, self.target), (self._model, self._processor)
         return _result(photos, *network, self._outputs, self._candidates, refine, threshold)
 
@@ -321,7 +324,7 @@ def match_pair(
         InputError: if an option cannot be used.
         CheckpointError: if the checkpoint cannot be used.
     """
-    _check_threshold(threshold)
+    _check_options(refine, threshold)
     photos = (load_image(source), load_image(target))
     if model is None or processor is None:
         if model is not None or processor is not None:
@@ -347,7 +350,7 @@ def match_photos(
     Raises:
         InputError: if an option cannot be used.
     """
-    _check_threshold(threshold)
+    _check_options(refine, threshold)
     pixels = processor([list(photos)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device))
@@ -422,13 +425,17 @@ def _look_closer(
     own = torch.from_numpy(probabilities)
     cells = similar_cells(features.float().cpu(), _EACH_OTHER)
     boxes = object_boxes(share_masks(own, cells))
-    if not any(boxes):
-        return _Closer(photos, boxes, own, cells)
-    cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
-    collection = Collection(model, processor)
-    collection.add(cuts)
-    own = collection.look(1, common=False).own.cpu()
-    return _Closer(cuts, boxes, own, similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER))
+    while any(boxes):
+        cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
+        collection = Collection(model, processor)
+        collection.add(cuts)
+        look = collection.look(1, common=True)
+        kept = boxes_with_object(boxes, look.masks)
+        if kept == boxes:
+            cells = similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER)
+            return _Closer([reduced(cut) for cut in cuts], boxes, look.own.cpu(), cells)
+        boxes = kept
+    return _Closer([reduced(photo) for photo in photos], boxes, own, cells)
 
 
 def _refined(closer: _Closer, refine: str) -> np.ndarray:
@@ -438,7 +445,9 @@ def _refined(closer: _Closer, refine: str) -> np.ndarray:
     return drop_crumbs(put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes)).numpy()
 
 
-def _check_threshold(threshold: float) -> None:
+def _check_options(refine: str, threshold: float) -> None:
+    if refine not in REFINEMENT_METHODS:
+        raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
 

@@ -132,7 +132,7 @@ def _at_working_size(rgb: np.ndarray, soft: np.ndarray, working_size: int) -> tu
         raise InputError(f"working_size must be at least 1 pixel, not {working_size}.")
     if scale >= 1:
         return rgb, soft
-    cv2 = _opencv()
+    cv2 = opencv()
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # The mean over each small pixel's area, for both alike, keeps the two aligned.
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), cv2.resize(soft, size, interpolation=cv2.INTER_AREA)
@@ -190,7 +190,7 @@ def _grabcut(
         sure_background, sure_foreground = np.zeros_like(guess), np.zeros_like(guess)
         if not _both_sides(guess):
             return None
-    cv2 = _opencv()
+    cv2 = opencv()
     labels = np.where(guess, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
     # Both kinds keep their pixels whatever the levels are: GrabCut cannot start without samples of either.
     labels[sure_background & ~guess] = cv2.GC_BGD
@@ -213,7 +213,7 @@ def colour_overlap(rgb: np.ndarray, soft: np.ndarray) -> float:
         rgb: uint8 `(h, w, 3)`.
         soft: float32 `(h, w)` in [0, 1].
     """
-    cv2 = _opencv()
+    cv2 = opencv()
     bins = (cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).astype(np.int32) * _COLOUR_BINS) >> 8
     index = ((bins[..., 0] * _COLOUR_BINS + bins[..., 1]) * _COLOUR_BINS + bins[..., 2]).ravel()
     shares = []
@@ -260,7 +260,8 @@ def _dense_crf(rgb: np.ndarray, soft: np.ndarray) -> np.ndarray | None:
     return np.asarray(field.inference(5), dtype=np.float32).reshape(2, height, width)[1]
 
 
-def _opencv() -> Any:
+def opencv() -> Any:
+    """The module cv2. Raises `InputError` where it is not installed."""
     try:
         import cv2
     except ImportError as error:
@@ -289,7 +290,7 @@ def _smooth_upsample(small: np.ndarray, height: int, width: int) -> np.ndarray:
     """A small map `(h, w)` at full size, its edge smooth instead of stepped."""
     if small.shape == (height, width):
         return small
-    cv2 = _opencv()
+    cv2 = opencv()
     # On msrc-coseg masks reduced to 80 pixels and brought back to 320, J is 0.961 so; 0.951 with the nearest pixel,
     # 0.958 bilinear, 0.925 with a guided filter, which follows texture as gladly as outlines.
     smooth = cv2.GaussianBlur(small, (0, 0), 0.6, borderType=cv2.BORDER_REPLICATE)

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
     from .modeling_macosnet import MaCoSNetForKeypointMatching
 
-COLLECTION_SIDE = 512  # pixels of the copies of a collection, of which many are kept at once
+# Pixels of the copies of a collection, of which many are kept at once. (Cut to a small object they have 205, a little
+# less than the network sees.)
+COLLECTION_SIDE = 512
 SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
 _FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation

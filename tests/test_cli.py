@@ -626,7 +626,7 @@ def test_many_large_photographs_are_not_all_in_memory(tmp_path):
         "_read_copies(paths[:1], skip_damaged=False)\n"
         "before = peak()\n"
         "copies, kept, skipped = _read_copies(paths, skip_damaged=False)\n"
-        "assert len(copies) == 12 and {copy.size for copy in copies} == {(512, 384)}\n"
+        "assert len(copies) == 12 and {copy.size for copy in copies} == {(640, 480)}\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=ROOT)

@@ -183,6 +183,46 @@ def test_a_closer_look_is_the_collection_of_the_cuts(network, photos, monkeypatc
         np.testing.assert_allclose(mask[top:bottom, left:right], np.asarray(reduced), atol=1e-3)
 
 
+def test_a_photograph_in_whose_cut_nothing_is_found_stays_whole(network, photos, monkeypatch):
+    small = []
+    for number, photo in enumerate(photos[:3]):
+        small.append(Image.new("RGB", (640, 480), (90, 120, 90)))
+        small[-1].paste(photo.resize((240, 180)), (40 + 150 * number, 30 + 120 * number))
+    collection = Collection(**network)
+    collection.add(small)
+    real, seen = Collection.look, []
+
+    def look(self, *given):
+        found = real(self, *given)
+        seen.append([photo.size == (640, 480) for photo in self.photos])
+        if len(seen) == 2:
+            found.masks[1] = 0.4
+        return found
+
+    monkeypatch.setattr(Collection, "look", look)
+    masks = collection.segment(refine="grabcut").probabilities
+    assert seen == [[True, True, True], [False, False, False], [False, True, False]]
+    assert (masks >= 0.5).any(axis=(1, 2)).all()
+
+
+def test_a_closer_look_can_be_stopped(network, photos):
+    small = Image.new("RGB", (640, 480), (90, 120, 90))
+    small.paste(photos[0].resize((200, 200)), (100, 100))
+    collection = Collection(**network)
+    collection.add([small, *photos[1:4], small.rotate(180)])
+    told = []
+
+    def stop(done, total):
+        told.append((done, total))
+        if told.count((5, 15)) == 2:  # the fifth of the first step, and then a cut
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collection.segment(refine="grabcut", progress=stop)
+    assert told == [(1, 15), (2, 15), (3, 15), (4, 15), (5, 15), (5, 15)]
+    assert collection.segment().probabilities.shape[0] == 5  # the collection is as it was
+
+
 def test_boxes_of_small_objects():
     masks = torch.zeros(6, 100, 100)
     masks[0, 10:30, 40:80] = 0.9  # 20 high and 40 wide: 56 wide with the margins, and at least 40 high
@@ -283,7 +323,8 @@ def test_progress_is_told(network, photos):
     assert seen == [(1, 3), (2, 3), (3, 3)]
     seen.clear()
     segment_collection(photos[:3], **network, refine="otsu", progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 9) for done in range(1, 10)]
+    assert seen == sorted(seen)  # one of them is cut, which is told as well
+    assert set(seen) == {(done, 9) for done in range(1, 10)}
 
 
 def test_too_few_photographs_or_bad_options(network, photos):

@@ -8,6 +8,7 @@ from real_photos import CHEETAH, LION, TOWER
 
 import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
+from macosnet_hf.collection import Collection, refined_mask
 from macosnet_hf.geometry import apply_cascade, denormalize_points, identity_tps, normalize_points
 from macosnet_hf.pair import _as_array, check_points, match_photos, object_agreement, quality_in_words
 
@@ -198,6 +199,44 @@ def test_refinement_makes_the_masks_hard_in_its_way(network):
     cut = match_pair(CHEETAH, LION, **network)
     assert cut.source_mask.shape == plain.source_mask.shape
     assert (cut.source_mask != plain.source_mask).any()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_refined_masks_are_those_of_a_collection_of_two(network, small):
+    photos = [load_image(CHEETAH), load_image(LION)]
+    if small:  # in a corner of a wall: looked at again from near
+        for number, photo in enumerate(photos):
+            photos[number] = Image.new("RGB", (700, 500), (120, 130, 140))
+            photos[number].paste(photo.resize((220, 220)), (30 + 300 * number, 50))
+    collection = Collection(**network)
+    collection.add(photos)
+    soft = collection.segment(refine="grabcut").probabilities
+    near = collection.segment(refine="grabcut", closer=False).probabilities
+    assert (np.abs(soft - near).max() > 0.2) == small
+    result = match_pair(*photos, **network)
+    for mask, photo, probability in zip((result.source_mask, result.target_mask), photos, soft, strict=True):
+        assert (mask == refined_mask(photo, probability, "none")).mean() > 0.999
+        assert mask.any()
+
+
+def test_a_second_look_is_taken_once(network):
+    photos = [Image.new("RGB", (700, 500), (120, 130, 140)) for _ in range(2)]
+    for photo, name in zip(photos, (CHEETAH, LION), strict=True):
+        photo.paste(load_image(name).resize((220, 220)), (200, 50))
+    passes = []
+    hook = network["model"].macosnet.encoder.register_forward_hook(lambda _, given, __: passes.append(len(given[0])))
+    try:
+        soft = match_pair(*photos, **network, refine="none")
+        matched = sum(passes)
+        refined = soft.with_options(refine="grabcut")
+        assert sum(passes) == matched + 2
+        again = soft.with_options(refine="grabcut", threshold=0.1)
+        refined.with_options(refine="otsu")
+        assert sum(passes) == matched + 2
+    finally:
+        hook.remove()
+    np.testing.assert_array_equal(again.source_mask, refined.source_mask)
+    assert (refined.source_mask != soft.source_mask).any()
 
 
 def test_default_checkpoint_is_loaded_once(network):

@@ -183,7 +183,7 @@ def test_a_pair_holds_each_photograph_once(work):
         assert kept.result.target is work.copies[1].image
 
 
-def test_other_options_need_no_network(network):
+def test_other_options_give_what_matching_with_them_gives(network):
     whole = match_pair(CHEETAH, LION, **network)
     again = match_pair(CHEETAH, LION, **network, refine="none").with_options(refine="grabcut")
     np.testing.assert_array_equal(again.keypoints, whole.keypoints)

@@ -41,7 +41,7 @@ Prediction = dict[str, np.ndarray]
 FIELD_SIDE = 40
 """Side of the stored grid of a dense transfer; between its points it is interpolated bilinearly."""
 
-_COLLECTION_SIDE = 512
+_COLLECTION_SIDE = 640  # as `macosnet segment`
 
 MASK_SIDE = 240
 """Side of a stored mask where no model sets it."""
@@ -461,7 +461,7 @@ class ModelPredictor(FeaturePredictor):
         collection = Collection(self.whole, self.processor)
         for record in records:
             picture = open_picture(record["source_image"], f"{record['id']}, source_image").copy()
-            picture.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))  # more neither the network nor GrabCut looks at
+            picture.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))
             collection.add([picture])
         return collection.segment().probabilities, collection.segment(refine=refine).probabilities
 
