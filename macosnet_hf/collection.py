@@ -450,7 +450,7 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         indices `(N, min(count, N - 1))`, most alike first, and cosine similarities of the same shape.
     """
     # In double precision the similarity of two pictures hardly depends on where they stand among the others.
-    pooled = F.normalize(features.double().mean(dim=(2, 3)), dim=1)
+    pooled = F.normalize(features.mean(dim=(2, 3), dtype=torch.float64), dim=1)  # without a copy of all features in it
     similarity = pooled @ pooled.t()
     similarity.fill_diagonal_(-2)
     best = similarity.topk(min(count, len(pooled) - 1), dim=1)
