@@ -449,8 +449,9 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         indices `(N, min(count, N - 1))`, most alike first, and cosine similarities of the same shape.
     """
-    # In double precision the similarity of two pictures hardly depends on where they stand among the others.
-    pooled = F.normalize(features.mean(dim=(2, 3), dtype=torch.float64), dim=1)  # without a copy of all features in it
+    # In double precision the similarity of two pictures hardly depends on where they stand among the others. A few at a
+    # time: all features in it take as much as everything else that a collection holds.
+    pooled = F.normalize(torch.cat([part.double().mean(dim=(2, 3)) for part in features.split(16)]), dim=1)
     similarity = pooled @ pooled.t()
     similarity.fill_diagonal_(-2)
     best = similarity.topk(min(count, len(pooled) - 1), dim=1)
