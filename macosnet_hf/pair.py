@@ -429,11 +429,11 @@ def _look_closer(
         cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
         collection = Collection(model, processor)
         collection.add(cuts)
-        look = collection.look(1, common=True)
-        kept = boxes_with_object(boxes, look.masks)
+        own_of_cuts = collection.look(1, common=False).own.cpu()
+        cells_of_cuts = similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER)
+        kept = boxes_with_object(boxes, share_masks(own_of_cuts, cells_of_cuts))
         if kept == boxes:
-            cells = similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER)
-            return _Closer([reduced(cut) for cut in cuts], boxes, look.own.cpu(), cells)
+            return _Closer([reduced(cut) for cut in cuts], boxes, own_of_cuts, cells_of_cuts)
         boxes = kept
     return _Closer([reduced(photo) for photo in photos], boxes, own, cells)
 
