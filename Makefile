@@ -30,9 +30,10 @@ install: $(dev_stamp) ## Install the package with everything for development
 test: lint typecheck ## Check style and types, then run the tests (PYTEST_ARGS="-k name" for some of them)
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(dev_stamp) ## Check style and formatting
+lint: $(dev_stamp) ## Check style, formatting and which folder may import which
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 typecheck: $(dev_stamp) ## Check the types of the package
 	$(python) -m mypy

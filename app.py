@@ -28,12 +28,12 @@ from PIL import Image
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
-from macosnet_hf.allocator import give_memory_back, trim
+from macosnet_hf.demo.result_store import KeptResults
+from macosnet_hf.demo.viewer_page import PASTE, SCRIPT, STYLE, TEMPLATE
 from macosnet_hf.drawing import cutout, overlay_mask
-from macosnet_hf.kept import KeptResults
-from macosnet_hf.loading import load_model_and_processor
-from macosnet_hf.viewer_page import PASTE, SCRIPT, STYLE, TEMPLATE
-from macosnet_hf.working_copy import for_browser
+from macosnet_hf.io.allocator import give_memory_back, trim
+from macosnet_hf.io.checkpoints import load_model_and_processor
+from macosnet_hf.io.working_copy import for_browser
 
 logger = logging.getLogger("macosnet_hf.app")
 
@@ -176,12 +176,12 @@ class Matcher:
                 model, processor = load_model_and_processor(self.checkpoint)
                 # The import belongs under the lock as well: two threads that import torch and transformers from
                 # different ends at the same time can meet a module that is only half there.
-                importlib.import_module("macosnet_hf.workbench")
+                importlib.import_module("macosnet_hf.inference.result_files")
                 self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
     def pair(self, source: str, target: str, refine: str) -> Any:
-        """A [`~macosnet_hf.workbench.PairWork`]."""
+        """A [`~macosnet_hf.inference.result_files.PairWork`]."""
         loaded = self.load()
         try:
             return workbench().match_files(source, target, refine=refine, **loaded)
@@ -189,7 +189,7 @@ class Matcher:
             self._tidy_up()
 
     def collection(self, paths: list[str], refine: str, progress: Any) -> Any:
-        """A [`~macosnet_hf.workbench.CollectionWork`]."""
+        """A [`~macosnet_hf.inference.result_files.CollectionWork`]."""
         loaded = self.load()
         names = [os.path.basename(path) for path in paths]
         try:
@@ -206,13 +206,13 @@ class Matcher:
 
 
 def workbench() -> Any:
-    """`macosnet_hf.workbench`, imported when the first photograph comes: it needs torch, the page does not."""
-    return importlib.import_module("macosnet_hf.workbench")
+    """`inference.result_files`, imported when the first image comes: it needs torch, the page does not."""
+    return importlib.import_module("macosnet_hf.inference.result_files")
 
 
 def viewer() -> Any:
-    """`macosnet_hf.viewer`."""
-    return importlib.import_module("macosnet_hf.viewer")
+    """`macosnet_hf.demo.viewer`."""
+    return importlib.import_module("macosnet_hf.demo.viewer")
 
 
 class Desk:

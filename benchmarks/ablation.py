@@ -36,13 +36,13 @@ from macosnet_hf import DEFAULT_CHECKPOINT
 from macosnet_hf.datasets.prepare import open_records
 from macosnet_hf.datasets.schema import Record
 from macosnet_hf.errors import CheckpointError, DataError, InputError, OutputError
-from macosnet_hf.evaluation.inference import ModelPredictor, PictureCache, weights_hash
+from macosnet_hf.evaluation.predictors import ModelPredictor, PictureCache, weights_hash
 from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol, Tally, evaluate, finish
-from macosnet_hf.loading import load_model_and_processor
-from macosnet_hf.losses import PerceptualNetwork
+from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training import joint_run
 from macosnet_hf.training.decoder_start import encode_all, load_masks, save_masks
 from macosnet_hf.training.loop import FREE_ARGUMENTS, NonFiniteLossError, run_script, writing
+from macosnet_hf.training.losses import PerceptualNetwork
 from macosnet_hf.training.photos import Photographs
 from macosnet_hf.training.pseudo_masks import pseudo_masks
 

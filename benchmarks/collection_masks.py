@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from macosnet_hf import DEFAULT_CHECKPOINT, load_image
 from macosnet_hf.collection import Collection
-from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.refinement import refine_mask
 
 

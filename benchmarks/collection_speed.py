@@ -37,10 +37,11 @@ from tqdm.auto import tqdm
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetImageProcessor
 from macosnet_hf.collection import Collection
-from macosnet_hf.collection_matching import match_collection
 from macosnet_hf.geometry import sampling_grid, warp
-from macosnet_hf.image_io import load_image
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel, correlate
+from macosnet_hf.inference.collection_transforms import match_collection
+from macosnet_hf.io.image_files import load_image
+from macosnet_hf.matching import correlate
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 SAMPLE = 10  # ordered pairs that are timed where all of them would take too long
 

@@ -14,9 +14,9 @@ import torch
 
 from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetForKeypointMatching
 from macosnet_hf.datasets import open_records
-from macosnet_hf.evaluation.inference import ModelPredictor
+from macosnet_hf.evaluation.predictors import ModelPredictor
 from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, evaluate
-from macosnet_hf.loading import load_model_and_processor, pick_device
+from macosnet_hf.io.checkpoints import load_model_and_processor, pick_device
 
 ALLOWED = 0.01  # difference from float32, relative
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,9 +18,10 @@ import time
 import torch
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetModel
-from macosnet_hf.losses import MaCoSNetLossWeights, MaCoSNetObjective
-from macosnet_hf.modeling_macosnet import MaCoSNetModelOutput, correlate, ordered_pairs
+from macosnet_hf.matching import correlate
+from macosnet_hf.modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from macosnet_hf.training.joint import JointObjective
+from macosnet_hf.training.losses import MaCoSNetLossWeights, MaCoSNetObjective
 
 WANTED = {"cpu": 2.0, "cuda": 3.0}  # what the project asks of itself
 

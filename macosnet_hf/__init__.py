@@ -5,23 +5,22 @@ of a configuration, model or processor class also registers all of them with tra
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING
 
-from .collector import collector_paused
 from .errors import CheckpointError, DataError, ImageError, InputError, MaCoSNetError, OutputError
+from .io.collector import collector_paused
+from .io.moved import keep_old_names
+from .io.package import DEFAULT_CHECKPOINT, VERSION
 
 if TYPE_CHECKING:
     from .configuration_macosnet import MaCoSNetConfig
-    from .image_io import load_image
     from .image_processing_macosnet import MaCoSNetImageProcessor
+    from .inference.pair import PairResult, match_pair
+    from .io.image_files import load_image
     from .modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
-    from .pair import PairResult, match_pair
 
-__version__ = "0.1.0"
-
-DEFAULT_CHECKPOINT: str = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained", "macosnet-lite")
-"""Folder of the checkpoint that is installed with the package; `from_pretrained` takes it as it is."""
+__version__ = VERSION
+keep_old_names()
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
@@ -49,9 +48,9 @@ _TRANSFORMERS_CLASSES = {
 }
 _LAZY_NAMES = {
     **_TRANSFORMERS_CLASSES,
-    "PairResult": ".pair",
-    "load_image": ".image_io",
-    "match_pair": ".pair",
+    "PairResult": ".inference.pair",
+    "load_image": ".io.image_files",
+    "match_pair": ".inference.pair",
 }
 
 
@@ -63,7 +62,7 @@ if not TYPE_CHECKING:  # a checker sees the imports above, and reports names tha
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with collector_paused():
             if name in _TRANSFORMERS_CLASSES:
-                from ._registration import register_auto_classes
+                from .io.registration import register_auto_classes
 
                 register_auto_classes()
             value: object = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)

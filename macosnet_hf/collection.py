@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .agreement import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
 from .errors import InputError
-from .modeling_macosnet import MaCoSNetFeatures, correlate, l2_normalize
+from .mask_sharing import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
+from .matching import correlate
 from .refinement import REFINEMENT_METHODS, refine_mask
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
-    from .modeling_macosnet import MaCoSNetForKeypointMatching
+    from .modeling_macosnet import MaCoSNetFeatures, MaCoSNetForKeypointMatching
 
 Progress = Callable[[int, int], None]
 
@@ -164,7 +164,7 @@ class Collection:
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
         """Stride-16 features of some of the photographs, without skips."""
         last = torch.stack([self._encoded[self.keys[number]].last for number in numbers])
-        return MaCoSNetFeatures(last=last, normalized=l2_normalize(last), skips=())
+        return self.model.macosnet.features_from_map(last)
 
     def pixel_values(self, numbers: Sequence[int]) -> Tensor:
         """`(n, 3, S, S)` as the encoder sees them, on the model's device."""

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .errors import InputError
+from .images import as_upright_rgb
 
 Picture: TypeAlias = "Image.Image | np.ndarray"
 Color: TypeAlias = tuple[int, int, int]
@@ -23,97 +24,6 @@ Color: TypeAlias = tuple[int, int, int]
 OBJECT_COLOR: Color = (255, 176, 0)
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
 _MAX_ASPECT = 3.0  # a picture that is wider than this is shown at full width, not at full height
-
-# The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
-# Ghostscript on a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for a picture.
-COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
-MAX_PIXELS = 100_000_000  # a picture with more is refused before it is decoded
-
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Any picture to upright RGB
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none, or none that makes sense."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:
-        # The block beside the pixels is damaged, and PIL raises many kinds of errors on that (struct.error,
-        # SyntaxError, ...). The pixels are not affected, and a viewer would show the picture as it is: so do we.
-        return 1
-    return orientation if isinstance(orientation, int) and orientation in _ORIENTATIONS else 1
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as a new, upright picture of mode "RGB" without EXIF (so it is not turned a second time).
-
-    Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers
-    are taken as 8-bit or 16-bit where they fit and are stretched from their smallest to their largest value
-    otherwise; floating-point pictures are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
-    """
-    image.load()  # before the orientation is asked for: TIFF turns its pixels itself while loading
-    orientation = exif_orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        upright = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
-    elif image.has_transparency_data:
-        upright = _on_white(image)
-    else:
-        upright = image.convert("RGB")  # a copy, also of an RGB picture
-    if orientation in _ORIENTATIONS:
-        upright = upright.transpose(_ORIENTATIONS[orientation])
-    upright.info = {}
-    return upright
-
-
-def as_upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself where it is upright and RGB already, else as [`upright_rgb`]: for those who only look at it.
-
-    A photograph of 12 megapixels takes 48 MB, and a copy of it takes them again.
-    """
-    image.load()
-    if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1:
-        return image
-    return upright_rgb(image)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGB", rgba.size, (255, 255, 255))
-    white.paste(rgba, mask=rgba.getchannel("A"))
-    return white
-
-
-def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Wide greyscale `(H, W)` of PIL mode "I", "I;16*" or "F" to uint8."""
-    if mode == "F":
-        finite = np.isfinite(values)
-        low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
-        values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
-        full_scale = 1.0 if high <= 1 else 255.0
-    else:
-        low, high = float(values.min()), float(values.max())
-        full_scale = 65535.0 if mode != "I" or high > 255 else 255.0
-    if low < 0 or high > full_scale:
-        offset, scale = low, 255.0 / max(high - low, 1e-12)
-        if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
-            values, offset, scale = values / 2, offset / 2, scale * 2
-    else:
-        offset, scale = 0.0, 255.0 / full_scale
-    return np.clip((values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5, 0, 255).astype(np.uint8)
 
 
 def _as_rgb(picture: Picture, what: str) -> Image.Image:

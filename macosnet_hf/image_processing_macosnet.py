@@ -16,9 +16,10 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .drawing import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, draw_matches, upright_rgb
+from .drawing import draw_matches
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, normalize_points
+from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb
 from .refinement import REFINEMENT_METHODS, refine_mask
 
 _VIEWS = (2, 3)  # pairs and triplets

@@ -6,9 +6,6 @@ T_ij maps points of view j into view i (see `geometry.py`), and its mask is the 
 
 from __future__ import annotations
 
-import copy
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
@@ -35,12 +32,20 @@ from .geometry import (
     normalize_points,
     sample_at,
     sampling_grid,
-    tps_basis,
     warp,
 )
-
-# Added under the root of every L2 normalisation, as in the published networks (converted weights depend on it).
-_NORM_EPSILON = 1e-6
+from .matching import (
+    cell_products,
+    cell_similarity,
+    correlate,
+    fit_mutually,
+    l2_normalize,
+    match_locally,
+    mixture_length,
+    normalize_similarity,
+    similarities,
+)
+from .saving import AtomicSaving
 
 
 def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
@@ -68,6 +73,11 @@ class MaCoSNetFeatures(ModelOutput):
     last: Tensor | None = None
     normalized: Tensor | None = None
     skips: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def from_map(cls, last: Tensor, skips: Sequence[Tensor] = ()) -> MaCoSNetFeatures:
+        """The features of stride-16 maps `(N, C, h, w)`, and of finer ones where the decoder needs them."""
+        return cls(last=last, normalized=l2_normalize(last), skips=tuple(skips))
 
     def without_skips(self) -> MaCoSNetFeatures:
         """The same without the maps that only the decoder needs: what a matcher may copy at little cost."""
@@ -139,48 +149,6 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def l2_normalize(tensor: Tensor, dim: int = 1) -> Tensor:
-    """Unit length over a dimension, as in the published networks: `x / sqrt(sum x^2 + 1e-6)`."""
-    return tensor * torch.rsqrt(tensor.float().square().sum(dim, keepdim=True) + _NORM_EPSILON).to(tensor.dtype)
-
-
-def correlate(source: Tensor, target: Tensor) -> Tensor:
-    """Correlation map S_AB of unit-length features.
-
-    Inner products of all positions, ReLU, then unit length over the positions of A.
-
-    Args:
-        source: f_A, `(B, C, h, w)`.
-        target: f_B, `(B, C, h', w')`.
-
-    Returns:
-        `(B, h*w, h', w')`: one channel per position of A (row by row), spatial layout of B.
-    """
-    return normalize_similarity(cell_similarity(source, target))
-
-
-def cell_similarity(source: Tensor, target: Tensor) -> Tensor:
-    """Inner products of all cells: `(B, C, h, w)` and `(B, C, h', w')` to `(B, h*w, h', w')`."""
-    return torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2)).unflatten(-1, target.shape[-2:])
-
-
-def normalize_similarity(similarity: Tensor) -> Tensor:
-    """ReLU, then unit length over the source's cells: `(B, h*w, h', w')` to the correlation map of [`correlate`]."""
-    return l2_normalize(F.relu(similarity))
-
-
-def cell_products(last: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths `(B, h*w)` of the cells of a map `(B, C, h, w)`, and their inner products `(B, h*w, h*w)`."""
-    cells = last.float().flatten(2)
-    lengths = (cells.square().sum(1) + _NORM_EPSILON).sqrt()
-    return lengths, torch.bmm(cells.transpose(1, 2), cells)
-
-
-def similarities(source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor) -> Tensor:
-    """Cosine similarity `(B, N)` of features `(B, C, h, w)` at points `(B, N, 2)` of the one and of the other."""
-    return F.cosine_similarity(sample_at(source, source_points), sample_at(target, target_points), dim=-1)
-
-
 class MaCoSNetEncoder(nn.Module):
     """E: any backbone with a stride-16 stage. Stages behind the last one that is used are cut off, not just ignored."""
 
@@ -205,7 +173,7 @@ class MaCoSNetEncoder(nn.Module):
                     f"The backbone's stage for stride {stride} gives a map of {tuple(feature_map.shape[-2:])}, not "
                     f"{expected}: choose other stages (out_indices) or other feature_strides."
                 )
-        return MaCoSNetFeatures(last=maps[-1], normalized=l2_normalize(maps[-1]), skips=tuple(maps[:-1]))
+        return MaCoSNetFeatures.from_map(maps[-1], maps[:-1])
 
 
 def _cut_unused_stages(backbone: Any) -> None:
@@ -336,8 +304,8 @@ def _is_channels_last(maps: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class MaCoSNetPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading for all MaCoSNet models."""
+class MaCoSNetPreTrainedModel(AtomicSaving):
+    """Weight initialisation, loading and saving for all MaCoSNet models."""
 
     config: MaCoSNetConfig
     config_class = MaCoSNetConfig
@@ -346,42 +314,6 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
     _no_split_modules = ("MaCoSNetTransformationHead", "MaCoSNetDecoderBlock")
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder serves every auto class of ours, whichever class is saved.
-
-        Over an older model, the new one is written as a whole first and its weights take their name last: a run that
-        is killed leaves the older model, the new one, or none that loads, never the weights of one with the
-        settings of the other. (Not with `push_to_hub`, which transformers does from the folder itself.)
-        """
-        # A class has one `_auto_class`, and transformers writes only that of the class that it saves.
-        module = __name__.rpartition(".")[2]
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoModel": f"{module}.MaCoSNetModel",
-            "AutoModelForKeypointMatching": f"{module}.MaCoSNetForKeypointMatching",
-        }
-        # Because this file imports it, the pipelines' file is copied with it.
-        from .pipeline_macosnet import CUSTOM_PIPELINES
-
-        before = getattr(self.config, "custom_pipelines", None)
-        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
-        try:
-            if args or kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True):
-                super().save_pretrained(save_directory, *args, **kwargs)
-            else:
-                partial = os.path.join(save_directory, ".partial-model")
-                shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-                try:
-                    super().save_pretrained(partial, **kwargs)
-                    _replace_model(partial, save_directory)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            # Only in the file: in memory they would make `pipeline` ask for `trust_remote_code`.
-            del self.config.custom_pipelines
-            if before is not None:
-                self.config.custom_pipelines = before
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -401,24 +333,6 @@ class MaCoSNetPreTrainedModel(PreTrainedModel):
             identity = identity_tps(1) if module.out_features == TPS_PARAMETERS else identity_affine(1)
             init.normal_(module.weight, std=1e-3)
             init.copy_(module.bias, identity[0].to(module.bias))
-
-
-def _replace_model(partial: str, folder: str | os.PathLike[str]) -> None:
-    """Moves the files of a whole model into the folder of an older one. The old weights go first and the new ones come
-    last: transformers loads weights that have no configuration beside them, with the default settings."""
-    for name in sorted(filter(_is_weights, os.listdir(folder)), key=_is_index, reverse=True):
-        os.remove(os.path.join(folder, name))
-    for name in sorted(os.listdir(partial), key=lambda name: (_is_weights(name), _is_index(name), name)):
-        os.replace(os.path.join(partial, name), os.path.join(folder, name))
-
-
-def _is_weights(name: str) -> bool:
-    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _is_index(name: str) -> bool:
-    """Of weights in several files, which are no model without it."""
-    return name.endswith(".index.json")
 
 
 class MaCoSNetModel(MaCoSNetPreTrainedModel):
@@ -449,6 +363,10 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
             raise InputError(f"Pictures of shape (N, 3, {size}, {size}) are expected; got {tuple(pixel_values.shape)}.")
         return self.encoder(pixel_values.to(self.dtype))
+
+    def features_from_map(self, last: Tensor) -> MaCoSNetFeatures:
+        """The features, without skips, of stride-16 maps `(N, C, h, w)` that [`get_image_features`] gave earlier."""
+        return MaCoSNetFeatures.from_map(last)
 
     def predict_transforms(
         self,
@@ -505,7 +423,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         # What each cell of the warped map is made of: its share of A's cells, before they had unit length, (N, A', A).
         scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)
         shares = weights.new_zeros(grid.shape[0], height * width, height * width).scatter_add(2, index, scaled)
-        length = _mixture_length(gram.to(weights), index, weights, maps)
+        length = mixture_length(gram.to(weights), index, weights, maps)
         warped = (torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)).to(similarity.dtype)
         return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
 
@@ -665,7 +583,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         Args:
             pixel_values: `(B, 2, 3, H, W)`.
             labels: `(B, 2, K, 2)` corresponding key-points as (x, y) in [0, 1], negative where absent. Asks for `loss`.
-                (The paper's weakly supervised objective is `macosnet_hf.losses`; labels are for those who have some.)
+                (The paper's weakly supervised objective is in `macosnet_hf.training.losses`.)
             output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
 
         Raises:
@@ -808,206 +726,6 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         return (error * present).sum() / (2 * present.sum().clamp(min=1))
 
 
-# How finely `match_locally` looks: samples a side of a point's surroundings, and of the places it may move to.
-_WINDOW_SAMPLES = 5
-_OFFSET_SAMPLES = 9
-_OFFSET_REACH = 2.5  # in sigmas
-_POINTS_AT_ONCE = 1024
-
-
-def match_locally(
-    source: Tensor,
-    target: Tensor,
-    points: Tensor,
-    affine: Tensor,
-    tps: Tensor | None = None,
-    *,
-    sigmas: Sequence[float] = (0.3, 0.15),
-    windows: Sequence[float] = (0.4, 0.25),
-    temperature: float = 60.0,
-    regularization: float = 0.0,
-) -> Tensor:
-    """Moves transferred points to the best feature match near where the transform sent them.
-
-    A point's surroundings move with it: for every offset from the place where the transform sends the point, the
-    similarities of the whole window around it are averaged (as stereo matching aggregates costs), for one feature
-    vector alone is ambiguous where an object repeats itself. The transform is a Gaussian prior on the offset, the
-    averaged cosine similarity is the evidence, and the answer is the expectation over the offsets (a soft-argmax). Each
-    pass starts from the answer of the one before; where features say nothing, a point stays where the transform put it.
-
-    Args:
-        source, target: unit-length features `(B, C, h, w)` of the picture that the points are on, and of the other.
-        points: `(B, N, 2)` normalised points.
-        affine: `(B, 6)` of the transform that maps the points into the other picture.
-        tps: `(B, 18)` of the same, or `None` for the affine alone.
-        sigmas: for each pass, the width of the prior on the offset, normalised coordinates.
-        windows: for each pass, half the side of the window, normalised coordinates; it fades to its border as a
-            Gaussian of half that width.
-        temperature: factor on the averaged similarity.
-        regularization: regularisation factor of the TPS.
-
-    Returns:
-        `(B, N, 2)` normalised points of the other picture.
-    """
-    source, target = source.float(), target.float()
-    parts = [
-        _match_some_locally(source, target, some, affine, tps, sigmas, windows, temperature, regularization)
-        for some in points.split(_POINTS_AT_ONCE, dim=1)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _match_some_locally(
-    source: Tensor,
-    target: Tensor,
-    points: Tensor,
-    affine: Tensor,
-    tps: Tensor | None,
-    sigmas: Sequence[float],
-    windows: Sequence[float],
-    temperature: float,
-    regularization: float,
-) -> Tensor:
-    """[`match_locally`] for as many points as memory bears."""
-    batch, count = points.shape[:2]
-    unit_window, unit_offsets = (
-        make_grid(side, side, device=points.device, dtype=points.dtype).reshape(-1, 2)
-        for side in (_WINDOW_SAMPLES, _OFFSET_SAMPLES)
-    )
-    # One channel per position of the target, spatial layout of the source. Descriptors between the source's cells are
-    # mixtures of the cells', so their similarities are the same mixtures of these numbers: no descriptor is made.
-    similarity = torch.bmm(target.flatten(2).transpose(1, 2), source.flatten(2)).unflatten(-1, source.shape[-2:])
-    gram = torch.bmm(source.flatten(2).transpose(1, 2), source.flatten(2))
-    answer = apply_cascade(points, affine, tps, regularization=regularization)
-    moved = torch.zeros_like(points)
-    for sigma, half in zip(sigmas, windows, strict=True):
-        around = (points.unsqueeze(2) + half * unit_window).flatten(1, 2)
-        weights = torch.exp(-2 * unit_window.square().sum(-1)) * inside(around).unflatten(1, (count, len(unit_window)))
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_NORM_EPSILON)
-        length = _mixture_length(gram, *corner_weights(around, source.shape[-2:]))
-        evidence_maps = (sample_at(similarity, around) / length.unsqueeze(-1)).unflatten(-1, target.shape[-2:])
-        mapped = apply_cascade(around, affine, tps, regularization=regularization)
-        mapped = mapped + moved.repeat_interleave(len(unit_window), dim=1)
-        offsets = _OFFSET_REACH * sigma * unit_offsets
-        places = mapped.unsqueeze(2) + offsets
-        found = F.grid_sample(
-            evidence_maps.flatten(0, 1).unsqueeze(1),
-            places.flatten(0, 1).unsqueeze(2),
-            align_corners=True,
-            padding_mode="border",
-        )
-        found = found.view(batch, count, len(unit_window), len(offsets))
-        evidence = torch.einsum("bnwo,bnw->bno", found, weights.to(found.dtype))
-        chances = torch.softmax(temperature * evidence - offsets.square().sum(-1) / (2 * sigma**2), dim=-1)
-        moved = moved + chances @ offsets
-    return answer + moved
-
-
-# Settings of `fit_mutually`, chosen on leordeanu-cars: points a side; width of the search and half the side of the
-# compared windows (normalised coordinates); forward-backward error at which a match's weight falls to exp(-1/2); how
-# strongly the first transform holds on; the smallest determinant of an affine part that is inverted.
-_FIT_POINTS = 7
-_FIT_SIGMA = 0.3
-_FIT_WINDOW = 0.6
-_FIT_ERROR_SIGMA = 0.1
-_FIT_RIDGE = 0.1
-_FIT_MARGIN = 0.05
-_FIT_DETERMINANT = 0.01
-
-
-def fit_mutually(
-    features: Tensor, affine: Tensor, tps: Tensor, *, temperature: float = 60.0, regularization: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Fits both transforms of a pair to the matches on which its two directions agree. Not in the paper.
-
-    A grid of 7x7 points of each picture is matched locally ([`match_locally`]) into the other and back. For each
-    direction, a thin-plate spline is fitted by weighted least squares to the matches of its own grid and to those of
-    the other direction, read backwards; a match weighs s^2 exp(-e^2 / 2 sigma^2) with the cosine similarity s of both
-    features and the forward-backward error e, and nothing if it leaves the picture by more than 0.05. The transform
-    that one starts from holds on with a ridge, so that points stay where it sends them if the features say nothing.
-
-    Args:
-        features: unit-length features `(B, 2, C, h, w)` of both pictures.
-        affine, tps: `(B, 2, 6)` and `(B, 2, 18)` of T_AB and T_BA.
-        temperature, regularization: as in [`match_locally`].
-
-    Returns:
-        affine `(B, 2, 6)`, as it was (the identity where it nearly flattens the picture), and tps
-        `(B, 2, 18)`, float32.
-    """
-    with maybe_autocast(features.device.type, enabled=False):  # half precision is too coarse for places and sums
-        return _fit_mutually(features.float(), affine.float(), tps.float(), temperature, regularization)
-
-
-def _fit_mutually(
-    features: Tensor, affine: Tensor, tps: Tensor, temperature: float, regularization: float
-) -> tuple[Tensor, Tensor]:
-    batch = features.shape[0]
-    end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)  # T_AB takes points of B
-    onward = affine.flatten(0, 1), tps.flatten(0, 1)
-    homeward = affine.flip(1).flatten(0, 1), tps.flip(1).flatten(0, 1)
-    options: dict[str, Any] = {
-        "sigmas": (_FIT_SIGMA,),
-        "windows": (_FIT_WINDOW,),
-        "temperature": temperature,
-        "regularization": regularization,
-    }
-    grid = make_grid(_FIT_POINTS, _FIT_POINTS, device=affine.device, dtype=affine.dtype).reshape(1, -1, 2)
-    grid = grid.expand(2 * batch, -1, -1)
-    there = match_locally(start, end, grid, *onward, **options)
-    back = match_locally(end, start, there.clamp(-1, 1), *homeward, **options)
-    error = (back - grid).square().sum(-1)
-    likeness = similarities(start, end, grid, there).clamp(0, 1)
-    weights = likeness.square() * torch.exp(-error / (2 * _FIT_ERROR_SIGMA**2)) * inside(there, margin=_FIT_MARGIN)
-
-    def reverse(of_pairs: Tensor) -> Tensor:
-        return of_pairs.unflatten(0, (batch, 2)).flip(1).flatten(0, 1)
-
-    basis = tps_basis(grid, regularization=regularization)
-    first = apply_cascade(grid, *onward, regularization=regularization)
-    rows = torch.cat((basis, tps_basis(reverse(there), regularization=regularization), basis), dim=1)
-    places = torch.cat((there, grid, first), dim=1)
-    shares = torch.cat((weights, reverse(weights), torch.full_like(weights, _FIT_RIDGE)), dim=1).unsqueeze(-1)
-    weighted = (shares * rows).transpose(1, 2)
-    moved = _solve_definite(weighted @ rows, weighted @ places)  # (2B, 9, 2): where the control points go
-
-    matrix = onward[0].unflatten(-1, (2, 3))
-    flat = (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs() < _FIT_DETERMINANT
-    kept = torch.where(flat[:, None], identity_affine(1, device=matrix.device, dtype=matrix.dtype), matrix.flatten(1))
-    a, b, x, c, d, y = kept.unsqueeze(1).unbind(-1)
-    across, down = moved[..., 0] - x, moved[..., 1] - y
-    control = torch.stack((d * across - b * down, a * down - c * across), dim=1) / (a * d - b * c).unsqueeze(1)
-    return kept.unflatten(0, (batch, 2)), control.flatten(1).unflatten(0, (batch, 2))
-
-
-def _solve_definite(system: Tensor, right: Tensor) -> Tensor:
-    """Solves positive definite systems `(B, n, n)` for `(B, n, m)`: by elimination, which needs no pivots for them and,
-    unlike a call of LAPACK, can be exported."""
-    count = system.shape[-1]
-    rows = torch.cat((system, right), dim=-1)
-    unit = torch.eye(count, device=rows.device, dtype=rows.dtype)
-    for k in range(count):
-        pivot = rows[:, k : k + 1] / rows[:, k : k + 1, k : k + 1]
-        rows = rows - (rows[:, :, k : k + 1] - unit[:, k : k + 1]) * pivot
-    return rows[..., count:]
-
-
-def _mixture_length(gram: Tensor, index: Tensor, weights: Tensor, maps: Tensor | None = None) -> Tensor:
-    """Length `(B, N)` of mixtures of a map's cells.
-
-    Args:
-        gram: inner products of the cells of M maps, `(M, h*w, h*w)`.
-        index, weights: `(B, N, 4)`, see [`corner_weights`].
-        maps: `(B,)`, of which map each row is; without it M = B and each has its own.
-    """
-    cells = gram.shape[-1]
-    maps = torch.arange(gram.shape[0], device=gram.device) if maps is None else maps
-    first = maps.view(-1, 1, 1, 1) * cells + index.unsqueeze(-1)
-    products = gram.flatten()[first * cells + index.unsqueeze(-2)]
-    square = ((weights.unsqueeze(-2) * products).sum(-1) * weights).sum(-1)
-    return (square.clamp(min=0) + _NORM_EPSILON).sqrt()
-
-
 MaCoSNetModel.register_for_auto_class("AutoModel")
 MaCoSNetForKeypointMatching.register_for_auto_class("AutoModelForKeypointMatching")
 
@@ -1018,12 +736,5 @@ __all__ = [
     "MaCoSNetModel",
     "MaCoSNetModelOutput",
     "MaCoSNetPreTrainedModel",
-    "cell_products",
-    "cell_similarity",
-    "correlate",
-    "fit_mutually",
-    "match_locally",
-    "normalize_similarity",
     "ordered_pairs",
-    "similarities",
 ]

@@ -41,7 +41,7 @@ def start_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def network() -> dict[str, Any]:
     """The embedded checkpoint as the arguments `model` and `processor`."""
-    from macosnet_hf.loading import load_model_and_processor
+    from macosnet_hf.io.checkpoints import load_model_and_processor
 
     model, processor = load_model_and_processor(device="cpu")
     return {"model": model, "processor": processor}

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from macosnet_hf import InputError, agreement, load_image
-from macosnet_hf.agreement import drop_crumbs, refine_small, similar_cells, transfer_masks
+from macosnet_hf import InputError, load_image, mask_sharing
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
@@ -22,7 +21,8 @@ from macosnet_hf.collection import (
     segment_collection,
     spread_ranks,
 )
-from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.io.checkpoints import load_model_and_processor
+from macosnet_hf.mask_sharing import drop_crumbs, refine_small, similar_cells, transfer_masks
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
 NAMES = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg", "bus.png")
@@ -266,8 +266,8 @@ def test_crumbs_are_dropped():
 
 def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
-    real = agreement.refine_mask
-    monkeypatch.setattr(agreement, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
+    real = mask_sharing.refine_mask
+    monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
 
     def stop(done):
         raise KeyboardInterrupt

@@ -10,16 +10,15 @@ from real_photos import PHOTOS
 
 from macosnet_hf.drawing import (
     OBJECT_COLOR,
-    as_upright_rgb,
     cutout,
     draw_matches,
     on_checkerboard,
     overlay_mask,
     overview,
     position_colors,
-    upright_rgb,
 )
 from macosnet_hf.errors import InputError
+from macosnet_hf.images import as_upright_rgb, upright_rgb
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +367,7 @@ def test_nothing_that_draws_changes_its_pictures(cheetah):
 
 def test_drawing_is_light_to_import():
     code = (
-        "import sys, macosnet_hf.drawing, macosnet_hf.image_io; "
+        "import sys, macosnet_hf.drawing, macosnet_hf.io.image_files; "
         "print({'torch', 'cv2', 'transformers'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

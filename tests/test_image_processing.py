@@ -18,8 +18,8 @@ from PIL import Image
 from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, InputError, MaCoSNetError
-from macosnet_hf.image_io import load_image
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
+from macosnet_hf.io.image_files import load_image
 from macosnet_hf.modeling_macosnet import MaCoSNetKeypointMatchingOutput
 
 SOURCE_SIZE = (34, 50)  # (height, width)

@@ -13,15 +13,12 @@ from transformers import AutoBackbone, AutoConfig, ConvNextConfig, Dinov2Config,
 from macosnet_hf import geometry
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
 from macosnet_hf.errors import InputError
+from macosnet_hf.matching import cell_products, cell_similarity, correlate, match_locally
 from macosnet_hf.modeling_macosnet import (
     MaCoSNetEncoder,
     MaCoSNetForKeypointMatching,
     MaCoSNetModel,
     MaCoSNetModelOutput,
-    cell_products,
-    cell_similarity,
-    correlate,
-    match_locally,
     ordered_pairs,
 )
 

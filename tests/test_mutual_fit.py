@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from small_models import IMAGE_SIZE, small_config, small_model
 
 from macosnet_hf import geometry
-from macosnet_hf.cli import main
-from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel, fit_mutually, match_locally
+from macosnet_hf.commands.main import main
+from macosnet_hf.matching import fit_mutually, match_locally
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 REGULARIZATION = 0.1
 SIDE = 9

@@ -364,9 +364,9 @@ def test_a_remote_checkpoint_demands_neither_opencv_nor_pydensecrf():
     """transformers reads the imports of code that travels with a model and refuses to load it where one is missing."""
     from transformers.dynamic_module_utils import get_imports
 
-    from macosnet_hf import agreement, collection, pipeline_macosnet, refinement
+    from macosnet_hf import collection, mask_sharing, pipeline_macosnet, refinement
 
     assert set(get_imports(refinement.__file__)) <= {"__future__", "typing", "numpy", "PIL"}
-    for module in (agreement, collection, pipeline_macosnet):
+    for module in (mask_sharing, collection, pipeline_macosnet):
         assert not {"cv2", "pydensecrf"} & set(get_imports(module.__file__)), module.__name__
     assert set(REFINEMENT_METHODS) == {"grabcut", "otsu", "crf", "none"}

@@ -21,7 +21,7 @@ DRIVER = """
 import json, os, resource, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import pretrain_synthetic, train, warm_start_decoder
-from macosnet_hf import cli
+from macosnet_hf.commands import main as cli
 from macosnet_hf.training import loop
 scripts = {"pretrain": pretrain_synthetic.main, "decoder": warm_start_decoder.main, "train": train.main}
 scripts["adapt"] = lambda arguments: cli.main(["adapt", *arguments])

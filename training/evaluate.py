@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from macosnet_hf.commands.evaluate import add_arguments, check_outputs, choose, evaluate_share, make_predictor, report
 from macosnet_hf.errors import MaCoSNetError
-from macosnet_hf.evaluation.command import add_arguments, check_outputs, choose, evaluate_share, make_predictor, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

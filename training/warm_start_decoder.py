@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from macosnet_hf.loading import load_model_and_processor
+from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.decoder_start import (
     DecoderObjective,
     MaskedPairs,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, InputError, OutputError
+from ..io.hub import is_prepared
 from .readers import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .schema import IMAGE_COLUMNS, Record, check_record, features, mask_from_picture, open_picture
 
@@ -42,12 +43,6 @@ _SORTED = ("pf-willow", "pf-pascal", "pairs")
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_prepared(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder was made by [`prepare`] and is complete, or holds a card and Parquet in the same places."""
-    folder = Path(folder)
-    return (folder / "README.md").is_file() and any((folder / "data").glob("*.parquet"))
 
 
 def _is_own_output(folder: Path) -> bool:

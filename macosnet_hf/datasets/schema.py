@@ -193,7 +193,7 @@ def open_picture(picture: Any, where: str) -> Image.Image:
     Raises:
         DataError: if the picture is missing or damaged; the text names the record and the file.
     """
-    from ..image_io import load_image
+    from ..io.image_files import load_image
 
     try:
         return load_image(_source(picture))
@@ -207,7 +207,7 @@ def picture_size(picture: Any, where: str) -> tuple[int, int]:
     Raises:
         DataError: if the header cannot be read.
     """
-    from ..image_io import image_size
+    from ..io.image_files import image_size
 
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
@@ -235,7 +235,7 @@ def mask_from_picture(picture: Any, where: str, size: tuple[int, int] | None = N
     Raises:
         DataError: if the mask is missing, damaged, or of another size than its picture.
     """
-    from ..image_io import load_as_stored
+    from ..io.image_files import load_as_stored
 
     try:
         opened = picture if isinstance(picture, Image.Image) else load_as_stored(_source(picture))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .inference import MASK_SIDE, EncodedPicture, FeaturePredictor, Predictor
+from .predictors import MASK_SIDE, EncodedPicture, FeaturePredictor, Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor

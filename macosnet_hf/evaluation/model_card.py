@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, MaCoSNetError
-from ..output_folder import write_file
+from ..io.output_folder import write_file
 
 _KEPT = ("benchmark", "protocol", "split", "model", "matching", "refine", "samples", "metrics", "per_class", "variants")
 _NAMES = {

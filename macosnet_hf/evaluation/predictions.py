@@ -19,8 +19,8 @@ import numpy as np
 
 from ..datasets.schema import Record
 from ..errors import DataError, InputError, OutputError
-from ..output_folder import hold_folder, release_folder
-from .inference import Prediction
+from ..io.output_folder import hold_folder, release_folder
+from .predictors import Prediction
 
 FORMAT = 2
 SAMPLES_PER_SHARD = 64

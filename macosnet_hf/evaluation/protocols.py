@@ -1,6 +1,6 @@
 """What each benchmark measures, and the loop that measures it.
 
-Two steps: a predictor answers each sample (see [`macosnet_hf.evaluation.inference`]), then the answers are scored.
+Two steps: a predictor answers each sample (see [`macosnet_hf.evaluation.predictors`]), then the answers are scored.
 Scores go into running sums by class, so memory does not grow with the data.
 """
 
@@ -20,7 +20,6 @@ from ..datasets.readers import Problems
 from ..datasets.schema import Record, flow_array, keypoint_array, mask_from_picture, open_picture
 from ..errors import DataError, InputError
 from . import metrics
-from .inference import DIRECTIONS, Prediction, Predictor, field_to_places
 from .predictions import (
     PredictionReader,
     PredictionWriter,
@@ -29,6 +28,7 @@ from .predictions import (
     has_predictions,
     start_predictions,
 )
+from .predictors import DIRECTIONS, Prediction, Predictor, field_to_places
 
 GROUP_SIZE = 64
 MASKS = ("pairs", "collection")

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, InputError, MaCoSNetError
 from ..geometry import sampling_grid, warp
-from ..image_io import load_image
 from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..modeling_macosnet import MaCoSNetModel, correlate
+from ..io.image_files import load_image
+from ..matching import correlate
+from ..modeling_macosnet import MaCoSNetModel
 from .photos import Photographs
 from .pseudo_masks import pseudo_masks
 from .synthetic import paste_on_others, photometric, random_view

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..configuration_macosnet import MaCoSNetConfig
 from ..geometry import apply_affine, apply_cascade, make_grid, sample_at
-from ..modeling_macosnet import MaCoSNetModelOutput, fit_mutually, match_locally, ordered_pairs
+from ..matching import fit_mutually, match_locally
+from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from .pretraining import grid_loss
 
 

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..geometry import folded, sampling_grid, warp
-from ..losses import MaCoSNetObjective
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from .distillation import local_matching_loss
+from .losses import MaCoSNetObjective
 from .pretraining import SyntheticObjective
 from .pseudo_masks import border_contrast, centre_weight
 from .synthetic import paste_on_others, photometric

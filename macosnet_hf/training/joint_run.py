@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, InputError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..loading import load_model_and_processor
-from ..losses import CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWeights, MaCoSNetObjective, PerceptualNetwork
+from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
 from .decoder_start import kept_masks, load_masks, make_masks, mask_validation
 from .groups import GroupedPhotographs, check_classes, fixed_groups, hold_out
@@ -33,6 +32,7 @@ from .loop import (
     train,
     write_model,
 )
+from .losses import CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWeights, MaCoSNetObjective, PerceptualNetwork
 from .monitoring import SamplePictures, Validation, label_free_validation, labelled_validation, matching_validation
 from .photos import Photographs, open_photographs, read_photographs
 from .pretraining import SyntheticObjective

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..errors import InputError, MaCoSNetError, OutputError
-from ..output_folder import held_by_this_process, hold_folder, release_folder
+from ..io.output_folder import held_by_this_process, hold_folder, release_folder
 
 DEFAULT_STEPS = 1000
 WORKER_SECONDS = 900  # within which a process that reads photographs must have a batch

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..drawing import overlay_mask
 from ..geometry import inside, sample_at, sampling_grid, warp
 from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..losses import cycle_loss, pooled_features
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModelOutput, ordered_pairs
 from .joint import JointObjective, pearson, watch
 from .loop import writing
+from .losses import cycle_loss, pooled_features
 from .pretraining import read_keypoint_pairs
 from .pseudo_masks import centre_weight
 

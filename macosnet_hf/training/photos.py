@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..errors import DataError, ImageError, InputError
-from ..image_io import load_image
+from ..io.image_files import load_image
 
 if TYPE_CHECKING:  # `macosnet adapt` looks for photographs before it asks for accelerate
     from accelerate import Accelerator

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import DataError, MaCoSNetError
 from ..geometry import apply_affine, apply_cascade, make_grid, sampling_grid, warp
-from ..image_io import load_image
 from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, correlate, l2_normalize
+from ..io.image_files import load_image
+from ..matching import correlate, l2_normalize
+from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
 from .synthetic import WarpRange, make_pairs
 
 

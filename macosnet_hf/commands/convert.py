@@ -1,0 +1,33 @@
+"""`macosnet convert`: a published checkpoint of this line of work as a folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `macosnet convert`."""
+    parser.description = (
+        "Read a published checkpoint (.pth.tar) of CNNGeometric, weakalign, WeakMatchNet or MaCoSNet and write a "
+        "folder for from_pretrained."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the file; nothing in it is run")
+    parser.add_argument("output", metavar="OUT", help="folder to write; created if need be")
+    parser.add_argument("--second", metavar="FILE", help="the other stage, where affine and TPS are two files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`macosnet convert`; returns 0.
+
+    Raises:
+        MaCoSNetError: for anything that cannot be done, in one sentence.
+    """
+    from ..conversion.published import convert, save
+
+    conversion = convert(args.checkpoint, args.second)
+    save(conversion, args.output)
+    for note in conversion.notes:
+        print(note)
+    print(f"Converted; load it with MaCoSNetForKeypointMatching.from_pretrained({str(Path(args.output))!r})")
+    return 0

@@ -1,0 +1,81 @@
+"""The command line: `macosnet match`, `macosnet segment` and the commands of the sub-packages.
+
+What can be checked without the network is checked before torch is imported, so that a typing error answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import MaCoSNetError
+from ..io.collector import no_collection_at_exit
+from ..io.package import VERSION
+
+# One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.
+COMMANDS = {
+    "match": "match two photographs and segment both",
+    "segment": "cut the common object out of two or more photographs",
+    "adapt": "train a model further on photographs of your own, without labels",
+    "evaluate": "print a benchmark's table",
+    "prepare": "bring a benchmark's archive into one schema",
+    "convert": "read a published checkpoint of this line of work",
+    "export": "write the network as an ONNX graph",
+    "push": "upload a model, a data set or the Space",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 2 bad input (one sentence on standard error), 130 interrupted."""
+    # Threads that wait for each other asleep instead of spinning: on a machine whose cores are busy otherwise, one
+    # forward pass took 0.2 s so and 4.7 s without. OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    no_collection_at_exit()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a finished run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args = _parser().parse_args(arguments)
+        code: int = args.run(args)
+        return code
+    except MaCoSNetError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("There is not enough memory for this; try smaller photographs.")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which cannot be named before torch is imported
+            raise
+        return _fail("The CUDA device has not enough free memory; use --device cpu.")
+    except KeyboardInterrupt:
+        print("macosnet: interrupted; nothing half-written is left.", file=sys.stderr)
+        return 130
+
+
+def _fail(sentence: str) -> int:
+    print(f"macosnet: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="macosnet",
+        description="Find where each point of one photograph lies in another of the same kind of object, "
+        "and cut the object out.",
+        epilog="Example: macosnet match cat1.jpg cat2.jpg --output-dir result",
+    )
+    parser.add_argument("--version", action="version", version=f"macosnet {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    for name, text in COMMANDS.items():
+        command = importlib.import_module(f".{name}", __package__)
+        sub = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

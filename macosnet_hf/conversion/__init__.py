@@ -1,0 +1,1 @@
+"""Published checkpoints to ours and back, and the network as one graph file."""

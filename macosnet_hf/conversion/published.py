@@ -1,0 +1,397 @@
+"""Checkpoints of CNNGeometric, weakalign, WeakMatchNet and MaCoSNet (`.pth.tar`) to ours, and the way back.
+
+The mapping, key by key, is in docs/converting.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, InputError
+from ..io.checkpoints import PICKLE_STARTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
+
+# The published networks number the children of torchvision's ResNet-101; 2 and 3 are the ReLU and the pooling.
+_ENCODER = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
+_ENCODER_PREFIX = "FeatureExtraction.model."
+_OUR_ENCODER = "encoder.backbone._backbone."
+_HEADS = {"FeatureRegression.": "affine_head.", "FeatureRegression2.": "tps_head."}
+_PARAMETERS = {6: "affine_head.", 18: "tps_head."}
+# An untrained decoder says "object" everywhere, with this logit, so that matches depend on the transform alone.
+_OBJECT_EVERYWHERE = 6.0
+
+
+@dataclass
+class Conversion:
+    """A converted model and what was decided on the way.
+
+    Attributes:
+        model: in evaluation mode, on the CPU. Its decoder is untrained and says "object" everywhere.
+        left_out: names of the file's weights that have no place here.
+        notes: sentences for a person.
+    """
+
+    model: MaCoSNetForKeypointMatching
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(checkpoint: str | os.PathLike[str], second: str | os.PathLike[str] | None = None) -> Conversion:
+    """Reads a published checkpoint.
+
+    Args:
+        checkpoint: a file with both stages, or with one of them.
+        second: a file with the other stage.
+
+    Raises:
+        CheckpointError: if a file cannot be read safely, or does not hold one of these networks. The text names the
+            weights that are missing, unknown or of another shape.
+    """
+    ours: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for path in (checkpoint, second):
+        if path is not None:
+            found, unused = _translate(read_state_dict(path), str(path))
+            left_out += unused
+            _merge(ours, found, str(path))
+    conversion = Conversion(_build(ours, str(checkpoint)), left_out)
+    for prefix, stage in (("affine_head.", "affine"), ("tps_head.", "thin-plate-spline")):
+        if not any(name.startswith(prefix) for name in ours):
+            conversion.notes.append(f"The file holds no {stage} stage; the identity stands in its place.")
+    if left_out:
+        conversion.notes.append(
+            f"Left out, because the decoder here has another shape: {', '.join(left_out)}. Train a decoder with "
+            "training/warm_start_decoder.py."
+        )
+    else:
+        conversion.notes.append("The decoder is untrained: train one with training/warm_start_decoder.py.")
+    return conversion
+
+
+def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
+    """Writes the model and its processor, for `from_pretrained(folder)`.
+
+    Raises:
+        OutputError: if the folder cannot be written; nothing is left then.
+    """
+    from ..image_processing_macosnet import MaCoSNetImageProcessor
+    from ..io.output_folder import output_folder
+
+    size = conversion.model.config.image_size
+    processor = MaCoSNetImageProcessor.from_preset("paper")
+    processor.size = {"height": size, "width": size}
+    with output_folder(folder) as partial:
+        conversion.model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a `.pth.tar` file; nothing in the file can run.
+
+    A leading `module.` (from `DataParallel`) is taken off the names, and `vgg`, the old name of the encoder whatever
+    it was, becomes `model`.
+
+    Raises:
+        CheckpointError: if the file is not there or damaged, needs more than tensors and plain settings, or holds no
+            state dict.
+    """
+    import torch
+
+    name = os.fspath(path)
+    _check_kind(name)
+    try:
+        # The training scripts put their arguments into the file; a namespace only holds values.
+        safe = torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()])
+        with safe, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles; what cannot be read is an error anyway
+            content = torch.load(name, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise CheckpointError(
+                f"{name} is refused: it is a pickle of something else than tensors and plain settings."
+            ) from error
+        raise CheckpointError(
+            f"{name} is refused: to load it, code would have to run (it asks for {wanted[1]}). Where you trust it, "
+            "load it yourself and save its tensors alone: torch.save({'state_dict': state_dict}, file)."
+        ) from error
+    except Exception as error:  # torch raises many kinds for files that are no checkpoints
+        raise CheckpointError(
+            f"{name} is damaged or cut off: it begins like a PyTorch checkpoint, but cannot be read as one."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{name} holds no state dict.")
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if len(tensors) < len(content):
+        odd = next(key for key in content if key not in tensors)
+        raise CheckpointError(f"{name} holds no state dict: {odd} is no tensor.")
+    return {re.sub(r"^(?:module\.)+", "", key).replace(".vgg.", ".model."): value for key, value in tensors.items()}
+
+
+def _check_kind(name: str) -> None:
+    """What a file is shows in its first bytes; what torch says about one that it did not write is no help to anybody.
+
+    Raises:
+        CheckpointError: if it cannot be a file of torch.save.
+    """
+    if os.path.isdir(name):
+        raise CheckpointError(f"{name} is a folder; give the .pth.tar file itself.")
+    if not os.path.isfile(name):
+        raise CheckpointError(f"There is no checkpoint file {name}.")
+    try:
+        with open(name, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read ({error.strerror or error}).") from error
+    if not start:
+        raise CheckpointError(f"{name} is empty.")
+    if start[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{name} is a tar archive: a checkpoint in it must be taken out first, and one of PyTorch's first "
+            "versions, which were such archives, cannot be read safely."
+        )
+    if start[8:9] == b"{":
+        raise CheckpointError(f"{name} holds safetensors, not a published .pth.tar checkpoint.")
+    if not start.startswith(PICKLE_STARTS):
+        raise CheckpointError(f"{name} is no PyTorch checkpoint: torch.save writes no file that begins like this one.")
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled number of numpy needs, under the names of old and new versions; none of it can run code."""
+    import numpy as np
+
+    current = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+    scalar = importlib.import_module(f"numpy.{'_core' if current else 'core'}.multiarray").scalar
+    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*named, np.dtype, type(np.dtype("float64")), np.float64]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Translating
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _translate(theirs: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Their names to ours (those of `MaCoSNetModel`), and the names of what is left out: their decoder."""
+    ours: dict[str, Tensor] = {}
+    left_out, unknown = [], []
+    alone = not any(name.startswith("FeatureRegression2.") for name in theirs)
+    for name, tensor in theirs.items():
+        if name.startswith("Decoder."):
+            left_out.append(name)
+            continue
+        new = _our_name(name, theirs, alone)
+        if new is None:
+            unknown.append(name)
+        else:
+            ours[new] = tensor
+    if not any(name.startswith(_ENCODER_PREFIX) for name in theirs):
+        raise CheckpointError(
+            f"{where} is no CNNGeometric, weakalign or MaCoSNet checkpoint: none of its weights is called "
+            f"{_ENCODER_PREFIX}*; the first is {next(iter(theirs))}."
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds weights that have no place in a ResNet-101 with transformation heads: {_names(unknown)}."
+        )
+    for prefix in _HEADS.values():
+        weight = ours.get(f"{prefix}conv.0.weight")
+        if weight is not None:
+            side = math.isqrt(weight.shape[1])
+            if weight.dim() != 4 or side**2 != weight.shape[1]:
+                raise CheckpointError(
+                    f"{where}: {_their_name(prefix + 'conv.0.weight')} has the shape {tuple(weight.shape)}, which fits "
+                    "no square feature map."
+                )
+            ours[f"{prefix}conv.0.weight"] = _transpose_channels(weight, side)
+    return ours, left_out
+
+
+def _our_name(name: str, theirs: dict[str, Tensor], alone: bool) -> str | None:
+    if name.startswith(_ENCODER_PREFIX):
+        number, _, rest = name.removeprefix(_ENCODER_PREFIX).partition(".")
+        return f"{_OUR_ENCODER}{_ENCODER[number]}.{rest}" if number in _ENCODER else None
+    for theirs_prefix, ours_prefix in _HEADS.items():
+        if name.startswith(theirs_prefix):
+            if alone:  # a file of one stage has one head, whose outputs tell which
+                bias = theirs.get("FeatureRegression.linear.bias")
+                ours_prefix = _PARAMETERS.get(-1 if bias is None else len(bias), ours_prefix)
+            return ours_prefix + name.removeprefix(theirs_prefix)
+    return None
+
+
+def _their_name(name: str) -> str:
+    """The name of a weight of ours in their two-stage networks."""
+    if name.startswith(_OUR_ENCODER):
+        child, _, rest = name.removeprefix(_OUR_ENCODER).partition(".")
+        number = next(number for number, ours in _ENCODER.items() if ours == child)
+        return f"{_ENCODER_PREFIX}{number}.{rest}"
+    for theirs_prefix, ours_prefix in _HEADS.items():
+        if name.startswith(ours_prefix):
+            return theirs_prefix + name.removeprefix(ours_prefix)
+    return name
+
+
+def _transpose_channels(weight: Tensor, side: int) -> Tensor:
+    """First convolution of a head, `(out, side * side, k, k)`, from column-major correlation channels to row-major.
+
+    Their channel of the source's row i and column j is `j * side + i`, ours `i * side + j`. The same permutation leads
+    back.
+    """
+    return weight.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _merge(into: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+    """Adds the weights of a second file; both may hold the encoder, if it is the same."""
+    import torch
+
+    for name, tensor in found.items():
+        known = into.setdefault(name, tensor)
+        if known is tensor:
+            continue
+        if not name.startswith(_OUR_ENCODER):
+            raise CheckpointError(f"{where} holds the same stage as the first file ({_their_name(name)}).")
+        if "num_batches_tracked" not in name and not (known.shape == tensor.shape and torch.equal(known, tensor)):
+            raise CheckpointError(
+                f"The two files have different encoders ({_their_name(name)} differs); they are no pair."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
+    """The model with these weights; every one must have its place and its shape.
+
+    Raises:
+        CheckpointError: naming the weights, as the file calls them, that do not fit.
+    """
+    import torch
+
+    from ..configuration_macosnet import MaCoSNetConfig
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching
+
+    settings = _head_settings(ours, where)
+    # The published figures are those of the transform alone.
+    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset("paper", local_matching=False, **settings))
+    wanted = model.macosnet.state_dict()
+    stages = {prefix for prefix in _HEADS.values() if any(name.startswith(prefix) for name in ours)}
+    needed = {name for name in wanted if name.startswith((_OUR_ENCODER, *stages))}
+    # PyTorch before 0.4 did not count batches.
+    missing = [name for name in needed - ours.keys() if not name.endswith("num_batches_tracked")]
+    faults = []
+    if missing:
+        faults.append(f"lacks {_names(_their_name(name) for name in missing)}")
+    if extra := ours.keys() - needed:
+        faults.append(f"has {_names(_their_name(name) for name in extra)} too many")
+    if wrong := [name for name in needed & ours.keys() if ours[name].shape != wanted[name].shape]:
+        name = sorted(wrong)[0]
+        faults.append(
+            f"has {_names(_their_name(name) for name in wrong)} in another shape "
+            f"({tuple(ours[name].shape)}, not {tuple(wanted[name].shape)})"
+        )
+    if faults:
+        raise CheckpointError(f"{where} is no ResNet-101 with CNNGeometric's heads: it {'; it '.join(faults)}.")
+    if broken := [name for name, tensor in ours.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{where} is damaged: {_names(_their_name(n) for n in broken)} holds no finite numbers.")
+    model.macosnet.load_state_dict(ours, strict=False)
+    with torch.no_grad():
+        for prefix in set(_HEADS.values()) - stages:  # the fresh bias is the identity
+            getattr(model.macosnet, prefix.rstrip(".")).linear.weight.zero_()
+        model.macosnet.decoder.classifier.weight.zero_()
+        model.macosnet.decoder.classifier.bias.fill_(_OBJECT_EVERYWHERE)
+    return model.eval()
+
+
+def _head_settings(ours: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """Image size and convolutions of the heads, read off the shapes."""
+    prefixes = [prefix for prefix in _HEADS.values() if f"{prefix}conv.0.weight" in ours]
+    if not prefixes:
+        raise CheckpointError(f"{where} lacks FeatureRegression.conv.0.weight: it holds no transformation head.")
+    found = []
+    for prefix in prefixes:
+        weights = [ours.get(f"{prefix}conv.{number}.weight") for number in (0, 3)]
+        linear = ours.get(f"{prefix}linear.weight")
+        if any(weight is None or weight.dim() != 4 for weight in weights) or linear is None or linear.dim() != 2:
+            lacking = [f"{prefix}conv.3.weight", f"{prefix}linear.weight"]
+            raise CheckpointError(f"{where} lacks a fitting {' or '.join(_their_name(name) for name in lacking)}.")
+        grid = math.isqrt(weights[0].shape[1])
+        kernels = [weight.shape[-1] for weight in weights]
+        side = grid - sum(kernel - 1 for kernel in kernels)
+        expected = len(weights[1]) * side**2 if side > 0 else 0
+        if linear.shape[1] != expected:
+            raise CheckpointError(
+                f"{where}: {_their_name(prefix + 'conv.0.weight')} belongs to pictures of {16 * grid}x{16 * grid} "
+                f"pixels, with which {_their_name(prefix + 'linear.weight')} would have {expected} inputs, not "
+                f"{linear.shape[1]}; the two do not fit together."
+            )
+        found.append(
+            {
+                "image_size": 16 * grid,
+                "predictor_channels": [len(weight) for weight in weights],
+                "predictor_kernel_sizes": kernels,
+            }
+        )
+    if found[0] != found[-1]:
+        raise CheckpointError(
+            f"{where}: FeatureRegression and FeatureRegression2 have different shapes ({found[0]['image_size']} and "
+            f"{found[-1]['image_size']} pixels)."
+        )
+    return found[0]
+
+
+def _names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The way back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def original_state_dict(model: MaCoSNetForKeypointMatching | MaCoSNetModel) -> dict[str, Tensor]:
+    """The weights of a model with the `paper` encoder under the names, and in the order, of the published networks.
+
+    `torch.save({"state_dict": original_state_dict(model)}, "model.pth.tar")` is a checkpoint of weakalign's
+    `TwoStageCNNGeometric` and of MaCoSNet's `WeakMatchNet`. The decoder stays here.
+
+    Raises:
+        InputError: if the encoder is no ResNet-101 of timm.
+    """
+    base: Any = getattr(model, "macosnet", model)
+    if getattr(model.config.backbone_config, "backbone", None) != "resnet101":
+        raise InputError("Only a model with the paper's encoder, timm's resnet101, has original names.")
+    theirs = {}
+    for name, tensor in base.state_dict().items():
+        if name.startswith("decoder."):
+            continue
+        if name.endswith("head.conv.0.weight"):
+            tensor = _transpose_channels(tensor, model.config.grid_size)
+        theirs[_their_name(name)] = tensor.detach().clone()
+    return theirs
+
+
+__all__ = ["Conversion", "convert", "original_state_dict", "read_state_dict", "save"]

@@ -1,0 +1,1 @@
+"""The Gradio demo: page, tabs, endpoints, viewer, result store."""

@@ -1,0 +1,520 @@
+"""From records to predictions: each picture is encoded once, kept in a bounded cache, and used in all of its pairs.
+
+A *prediction* is a dictionary of NumPy arrays, everything that scoring needs and little else:
+
+| key | shape | meaning |
+|---|---|---|
+| `sizes` | (2, 2) int | (height, width) of source and target |
+| `points/<variant>` | (N, 2) float32 | transferred key-points, pixels of the picture they were transferred to |
+| `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a grid over the target, corners included |
+| `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single picture), times 255 |
+| `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
+| `partner` | () string | single pictures: id of the record that the field leads to |
+
+A *variant* is a way to transfer a point: for the model `transform` (the bare geometric transform), `fitted` (fitted to
+what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it),
+one of their own for the baselines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..datasets.schema import Record, keypoint_array, open_picture
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ..modeling_macosnet import MaCoSNetFeatures
+
+Prediction = dict[str, np.ndarray]
+
+FIELD_SIDE = 40
+"""Side of the stored grid of a dense transfer; between its points it is interpolated bilinearly."""
+
+_COLLECTION_SIDE = 640  # as `macosnet segment`
+
+MASK_SIDE = 240
+"""Side of a stored mask where no model sets it."""
+
+CACHE_BYTES = 768 * 2**20
+"""Encoded pictures kept at most, in bytes; the one used longest ago goes first."""
+
+DIRECTIONS = ("target_to_source", "source_to_target")
+
+
+@dataclass
+class EncodedPicture:
+    """One picture, ready to be paired.
+
+    Attributes:
+        size: (height, width) of the original.
+        features: encoder's features of this picture alone (N = 1), `None` for predictors without an encoder.
+        pixel_values: `(1, 3, H, W)`, for the exact cascade.
+    """
+
+    size: tuple[int, int]
+    features: MaCoSNetFeatures | None = None
+    pixel_values: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [] if self.pixel_values is None else [self.pixel_values]
+        if self.features is not None:
+            tensors += [self.features.last, self.features.normalized, *(self.features.skips or ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None) + 256
+
+
+class PictureCache:
+    """Least-recently-used cache of encoded pictures, bounded in bytes.
+
+    Attributes:
+        encoded: how often a picture was encoded, for tests of "each picture once".
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES):
+        self.limit = limit
+        self.encoded = 0
+        self._entries: OrderedDict[str, EncodedPicture] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: str, make: Callable[[], EncodedPicture]) -> EncodedPicture:
+        """The entry of that key, made if it is not there."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        entry = make()
+        self.encoded += 1
+        self._entries[key] = entry
+        self._bytes += entry.nbytes()
+        while self._bytes > self.limit and len(self._entries) > 1:
+            _, oldest = self._entries.popitem(last=False)
+            self._bytes -= oldest.nbytes()
+        return entry
+
+
+class Predictor:
+    """Base of the model and the baselines: what it gives, how it transfers points and finds masks.
+
+    Attributes:
+        name: for tables and the JSON.
+        variants: ways to transfer a point, the default one first.
+        gives_points, gives_masks: which tasks it answers.
+    """
+
+    name = "predictor"
+    variants: tuple[str, ...] = ()
+    gives_points = False
+    gives_masks = False
+
+    def __init__(self) -> None:
+        self.cache = PictureCache()
+
+    def describe(self) -> dict[str, object]:
+        """What the predictions depend on; two predictors with equal descriptions predict the same."""
+        raise TypeError(f"{type(self).__name__} must describe itself.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the description."""
+        text = json.dumps(self.describe(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def encode(self, picture: Image.Image) -> EncodedPicture:
+        """What has to be known of a picture before it meets another. The base needs only its size."""
+        return EncodedPicture(size=(picture.height, picture.width))
+
+    def mirror(self, picture: Image.Image) -> EncodedPicture:
+        """The same for the picture mirrored left-right."""
+        from PIL import ImageOps
+
+        return self.encode(ImageOps.mirror(picture))
+
+    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+        """Normalised points `(B, N, 2)` of pictures `start` (batched) to `end`, by variant."""
+        return {}
+
+    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
+        """Probabilities `(B, H, W)` of the object in each picture, given its partner."""
+        raise InputError(f"{self.name} gives no masks.")
+
+    def batch(self, pictures: list[EncodedPicture]) -> EncodedPicture:
+        """Several pictures as one with N = len(pictures). The base has nothing to batch."""
+        return pictures[0]
+
+    # -- from records ---------------------------------------------------------------------------------------------
+
+    def picture(self, record: Record, side: str, *, mirrored: bool = False) -> EncodedPicture:
+        """The encoded picture of one side of a record, from the cache if it was met before.
+
+        Raises:
+            DataError: if the picture is missing or damaged.
+        """
+        key = record.get(f"{side}_id") or f"{record['id']}/{side}"
+        encode = self.mirror if mirrored else self.encode
+        return self.cache.get(
+            f"{key} mirrored" if mirrored else key,
+            lambda: encode(open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")),
+        )
+
+    def predict_pairs(
+        self, records: Sequence[Record], *, direction: str | None, dense: bool, masks: bool
+    ) -> list[Prediction]:
+        """Predictions of a batch of pair records.
+
+        Args:
+            records: pairs whose pictures can be opened.
+            direction: in which key-points are transferred, `None` for no key-points.
+            dense: whether to add the fields.
+            masks: whether to add the target's mask, given the source.
+
+        A source with `mirror_source` is mirrored before matching, and everything that was predicted on it is mirrored
+        back, so that predictions are always in the coordinates of the stored pictures.
+        """
+        if direction is not None and direction not in DIRECTIONS:
+            raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}.")
+        mirrored = [bool(record.get("mirror_source")) for record in records]
+        sources = [
+            self.picture(record, "source", mirrored=flag) for record, flag in zip(records, mirrored, strict=True)
+        ]
+        targets = [self.picture(record, "target") for record in records]
+        predictions: list[Prediction] = [
+            {"sizes": np.asarray([source.size, target.size], dtype=np.int32)}
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        if self.gives_points and direction is not None:
+            self._add_points(predictions, records, sources, targets, mirrored, direction)
+        if self.gives_points and dense:
+            self._add_fields(predictions, sources, targets, mirrored)
+        if self.gives_masks and masks:
+            for prediction, probability in zip(predictions, self.predict_masks(targets, sources), strict=True):
+                prediction["mask/target"] = quantize(probability)
+        return predictions
+
+    def predict_pictures(
+        self,
+        records: Sequence[Record],
+        partners: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        dense: bool,
+        collection: str | None = None,
+    ) -> list[Prediction]:
+        """Predictions of a group of single pictures of one class, segmented in pairs.
+
+        Args:
+            records: the group; its pictures can be opened.
+            partners: for each picture the indices of those it is paired with; the mask is the mean probability over
+            them.
+            batch_size: pairs at a time.
+            dense: whether to add the field that leads from each picture to its first partner.
+            collection: the group is segmented as one collection, refined in this way, instead of in pairs.
+
+        Raises:
+            InputError: if a predictor cannot segment collections.
+        """
+        pictures = [self.picture(record, "source") for record in records]
+        predictions: list[Prediction] = []
+        for index, others in enumerate(partners):
+            sizes = np.asarray([pictures[others[0]].size, pictures[index].size], dtype=np.int32)
+            predictions.append({"sizes": sizes, "partner": np.asarray(records[others[0]]["id"])})
+        pairs = [(index, other) for index, others in enumerate(partners) for other in others]
+        if self.gives_masks and collection is not None:
+            found = self.predict_collection(records, refine=collection)
+            for prediction, soft, refined in zip(predictions, *found, strict=True):
+                prediction |= {"mask/target": quantize(soft), "refined/target": quantize(refined)}
+        elif self.gives_masks:
+            sums: list[np.ndarray | float] = [0.0] * len(records)
+            for start in range(0, len(pairs), batch_size):
+                part = pairs[start : start + batch_size]
+                masks = self.predict_masks([pictures[i] for i, _ in part], [pictures[j] for _, j in part])
+                for (index, _), mask in zip(part, masks, strict=True):
+                    sums[index] = sums[index] + mask.astype(np.float64)
+            for index, prediction in enumerate(predictions):
+                prediction["mask/target"] = quantize(np.asarray(sums[index]) / len(partners[index]))
+        if self.gives_points and dense:
+            for start in range(0, len(records), batch_size):
+                end = start + batch_size
+                self._add_fields(
+                    predictions[start:end],
+                    [pictures[others[0]] for others in partners[start:end]],
+                    pictures[start:end],
+                    [False] * len(predictions[start:end]),
+                )
+        return predictions
+
+    def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
+        """Soft masks `(2, N, S, S)` of a group of pictures as one collection: as they are, and refined.
+
+        Raises:
+            InputError: from all predictors that cannot do it.
+        """
+        raise InputError(f"{self.name} segments single pairs only: leave out --masks collection.")
+
+    def _add_points(
+        self,
+        predictions: list[Prediction],
+        records: Sequence[Record],
+        sources: list[EncodedPicture],
+        targets: list[EncodedPicture],
+        mirrored: list[bool],
+        direction: str,
+    ) -> None:
+        import torch
+
+        forward = direction == "source_to_target"
+        start, end = (sources, targets) if forward else (targets, sources)
+        side = "source" if forward else "target"
+        points = [
+            _normalize(keypoint_array(record, side), picture.size)
+            for record, picture in zip(records, start, strict=True)
+        ]
+        if forward:
+            points = [_mirror_x(array) if flag else array for array, flag in zip(points, mirrored, strict=True)]
+        longest = max(map(len, points))
+        if longest == 0:
+            return
+        padded = np.zeros((len(points), longest, 2), dtype=np.float32)
+        for index, array in enumerate(points):
+            padded[index, : len(array)] = array
+        with torch.inference_mode():
+            tensor = torch.from_numpy(padded).to(self.device)
+            mapped = self.map_points(self.batch(start), self.batch(end), tensor)
+        for variant, tensor in mapped.items():
+            array = tensor.float().cpu().numpy().astype(np.float64)
+            for index, prediction in enumerate(predictions):
+                own = array[index, : len(points[index])]
+                if not forward and mirrored[index]:
+                    own = _mirror_x(own)
+                prediction[f"points/{variant}"] = _denormalize(own, end[index].size).astype(np.float32)
+
+    def _add_fields(
+        self,
+        predictions: list[Prediction],
+        sources: list[EncodedPicture],
+        targets: list[EncodedPicture],
+        mirrored: list[bool],
+    ) -> None:
+        import torch
+
+        from ..geometry import make_grid
+
+        grid = make_grid(FIELD_SIDE, FIELD_SIDE, device=self.device).reshape(1, -1, 2).expand(len(sources), -1, -1)
+        with torch.inference_mode():
+            mapped = self.map_points(self.batch(targets), self.batch(sources), grid)
+        for variant, tensor in mapped.items():
+            fields = tensor.float().cpu().numpy().reshape(len(sources), FIELD_SIDE, FIELD_SIDE, 2)
+            for index, prediction in enumerate(predictions):
+                prediction[f"field/{variant}"] = _mirror_x(fields[index]) if mirrored[index] else fields[index].copy()
+
+    device: Any = "cpu"
+
+
+class FeaturePredictor(Predictor):
+    """A predictor that looks at the encoder's features of a MaCoSNet model.
+
+    Args:
+        model: [`MaCoSNetModel`] or [`MaCoSNetForKeypointMatching`].
+        processor: its image processor.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        super().__init__()
+        self.model = getattr(model, "macosnet", model).eval()
+        self.processor = processor
+        self.device = self.model.device
+        self.keep_skips = False
+        self.keep_pixels = False
+        self._weights: str | None = None
+
+    def describe(self) -> dict[str, object]:
+        if self._weights is None:
+            self._weights = weights_hash(self.model)
+        config = self.model.config.to_dict()
+        for key in ("transformers_version", "_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype"):
+            config.pop(key, None)
+        processor = self.processor.to_dict()
+        for key in ("auto_map", "_name_or_path", "_processor_class", "transformers_version"):
+            processor.pop(key, None)
+        return {"weights": self._weights, "config": config, "processor": processor}
+
+    def encode(self, picture: Image.Image) -> EncodedPicture:
+        import torch
+
+        from ..modeling_macosnet import MaCoSNetFeatures
+
+        pixel_values = self.processor.preprocess_views(picture, return_tensors="pt")["pixel_values"].to(self.device)
+        # One picture at a time: on a CPU a batch is no faster, and features must not depend on which pictures were
+        # encoded together, or several processes would not give the same figures.
+        with torch.inference_mode():
+            features = self.model.get_image_features(pixel_values)
+        if not self.keep_skips:
+            features = MaCoSNetFeatures(last=features.last, normalized=features.normalized, skips=())
+        return EncodedPicture(
+            size=(picture.height, picture.width),
+            features=features,
+            pixel_values=pixel_values if self.keep_pixels else None,
+        )
+
+    def batch(self, pictures: list[EncodedPicture]) -> EncodedPicture:
+        import torch
+
+        from ..modeling_macosnet import MaCoSNetFeatures
+
+        features = [picture.features for picture in pictures]
+        skips = tuple(
+            torch.cat([feature.skips[level] for feature in features]) for level in range(len(features[0].skips or ()))
+        )
+        return EncodedPicture(
+            size=pictures[0].size,
+            features=MaCoSNetFeatures(
+                last=torch.cat([feature.last for feature in features]),
+                normalized=torch.cat([feature.normalized for feature in features]),
+                skips=skips,
+            ),
+            pixel_values=torch.cat([picture.pixel_values for picture in pictures]) if self.keep_pixels else None,
+        )
+
+
+class ModelPredictor(FeaturePredictor):
+    """The model itself. Variants: `local`, with the configuration's `mutual_fit` also `fitted`, and `transform`, the
+    configuration's own choice first.
+
+    Args:
+        model, processor: as in [`FeaturePredictor`].
+        name: for tables.
+        masks: whether masks will be asked for (the finer features are then kept with each picture).
+    """
+
+    gives_points = True
+    gives_masks = True
+
+    def __init__(self, model: Any, processor: Any, *, name: str = "model", masks: bool = True):
+        super().__init__(model, processor)
+        self.whole = model
+        self.name = name
+        self.keep_skips = masks
+        self.gives_masks = masks
+        self.keep_pixels = self.model.config.cascade == "exact"
+        smooth = ("fitted", "transform") if self.model.config.mutual_fit else ("transform",)
+        self.variants = ("local", *smooth) if self.model.config.local_matching else (*smooth, "local")
+
+    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        from ..geometry import apply_cascade
+        from ..matching import fit_mutually, match_locally
+
+        config = self.model.config
+        # T_ij maps points of j into i: the picture where the points end is the transform's source.
+        affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
+        around = affine, tps
+        if config.mutual_fit:
+            back = self.model.predict_transforms(start.features, end.features, start.pixel_values)
+            fitted = fit_mutually(
+                torch.stack((end.features.normalized, start.features.normalized), dim=1),
+                torch.stack((affine, back[0]), dim=1),
+                torch.stack((tps, back[1]), dim=1),
+                temperature=config.local_matching_temperature,
+                regularization=config.tps_regularization,
+            )
+            around = fitted[0][:, 0], fitted[1][:, 0]
+        local = match_locally(
+            start.features.normalized,
+            end.features.normalized,
+            points,
+            *around,
+            sigmas=config.local_matching_sigmas,
+            windows=config.local_matching_windows,
+            temperature=config.local_matching_temperature,
+            regularization=config.tps_regularization,
+        )
+        smooth = {"transform": (affine, tps), "fitted": around}
+        return {"local": local} | {
+            variant: apply_cascade(points, *smooth[variant], regularization=config.tps_regularization)
+            for variant in self.variants
+            if variant in smooth
+        }
+
+    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
+        import torch
+
+        from ..matching import correlate
+
+        own, other = self.batch(pictures).features, self.batch(partners).features
+        with torch.inference_mode():
+            # A mask is decoded from S_BA: the layout of the segmented picture A, one channel per position of B.
+            logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
+        return logits.float().sigmoid().cpu().numpy()
+
+    def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
+        from ..collection import Collection
+
+        collection = Collection(self.whole, self.processor)
+        for record in records:
+            picture = open_picture(record["source_image"], f"{record['id']}, source_image").copy()
+            picture.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))
+            collection.add([picture])
+        return collection.segment().probabilities, collection.segment(refine=refine).probabilities
+
+
+def weights_hash(model: Any) -> str:
+    """SHA-256 over the names, types, shapes and values of a model's parameters and buffers."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quantize(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities to uint8 so that `p >= 0.5` exactly where the result is at least 128."""
+    return np.floor(np.clip(probabilities, 0, 1).astype(np.float64) * 255 + 0.5).astype(np.uint8)
+
+
+def _half(size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    return np.maximum(np.asarray([width - 1, height - 1], dtype=np.float64), 1) / 2
+
+
+def _normalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return points / _half(size) - 1
+
+
+def _denormalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return (points + 1) * _half(size)
+
+
+def _mirror_x(points: np.ndarray) -> np.ndarray:
+    return points * np.asarray([-1.0, 1.0], dtype=points.dtype)
+
+
+def field_to_places(field: np.ndarray, source_size: Sequence[int], target_size: Sequence[int]) -> np.ndarray:
+    """A stored field `(g, g', 2)` (normalised, corners included) as places `(h, w, 2)` in pixels of the source, one for
+    each pixel of the target, interpolated bilinearly."""
+    rows = _interpolation(field.shape[0], int(target_size[0]))
+    columns = _interpolation(field.shape[1], int(target_size[1]))
+    full = np.stack([rows @ field[..., axis].astype(np.float64) @ columns.T for axis in (0, 1)], axis=-1)
+    return _denormalize(full, (int(source_size[0]), int(source_size[1])))
+
+
+def _interpolation(count: int, length: int) -> np.ndarray:
+    """`(length, count)` weights of linear interpolation between `count` points that span the same stretch."""
+    position = np.linspace(0, count - 1, length) if length > 1 else np.array([(count - 1) / 2])
+    lower = np.clip(np.floor(position).astype(int), 0, max(count - 2, 0))
+    weights = np.zeros((length, count))
+    fraction = position - lower
+    weights[np.arange(length), lower] = 1 - fraction
+    weights[np.arange(length), np.minimum(lower + 1, count - 1)] += fraction
+    return weights

@@ -1,0 +1,1 @@
+"""Pairs and collections from files to results, and the files that results become."""

@@ -1,0 +1,400 @@
+"""How the photographs of a collection lie on each other: transforms of all pairs, trust, repair, a common frame.
+
+The pairs cost no encoder pass: the fast cascade warps feature maps, and pairs go through the network in batches. For
+pairs (i, j), as everywhere, T_ij takes normalised points of photograph j to photograph i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..collection import Collection, Progress, choose_partners
+from ..errors import InputError
+from ..geometry import (
+    apply_cascade,
+    denormalize_points,
+    identity_affine,
+    identity_tps,
+    inside,
+    make_grid,
+    normalize_points,
+    sampling_grid,
+    tps_basis,
+    warp,
+)
+from ..matching import cell_products, cell_similarity, fit_mutually, match_locally, normalize_similarity
+
+GRAPHS = ("all", "neighbours", "star", "random")
+
+# Forward-backward error, in normalised coordinates, at which trust falls to exp(-1/2).
+_RETURN_SIGMA = 0.2
+_PAIRS_AT_ONCE = 16
+_FITS_AT_ONCE = 2
+_POINTS_A_SIDE = 7  # of the grid on which maps are compared and composed
+_ROUTES = 8  # ways round through a third photograph that are asked for each pair
+_DIRECT_SHARE = 2.0  # the direct way counts as so many ways round of the same trust
+
+
+@dataclass
+class CollectionMatches:
+    """Transforms between the photographs of a collection.
+
+    Attributes:
+        affine: `(N, N, 6)` and tps `(N, N, 18)`: `[i, j]` maps points of j into i; the identity where i = j, NaN where
+            the pair was not matched.
+        similarity: `(N, N)` mean cosine similarity of the features that `[i, j]` brings together, in [-1, 1].
+        error: `(N, N)` mean distance of points of j from their start after the way to i and back, normalised
+            coordinates.
+        trust: `(N, N)` in [0, 1]: `similarity * exp(-error^2 / (2 * 0.2^2))`, 0 where the pair was not matched.
+        collection: the photographs.
+    """
+
+    affine: Tensor
+    tps: Tensor
+    similarity: Tensor
+    error: Tensor
+    trust: Tensor
+    collection: Collection
+
+    def __len__(self) -> int:
+        return len(self.trust)
+
+    def most_central(self) -> int:
+        """The photograph that the others are matched with best: the sum of its trust is the largest."""
+        return int((self.trust + self.trust.t()).sum(0).argmax())
+
+    def transfer_points(
+        self, points: Sequence[Sequence[float]] | np.ndarray, photo: int, *, local_matching: bool | None = None
+    ) -> np.ndarray:
+        """Where points of one photograph lie in all of them.
+
+        Args:
+            points: `(M, 2)` as (x, y) in pixels of that photograph, as it was added.
+            photo: its number.
+            local_matching: whether a point lands on the best feature match near where the transform sends it; default
+                is the configuration's.
+
+        Returns:
+            `(N, M, 2)` as (x, y) in pixels of each photograph; NaN where the pair was not matched.
+
+        Raises:
+            InputError: if there is no such photograph, or the points are not M pairs of finite numbers.
+        """
+        photos = self.collection.photos
+        self._check_number(photo)
+        start = _as_points(points)
+        placed = normalize_points(start, (photos[photo].height, photos[photo].width))
+        found = self._transfer(placed, photo, local_matching)
+        sizes = torch.tensor([[picture.height, picture.width] for picture in photos])
+        moved = denormalize_points(found, sizes)
+        moved[photo] = start
+        return moved.numpy().astype(np.float64)
+
+    def transfer_mask(self, mask: np.ndarray | Tensor, photo: int) -> np.ndarray:
+        """A mask of one photograph, bent onto all of them.
+
+        Args:
+            mask: `(H, W)` in [0, 1] over the whole photograph, at any resolution.
+            photo: its number.
+
+        Returns:
+            `(N, H, W)` float32, each over its whole photograph; NaN where the pair was not matched.
+
+        Raises:
+            InputError: if there is no such photograph, or the mask has no two dimensions.
+        """
+        self._check_number(photo)
+        field = torch.as_tensor(mask, dtype=torch.float32)
+        if field.dim() != 2:
+            raise InputError(f"A mask has the shape (H, W), not {tuple(field.shape)}.")
+        affine, tps = self.affine[photo], self.tps[photo]  # of every photograph's points into this one
+        known = torch.isfinite(affine).all(-1)
+        bent = torch.full((len(self), *field.shape), float("nan"))
+        for number in torch.nonzero(known).flatten().tolist():
+            grid = sampling_grid(
+                affine[number : number + 1],
+                tps[number : number + 1],
+                size=field.shape,
+                regularization=self._regularization,
+            )
+            bent[number] = warp(field[None, None], grid)[0, 0]
+        return bent.numpy()
+
+    def repaired(self) -> CollectionMatches:
+        """The same with each transform replaced by what the ways round through other photographs agree on.
+
+        For a pair (i, j) the direct map T_ij and the compositions T_ik T_kj through the eight most trusted k vote for
+        the place of each point; the answer is their weighted geometric median, to which a thin-plate spline is
+        fitted. A bad direct map is outvoted so, and a pair that was not matched gets a transform if there is a way
+        round.
+        """
+        count = len(self)
+        grid = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(-1, 2)
+        affine, tps = identity_affine(count, count), identity_tps(count, count)
+        fit = torch.linalg.pinv(tps_basis(grid, regularization=self._regularization))  # (9, points)
+        for j in range(count):
+            places = self._consensus(grid, j)
+            tps[:, j] = (fit @ places).transpose(-1, -2).flatten(-2)
+        diagonal = torch.arange(count)
+        tps[diagonal, diagonal] = identity_tps()
+        affine[torch.isnan(tps).any(-1)] = float("nan")
+        return _judged(self.collection, affine, tps)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _regularization(self) -> float:
+        return float(self.collection.model.config.tps_regularization)
+
+    def _check_number(self, photo: int) -> None:
+        if not 0 <= photo < len(self):
+            raise InputError(f"There is no photograph number {photo}; there are {len(self)}, counted from 0.")
+
+    def _map(self, points: Tensor, into: Tensor, of: Tensor) -> Tensor:
+        """Normalised points `(R, M, 2)` of the photographs `of` `(R,)` to those named by `into` `(R,)`."""
+        return apply_cascade(points, self.affine[into, of], self.tps[into, of], regularization=self._regularization)
+
+    def _transfer(self, points: Tensor, photo: int, local_matching: bool | None) -> Tensor:
+        """`(M, 2)` normalised points of a photograph to `(N, M, 2)` of all."""
+        count, config = len(self), self.collection.model.config
+        of = torch.full((count,), photo)
+        every = torch.arange(count)
+        repeated = points.expand(count, -1, -1)
+        if not (config.local_matching if local_matching is None else local_matching):
+            return self._map(repeated, every, of)
+        device = self.collection.model.device
+        found = torch.full((count, *points.shape), float("nan"))
+        known = torch.nonzero(torch.isfinite(self.affine[:, photo]).all(-1)).flatten()
+        with torch.inference_mode():
+            own = self.collection.features([photo]).normalized
+            for some in known.split(_PAIRS_AT_ONCE):
+                moved = match_locally(
+                    own.expand(len(some), -1, -1, -1),
+                    self.collection.features(some.tolist()).normalized,
+                    repeated[: len(some)].to(device),
+                    self.affine[some, photo].to(device),
+                    self.tps[some, photo].to(device),
+                    sigmas=config.local_matching_sigmas,
+                    windows=config.local_matching_windows,
+                    temperature=config.local_matching_temperature,
+                    regularization=self._regularization,
+                )
+                found[some] = moved.float().cpu()
+        return found
+
+    def _consensus(self, points: Tensor, j: int) -> Tensor:
+        """Where points `(M, 2)` of photograph j lie in every photograph by all ways: `(N, M, 2)`."""
+        count = len(self)
+        onward = self._map(points.expand(count, -1, -1), torch.arange(count), torch.full((count,), j))  # j to each k
+        chances = self.trust * self.trust[:, j]  # [i, k]: trust in j -> k -> i
+        chances.fill_diagonal_(0)
+        chances[:, j] = 0
+        best = chances.topk(min(_ROUTES, count), dim=1)
+        into = torch.arange(count).repeat_interleave(best.indices.shape[1])
+        through = best.indices.flatten()
+        composed = self._map(onward[through], into, through).unflatten(0, (count, -1))  # (N, K, M, 2)
+        ways = torch.cat((onward.unsqueeze(1), composed), dim=1)
+        weights = torch.cat((_DIRECT_SHARE * self.trust[:, j : j + 1].square(), best.values), dim=1)
+        weights = torch.where(torch.isfinite(ways).all(-1).all(-1), weights, 0.0)
+        return _geometric_median(ways.nan_to_num(), weights)
+
+
+@torch.inference_mode()
+def match_collection(
+    collection: Collection,
+    *,
+    graph: str = "all",
+    degree: int = 8,
+    seed: int = 0,
+    cascade: str = "features",
+    progress: Progress | None = None,
+) -> CollectionMatches:
+    """Transforms of the ordered pairs of a collection.
+
+    Args:
+        collection: N photographs.
+        graph: which pairs: `"all"` N(N-1), `"neighbours"` (each with the `degree` most alike, both ways), `"star"`
+            (each with the one that is most like all others, both ways) or `"random"` (each with `degree` others).
+        degree: see `graph`.
+        seed: of the random graph.
+        cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped photograph again. With
+            the configuration's `mutual_fit` both transforms of a pair are then fitted to each other.
+        progress: called with (done, total) pairs.
+
+    Raises:
+        InputError: for fewer than two photographs, or an option that is not known.
+    """
+    if len(collection) < 2:
+        raise InputError("Matching needs two or more photographs.")
+    if cascade not in ("features", "exact"):
+        raise InputError(f"cascade must be 'features' or 'exact', not {cascade!r}.")
+    count, model = len(collection), collection.model.macosnet
+    pairs = pair_graph(collection, graph, degree=degree, seed=seed)
+    affine, tps = identity_affine(count, count), identity_tps(count, count)
+    off_diagonal = ~torch.eye(count, dtype=torch.bool)
+    affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
+    similarity = torch.full((count, count), float("nan"))
+    lengths, gram = _all_products(collection) if cascade == "features" else (None, None)
+    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+        some = pairs[start : start + _PAIRS_AT_ONCE]
+        i, j = some.t()
+        cells = _both_ways(collection, some)
+        if lengths is None or gram is None:
+            first, second = collection.features(i.tolist()), collection.features(j.tolist())
+            found = model.predict_transforms(
+                first, second, collection.pixel_values(i.tolist()), normalize_similarity(cells)
+            )
+        else:
+            found = model.predict_transforms_from_similarity(cells, lengths, gram, i.to(gram.device))
+        if collection.model.config.mutual_fit:
+            found = _fitted(collection, some, *found)
+        affine[i, j], tps[i, j] = (parameters.float().cpu() for parameters in found)
+        similarity[i, j] = _brought_together(cells, affine[i, j], tps[i, j], collection)
+        if progress is not None:
+            progress(start + len(some), len(pairs))
+    return _judged(collection, affine, tps, similarity)
+
+
+def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
+    """[`cell_products`] of every photograph: `(N, h*w)` and `(N, h*w, h*w)`."""
+    first = cell_products(collection.features([0]).last)
+    lengths, gram = (part.new_empty(len(collection), *part.shape[1:]) for part in first)
+    for number in range(len(collection)):
+        lengths[number], gram[number] = (part[0] for part in cell_products(collection.features([number]).last))
+    return lengths, gram
+
+
+def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:
+    """Inner products of all cells `(P, h*w, h, w)` of pairs that stand beside their reverse, which is the transpose."""
+    forth = pairs[0::2]
+    products = cell_similarity(*(collection.features(forth[:, side].tolist()).normalized for side in (0, 1)))
+    height, width = products.shape[-2:]
+    back = products.flatten(2).transpose(1, 2).unflatten(-1, (height, width))
+    return torch.stack((products, back), dim=1).flatten(0, 1)
+
+
+def _fitted(collection: Collection, pairs: Tensor, affine: Tensor, tps: Tensor) -> tuple[Tensor, Tensor]:
+    """[`fit_mutually`] for transforms `(P, 6)` and `(P, 18)` of pairs that stand beside their reverse."""
+    first, second = (collection.features(pairs[0::2, side].tolist()).normalized for side in (0, 1))
+    config = collection.model.config
+    both = torch.stack((first, second), dim=1)
+    # What is sampled for many pairs at once does not fit into a processor's cache, and takes twice as long.
+    at_once = _FITS_AT_ONCE if both.device.type == "cpu" else len(both)
+    parts = [
+        fit_mutually(*some, temperature=config.local_matching_temperature, regularization=config.tps_regularization)
+        for some in zip(
+            both.split(at_once),
+            affine.unflatten(0, (-1, 2)).split(at_once),
+            tps.unflatten(0, (-1, 2)).split(at_once),
+            strict=True,
+        )
+    ]
+    fitted = [torch.cat(part).flatten(0, 1) for part in zip(*parts, strict=True)]
+    return fitted[0], fitted[1]
+
+
+def _brought_together(cells: Tensor, affine: Tensor, tps: Tensor, collection: Collection) -> Tensor:
+    """Mean cosine similarity `(P,)` of the target's cells and of the places where transforms send them in the source.
+
+    Read from the inner products `(P, h*w, h, w)`, interpolated; a cell that leaves the source has no partner there.
+    """
+    height, width = cells.shape[-2:]
+    grid = make_grid(height, width).reshape(1, -1, 2).expand(len(cells), -1, -1)
+    regularization = float(collection.model.config.tps_regularization)
+    there = apply_cascade(grid, affine, tps, regularization=regularization)
+    # One map over the source for each of the target's cells, looked up at one place.
+    maps = cells.float().cpu().flatten(2).transpose(1, 2).reshape(-1, 1, height, width)
+    found = warp(maps, there.reshape(-1, 1, 1, 2)).view(len(cells), -1)
+    return (found * inside(there)).mean(-1)
+
+
+def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int = 0) -> Tensor:
+    """The ordered pairs `(P, 2)` of a graph, each beside its reverse; see [`match_collection`].
+
+    Raises:
+        InputError: if the graph is not known, or the degree is not positive.
+    """
+    if graph not in GRAPHS:
+        raise InputError(f"graph must be one of {', '.join(GRAPHS)}; got {graph!r}.")
+    if degree < 1:
+        raise InputError(f"degree must be at least 1, not {degree}.")
+    count = len(collection)
+    upper = torch.triu_indices(count, count, 1).t()
+    if graph != "all":
+        chosen = torch.zeros(count, count, dtype=torch.bool)
+        if graph == "random":
+            generator = torch.Generator().manual_seed(seed)
+            scores = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
+            partners = scores.topk(min(degree, count - 1), dim=1).indices
+        else:
+            last = collection.features(range(count)).last
+            partners, similarity = choose_partners(last, degree if graph == "neighbours" else count - 1)
+            if graph == "star":
+                hub = int(similarity.mean(1).argmax())
+                partners = torch.full((count, 1), hub)
+        chosen.scatter_(1, partners.cpu(), torch.ones_like(partners.cpu(), dtype=torch.bool))
+        chosen = chosen | chosen.t()
+        upper = upper[chosen[upper[:, 0], upper[:, 1]]]
+    return torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
+
+
+def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Tensor | None = None) -> CollectionMatches:
+    """Error and trust of transforms `(N, N, 6)` and `(N, N, 18)`, and their similarity where it is not known."""
+    count = len(collection)
+    regularization = float(collection.model.config.tps_regularization)
+    points = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9
+    error = torch.full((count, count), float("nan"))
+    known = torch.isfinite(affine).all(-1)
+    i, j = torch.nonzero(known).t()
+    for part in torch.arange(len(i)).split(4096):
+        a, b = i[part], j[part]
+        start = points.expand(len(part), -1, -1)
+        there = apply_cascade(start, affine[a, b], tps[a, b], regularization=regularization)
+        back = apply_cascade(there, affine[b, a], tps[b, a], regularization=regularization)
+        error[a, b] = (back - start).norm(dim=-1).mean(-1)
+    if similarity is None:
+        similarity = torch.full((count, count), float("nan"))
+        upper = torch.triu_indices(count, count, 1).t()
+        pairs = torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
+        with torch.inference_mode():
+            for first in range(0, len(pairs), _PAIRS_AT_ONCE):
+                some = pairs[first : first + _PAIRS_AT_ONCE]
+                a, b = some.t()
+                cells = _both_ways(collection, some)
+                similarity[a, b] = _brought_together(cells, affine[a, b], tps[a, b], collection)
+    similarity = similarity.clone().fill_diagonal_(1.0)
+    trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _RETURN_SIGMA) ** 2)
+    return CollectionMatches(affine, tps, similarity, error, trust.nan_to_num(0).fill_diagonal_(1.0), collection)
+
+
+def _geometric_median(places: Tensor, weights: Tensor, steps: int = 10) -> Tensor:
+    """Of K places for each of M points: `(N, K, M, 2)` and weights `(N, K)` to `(N, M, 2)`; NaN without any weight.
+
+    Weiszfeld's iteration, from the weighted mean.
+    """
+    share = weights[:, :, None, None]
+    total = share.sum(1)
+    median = (share * places).sum(1) / total
+    for _ in range(steps):
+        distance = (places - median.unsqueeze(1)).norm(dim=-1, keepdim=True).clamp(min=1e-4)
+        pull = share / distance
+        median = (pull * places).sum(1) / pull.sum(1)
+    return median
+
+
+def _as_points(points: Sequence[Sequence[float]] | np.ndarray) -> Tensor:
+    try:
+        array = np.asarray(points, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError("Points must be pairs of numbers (x, y).") from error
+    if array.ndim != 2 or array.shape[1] != 2 or not np.isfinite(array).all():
+        raise InputError("Points must be pairs of finite numbers (x, y).")
+    return torch.from_numpy(array)
+
+
+__all__ = ["GRAPHS", "CollectionMatches", "match_collection", "pair_graph"]

@@ -1,0 +1,1 @@
+"""Files and the outside world: images, checkpoints, output folders, the Hub."""

@@ -1,0 +1,322 @@
+"""From a checkpoint (folder or Hub id) to a model and its processor; every fault of it is said in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, InputError
+from .collector import collector_paused
+from .package import DEFAULT_CHECKPOINT
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..image_processing_macosnet import MaCoSNetImageProcessor
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.pth.tar", "model.bin", "model.ckpt")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save is a zip of pickles
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: if the device is unknown or not there.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"There is no device called {device!r}; use auto, cpu or cuda.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("This machine has no CUDA device that can be used; use cpu or auto.")
+    return chosen
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """Finds what a person would have to mend in a checkpoint folder, quickly: torch is not imported.
+
+    A name that can only be the id of a Hub repository passes.
+
+    Raises:
+        CheckpointError: if there is no such folder, one of its files is missing or damaged, its weights are a pickle,
+            or it holds another kind of model.
+    """
+    name = os.fspath(checkpoint)
+    if os.path.isdir(name):
+        _check_folder(Path(name))
+    elif os.path.exists(name):
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder or the id of a Hub repository.")
+    elif not name or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise CheckpointError(f"There is no checkpoint folder {name!r}.")
+
+
+@collector_paused()
+def load_model_and_processor(
+    checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT, device: str | torch.device = "auto"
+) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
+    """Loads a model, in evaluation mode on a device, and its processor.
+
+    Only safetensors weights are read, and only this package's own classes run: a checkpoint's Python files are ignored.
+
+    Args:
+        checkpoint: a folder, or the id of a Hub repository.
+        device: `"auto"`, `"cpu"`, `"cuda"`, or a `torch.device`.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, the weights are a pickle, or the architecture is another.
+        InputError: if the device is not there.
+    """
+    name = os.fspath(checkpoint)
+    check_checkpoint(name)
+    folder = name if os.path.isdir(name) else _from_hub(name)  # before torch is imported, for a quick answer
+    target = pick_device(device) if isinstance(device, str) else device
+
+    from ..image_processing_macosnet import MaCoSNetImageProcessor
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching
+
+    try:
+        with _quiet_transformers():
+            model, info = MaCoSNetForKeypointMatching.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            processor = MaCoSNetImageProcessor.from_pretrained(folder)
+    except Exception as error:
+        # transformers, safetensors and timm raise many kinds for a damaged checkpoint.
+        raise CheckpointError(f"The checkpoint in {name} cannot be used ({_first_line(error)}).") from error
+    _check_weights(name, model, info)
+    _check_processor(name, model, processor)
+    return model.to(target).eval(), processor
+
+
+def _from_hub(name: str) -> str:
+    """The folder, in the Hub client's cache, with the files of a repository that a model is loaded from.
+
+    Only these files are fetched, whatever else is there. Without a network, what is in the cache is used, and nothing
+    is tried again and again: transformers alone takes half a minute to say that a mistyped folder name is no folder.
+
+    Raises:
+        CheckpointError: naming the file that cannot be had, and what can be done.
+    """
+    with _quiet_transformers():
+        online = _hub_answers(name)
+        folder = os.path.dirname(_hub_file(name, "config.json", online))
+        commit = os.path.basename(folder)  # all files of one commit, also while somebody uploads another
+        _hub_file(name, "preprocessor_config.json", online, commit)
+        try:
+            _hub_file(name, _WEIGHTS, online, commit)
+        except _NotInRepository as error:
+            try:
+                index = _hub_file(name, _INDEX, online, commit)
+            except CheckpointError:
+                raise error from None
+            shards = _read_json(Path(index)).get("weight_map")
+            for shard in sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else ():
+                if os.path.basename(shard) != shard:
+                    raise CheckpointError(f"{_INDEX} of {name} is damaged: {shard!r} is no file beside it.") from None
+                _hub_file(name, shard, online, commit)
+    _check_folder(Path(folder))
+    return folder
+
+
+class _NotInRepository(CheckpointError):
+    """The repository is there, the file is not."""
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether there is a way to the Hub, asked once; the client itself asks six times, over 23 seconds."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+    except HfHubHTTPError:  # no such repository, for instance, but somebody said so
+        return True
+    except Exception:  # the transport raises kinds of its own; offline mode is another
+        return False
+    return True
+
+
+def _hub_file(name: str, file: str, online: bool, revision: str | None = None) -> str:
+    """The path of one file of a repository, in the cache.
+
+    Raises:
+        CheckpointError: if it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    lead = f"{name!r} is no folder here, and could not be had from the Hub"
+    try:
+        return hf_hub_download(name, file, revision=revision, etag_timeout=5, local_files_only=not online)
+    except HFValidationError as error:
+        raise CheckpointError(f"{lead}: it cannot be the name of a repository.") from error
+    except GatedRepoError as error:
+        raise CheckpointError(f"{lead}: ask for access on its page, then run `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{lead}: there is no repository of that name, or it is private and needs `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{lead}: there is no connection, and {file} is not in the cache. To go on without a network, pass the "
+            f"folder of a checkpoint, or run `hf download {name}` once where there is one."
+        ) from error
+    except EntryNotFoundError as error:
+        raise _NotInRepository(f"The repository {name} on the Hub has no {file}.") from error
+    except Exception as error:  # the client and its transport raise many kinds; all mean that there is no file
+        raise CheckpointError(f"{lead} ({file}: {_first_line(error)}).") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, load report or retry lines (what is wrong is said in our own sentence)."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".:")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before torch is imported
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_folder(folder: Path) -> None:
+    for required in ("config.json", "preprocessor_config.json"):
+        if not (folder / required).is_file():
+            raise CheckpointError(f"The checkpoint folder {folder} has no {required}.")
+        settings = _read_json(folder / required)
+        if required == "config.json" and settings.get("model_type") != "macosnet":
+            raise CheckpointError(
+                f"{folder} holds a {settings.get('model_type') or 'nameless'} model, not a MaCoSNet checkpoint."
+            )
+    if (folder / _WEIGHTS).is_file():
+        _check_safetensors(folder / _WEIGHTS)
+    elif (folder / _INDEX).is_file():
+        shards = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{folder / _INDEX} is damaged: it names no weights.")
+        for shard in sorted(set(shards.values())):
+            if os.path.basename(shard) != shard:
+                raise CheckpointError(f"{folder / _INDEX} is damaged: {shard!r} is no file beside it.")
+            if not os.path.isfile(folder / shard):  # pathlib raises for a name that is too long
+                raise CheckpointError(f"The checkpoint folder {folder} has no {shard}.")
+            _check_safetensors(folder / shard)
+    else:
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        if pickles:
+            raise _pickle_error(folder / pickles[0])
+        raise CheckpointError(f"The checkpoint folder {folder} has no {_WEIGHTS}.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no settings.")
+    return settings
+
+
+def _check_safetensors(path: Path) -> None:
+    """Reads the header only; safetensors compares it with the length of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start.startswith(PICKLE_STARTS):
+            raise _pickle_error(path)
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}).") from error
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle, which can run code when it is loaded; only weights in the safetensors format are read."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(name: str, model: MaCoSNetForKeypointMatching, info: dict[str, Any]) -> None:
+    """Weights that were not in the file would be random numbers, and broken ones would end as a puzzle far away."""
+    for kind, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
+        # Mismatched ones come as (name, shape in the file, shape in the model).
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[kind])
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(
+                f"The weights of {name} {fault} {shown}: they do not fit the architecture in its config.json."
+            )
+    for key, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"The weights of {name} are damaged: {key} holds values that are not finite numbers.")
+
+
+def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor) -> None:
+    """One tiny picture goes through: its settings are checked by nobody else before the first photograph."""
+    import numpy as np
+    from PIL import Image
+
+    size = model.config.image_size
+    try:
+        asked = (processor.size["height"], processor.size["width"])
+        if max(asked) > 10 * size:  # a picture of the size that a damaged or hostile file asks for may not fit anywhere
+            raise ValueError(f"pictures of {asked[1]}x{asked[0]} pixels, but the model takes {size}x{size}")
+        with np.errstate(all="ignore"):
+            pixels = processor.preprocess_views([Image.new("RGB", (4, 4))], return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        # Settings of any type and value reach numpy and PIL from here.
+        raise CheckpointError(
+            f"The preprocessor_config.json of {name} cannot be used ({_first_line(error)})."
+        ) from error
+    if tuple(pixels.shape) != (1, 3, size, size):
+        raise CheckpointError(
+            f"The preprocessor_config.json of {name} makes pictures of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, "
+            f"but its model takes {size}x{size}."
+        )
+    if not pixels.isfinite().all():
+        raise CheckpointError(
+            f"The preprocessor_config.json of {name} is damaged: it turns pixels into numbers that are not finite."
+        )

