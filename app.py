@@ -1,4 +1,4 @@
-"""The demo: photographs in, their matches, masks, points and averages out. Everything is computed by `macosnet_hf`.
+"""The demo: photos in, their matches, masks, points and averages out. Everything is computed by `macosnet_hf`.
 
 Run it with `make demo`, or `python app.py --port 7860 --host 127.0.0.1 --model FOLDER_OR_HUB_ID`.
 """
@@ -46,12 +46,12 @@ KEPT_PER_VISITOR = 4
 FILE_SECONDS = 3600  # how long uploads and results stay on the disk
 TIDY_SECONDS = 20  # between two looks for memory that can be given back
 KEPT_SESSIONS = 256  # of which gradio remembers what their pages show; its own limit is 10,000
-DISPLAY_SIDE = 720  # pixels of the smaller pictures
+DISPLAY_SIDE = 720  # pixels of the smaller images
 
 TITLE = "Show, Match and Segment"
-SUMMARY = "Two photographs of the same kind of object go in. Out come the places that match, and the object itself."
+SUMMARY = "Two photos of the same kind of object go in. Out come the places that match, and the object itself."
 LIMITS = (
-    "Best with one main object in each photograph, the same kind of thing seen from a similar side; thin parts are "
+    "Best with one main object in each photo, the same kind of thing seen from a similar side; thin parts are "
     f"easily missed. Files up to {MAX_FILE_MEGABYTES} MB. Nothing is kept longer than two hours."
 )
 PAPER = "https://arxiv.org/abs/1906.05857"
@@ -67,7 +67,7 @@ WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"i
 
 PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a function
 
-# Photographs that come with gradio itself, and a cat (CC0, Stefan van der Walt): examples without a download.
+# Photos that come with gradio itself, and a cat (CC0, Stefan van der Walt): examples without a download.
 EXAMPLES_FOLDER = MEDIA_ROOT / "images"
 OWN_EXAMPLES = Path(__file__).resolve().parent / "docs" / "images"
 CHEETAH, LION, TOWER = (str(EXAMPLES_FOLDER / name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
@@ -133,7 +133,7 @@ CSS = """
 #start { align-items: center; }
 #start #match { flex: 1 1 220px; }
 #start #examples { flex: 0 1 auto; width: auto; min-width: 0; }
-#photographs .grid-container { grid-template-columns: repeat(auto-fill, minmax(105px, 1fr)); }
+#photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(105px, 1fr)); }
 #cutouts .grid-container, #masks .grid-container { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
 #cutouts .grid-wrap, #masks .grid-wrap { max-height: 46rem; }
 input[type=range]::-webkit-slider-thumb { border: 1px solid var(--neutral-400); }
@@ -283,14 +283,12 @@ def in_plain_words() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
     except Exception as error:
         logger.exception("A request failed")
-        raise gr.Error(
-            "Something went wrong on our side. Please try other photographs.", print_exception=False
-        ) from error
+        raise gr.Error("Something went wrong on our side. Please try other photos.", print_exception=False) from error
 
 
 def checked_pair(source: str | None, target: str | None) -> tuple[str, str]:
     if not source or not target:
-        raise InputError("Choose two photographs first.")
+        raise InputError("Choose two photos first.")
     return source, target
 
 
@@ -307,7 +305,7 @@ def for_display(image: Image.Image, side: int = DISPLAY_SIDE) -> Image.Image:
 
 
 def annotated(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
-    """The value of a `gr.AnnotatedImage`: the photograph with its object tinted and outlined."""
+    """The value of a `gr.AnnotatedImage`: the photo with its object tinted and outlined."""
     shown = for_display(image)
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(shown.size, Image.Resampling.BILINEAR)
     inside = np.asarray(grey) >= 128
@@ -318,7 +316,7 @@ def verdict(work: Any) -> str:
     """One line: how far the result of a pair can be trusted, and how many matches there are."""
     count = len(work.result.matches)
     if work.same_photograph:
-        return "This is the same photograph twice, so every point should find itself."
+        return "This is the same photo twice, so every point should find itself."
     words = VERDICTS[work.result.quality]
     if work.result.quality == "poor":
         return words  # a number of matches would contradict it
@@ -330,20 +328,20 @@ def as_mark(mark: str, kind: str, words: str) -> str:
 
 
 def collection_verdict(work: Any) -> str:
-    """One line: which photographs do not belong."""
+    """One line: which photos do not belong."""
     odd = [work.copies[number].name for number in work.odd]
     rest = len(work.copies) - len(odd)
     if rest < 4 and not odd:
-        return f"{rest} photographs are too few to tell whether one does not belong; four will do."
+        return f"{rest} photos are too few to tell whether one does not belong; four will do."
     if not odd:
-        return f"All {rest} photographs seem to show the same kind of object."
+        return f"All {rest} photos seem to show the same kind of object."
     named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
     belong = "does not seem" if len(odd) == 1 else "do not seem"
     return f"{named} {belong} to belong; the other {rest} agree."
 
 
 def agreement_table(work: Any) -> str:
-    """HTML: a bar for each photograph, the best first."""
+    """HTML: a bar for each photo, the best first."""
     values = np.asarray(work.result.agreement, dtype=float)
     rows = []
     for number in np.argsort(-values, kind="stable").tolist():
@@ -375,7 +373,7 @@ def uploaded(component: Any, payload: Any) -> str:
 
 
 def takes_files_as_they_are(kind: type[Any]) -> Any:
-    """A kind of component that hands over uploaded files: `load_image` turns photographs upright and says in plain
+    """A kind of component that hands over uploaded files: `load_image` turns photos upright and says in plain
     words what is wrong with them; gradio's own reading would do neither, and would decode a bomb."""
 
     def one(self: Any, payload: Any) -> str | None:
@@ -400,7 +398,7 @@ UploadedFile = takes_files_as_they_are(gr.File)
 
 
 def upload(name: str) -> Any:
-    """A place for a photograph of the visitor."""
+    """A place for a photo of the visitor."""
     return UploadedImage(
         elem_id=name.lower(),
         label=name,
@@ -431,7 +429,7 @@ def into_cache(component: Any, paths: list[Path]) -> list[str]:
 
 
 def save_picture(img: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
-    """In the place of gradio's `save_pil_to_cache`, which names a picture after its content as well but writes it anew
+    """In the place of gradio's `save_pil_to_cache`, which names an image after its content as well but writes it anew
     each time: whoever was fetching it for an equal request got a part of it, or nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.{format}"
@@ -461,7 +459,7 @@ def checked_upload(component: Any, paths: list[str]) -> list[str]:
 
 
 def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
-    """Two photographs: matches, points, masks, warp, files."""
+    """Two photos: matches, points, masks, warp, files."""
 
     def shown(work: Any, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         """Everything that the page shows of a pair."""
@@ -512,7 +510,7 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
             return into_cache(files, workbench().write_pair_files(desk.pairs.get(key), Path(folder), threshold))
 
     def viewer_transfer(question: Any) -> dict[str, Any]:
-        """Where one point of the small copies lies in the other photograph."""
+        """Where one point of the small copies lies in the other photo."""
         try:
             side = int(question["side"])
             result = desk.pairs.get(question["id"]).result
@@ -522,7 +520,7 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
         except MaCoSNetError as error:
             return {"error": str(error)}
         except (KeyError, IndexError, TypeError, ValueError):
-            return {"error": "This is not a point of a photograph."}
+            return {"error": "This is not a point of a photo."}
 
     def viewer_grid(question: Any) -> dict[str, Any]:
         """A grid of points over the object of the source, and where they lie in the target."""
@@ -579,7 +577,7 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
                 for name in ("Source", "Target")
             ]
             warped = gr.ImageSlider(
-                label="Target | source bent onto it",
+                label="Target | source warped onto it",
                 elem_id="warped",
                 type="pil",
                 format="jpeg",
@@ -590,8 +588,8 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
                 min_width=260,
             )
         gr.Markdown(
-            "**Take it with you:** matches as JSON and CSV, the dense flow as npz, masks and cut-outs as PNG in the "
-            "photographs' own sizes."
+            "**Take it with you:** matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the "
+            "photos' own sizes."
         )
         make_files = gr.Button("Make the files", elem_id="make-files")
         files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
@@ -613,13 +611,13 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
     }
     runs = [
         button.click(**matching),
-        # Not gr.Examples: it replaces the uploads by ones that read the photographs in gradio's own way.
+        # Not gr.Examples: it replaces the uploads by ones that read the photos in gradio's own way.
         examples.click(
             lambda pair: pair, examples, [source, target], queue=False, show_progress="hidden", **private
         ).then(**matching),
     ]
     for done in runs:
-        # An old result does not belong to photographs that could not be matched.
+        # An old result does not belong to photos that could not be matched.
         done.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, line, results], queue=False, **private)
     # One listener for both, so that answers cannot overtake each other.
     gr.on(
@@ -652,7 +650,7 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
 
 
 def collection_tab(desk: Desk, tab: gr.Tab) -> None:
-    """Two to thirty photographs: cut-outs, contact sheet, average, who agrees, zip."""
+    """Two to thirty photos: cutouts, contact sheet, average, who agrees, zip."""
 
     def shown(work: Any, request: gr.Request) -> tuple[Any, ...]:
         """Everything that the page shows of a collection."""
@@ -700,7 +698,7 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
 
     key = gr.State()
     gr.Markdown(
-        "**Two to thirty photographs of the same kind of object.** Out come the object of each, their average, and the "
+        "**Two to thirty photos of the same kind of object.** Out come the object of each, their average, and the "
         "one that does not belong."
     )
     photographs = UploadedGallery(
@@ -733,7 +731,7 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
                 average = picture("The average of those that agree", elem_id="average", height=320)
                 gr.Markdown("**How far each agrees with the others**")
                 agreement = gr.HTML(elem_id="agreement")
-        gr.Markdown("**Take it with you:** masks and cut-outs in original size, contact sheet, average and summary.")
+        gr.Markdown("**Take it with you:** masks and cutouts in original size, contact sheet, average and summary.")
         make_zip = gr.Button("Make the zip", elem_id="make-zip")
         archive = gr.File(label="Zip", interactive=False, visible=False, elem_id="zip")
 
@@ -780,12 +778,12 @@ def public_api(desk: Desk) -> None:
     def match(
         source: str | None, target: str | None, threshold: float, refine: str, request: gr.Request
     ) -> tuple[dict[str, Any], Image.Image, str, str, Image.Image]:
-        """Matches two photographs of the same kind of object and cuts the object out of both.
+        """Matches two photos of the same kind of object and cuts the object out of both.
 
         Takes two image files, the smallest score of a match (0 to 1) and how masks get their edges ("grabcut", "otsu"
         or "none"). Returns a report (key `result` names the result in `/transfer_points` for half an hour; matches with
         points (x, y) in pixels of the originals; quality "good", "fair" or "poor", also in words), a drawing of the
-        matches, the masks of source and target as PNG in original size, and the source bent onto the target (at most
+        matches, the masks of source and target as PNG in original size, and the source warped onto the target (at most
         960 pixels).
         """
         with in_plain_words(), tempfile.TemporaryDirectory() as folder:
@@ -804,11 +802,11 @@ def public_api(desk: Desk) -> None:
             return (report, work.result.draw_matches(), *into_cache(drawing, paths), work.result.warped_source())
 
     def transfer_points(result: str, points: list[list[float]], direction: str) -> list[list[float]]:
-        """Where points of one photograph lie in the other.
+        """Where points of one photo lie in the other.
 
-        Takes the key `result` of a report of `/match`, a list of points [x, y] in pixels of the original photograph
+        Takes the key `result` of a report of `/match`, a list of points [x, y] in pixels of the original photo
         that they are on, and the direction ("source_to_target" or "target_to_source"). Returns the points in pixels
-        of the other photograph; one may lie outside of it. The network does not run again.
+        of the other photo; one may lie outside of it. The network does not run again.
         """
         with in_plain_words():
             if not isinstance(points, list) or len(points) > MAX_POINTS:
@@ -818,11 +816,11 @@ def public_api(desk: Desk) -> None:
     def segment_collection(
         photographs: list[str] | None, refine: str, request: gr.Request
     ) -> tuple[dict[str, Any], Image.Image, Image.Image, str]:
-        """Cuts out what 2 to 30 photographs have in common.
+        """Cuts out what 2 to 30 photos have in common.
 
         Takes image files and how masks get their edges ("grabcut", "otsu" or "none"). Returns a report (for each
-        photograph its agreement with the others, whether it belongs, its partners; the odd ones out), a contact sheet,
-        the average of those that agree, and a zip with masks and cut-outs as PNG in original size.
+        photo its agreement with the others, whether it belongs, its partners; the odd ones out), a contact sheet,
+        the average of those that agree, and a zip with masks and cutouts as PNG in original size.
         """
         with (
             in_plain_words(),
@@ -847,7 +845,7 @@ def public_api(desk: Desk) -> None:
         report = gr.JSON(label="report")
         drawing = gr.Image(label="matches", type="pil", format="jpeg")
         masks = [gr.Image(label=f"{name} mask", type="filepath") for name in ("source", "target")]
-        warped = gr.Image(label="source bent onto the target", type="pil", format="jpeg")
+        warped = gr.Image(label="source warped onto the target", type="pil", format="jpeg")
         gr.Button().click(
             match,
             [source, target, threshold, refine],
@@ -859,7 +857,7 @@ def public_api(desk: Desk) -> None:
         result = gr.Textbox(label="result")
         points = gr.JSON(label="points")
         direction = gr.Radio(["source_to_target", "target_to_source"], value="source_to_target", label="direction")
-        moved = gr.JSON(label="points of the other photograph")
+        moved = gr.JSON(label="points of the other photo")
         gr.Button().click(
             transfer_points, [result, points, direction], moved, api_name="transfer_points", concurrency_limit=4
         )
@@ -891,8 +889,8 @@ def model_card() -> str:
 def about_tab(matcher: Matcher) -> None:
     embedded = matcher.checkpoint == DEFAULT_CHECKPOINT
     gr.Markdown(
-        "One network finds which place of one photograph corresponds to which place of another, and which pixels "
-        "belong to the object that both show. It was trained without a single key-point and without a single mask.\n\n"
+        "One network finds which place of one photo corresponds to which place of another, and which pixels "
+        "belong to the object that both show. It was trained without a single keypoint and without a single mask.\n\n"
         f"**Limits.** {LIMITS}\n\n"
         f"**Paper.** Chen, Lin, Yang and Huang, [Show, Match and Segment]({PAPER}).\n\n"
         f"**Model.** {'The checkpoint that comes with the project.' if embedded else f'`{matcher.checkpoint}`'}\n\n"

@@ -3,9 +3,9 @@
     python benchmarks/ablation.py --data DATA --output_dir OUT [--model MODEL] [--steps 60] [--only NAME ...] [--resume]
 
 DATA holds `voc2010-coseg` (`images/<class>` and `masks/<class>`), `pf-willow` (the original archive) and the folders
-of photographs to train on. Every variant is trained from the same model with the same seed, photographs and number of
-steps, and measured on the same photographs of voc2010-coseg and pairs of PF-WILLOW. Masks and key-points are only
-reported: the training sees photographs and class names. Results are written to OUT/ablation.json after each variant, so
+of images to train on. Every variant is trained from the same model with the same seed, images and number of
+steps, and measured on the same images of voc2010-coseg and pairs of PF-WILLOW. Masks and keypoints are only
+reported: the training sees images and class names. Results are written to OUT/ablation.json after each variant, so
 that an interrupted run goes on with --resume, and to OUT/ablation.md as tables.
 """
 
@@ -30,20 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from macosnet_hf.training.images import TrainingImages
 from torch import nn
 
 from macosnet_hf import DEFAULT_CHECKPOINT
 from macosnet_hf.datasets.prepare import open_records
 from macosnet_hf.datasets.schema import Record
 from macosnet_hf.errors import CheckpointError, DataError, InputError, OutputError
-from macosnet_hf.evaluation.predictors import ModelPredictor, PictureCache, weights_hash
+from macosnet_hf.evaluation.predictors import ImageCache, ModelPredictor, weights_hash
 from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol, Tally, evaluate, finish
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training import joint_run
 from macosnet_hf.training.decoder_start import encode_all, load_masks, save_masks
 from macosnet_hf.training.loop import FREE_ARGUMENTS, NonFiniteLossError, run_script, writing
 from macosnet_hf.training.losses import PerceptualNetwork
-from macosnet_hf.training.photos import Photographs
 from macosnet_hf.training.pseudo_masks import pseudo_masks
 
 
@@ -140,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", help="folder that holds voc2010-coseg, pf-willow and the photographs to train on")
+    parser.add_argument("--data", help="folder that holds voc2010-coseg, pf-willow and the images to train on")
     parser.add_argument("--output_dir", help="where results and tables go")
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="where every variant starts; default: the embedded")
     parser.add_argument(
@@ -224,8 +224,8 @@ def training_words(args: argparse.Namespace, photographs: Sequence[str], output:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def copy_photographs(photographs: Photographs, folder: Path) -> None:
-    """Writes the photographs as they are trained on, so that each variant reads small squares and no original again."""
+def copy_photographs(photographs: TrainingImages, folder: Path) -> None:
+    """Writes the images as they are trained on, so that each variant reads small squares and no original again."""
     from PIL import Image
 
     numbers = {name: number for number, name in enumerate(photographs.classes())}
@@ -238,7 +238,7 @@ def copy_photographs(photographs: Photographs, folder: Path) -> None:
             Image.fromarray(pixels).save(path, compress_level=1)
 
 
-def shared_masks(path: Path, photographs: Photographs, model: Any, processor: Any) -> None:
+def shared_masks(path: Path, photographs: TrainingImages, model: Any, processor: Any) -> None:
     """Makes the pseudo-masks of all variants once, unless the file of an interrupted run holds them."""
     try:
         found = load_masks(path, photographs.fingerprint())
@@ -246,7 +246,7 @@ def shared_masks(path: Path, photographs: Photographs, model: Any, processor: An
         found = None  # damaged: made anew
     if found is not None:
         return
-    print(f"Making pseudo-masks of {len(photographs)} photographs ...", flush=True)
+    print(f"Making pseudo-masks of {len(photographs)} images ...", flush=True)
     photographs.keep_in_memory(quiet=True)
     pictures = torch.stack([photographs[index] for index in range(len(photographs))])
     features = encode_all(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
@@ -270,7 +270,7 @@ def by_class(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def evaluation_records(args: argparse.Namespace) -> tuple[list[Record], list[Record]]:
-    """Photographs with masks, and pairs with key-points: a fixed choice from all classes.
+    """Images with masks, and pairs with keypoints: a fixed choice from all classes.
 
     Raises:
         DataError: if a data set cannot be read.
@@ -291,19 +291,19 @@ def evaluation_records(args: argparse.Namespace) -> tuple[list[Record], list[Rec
 
 
 class Judge:
-    """Measures models on the same photographs and pairs.
+    """Measures models on the same images and pairs.
 
     Features are kept from one model to the next where their encoders are equal, and figures where all that they depend
     on is equal: a stream that a variant does not train is not measured again.
 
     Args:
-        photographs, pairs: records of [`evaluation_records`].
+        images, pairs: records of [`evaluation_records`].
         refine_size: longer side when masks are refined.
     """
 
     def __init__(self, photographs: list[Record], pairs: list[Record], refine_size: int):
-        self.photographs, self.pairs, self.refine_size = photographs, pairs, refine_size
-        self._caches: dict[tuple[str, str], PictureCache] = {}
+        self.images, self.pairs, self.refine_size = photographs, pairs, refine_size
+        self._caches: dict[tuple[str, str], ImageCache] = {}
         self._known: dict[tuple[str, ...], Figures] = {}
 
     def measure(self, folder: str | Path, refinements: tuple[str, ...]) -> Figures:
@@ -341,7 +341,7 @@ class Judge:
         for refine in refinements:
             predictor = self._predictor(model, processor, encoder, "masks")
             options = Options(refine=refine, refine_size=self.refine_size)
-            tally = next(iter(_tallies(self.photographs, protocol, predictor, options).values()))
+            tally = next(iter(_tallies(self.images, protocol, predictor, options).values()))
             overall, classes = tally.overall(), tally.class_means()
             found[refine] = _precision_and_jaccard(overall, classes, "")
             found["soft"] = _precision_and_jaccard(overall, classes, "before_refinement.")
@@ -477,7 +477,7 @@ class Ablation:
             joint_run.check_arguments(self._parse(variant, sources))
         full = self._parse(BY_NAME["full"], sources)
         model, processor = load_model_and_processor(args.model)
-        originals = Photographs(
+        originals = TrainingImages(
             sources, full.photo_size, exclude=tuple(full.exclude_classes), limit=args.photos_per_class
         )
         photographs, pairs = evaluation_records(args)
@@ -486,7 +486,7 @@ class Ablation:
             "format": FORMAT,
             "model": weights_hash(model.macosnet)[:16],
             "photographs": originals.fingerprint(),
-            "evaluation photographs": f"{len(photographs)} ({_digest([record['id'] for record in photographs])})",
+            "evaluation images": f"{len(photographs)} ({_digest([record['id'] for record in photographs])})",
             "evaluation pairs": f"{len(pairs)} ({_digest([record['id'] for record in pairs])})",
             "refine_size": args.refine_size,
             **{f"training.{name}": value for name, value in effective(full).items()},
@@ -497,9 +497,9 @@ class Ablation:
         copy_photographs(originals, self.copies)
         self.masks = self.out / "pseudo_masks.npz"
         if any(variant.words is not None and self._parse(variant, sources).prior_weight for variant in self._missing()):
-            copied = Photographs([str(self.copies)], full.photo_size)
+            copied = TrainingImages([str(self.copies)], full.photo_size)
             shared_masks(self.masks, copied, model, processor)
-        self.photograph_count, self.class_count = len(originals), len(originals.classes())
+        self.image_count, self.class_count = len(originals), len(originals.classes())
 
     def _parse(self, variant: Variant, photographs: Sequence[str]) -> argparse.Namespace:
         words = training_words(self.args, photographs, self.out / "runs" / variant.name) + list(variant.words or ())
@@ -569,17 +569,17 @@ class Ablation:
         seconds = sum(figures["seconds"] for figures in results.values())
         threads = torch.get_num_threads()
         command = shlex.join(["python", "benchmarks/ablation.py", *args.words])
-        photographs, pairs = self.judge.photographs, self.judge.pairs
+        photographs, pairs = self.judge.images, self.judge.pairs
         classes = len({record["class_name"] for record in photographs})
         batch = self.results.settings["training.per_device_train_batch_size"]
         lines = [
             "# Ablation",
             f"`{command}`",
             f"Every variant starts from the same weights ({self.results.settings['model']}) and makes {args.steps} "
-            f"steps of {batch} groups of photographs with the settings of `{Path(args.config).name}` and one seed "
-            f"({args.seed}), on {self.photograph_count} photographs of {self.class_count} classes "
-            f"({', '.join(args.photographs)}). Measured on {len(photographs)} photographs of {classes} classes of "
-            f"voc2010-coseg and {len(pairs)} pairs of PF-WILLOW, whose masks and key-points no training saw. "
+            f"steps of {batch} groups of images with the settings of `{Path(args.config).name}` and one seed "
+            f"({args.seed}), on {self.photograph_count} images of {self.class_count} classes "
+            f"({', '.join(args.photographs)}). Measured on {len(photographs)} images of {classes} classes of "
+            f"voc2010-coseg and {len(pairs)} pairs of PF-WILLOW, whose masks and keypoints no training saw. "
             f"{seconds / 60:.1f} minutes for {len(results)} variants, torch {torch.__version__}, {threads} "
             f"thread{'s' if threads > 1 else ''}. Masks are refined at {args.refine_size or 'full'} pixels. The "
             "paper's rows are of another encoder (ResNet-101), whole test sets and a full training, so only the order "
@@ -590,7 +590,7 @@ class Ablation:
 
 
 def effective(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a run that touch its result; model and photographs are told by their content instead."""
+    """The settings of a run that touch its result; model and images are told by their content instead."""
     left_out = FREE_ARGUMENTS | {"model_name_or_path", "pseudo_masks", "validation_groups"}
     return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
 
@@ -835,7 +835,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(words)
     args.words = list(sys.argv[1:] if words is None else words)
     if args.data is None:
-        print("Needs --data (a folder with voc2010-coseg, pf-willow and photographs to train on) and --output_dir.")
+        print("Needs --data (a folder with voc2010-coseg, pf-willow and images to train on) and --output_dir.")
         return 0
     try:
         Ablation(args).run()

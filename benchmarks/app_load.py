@@ -2,10 +2,10 @@
 
     python benchmarks/app_load.py [--clients 30] [--seconds 120] [--collection 20] [--rounds 5]
 
-Starts the demo in a process of its own and prints, with the goal beside each figure: from click to picture for a pair
-of 12-megapixel photographs (warm, in headless Chromium where there is one, else through the API), redrawing after the
+Starts the demo in a process of its own and prints, with the goal beside each figure: from click to image for a pair
+of 12-megapixel images (warm, in headless Chromium where there is one, else through the API), redrawing after the
 threshold moved, one point transfer (time in the server, and the round trip), a collection, and a short form of
-reliability/load.py. The photographs are gradio's own, enlarged.
+reliability/load.py. The images are gradio's own, enlarged.
 Ends with 1 if a goal is missed.
 """
 
@@ -33,7 +33,7 @@ def report(what: str, value: float, goal: float, unit: str, note: str = "") -> N
 
 
 def in_the_browser(address: str, pair: list[Path], rounds: int) -> bool:
-    """Click to picture, and redraw; False where there is no browser."""
+    """Click to image, and redraw; False where there is no browser."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     try:
         from playwright.sync_api import sync_playwright
@@ -65,7 +65,7 @@ def in_the_browser(address: str, pair: list[Path], rounds: int) -> bool:
             page.wait_for_function("!document.querySelector('#viewer [data-old]')", timeout=10_000, polling=10)
             redraws.append(time.perf_counter() - began)
             page.wait_for_timeout(100)
-    report("click to picture, 2 x 12 megapixels", statistics.median(clicks[1:]), 2.5, "s", "in Chromium, median")
+    report("click to image, 2 x 12 megapixels", statistics.median(clicks[1:]), 2.5, "s", "in Chromium, median")
     report("threshold moved to redrawn", statistics.median(redraws[1:]), 0.3, "s", "in Chromium, median")
     return True
 
@@ -85,7 +85,7 @@ def transfer_in_the_server(pair: list[Path], rounds: int) -> float:
 
 
 def load(demo: ServedDemo, folder: Path, clients: int, seconds: float) -> None:
-    """Clients with photographs of sizes that nobody else has; `reliability/load.py` is the long form."""
+    """Clients with images of sizes that nobody else has; `reliability/load.py` is the long form."""
     figures = hammer(demo, folder, clients, seconds)
     what, done = f"{clients} clients, {seconds:g} s", len(figures.answered)
     note = f"{done} pairs, median {figures.latency(0, 1):.1f} s each; {figures.refused} bad ones refused"
@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--collection", type=int, default=20, help="photographs of the collection")
+    parser.add_argument("--collection", type=int, default=20, help="images of the collection")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -129,7 +129,7 @@ def main() -> int:
             print(f"| the same, round trip of gradio_client | {statistics.median(seconds):.2f} s | | |")
             photographs = [
                 enlarge(
-                    PHOTOGRAPHS[index % len(PHOTOGRAPHS)], (1600 + 8 * index, 1200), folder / f"photo{index:02}.jpg"
+                    PHOTOGRAPHS[index % len(PHOTOGRAPHS)], (1600 + 8 * index, 1200), folder / f"image{index:02}.jpg"
                 )
                 for index in range(args.collection)
             ]

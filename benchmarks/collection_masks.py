@@ -1,9 +1,9 @@
-"""Masks of whole classes: what agreement over a collection brings beside single pairs, on photographs with true masks.
+"""Masks of whole classes: what agreement over a collection brings beside single pairs, on images with true masks.
 
     python benchmarks/collection_masks.py DATA [--photos_per_class 20] [--model MODEL]
 
 DATA holds `images/<class>` and `masks/<class>`, as voc2010-coseg and msrc-coseg. Every class is a collection. J is the
-mean over photographs, then over classes, without refinement and with GrabCut at `--refine_size` pixels; P is the share
+mean over images, then over classes, without refinement and with GrabCut at `--refine_size` pixels; P is the share
 of right pixels. The masks are only used to score.
 """
 
@@ -28,7 +28,7 @@ from macosnet_hf.refinement import refine_mask
 
 
 def read_classes(folder: Path, limit: int | None) -> dict[str, list[tuple[Image.Image, np.ndarray]]]:
-    """Photographs with their true masks, by class; of those without a mask nothing is read."""
+    """Images with their true masks, by class; of those without a mask nothing is read."""
     classes = {}
     for images in sorted(path for path in (folder / "images").iterdir() if path.is_dir()):
         found = []
@@ -43,7 +43,7 @@ def read_classes(folder: Path, limit: int | None) -> dict[str, list[tuple[Image.
 
 @torch.inference_mode()
 def random_partners(collection: Collection, count: int) -> np.ndarray:
-    """Each photograph with `count` others chosen by chance: single pairs, for `count = 1`."""
+    """Each image with `count` others chosen by chance: single pairs, for `count = 1`."""
     random = np.random.default_rng(0)
     masks = []
     for number in range(len(collection)):
@@ -54,7 +54,7 @@ def random_partners(collection: Collection, count: int) -> np.ndarray:
 
 
 REFINED = "the same, refined on the way"  # by GrabCut: not refined again
-CLOSER = "and a closer look at small objects"
+CLOSER = "and a second pass on crops at small objects"
 
 WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "single pairs": lambda collection: random_partners(collection, 1),
@@ -106,8 +106,8 @@ def main() -> None:
                 row = [jaccard(soft_mask, truth), jaccard(hard, truth), float((hard == truth).mean())]
                 scores[name].setdefault(class_name, []).append(row)
     count = sum(len(found) for found in classes.values())
-    print(f"{count} photographs in {len(classes)} classes\n")
-    print("| masks by | J soft | J GrabCut | P GrabCut | ms a photograph |\n|---|---:|---:|---:|---:|")
+    print(f"{count} images in {len(classes)} classes\n")
+    print("| masks by | J soft | J GrabCut | P GrabCut | ms an image |\n|---|---:|---:|---:|---:|")
     for name, by_class in scores.items():
         means = np.mean([np.mean(rows, axis=0) for rows in by_class.values()], axis=0)
         figures = " | ".join(f"{mean:.3f}" for mean in means)

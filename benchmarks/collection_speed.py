@@ -4,14 +4,14 @@
 
 * plain: every ordered pair by itself, as published: encode both, affine, warp the pixels, encode, TPS; then encode both
   again for the mask.
-* exact: every photograph encoded once, the warped source of every ordered pair encoded again (the paper's cascade).
-* fast: every photograph encoded once, feature maps warped instead of pixels.
+* exact: every image encoded once, the warped source of every ordered pair encoded again (the paper's cascade).
+* fast: every image encoded once, feature maps warped instead of pixels.
 
 All give transforms of all N (N - 1) ordered pairs and N masks. (plain decodes a mask for every ordered pair, for that
-is how it finds masks; ours decodes each photograph with two partners.) The limit is the encoder alone, once a
-photograph.
+is how it finds masks; ours decodes each image with two partners.) The limit is the encoder alone, once a
+image.
 Beyond `--whole` ordered pairs, plain and exact are timed on a sample of pairs and scaled, which the table marks with ~.
-Weights are random, which does not change the time, and so are the pictures.
+Weights are random, which does not change the time, and so are the images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SAMPLE = 10  # ordered pairs that are timed where all of them would take too lon
 
 
 def plain_pair(model: MaCoSNetModel, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The published flow for one ordered pair of pictures `(1, 3, S, S)`: affine, TPS, and the source's mask."""
+    """The published flow for one ordered pair of images `(1, 3, S, S)`: affine, TPS, and the source's mask."""
     first, second = model.encoder(source), model.encoder(target)
     affine = model.affine_head(correlate(first.normalized, second.normalized))
     warped = model.encoder(warp(source, sampling_grid(affine, size=source.shape[-2:])))
@@ -57,7 +57,7 @@ def plain_pair(model: MaCoSNetModel, source: Tensor, target: Tensor) -> tuple[Te
 
 
 def photographs(count: int) -> list[Image.Image]:
-    """Pictures of noise, all different."""
+    """Images of noise, all different."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 255, (240, 240, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -117,7 +117,7 @@ def measure_pair(bench: Bench, rounds: int) -> dict[str, Any]:
         "plain": plain,
         "exact": ours("exact"),
         "fast": ours("features"),
-        "fast, with key-points": with_points,
+        "fast, with keypoints": with_points,
     }
     return _in_turn(bench, works, rounds)
 
@@ -134,7 +134,7 @@ def _in_turn(bench: Bench, works: dict[str, Callable[[], Any]], rounds: int) -> 
 
 
 def measure_collection(bench: Bench, count: int, whole: int) -> dict[str, Any]:
-    """N photographs, all ordered pairs and all masks."""
+    """N images, all ordered pairs and all masks."""
     network, photos = bench.model.macosnet, photographs(count)
     pixels = bench.processor.preprocess_views(photos, return_tensors="pt")["pixel_values"].to(bench.device)
     pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
@@ -210,14 +210,14 @@ def measure_reading(rounds: int = 5) -> dict[str, float]:
 
 
 def peak_memory(preset: str, count: int) -> int:
-    """Bytes at most that a process of its own takes for all pairs and masks of so many photographs, the fast way."""
+    """Bytes at most that a process of its own takes for all pairs and masks of so many images, the fast way."""
     command = [sys.executable, os.path.abspath(__file__), "--preset", preset, "--only_memory", str(count)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(found.stdout.strip().splitlines()[-1])
 
 
 def only_memory(preset: str, count: int) -> None:
-    """Prints the peak memory of this process after a collection of so many photographs."""
+    """Prints the peak memory of this process after a collection of so many images."""
     bench = Bench(preset, torch.device("cpu"), False)
     collection = Collection(bench.model, bench.processor)
     collection.add(photographs(count))
@@ -242,7 +242,7 @@ def report(result: dict[str, Any]) -> str:
         )
     lines += ["", "Collections, all ordered pairs and all masks:", ""]
     lines += [
-        "| photographs | pairs | encoder alone | plain (passes) | exact (passes) | fast (passes) | fast over plain | "
+        "| images | pairs | encoder alone | plain (passes) | exact (passes) | fast (passes) | fast over plain | "
         "fast over encoder | ms a pair |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -263,12 +263,12 @@ def report(result: dict[str, Any]) -> str:
         f"{reading['ours'] * 1e3:.0f} ms ({reading['plain'] / reading['ours']:.1f}x).",
     ]
     for count, size in result.get("memory", {}).items():
-        lines.append(f"Peak memory with {count} photographs: {size / 1e9:.2f} GB.")
+        lines.append(f"Peak memory with {count} images: {size / 1e9:.2f} GB.")
     return "\n".join(lines)
 
 
 def picture(result: dict[str, Any]) -> str:
-    """Seconds against the number of photographs, both logarithmic, as SVG."""
+    """Seconds against the number of images, both logarithmic, as SVG."""
     width, height, left, top = 640, 360, 60, 40
     counts = [int(count) for count in result["collections"]]
     names = {"plain": "#c0392b", "exact": "#e67e22", "fast": "#1f77b4", "encoder alone": "#7f8c8d"}
@@ -284,7 +284,7 @@ def picture(result: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"',
         ' font-size="13">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="22">Seconds for all pairs and masks of N photographs ({result["about"]})</text>',
+        f'<text x="{left}" y="22">Seconds for all pairs and masks of N images ({result["about"]})</text>',
     ]
     for power in range(int(low), int(high) + 1):
         y = place(counts[0], 10.0**power)[1]
@@ -304,9 +304,7 @@ def picture(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="paper", help="paper, lite or vgg16")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[2, 5, 10, 20, 50], help="photographs of the collections"
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 5, 10, 20, 50], help="images of the collections")
     parser.add_argument("--rounds", type=int, default=5, help="of the pair")
     parser.add_argument(
         "--whole", type=int, default=20, help="ordered pairs up to which plain and exact are timed whole"

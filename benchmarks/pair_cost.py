@@ -2,7 +2,7 @@
 
     python benchmarks/pair_cost.py [--preset paper] [--rounds 15] [--threads 2]
 
-In one process, in turn: the four encoder passes over single pictures that a pair needs (source, target, and both once
+In one process, in turn: the four encoder passes over single images that a pair needs (source, target, and both once
 more after the affine warp), and the whole forward (both directions, transforms, correlations, both masks). Weights are
 random, which does not change the time. Medians over the rounds; the ratio is taken round by round.
 """
@@ -36,7 +36,7 @@ def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
             torch.cuda.synchronize(device)
 
     def encoder_alone() -> None:
-        # As the forward batches them: both pictures, then both warped pictures.
+        # As the forward batches them: both images, then both warped images.
         model.encoder(pixels[0])
         model.encoder(pixels[0])
 

@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py [--preset lite|paper] [--device cuda] [--mixed_precision bf16]
 
 The plain step is what the paper's description gives when it is written down directly: for each of the six ordered pairs
-of a triplet both pictures are encoded anew, in float32, and the affinely warped source once more. Ours encodes each
-picture once, warps feature maps, and keeps no graph where nothing is trained. Both have the same weights, the same five
+of a triplet both images are encoded anew, in float32, and the affinely warped source once more. Ours encodes each
+image once, warps feature maps, and keeps no graph where nothing is trained. Both have the same weights, the same five
 losses and the same trained parts; rounds alternate, and medians are compared. Weights are random: speed does not
 depend on them.
 """
@@ -72,7 +72,7 @@ def main() -> int:
     batch["views"] = whole
 
     def plain_step() -> None:
-        pixels, _ = plain.prepare_pictures(batch)
+        pixels, _ = plain.prepare_images(batch)
         plain.losses.module(plain_outputs(plain.model, pixels), pixels)["total"].backward()
 
     def our_step() -> None:

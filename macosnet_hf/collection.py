@@ -1,7 +1,7 @@
-"""N photographs of the same kind of object at once: each is encoded once, whatever is then asked of the collection.
+"""N images of the same kind of object at once: each is encoded once, whatever is then asked of the collection.
 (Only refined masks look at small objects a second time, from near.)
 
-The module travels with the model to the Hub. What relates photographs by transforms is in `collection_matching.py`.
+The module travels with the model to the Hub. What relates images by transforms is in `collection_matching.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import InputError
-from .mask_sharing import SimilarCells, drop_crumbs, mix_refined, refine_small, share_masks, similar_cells
+from .mask_sharing import SimilarCells, drop_small_components, mix_refined, refine_small, share_masks, similar_cells
 from .matching import correlate
 from .refinement import REFINEMENT_METHODS, refine_mask
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-# What the maps for the decoder's skip connections may take, in bytes: 1,300 photographs with the lite model, 330 with
-# ResNet-101. Those of further photographs are made again when they are needed, by a second pass of the encoder.
-# A closer look at small objects may take as much again while it lasts.
+# What the maps for the decoder's skip connections may take, in bytes: 1,300 images with the lite model, 330 with
+# ResNet-101. Those of further images are made again when they are needed, by a second pass of the encoder.
+# a second pass on crops at small objects may take as much again while it lasts.
 _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
-# How many of the most alike say whether a photograph belongs.
+# How many of the most alike say whether an image belongs.
 _AGREEMENT_PARTNERS = 4
-# A closer look: the object's box, this share of its sides wider on each side, is cut out where it is no larger than
-# that share of the picture; no side is cut below 0.4. Chosen on msrc-coseg.
+# The second pass on crops: the object's box, wider by this share of its sides on each side, is cut out where it is no
+# larger than that share of the image; no side is cut below 0.4. Chosen on msrc-coseg.
 _MARGIN = 0.2
 _LARGEST_CUT = 0.7
 _SHORTEST_CUT = 0.4
@@ -46,15 +46,15 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask;
 
 @dataclass
 class CollectionResult:
-    """Masks of a collection, in the order of the photographs.
+    """Masks of a collection, in the order of the images.
 
     Attributes:
         probabilities: `(N, S, S)` float32 soft masks at the network's resolution.
-        partners: the indices of each photograph's partners, most alike first. (Of whole photographs: a closer look may
+        partners: the indices of each image's partners, most alike first. (Of whole images: a second pass on crops may
             compare others.)
-        agreement: `(N,)` mean cosine similarity of each photograph's pooled feature to those of the four most alike, in
+        agreement: `(N,)` mean cosine similarity of each image's pooled feature to those of the four most alike, in
             [-1, 1]; the odd one out has the smallest.
-        collection: the encoded photographs, for further questions.
+        collection: the encoded images, for further questions.
     """
 
     probabilities: np.ndarray
@@ -65,7 +65,7 @@ class CollectionResult:
 
 @dataclass
 class _Encoded:
-    """What is kept of a photograph: its stride-16 map `(C, h, w)`, and the projected skips `(c, H/s, W/s)` if kept."""
+    """What is kept of an image: its stride-16 map `(C, h, w)`, and the projected skips `(c, H/s, W/s)` if kept."""
 
     last: Tensor
     skips: tuple[Tensor, ...] | None
@@ -89,14 +89,14 @@ class Look(NamedTuple):
 
 
 class Collection:
-    """Photographs of the same kind of object, each encoded once (see [`segment`] for the one exception).
+    """Images of the same kind of object, each encoded once (see [`segment`] for the one exception).
 
-    Photographs may be added at any time; one whose content is there already costs no encoder pass. Answers about a
-    photograph do not depend on the order in which they were added.
+    Images may be added at any time; one whose content is there already costs no encoder pass. Answers about a
+    image do not depend on the order in which they were added.
 
     ```python
     >>> collection = Collection(model, processor)
-    >>> collection.add(photos)
+    >>> collection.add(images)
     >>> result = collection.segment()           # masks
     >>> matches = match_collection(collection)  # transforms of all pairs, see `collection_matching.py`
     ```
@@ -104,7 +104,7 @@ class Collection:
     Args:
         model: a [`MaCoSNetForKeypointMatching`], in evaluation mode.
         processor: its image processor.
-        batch_size: photographs in one pass of the encoder; one on the CPU, where more are no faster, else 16.
+        batch_size: images in one pass of the encoder; one on the CPU, where more are no faster, else 16.
         skip_memory: bytes that the maps for the skip connections may take altogether.
 
     Raises:
@@ -124,51 +124,51 @@ class Collection:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}.")
         self.model, self.processor = model, processor
-        self.photos: list[Image.Image] = []
+        self.images: list[Image.Image] = []
         self.keys: list[str] = []
         self._batch_size, self._skip_memory, self._skip_bytes = batch_size, skip_memory, 0
         self._encoded: dict[str, _Encoded] = {}
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.images)
 
-    def add(self, photos: Sequence[Image.Image], *, progress: Progress | None = None) -> list[int]:
-        """Takes in photographs; returns their numbers.
+    def add(self, images: Sequence[Image.Image], *, progress: Progress | None = None) -> list[int]:
+        """Takes in images; returns their numbers.
 
         Args:
-            photos: upright RGB pictures. The network sees them at its own resolution, so copies that are a few times
+            images: upright RGB images. The network sees them at its own resolution, so copies that are a few times
                 larger than that do as well as the originals.
             progress: called with (done, total) after each.
         """
-        numbers = list(range(len(self), len(self) + len(photos)))
-        for start in range(0, len(photos), self._batch_size):
-            some = list(photos[start : start + self._batch_size])
+        numbers = list(range(len(self), len(self) + len(images)))
+        for start in range(0, len(images), self._batch_size):
+            some = list(images[start : start + self._batch_size])
             pixels = self._pixels(some)
-            keys = [hashlib.sha256(picture.numpy().tobytes()).hexdigest() for picture in pixels]
+            keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
             new = {key: row for row, key in enumerate(keys) if key not in self._encoded}
             if new:
                 self._encode(pixels[list(new.values())], list(new))
-            self.photos += some
+            self.images += some
             self.keys += keys
             if progress is not None:
-                progress(start + len(some), len(photos))
+                progress(start + len(some), len(images))
         return numbers
 
     def subset(self, numbers: Sequence[int]) -> Collection:
-        """Some of the photographs as a collection of their own; nothing is encoded again."""
+        """Some of the images as a collection of their own; nothing is encoded again."""
         part = Collection(self.model, self.processor, batch_size=self._batch_size, skip_memory=self._skip_memory)
-        part.photos, part.keys = [self.photos[number] for number in numbers], [self.keys[number] for number in numbers]
+        part.images, part.keys = [self.images[number] for number in numbers], [self.keys[number] for number in numbers]
         part._encoded, part._skip_bytes = dict(self._encoded), self._skip_bytes
         return part
 
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
-        """Stride-16 features of some of the photographs, without skips."""
+        """Stride-16 features of some of the images, without skips."""
         last = torch.stack([self._encoded[self.keys[number]].last for number in numbers])
         return self.model.macosnet.features_from_map(last)
 
     def pixel_values(self, numbers: Sequence[int]) -> Tensor:
         """`(n, 3, S, S)` as the encoder sees them, on the model's device."""
-        return self._pixels([self.photos[number] for number in numbers]).to(self.model.device)
+        return self._pixels([self.images[number] for number in numbers]).to(self.model.device)
 
     @torch.inference_mode()
     def segment(
@@ -181,33 +181,33 @@ class Collection:
         workers: int = 2,
         progress: Progress | None = None,
     ) -> CollectionResult:
-        """Soft masks of the object that the photographs have in common.
+        """Soft masks of the object that the images have in common.
 
-        1. The decoder sees each photograph with each of its partners; the mean of these masks is its first mask.
+        1. The decoder sees each image with each of its partners; the mean of these masks is its first mask.
         2. Masks travel ([`~.agreement.transfer_masks`]): each cell asks the cells that resemble it most in other
-           photographs, and what these say is half of the new mask. A part that is taken for the object in one
-           photograph only finds no support.
-        3. With `refine`, a closer look: photographs whose object is small are cut to it, the cuts are encoded, and both
-           steps are done again with them. (Nothing else encodes a photograph twice.) A photograph in whose cut no
+           images, and what these say is half of the new mask. A part that is taken for the object in one
+           image only finds no support.
+        3. With `refine`, a second pass on crops: images whose object is small are cropped to it and encoded, and both
+           steps are done again with them. (Nothing else encodes an image twice.) An image in whose cut no
            object is found stays whole.
-        4. With `refine`, these masks are refined by each picture's own colours, and what was found is shared once more
+        4. With `refine`, these masks are refined by each image's own colours, and what was found is shared once more
            ([`~.agreement.mix_refined`]); pieces that are much smaller than the largest are dropped. The object is where
            the result is 0.5 or more: refine it no further.
 
         Args:
-            partners: how many others the decoder compares each photograph with.
+            partners: how many others the decoder compares each image with.
             common: whether masks travel.
             refine: one of `refinement.REFINEMENT_METHODS`, for the last two steps; `"none"` leaves them out.
             closer: whether there is a third step.
             workers: threads that refine.
-            progress: called with (done, total) after each photograph of the first step, of the third if there is one,
+            progress: called with (done, total) after each image of the first step, of the third if there is one,
                 and of the fourth.
 
         Raises:
-            InputError: for fewer than two photographs, no partner, or an unknown refinement.
+            InputError: for fewer than two images, no partner, or an unknown refinement.
         """
         if len(self) < 2:
-            raise InputError("Co-segmentation needs two or more photographs.")
+            raise InputError("Co-segmentation needs two or more images.")
         if partners < 1:
             raise InputError(f"partners must be at least 1, not {partners}.")
         if refine not in REFINEMENT_METHODS:
@@ -221,14 +221,14 @@ class Collection:
         look = self.look(partners, common, lambda done: tell(0, done))
         masks, compared, agreement = look.masks, look.partners, look.agreement.cpu().numpy()
         if refine != "none":
-            photos = self.photos
+            images = self.images
             boxes: list[Box | None] = [None] * len(self)
             if closer:
-                photos, boxes, look = self._look_closer(look, partners, common, lambda done: tell(1, done))
-            masks = refine_small(photos, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
+                images, boxes, look = self._look_closer(look, partners, common, lambda done: tell(1, done))
+            masks = refine_small(images, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
             if look.cells is not None:
                 masks = mix_refined(look.own, masks, look.cells)
-            masks = drop_crumbs(put_back(masks, boxes))
+            masks = drop_small_components(put_back(masks, boxes))
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=compared,
@@ -238,7 +238,7 @@ class Collection:
 
     @torch.inference_mode()
     def look(self, partners: int, common: bool, tell: Callable[[int], None] | None = None) -> Look:
-        """The first two steps of [`segment`]; `tell` is called with the number of photographs that have been seen."""
+        """The first two steps of [`segment`]; `tell` is called with the number of images that have been seen."""
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, similarity = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)].tolist()
@@ -260,32 +260,32 @@ class Collection:
     def _look_closer(
         self, look: Look, partners: int, common: bool, tell: Callable[[int], None]
     ) -> tuple[list[Image.Image], list[Box | None], Look]:
-        """The photographs, of which those with small objects are cut to a box; the boxes; and what is seen then."""
+        """The images, of which those with small objects are cut to a box; the boxes; and what is seen then."""
         boxes = object_boxes(look.masks)
         while any(boxes):
             cut = self._cut(boxes, lambda: tell(0))
             seen = cut.look(partners, common, tell)
             kept = boxes_with_object(boxes, seen.masks)
             if kept == boxes:
-                return cut.photos, boxes, seen
+                return cut.images, boxes, seen
             boxes = kept
-        return self.photos, boxes, look
+        return self.images, boxes, look
 
     def _cut(self, boxes: Sequence[Box | None], tell: Callable[[], None]) -> Collection:
-        """The same photographs, of which those that have a box are cut to it; `tell` is called after each cut, and may
+        """The same images, of which those that have a box are cut to it; `tell` is called after each cut, and may
         raise to stop the work."""
         both = self.subset(range(len(self)))
-        both._skip_bytes = 0  # the cuts may keep as many maps as the photographs do
+        both._skip_bytes = 0  # the cuts may keep as many maps as the images do
         side = self.model.config.image_size
         numbers = list(range(len(self)))
         rows = [number for number in numbers if boxes[number] is not None]
-        cuts = [cut_to_box(self.photos[number], boxes[number], side) for number in rows]
+        cuts = [cut_to_box(self.images[number], boxes[number], side) for number in rows]
         for row, number in zip(rows, both.add(cuts, progress=lambda *_: tell()), strict=True):
             numbers[row] = number
         return both.subset(numbers)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
-        """`(S, S)` soft mask of one photograph: the mean over its K partners, all given by their numbers."""
+        """`(S, S)` soft mask of one image: the mean over its K partners, all given by their numbers."""
         own, source = self.features([number]), self.features(partners).normalized
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
@@ -296,13 +296,13 @@ class Collection:
         logits: Tensor = decoder(own, correlation, index, tuple(skip.unsqueeze(0) for skip in skips))
         return logits.float().sigmoid().mean(dim=0)
 
-    def _pixels(self, photos: list[Image.Image]) -> Tensor:
-        pixels: Tensor = self.processor.preprocess_views(photos, return_tensors="pt")["pixel_values"]
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        pixels: Tensor = self.processor.preprocess_views(images, return_tensors="pt")["pixel_values"]
         return pixels
 
     @torch.inference_mode()
     def _project(self, pixels: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Stride-16 maps `(n, C, h, w)` of n pictures, and the projected skips of each."""
+        """Stride-16 maps `(n, C, h, w)` of n images, and the projected skips of each."""
         features = self.model.macosnet.get_image_features(pixels.to(self.model.device))
         projected = self.model.macosnet.decoder.project_skips(features.skips)
         return features.last, [tuple(level[row].clone() for level in projected) for row in range(len(pixels))]
@@ -317,7 +317,7 @@ class Collection:
 
 
 def segment_collection(
-    photos: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     *,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
@@ -328,33 +328,33 @@ def segment_collection(
     skip_memory: int = _SKIP_MEMORY,
     progress: Progress | None = None,
 ) -> CollectionResult:
-    """Soft masks of the object that N photographs have in common: a [`Collection`] in one call.
+    """Soft masks of the object that N images have in common: a [`Collection`] in one call.
 
     Args:
-        photos: two or more upright RGB pictures.
+        images: two or more upright RGB images.
         partners, refine, closer, progress: as in [`Collection.segment`].
         batch_size, skip_memory: as in [`Collection`].
 
     Raises:
-        InputError: for fewer than two photographs, or options that cannot be used.
+        InputError: for fewer than two images, or options that cannot be used.
     """
-    if len(photos) < 2:
-        raise InputError("Co-segmentation needs two or more photographs.")
+    if len(images) < 2:
+        raise InputError("Co-segmentation needs two or more images.")
     if partners < 1:
         raise InputError(f"partners must be at least 1, not {partners}.")
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
-    collection.add(photos)
+    collection.add(images)
     return collection.segment(partners=partners, refine=refine, closer=closer, progress=progress)
 
 
 def object_boxes(masks: Tensor) -> list[Box | None]:
-    """Where each picture is worth a closer look: the box of its object, with a margin, where that is small.
+    """Where each image is worth a second pass on crops: the box of its object, with a margin, where that is small.
 
     Args:
         masks: `(N, S, S)` in [0, 1].
 
     Returns:
-        N boxes; None where the object fills the picture, or there is none.
+        N boxes; None where the object fills the image, or there is none.
     """
     side = masks.shape[-1]
     inside = masks >= 0.5
@@ -373,24 +373,24 @@ def object_boxes(masks: Tensor) -> list[Box | None]:
 
 
 def boxes_with_object(boxes: Sequence[Box | None], masks: Tensor) -> list[Box | None]:
-    """The boxes without those in which a closer look found nothing, by the masks `(N, S, S)` of the cuts."""
+    """The boxes without those in which a second pass on crops found nothing, by the masks `(N, S, S)` of the cuts."""
     found = (masks >= 0.5).flatten(1).any(dim=1).tolist()
     return [box if there else None for box, there in zip(boxes, found, strict=True)]
 
 
-def cut_to_box(photo: Image.Image, box: Box | None, side: int) -> Image.Image:
-    """The part of a photograph that a box of its mask of `(side, side)` shows; all of it without a box."""
+def cut_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
+    """The part of an image that a box of its mask of `(side, side)` shows; all of it without a box."""
     if box is None:
-        return photo
-    left, right = (round(value * photo.width / side) for value in box[::2])
-    top, bottom = (round(value * photo.height / side) for value in box[1::2])
-    return photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+        return image
+    left, right = (round(value * image.width / side) for value in box[::2])
+    top, bottom = (round(value * image.height / side) for value in box[1::2])
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def put_back(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
-    """Masks of cut pictures as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
+    """Masks of cut images as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
 
-    The cells of a mask are areas here, as the processor reduces pictures.
+    The cells of a mask are areas here, as the processor reduces images.
     """
     if not any(boxes):
         return masks
@@ -416,11 +416,11 @@ def spread_ranks(count: int, wanted: int) -> list[int]:
 
 
 def odd_ones_out(agreement: np.ndarray) -> list[int]:
-    """The photographs that agree much less than the rest, the oddest first; none of fewer than four.
+    """The images that agree much less than the rest, the oddest first; none of fewer than four.
 
     Each is compared with the median of the *others*, and is odd if it lies below that by more than 0.15 and by more
     than three times their spread (their median distance from it, as a standard deviation): of 12 collections of
-    msrc-coseg, seven photographs of one class and one of another, with the embedded checkpoint, the other one was
+    msrc-coseg, seven images of one class and one of another, with the embedded checkpoint, the other one was
     named first in 11.
 
     Args:
@@ -440,7 +440,7 @@ def odd_ones_out(agreement: np.ndarray) -> list[int]:
 
 
 def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For each of N pictures the `count` others that are most alike in their pooled features.
+    """For each of N images the `count` others that are most alike in their pooled features.
 
     Args:
         features: `(N, C, h, w)`.
@@ -449,7 +449,7 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         indices `(N, min(count, N - 1))`, most alike first, and cosine similarities of the same shape.
     """
-    # In double precision the similarity of two pictures hardly depends on where they stand among the others. A few at a
+    # In double precision the similarity of two images hardly depends on where they stand among the others. A few at a
     # time: all features in it take as much as everything else that a collection holds.
     pooled = F.normalize(torch.cat([part.double().mean(dim=(2, 3)) for part in features.split(16)]), dim=1)
     similarity = pooled @ pooled.t()
@@ -458,22 +458,22 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best.indices, best.values
 
 
-def refined_mask(photo: Image.Image, probability: np.ndarray, refine: str = "grabcut") -> np.ndarray:
-    """Hard mask `(H, W)` bool of a photograph in its own size, from its soft mask `(S, S)` in [0, 1].
+def refined_mask(image: Image.Image, probability: np.ndarray, refine: str = "grabcut") -> np.ndarray:
+    """Hard mask `(H, W)` bool of an image in its own size, from its soft mask `(S, S)` in [0, 1].
 
-    As the image processor's `post_process_cosegmentation`; only that a photograph of more than 4 megapixels is
+    As the image processor's `post_process_cosegmentation`; only that an image of more than 4 megapixels is
     refined at that size, which bounds the memory. (GrabCut itself works at 320 pixels a side.)
 
     Raises:
         InputError: as [`refine_mask`].
     """
-    full_size = photo.size
-    scale = (_REFINED_PIXELS / (photo.width * photo.height)) ** 0.5
+    full_size = image.size
+    scale = (_REFINED_PIXELS / (image.width * image.height)) ** 0.5
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in full_size)
-        photo = photo.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    pixels = np.asarray(photo if photo.mode == "RGB" else photo.convert("RGB"))
-    del photo  # nothing of this size is held longer than it is needed: two photographs are refined at a time
+        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    del image  # nothing of this size is held longer than it is needed: two images are refined at a time
     soft = F.interpolate(
         torch.from_numpy(probability)[None, None], size=pixels.shape[:2], mode="bilinear", align_corners=True
     )

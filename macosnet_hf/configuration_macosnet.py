@@ -45,7 +45,7 @@ class MaCoSNetConfig(PretrainedConfig):
         local_matching (`bool`, defaults to `True`):
             let a transferred point land on the best feature match near the place where the transform sends it.
         local_matching_sigmas (`list[float]`):
-            width of that neighbourhood in each pass, normalised coordinates (the picture is 2 wide).
+            width of that neighbourhood in each pass, normalised coordinates (the image is 2 wide).
         local_matching_windows (`list[float]`):
             half the side of the window around a point whose features are compared, for each pass.
         local_matching_temperature (`float`): factor on the cosine similarity before the soft-argmax.

@@ -1,6 +1,6 @@
-"""Pictures for people: matches side by side, masks laid over photographs, cut-outs, contact sheets.
+"""Images for people: matches side by side, masks laid over images, cutouts, contact sheets.
 
-Everything here takes and returns PIL pictures and needs PIL and numpy only. The module travels with the model to the
+Everything here takes and returns PIL images and needs PIL and numpy only. The module travels with the model to the
 Hub (the image processor draws with it), so its imports are relative. Points are (x, y) in pixels, 0 is the centre of
 the first pixel, as everywhere in this package.
 """
@@ -18,32 +18,32 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .errors import InputError
 from .images import as_upright_rgb
 
-Picture: TypeAlias = "Image.Image | np.ndarray"
+ImageLike: TypeAlias = "Image.Image | np.ndarray"
 Color: TypeAlias = tuple[int, int, int]
 
 OBJECT_COLOR: Color = (255, 176, 0)
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
-_MAX_ASPECT = 3.0  # a picture that is wider than this is shown at full width, not at full height
+_MAX_ASPECT = 3.0  # an image that is wider than this is shown at full width, not at full height
 
 
-def _as_rgb(picture: Picture, what: str) -> Image.Image:
-    """To be looked at, not changed: it may be the picture itself."""
-    if isinstance(picture, Image.Image):
-        return as_upright_rgb(picture)
-    array = np.asarray(picture)
+def _as_rgb(image: ImageLike, what: str) -> Image.Image:
+    """To be looked at, not changed: it may be the image itself."""
+    if isinstance(image, Image.Image):
+        return as_upright_rgb(image)
+    array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(
-            f"The {what} must be a PIL picture or a uint8 array (height, width, 3), not {array.dtype} {array.shape}."
+            f"The {what} must be an image or a uint8 array (height, width, 3), not {array.dtype} {array.shape}."
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """A bool mask `(H, W)` of a picture of PIL size (W, H)."""
+    """A bool mask `(H, W)` of an image of PIL size (W, H)."""
     array = np.asarray(mask)
     if array.shape != (size[1], size[0]):
         raise InputError(
-            f"A mask must have its picture's height and width {(size[1], size[0])}; this one has {array.shape}."
+            f"A mask must have its image's height and width {(size[1], size[0])}; this one has {array.shape}."
         )
     if array.dtype != np.bool_:
         raise InputError(f"A mask must be bool, not {array.dtype}; compare it with a threshold first.")
@@ -56,8 +56,8 @@ def _as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw_matches(
-    source: Picture,
-    target: Picture,
+    source: ImageLike,
+    target: ImageLike,
     source_points: Any,
     target_points: Any,
     scores: Any = None,
@@ -67,25 +67,25 @@ def draw_matches(
     gap: int = 16,
     background: Color = (255, 255, 255),
 ) -> Image.Image:
-    """Two pictures side by side at the same height, with a line from each point to its partner.
+    """Two images side by side at the same height, with a line from each point to its partner.
 
     The colour tells where on the object a point lies: the hue is its direction from the middle of the source points,
     so that neighbours look alike and a line can be followed to its end. Lines of low score are fainter. Pairs with a
-    point outside its picture are not drawn.
+    point outside its image are not drawn.
 
     Args:
-        source: left picture.
-        target: right picture.
-        source_points: `(N, 2)` points of the left picture, (x, y) in its pixels.
-        target_points: `(N, 2)` their partners in the right picture, (x, y) in its pixels.
+        source: left image.
+        target: right image.
+        source_points: `(N, 2)` points of the left image, (x, y) in its pixels.
+        target_points: `(N, 2)` their partners in the right image, (x, y) in its pixels.
         scores: `(N,)` non-negative, optional; the better a match the likelier and the stronger it is drawn.
         max_matches: draw at most so many, spread over the object; `None` for all.
         max_width: largest width of the result in pixels.
-        gap: width of the strip between the pictures.
+        gap: width of the strip between the images.
         background: colour of the strip.
 
     Raises:
-        InputError: pictures, points or scores of the wrong shape.
+        InputError: images, points or scores of the wrong shape.
     """
     left, right = _as_rgb(source, "source"), _as_rgb(target, "target")
     starts, partners = _points_array(source_points, "source"), _points_array(target_points, "target")
@@ -165,31 +165,31 @@ def spread_over_object(points: np.ndarray, weights: np.ndarray, count: int | Non
 def _side_by_side(
     left: Image.Image, right: Image.Image, max_width: int, gap: int, background: Color
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """Canvas with both pictures, and the box (x, y, width, height) of each."""
+    """Canvas with both images, and the box (x, y, width, height) of each."""
     aspects = [min(max(p.width / p.height, 1 / _MAX_ASPECT), _MAX_ASPECT) for p in (left, right)]
     height = min(max(left.height, right.height, 480), 720)
     height = max(1, min(height, int((max_width - gap) / sum(aspects))))
     boxes, x = [], 0
-    for picture, aspect in zip((left, right), aspects, strict=True):
+    for image, aspect in zip((left, right), aspects, strict=True):
         cell = max(1, round(height * aspect))
-        scale = min(cell / picture.width, height / picture.height)
-        size = (max(1, min(cell, round(picture.width * scale))), max(1, min(height, round(picture.height * scale))))
+        scale = min(cell / image.width, height / image.height)
+        size = (max(1, min(cell, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
         boxes.append((x + (cell - size[0]) // 2, (height - size[1]) // 2, *size))
         x += cell + gap
     canvas = Image.new("RGB", (x - gap, height), background)
-    for picture, (left_edge, top, width, tall) in zip((left, right), boxes, strict=True):
-        canvas.paste(_resized(picture, (width, tall)), (left_edge, top))
+    for image, (left_edge, top, width, tall) in zip((left, right), boxes, strict=True):
+        canvas.paste(_resized(image, (width, tall)), (left_edge, top))
     return canvas, boxes
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if picture.size == size:
-        return picture
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _onto_canvas(points: np.ndarray, size: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Points in a picture's pixels to places on the canvas, where the pixel k covers [k, k+1]."""
+    """Points in an image's pixels to places on the canvas, where the pixel k covers [k, k+1]."""
     return (points + 0.5) * (np.array(box[2:]) / size) + np.array(box[:2])
 
 
@@ -226,7 +226,7 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
 
 
 def overlay_mask(
-    image: Picture,
+    image: ImageLike,
     mask: Any,
     color: Color = OBJECT_COLOR,
     alpha: float = 0.35,
@@ -234,10 +234,10 @@ def overlay_mask(
     fade: float = 0.0,
     contour: bool = True,
 ) -> Image.Image:
-    """The picture with its object tinted and outlined.
+    """The image with its object tinted and outlined.
 
     Args:
-        image: picture `(H, W)`.
+        image: image `(H, W)`.
         mask: bool `(H, W)`, true on the object.
         color: colour of the tint and of the outline.
         alpha: strength of the tint, 0 (none) to 1.
@@ -245,7 +245,7 @@ def overlay_mask(
         contour: whether to outline the object.
 
     Raises:
-        InputError: a mask that does not fit its picture, or is not bool.
+        InputError: a mask that does not fit its image, or is not bool.
     """
     rgb = _as_rgb(image, "picture")
     inside = _as_mask(mask, rgb.size)
@@ -275,19 +275,19 @@ def _outline(stencil: Image.Image, width: float) -> Image.Image:
     return blurred.point(table)
 
 
-def cutout(image: Picture, mask: Any, *, feather: float = 0.7) -> Image.Image:
+def cutout(image: ImageLike, mask: Any, *, feather: float = 0.7) -> Image.Image:
     """The object alone: RGBA, transparent outside the mask, with a soft edge inside it.
 
     Args:
-        image: picture `(H, W)`.
+        image: image `(H, W)`.
         mask: bool `(H, W)`, true on the object.
         feather: width of the soft edge in pixels; 0 for a hard one. It never adds background.
 
     Returns:
-        RGBA of the picture's size. Transparent pixels are white, so nothing of the background stays in the file.
+        RGBA of the image's size. Transparent pixels are white, so nothing of the background stays in the file.
 
     Raises:
-        InputError: a mask that does not fit its picture, or is not bool.
+        InputError: a mask that does not fit its image, or is not bool.
     """
     rgb = _as_rgb(image, "picture")
     inside = _as_mask(mask, rgb.size)
@@ -304,7 +304,7 @@ def cutout(image: Picture, mask: Any, *, feather: float = 0.7) -> Image.Image:
 
 
 def on_checkerboard(cut: Image.Image, *, square: int | None = None) -> Image.Image:
-    """An RGBA cut-out on the usual light checkerboard, as RGB."""
+    """An RGBA cutout on the usual light checkerboard, as RGB."""
     square = square or max(4, max(cut.size) // 40)
     rows = np.arange(cut.height)[:, None] // square
     columns = np.arange(cut.width)[None] // square
@@ -315,7 +315,7 @@ def on_checkerboard(cut: Image.Image, *, square: int | None = None) -> Image.Ima
 
 
 def overview(
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     masks: Sequence[Any] | None = None,
     labels: Sequence[str] | None = None,
     *,
@@ -325,31 +325,31 @@ def overview(
     margin: int = 14,
     background: Color = (250, 250, 250),
 ) -> Image.Image:
-    """A contact sheet: each photograph with its object outlined, below it the cut-out, below that its label.
+    """A contact sheet: each image with its object outlined, below it the cutout, below that its label.
 
     Args:
-        images: N pictures of any sizes.
-        masks: N bool masks, each of its picture's size; `None` shows the photographs alone.
+        images: N images of any sizes.
+        masks: N bool masks, each of its image's size; `None` shows the images alone.
         labels: N short texts.
         columns: number of columns; by default chosen for a sheet of about 3:2.
-        cell: largest side of one photograph on the sheet, in pixels.
+        cell: largest side of one image on the sheet, in pixels.
         max_width: largest width of the sheet; cells shrink to keep it.
         margin: space between cells.
         background: colour of the sheet.
 
     Raises:
-        InputError: no pictures, or lists of different lengths, or masks that do not fit.
+        InputError: no images, or lists of different lengths, or masks that do not fit.
     """
     count = len(images)
     if not count:
-        raise InputError("An overview needs at least one picture.")
+        raise InputError("An overview needs at least one image.")
     for values, what in ((masks, "masks"), (labels, "labels")):
         if values is not None and len(values) != count:
-            raise InputError(f"{count} pictures need {count} {what}, not {len(values)}.")
+            raise InputError(f"{count} images need {count} {what}, not {len(values)}.")
     parts = 1 if masks is None else 2
     if columns is None:
         rows_wanted = math.ceil(count / max(1, round(math.sqrt(1.5 * count * parts))))
-        columns = math.ceil(count / rows_wanted)  # no single picture alone in the last row
+        columns = math.ceil(count / rows_wanted)  # no single image alone in the last row
     cell = max(48, min(cell, (max_width - margin) // columns - margin))
     tiles = []
     for index, image in enumerate(images):
@@ -380,11 +380,11 @@ def overview(
     for number, (row, height, row_height) in enumerate(zip(rows, heights, row_heights, strict=True)):
         for column, tile in enumerate(row):
             left = margin + column * (cell + margin)
-            for part, picture in enumerate(tile):
+            for part, part_image in enumerate(tile):
                 part_top = top + part * (height + inner)
-                # Photographs stand on a common line, cut-outs hang from it.
-                offset = height - picture.height if part == 0 and parts == 2 else 0
-                sheet.paste(picture, (left + (cell - picture.width) // 2, part_top + offset))
+                # Images stand on a common line, cutouts hang from it.
+                offset = height - part_image.height if part == 0 and parts == 2 else 0
+                sheet.paste(part_image, (left + (cell - part_image.width) // 2, part_top + offset))
             if labels is not None:
                 text = _shortened(str(labels[number * columns + column]), font, cell)
                 place = (left + cell / 2, top + row_height - label_height / 2)

@@ -19,7 +19,7 @@ class InputError(MaCoSNetError, ValueError):
 
 
 class ImageError(MaCoSNetError, ValueError):
-    """A picture that cannot be read or is refused (damaged, not a picture, too large, too small)."""
+    """An image that cannot be read or is refused (damaged, not an image, too large, too small)."""
 
 
 class DataError(MaCoSNetError, ValueError):

@@ -6,8 +6,8 @@ Conventions (fixed: converted weights depend on them)
 * *Normalised* coordinates run from -1 to +1, and -1 and +1 are the **centres of the corner pixels**
   (`align_corners=True` everywhere). *Pixel* coordinates run from 0 to W-1 and 0 to H-1.
 * A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, sampling_grid(T_AB))`
-  samples A and looks like B (the paper's "T_AB warps A onto B"), a key-point of B goes to A through `T_AB`, and a
-  key-point of A goes to B through `T_BA`.
+  samples A and looks like B (the paper's "T_AB warps A onto B"), a keypoint of B goes to A through `T_AB`, and a
+  keypoint of A goes to B through `T_BA`.
 * An affine transform is 6 numbers, a row-major 2x3 matrix; the identity is `[1, 0, 0, 0, 1, 0]`.
 * A thin-plate spline (TPS) is 18 numbers: the 9 x and then the 9 y of the moved control points of a 3x3 grid on
   [-1, 1]^2. Control point k = 3 i + j starts at `(x, y) = (a[i], a[j])` with `a = (-1, 0, 1)`: x varies slowest, as in
@@ -48,7 +48,7 @@ def _half_extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
     """`(height, width)` to `((W-1)/2, (H-1)/2)`, with sides of one pixel guarded, broadcast against the points."""
     size = torch.as_tensor(size, dtype=points.dtype, device=points.device)
     if size.shape[-1] != 2:
-        raise InputError(f"A picture size must be (height, width); got a tensor of shape {tuple(size.shape)}.")
+        raise InputError(f"An image size must be (height, width); got a tensor of shape {tuple(size.shape)}.")
     half = (size.flip(-1) - 1).clamp(min=1) / 2
     while half.dim() > 1 and half.dim() < points.dim():
         half = half.unsqueeze(-2)
@@ -63,7 +63,7 @@ def normalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
         size: `(height, width)`, or a tensor `(B, 2)` of them for points `(B, ..., 2)`.
 
     Returns:
-        `(..., 2)` in [-1, 1] for points inside the picture.
+        `(..., 2)` in [-1, 1] for points inside the image.
     """
     points = _as_float(points)
     return points / _half_extent(size, points) - 1
@@ -130,7 +130,7 @@ def invert_affine(affine: Tensor) -> Tensor:
     c, d, ty = matrix[..., 1, 0], matrix[..., 1, 1], matrix[..., 1, 2]
     determinant = a * d - b * c
     if not bool((determinant.abs() > torch.finfo(matrix.dtype).tiny).all()):
-        raise InputError("An affine transform that flattens the picture (determinant 0) cannot be inverted.")
+        raise InputError("An affine transform that flattens the image (determinant 0) cannot be inverted.")
     rows = (d, -b, b * ty - d * tx, -c, a, c * tx - a * ty)
     return torch.stack(rows, dim=-1) / determinant.unsqueeze(-1)
 
@@ -249,13 +249,13 @@ def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: s
     """Samples A at the places where B's pixels lie: `warp(A, sampling_grid(T_AB))` looks like B.
 
     Args:
-        image: `(B, C, H, W)` picture, feature map or mask of A.
+        image: `(B, C, H, W)` image, feature map or mask of A.
         grid: `(B, h, w, 2)` normalised places in A.
         mode: `"bilinear"` or `"nearest"`.
         padding_mode: what lies outside A: `"zeros"`, `"border"` or `"reflection"`.
 
     Returns:
-        `(B, C, h, w)` in the picture's dtype.
+        `(B, C, h, w)` in the image's dtype.
     """
     sampled = F.grid_sample(
         _as_float(image), grid.to(_as_float(image).dtype), mode=mode, padding_mode=padding_mode, align_corners=True
@@ -264,7 +264,7 @@ def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: s
 
 
 def inside(points: Tensor, *, margin: float = 0.0) -> Tensor:
-    """Which normalised points `(..., 2)` lie within the picture (plus a margin): bool `(...)`."""
+    """Which normalised points `(..., 2)` lie within the image (plus a margin): bool `(...)`."""
     return (points.abs() <= 1 + margin).all(dim=-1)
 
 

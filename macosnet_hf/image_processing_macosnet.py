@@ -1,4 +1,4 @@
-"""Image processor of MaCoSNet: photographs to network input, network output to matches, masks and flow in pixels."""
+"""Image processor of MaCoSNet: images to network input, network output to matches, masks and flow in pixels."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _POINTS_PER_CHUNK = 1 << 16  # bounds the memory of the spline, some 200 bytes a
 
 
 class MaCoSNetImageProcessor(PilBackend):
-    r"""Prepares pairs (or triplets) of photographs and turns the network's outputs back into pixels of the originals.
+    r"""Prepares pairs (or triplets) of images and turns the network's outputs back into pixels of the originals.
 
-    Every picture is resized to `size` without keeping its aspect (bilinear, antialiased), scaled to [0, 1] and
+    Every image is resized to `size` without keeping its aspect (bilinear, antialiased), scaled to [0, 1] and
     normalised. The defaults belong to the `lite` preset; the `paper` preset has ImageNet's mean and standard deviation.
 
     Args:
@@ -42,7 +42,7 @@ class MaCoSNetImageProcessor(PilBackend):
         image_mean (`list[float]`, defaults to `[0.5, 0.5, 0.5]`), image_std (`list[float]`, defaults to `[0.5, 0.5,
         0.5]`).
 
-    A picture may be a PIL picture of any mode (turned upright by its EXIF orientation, transparency laid on white), a
+    An image may be an image of any mode (turned upright by its EXIF orientation, transparency laid on white), a
     numpy array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays hold 0..255; a
     floating-point array in which no value exceeds 1 is taken as 0..1.
 
@@ -86,7 +86,7 @@ class MaCoSNetImageProcessor(PilBackend):
     # -----------------------------------------------------------------------------------------------------------------
 
     def preprocess(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """Pairs or triplets of pictures to `pixel_values` `(B, V, 3, H, W)`, float32, V = 2 or 3.
+        """Pairs or triplets of images to `pixel_values` `(B, V, 3, H, W)`, float32, V = 2 or 3.
 
         Args:
             images: one pair `[a, b]`, one triplet `[a, b, c]`, or a list of pairs or of triplets.
@@ -94,39 +94,39 @@ class MaCoSNetImageProcessor(PilBackend):
                 if not given).
 
         Raises:
-            InputError: not pairs or triplets, or arrays that are no pictures, or settings that make no sense here.
+            InputError: not pairs or triplets, or arrays that are no images, or settings that make no sense here.
             ImageError: a path that cannot be read.
         """
         return super().preprocess(_as_groups(images), **kwargs)
 
     def preprocess_views(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """N single pictures to `pixel_values` `(N, 3, H, W)`: for encoding each picture of a collection once.
+        """N single images to `pixel_values` `(N, 3, H, W)`: for encoding each image of a collection once.
 
         `preprocess([a, b])["pixel_values"][0]` equals `preprocess_views([a, b])["pixel_values"]`.
 
         Args:
-            images: one picture or a list of pictures.
+            images: one image or a list of images.
             **kwargs: as in [`preprocess`].
 
         Raises:
             InputError, ImageError: as [`preprocess`].
         """
-        pictures = [images] if _is_picture(images) else _as_list(images)
-        if not pictures or not all(_is_picture(picture) for picture in pictures):
-            raise InputError("A picture or a list of pictures is expected.")
-        features = super().preprocess([[picture] for picture in pictures], **kwargs)
+        views = [images] if _is_image(images) else _as_list(images)
+        if not views or not all(_is_image(view) for view in views):
+            raise InputError("An image or a list of images is expected.")
+        features = super().preprocess([[view] for view in views], **kwargs)
         features["pixel_values"] = features["pixel_values"][:, 0]
         return features
 
     def _prepare_images_structure(self, images: Any, **kwargs: Any) -> list[list[Any]]:
-        """The groups made by `preprocess`, with pictures in the place of paths."""
+        """The groups made by `preprocess`, with images in the place of paths."""
         return self.fetch_images(images)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """As in the library, but a picture that cannot be read ends in an [`ImageError`]."""
+        """As in the library, but an image that cannot be read ends in an [`ImageError`]."""
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
-        return read_photo(image_url_or_urls)
+        return read_image(image_url_or_urls)
 
     def process_image(
         self,
@@ -136,7 +136,7 @@ class MaCoSNetImageProcessor(PilBackend):
         input_data_format: Any = None,
         **kwargs: Any,
     ) -> Image.Image | np.ndarray:
-        """One picture to PIL RGB (8-bit sources) or to a float32 array `(H, W, 3)` in the unit of `rescale_factor`."""
+        """One image to PIL RGB (8-bit sources) or to a float32 array `(H, W, 3)` in the unit of `rescale_factor`."""
         if isinstance(image, Image.Image):
             return _decoded(image)
         array = _channels_last(image, input_data_format)
@@ -144,10 +144,10 @@ class MaCoSNetImageProcessor(PilBackend):
             return _eight_bit_rgb(array)
         array = _on_three_channels(array)
         if not np.isfinite(array).all():
-            raise InputError("A picture contains values that are not finite numbers.")
+            raise InputError("An image contains values that are not finite numbers.")
         if do_rescale and rescale_factor:
             if array.min() < 0:
-                raise InputError("A picture contains negative values; give it before normalisation.")
+                raise InputError("An image contains negative values; give it before normalisation.")
             if array.max() <= 1:
                 array = array / np.float32(rescale_factor)
         return array
@@ -166,9 +166,9 @@ class MaCoSNetImageProcessor(PilBackend):
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Groups of pictures to one array `(B, V, 3, H, W)`."""
+        """Groups of images to one array `(B, V, 3, H, W)`."""
         if kwargs.get("do_center_crop") or kwargs.get("do_pad"):
-            raise InputError("MaCoSNet resizes the whole picture: do_center_crop and do_pad cannot be used.")
+            raise InputError("MaCoSNet resizes the whole image: do_center_crop and do_pad cannot be used.")
         if str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last":
             raise InputError("pixel_values are always channels first; data_format='channels_last' cannot be used.")
         groups = []
@@ -182,14 +182,14 @@ class MaCoSNetImageProcessor(PilBackend):
             groups.append([array.transpose(2, 0, 1) for array in arrays])
         shapes = {array.shape for group in groups for array in group}
         if len(shapes) > 1:
-            raise InputError("Pictures of different sizes cannot be put into one batch without do_resize.")
+            raise InputError("Images of different sizes cannot be put into one batch without do_resize.")
         features = BatchFeature(data={"pixel_values": np.array(groups, dtype=np.float32)}, tensor_type=return_tensors)
         device = kwargs.get("device")
         return features.to(device) if device is not None and isinstance(features["pixel_values"], Tensor) else features
 
     @staticmethod
     def _resized(image: Image.Image | np.ndarray, size: Any, resample: Any) -> np.ndarray:
-        """`(H, W, 3)` float32 at `size`; 8-bit pictures stay 8-bit in between, as in any PIL pipeline."""
+        """`(H, W, 3)` float32 at `size`; 8-bit images stay 8-bit in between, as in any PIL pipeline."""
         height, width = getattr(size, "height", None), getattr(size, "width", None)
         if not height or not width:
             raise InputError(
@@ -212,26 +212,26 @@ class MaCoSNetImageProcessor(PilBackend):
     def post_process_keypoint_matching(
         self, outputs: Any, target_sizes: Any, threshold: float = 0.0
     ) -> list[dict[str, Tensor]]:
-        """Matches of every pair in pixels of the original pictures.
+        """Matches of every pair in pixels of the original images.
 
-        The network's key-points are (x, y) in [0, 1] with 0 and 1 the *centres* of the corner pixels, so a pixel is
+        The network's keypoints are (x, y) in [0, 1] with 0 and 1 the *centres* of the corner pixels, so a pixel is
         `x * (width - 1)`: 0 is the centre of the first pixel, `width - 1` that of the last.
 
         Args:
             outputs: of [`MaCoSNetForKeypointMatching`].
-            target_sizes: `(B, 2, 2)`, a tensor or nested lists: (height, width) of both original pictures of each pair.
+            target_sizes: `(B, 2, 2)`, a tensor or nested lists: (height, width) of both original images of each pair.
             threshold: only matches with a score above this are kept.
 
         Returns:
             For each pair a dict of `keypoints0` and `keypoints1`, `(M, 2)` float32 (x, y) in pixels of the first and of
-            the second picture, partners row by row, and `matching_scores` `(M,)`.
+            the second image, partners row by row, and `matching_scores` `(M,)`.
 
         Raises:
             InputError: outputs without matches, or sizes that do not fit.
         """
         keypoints, matches, scores = (_field(outputs, n) for n in ("keypoints", "matches", "matching_scores"))
         sizes = _as_sizes(target_sizes, keypoints.shape[0], keypoints.device)
-        # Key-points in [0, 1] are normalised coordinates moved and halved.
+        # Keypoints in [0, 1] are normalised coordinates moved and halved.
         pixels = [denormalize_points(2 * keypoints[:, side].float() - 1, sizes[:, side]) for side in range(2)]
         results = []
         for row in range(keypoints.shape[0]):
@@ -255,13 +255,13 @@ class MaCoSNetImageProcessor(PilBackend):
         threshold: float = 0.5,
         **refine_options: Any,
     ) -> list[list[Tensor]]:
-        """Hard masks of both pictures of every pair, each in its own picture's size.
+        """Hard masks of both images of every pair, each in its own image's size.
 
         The soft masks (sigmoid of the logits) are enlarged bilinearly with `align_corners=True`, then made hard.
 
         Args:
             outputs: of either model, for pairs; `mask_logits` `(B, 2, h, w)`.
-            target_sizes: `(B, 2, 2)` as (height, width) of the original pictures. Taken from `images` if not given;
+            target_sizes: `(B, 2, 2)` as (height, width) of the original images. Taken from `images` if not given;
                 without both, masks have the network's size.
             images: one pair or a list of pairs, as given to [`preprocess`]. Needed by every `refine` that looks at
                 colours.
@@ -273,7 +273,7 @@ class MaCoSNetImageProcessor(PilBackend):
             For each pair a list of two bool tensors `(height, width)`.
 
         Raises:
-            InputError: sizes or pictures that do not fit, or a refinement without pictures.
+            InputError: sizes or images that do not fit, or a refinement without images.
         """
         if refine not in REFINEMENT_METHODS:
             raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
@@ -281,16 +281,14 @@ class MaCoSNetImageProcessor(PilBackend):
         if refine == "none":
             return [[mask >= threshold for mask in pair] for pair in soft]
         if images is None:
-            raise InputError(f"The refinement '{refine}' needs the pictures: pass images=.")
-        pictures = [[self._rgb_array(image) for image in self.fetch_images(pair)] for pair in _as_groups(images, (2,))]
+            raise InputError(f"The refinement '{refine}' needs the images: pass images=.")
+        rgb_pairs = [[self._rgb_array(image) for image in self.fetch_images(pair)] for pair in _as_groups(images, (2,))]
         return [
             [
-                torch.from_numpy(refine_mask(picture, mask, refine, threshold=threshold, **refine_options)).to(
-                    mask.device
-                )
-                for picture, mask in zip(*pair, strict=True)
+                torch.from_numpy(refine_mask(rgb, mask, refine, threshold=threshold, **refine_options)).to(mask.device)
+                for rgb, mask in zip(*pair, strict=True)
             ]
-            for pair in zip(pictures, soft, strict=True)
+            for pair in zip(rgb_pairs, soft, strict=True)
         ]
 
     def post_process_soft_masks(self, outputs: Any, target_sizes: Any = None, images: Any = None) -> list[list[Tensor]]:
@@ -304,7 +302,7 @@ class MaCoSNetImageProcessor(PilBackend):
             found = [[self._rgb_array(image).shape[:2] for image in self.fetch_images(pair)] for pair in groups]
             image_sizes = _as_sizes(found, logits.shape[0], logits.device)
             if sizes is not None and not torch.equal(sizes, image_sizes):
-                raise InputError("target_sizes and images disagree; target_sizes are (height, width) of each picture.")
+                raise InputError("target_sizes and images disagree; target_sizes are (height, width) of each image.")
             sizes = image_sizes
         soft = logits.float().sigmoid()
         if sizes is None:
@@ -320,18 +318,18 @@ class MaCoSNetImageProcessor(PilBackend):
     def post_process_dense_flow(
         self, outputs: Any, target_sizes: Any, tps_regularization: float = 0.0
     ) -> list[dict[str, Tensor]]:
-        """Where every pixel of one picture lies in the other, as a displacement in pixels of the original pictures.
+        """Where every pixel of one image lies in the other, as a displacement in pixels of the original images.
 
         Evaluated at every pixel from the transforms themselves (affine after TPS), not enlarged from a coarse field.
 
         Args:
             outputs: of either model, for pairs: `affine` `(B, 2, 6)` and `tps` `(B, 2, 18)` or `None`.
-            target_sizes: `(B, 2, 2)` as (height, width) of the original pictures.
+            target_sizes: `(B, 2, 2)` as (height, width) of the original images.
             tps_regularization: the configuration's `tps_regularization`.
 
         Returns:
             For each pair a dict of `source_to_target` `(H_source, W_source, 2)` and `target_to_source`
-            `(H_target, W_target, 2)`, float32 (x, y): pixel (x, y) of the first-named picture lies at
+            `(H_target, W_target, 2)`, float32 (x, y): pixel (x, y) of the first-named image lies at
             `(x, y) + flow[y, x]` of the other.
 
         Raises:
@@ -369,7 +367,7 @@ class MaCoSNetImageProcessor(PilBackend):
         Args:
             images: one pair or a list of pairs, as given to [`preprocess`].
             keypoint_matching_output: what [`post_process_keypoint_matching`] returned for them.
-            max_matches: draw at most so many of each pair, spread over the picture; `None` for all.
+            max_matches: draw at most so many of each pair, spread over the image; `None` for all.
 
         Raises:
             InputError: not as many results as pairs.
@@ -377,7 +375,7 @@ class MaCoSNetImageProcessor(PilBackend):
         groups = _as_groups(images, (2,))
         if len(groups) != len(keypoint_matching_output):
             raise InputError(
-                f"{len(groups)} pairs of pictures need as many results; got {len(keypoint_matching_output)}."
+                f"{len(groups)} pairs of images need as many results; got {len(keypoint_matching_output)}."
             )
         drawings = []
         for pair, result in zip(groups, keypoint_matching_output, strict=True):
@@ -390,63 +388,63 @@ class MaCoSNetImageProcessor(PilBackend):
         return drawings
 
     def _rgb_array(self, image: Any) -> np.ndarray:
-        """Any accepted picture as uint8 `(H, W, 3)`, upright, in its own size."""
-        picture = self.process_image(image)
-        if isinstance(picture, Image.Image):
-            return np.asarray(picture)
-        return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+        """Any accepted image as uint8 `(H, W, 3)`, upright, in its own size."""
+        processed = self.process_image(image)
+        if isinstance(processed, Image.Image):
+            return np.asarray(processed)
+        return np.clip(np.round(processed), 0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures in
+# Images in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_photo(photo: str | Image.Image, timeout: float | None = None) -> Image.Image:
-    """A path, a URL, base64 or a PIL picture as the library's `load_image` gives it: upright, RGB.
+def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.Image:
+    """A path, a URL, base64 or an image as the library's `load_image` gives it: upright, RGB.
 
     Args:
-        photo: see above.
-        timeout: seconds to wait for a picture from the web.
+        image: see above.
+        timeout: seconds to wait for an image from the web.
 
     Raises:
         ImageError: if it cannot be read, or a file has more than [`MAX_PIXELS`] pixels; its header is read first.
     """
-    name = "The picture" if isinstance(photo, Image.Image) else f"The picture '{photo[:200]}'"
+    name = "The image" if isinstance(image, Image.Image) else f"The image '{image[:200]}'"
     try:
-        if isinstance(photo, str) and os.path.isfile(photo):
+        if isinstance(image, str) and os.path.isfile(image):
             Image.init()
             formats = [known for known in (*COMMON_FORMATS, *FURTHER_FORMATS) if known in Image.OPEN]
-            with Image.open(photo, formats=formats) as header:
+            with Image.open(image, formats=formats) as header:
                 pixels = header.width * header.height
             if pixels > MAX_PIXELS:
                 raise ImageError(f"{name} has {pixels / 1e6:.6g} megapixels, more than {MAX_PIXELS / 1e6:.6g}.")
-        return load_image(photo, timeout=timeout)
+        return load_image(image, timeout=timeout)
     except ImageError:
         raise
     except Exception as error:  # the library's loader and PIL raise many kinds
-        if isinstance(photo, str) and not os.path.isfile(photo) and not photo.startswith(("http:", "https:", "data:")):
+        if isinstance(image, str) and not os.path.isfile(image) and not image.startswith(("http:", "https:", "data:")):
             raise ImageError(f"{name} does not exist: it is no file, no web address and no base64.") from error
         raise ImageError(f"{name} cannot be read ({error}).") from error
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    """Upright RGB of a PIL picture, whose file may be read only now; the picture itself if it is that already."""
+    """Upright RGB of an image, whose file may be read only now; the image itself if it is that already."""
     try:
         return as_upright_rgb(image)
     except Exception as error:  # PIL raises many kinds on damaged bytes
-        name = getattr(image, "filename", "") or "A picture"
+        name = getattr(image, "filename", "") or "An image"
         raise ImageError(f"{name} is damaged or cut off and cannot be read ({error}).") from error
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     if isinstance(value, (np.ndarray, Tensor)):
         return value.ndim in (2, 3)
     return isinstance(value, (Image.Image, str))
 
 
 def _as_list(value: Any) -> list[Any]:
-    """A list, a tuple, or an array of pictures, as a list."""
+    """A list, a tuple, or an array of images, as a list."""
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim > 3:
@@ -455,18 +453,18 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_groups(images: Any, views: tuple[int, ...] = _VIEWS) -> list[list[Any]]:
-    """One pair or triplet, or a list of them, to a list of lists of pictures that all have the same length."""
+    """One pair or triplet, or a list of them, to a list of lists of images that all have the same length."""
     outer = _as_list(images)
-    groups = [outer] if outer and all(_is_picture(item) for item in outer) else [_as_list(item) for item in outer]
+    groups = [outer] if outer and all(_is_image(item) for item in outer) else [_as_list(item) for item in outer]
     lengths = {len(group) for group in groups}
-    if len(lengths) != 1 or not lengths <= set(views) or not all(_is_picture(p) for group in groups for p in group):
+    if len(lengths) != 1 or not lengths <= set(views) or not all(_is_image(p) for group in groups for p in group):
         kinds = "pairs" if views == (2,) else "pairs [a, b] or triplets [a, b, c]"
-        raise InputError(f"Pictures are expected in {kinds}: one of them, or a list of them, all of the same length.")
+        raise InputError(f"Images are expected in {kinds}: one of them, or a list of them, all of the same length.")
     return groups
 
 
 def _channels_last(image: Any, input_data_format: Any) -> np.ndarray:
-    """A numpy or torch picture as `(H, W, C)` of its own dtype, C = 1, 3 or 4."""
+    """A numpy or torch image as `(H, W, C)` of its own dtype, C = 1, 3 or 4."""
     is_tensor = isinstance(image, Tensor)
     if is_tensor:
         image = image.detach().cpu()
@@ -474,9 +472,7 @@ def _channels_last(image: Any, input_data_format: Any) -> np.ndarray:
     elif isinstance(image, np.ndarray):
         array = image
     else:
-        raise InputError(
-            f"A picture must be a PIL picture, a numpy array or a torch tensor, not {type(image).__name__}."
-        )
+        raise InputError(f"An image must be an image, a numpy array or a torch tensor, not {type(image).__name__}.")
     layout = getattr(input_data_format, "value", input_data_format)
     if array.ndim == 2:
         array = array[:, :, None]
@@ -486,7 +482,7 @@ def _channels_last(image: Any, input_data_format: Any) -> np.ndarray:
         if layout == "channels_first" or (layout is None and first and (is_tensor or not last)):
             array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise InputError(f"An array of shape {tuple(image.shape)} is not a picture of 1, 3 or 4 channels.")
+        raise InputError(f"An array of shape {tuple(image.shape)} is not an image of 1, 3 or 4 channels.")
     return array
 
 
@@ -494,9 +490,7 @@ def _eight_bit_rgb(array: np.ndarray) -> Image.Image:
     """An integer array `(H, W, C)` of 0..255 as PIL RGB."""
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
-            raise InputError(
-                f"An array picture must hold 0..255 as uint8, or floating-point numbers, not {array.dtype}."
-            )
+            raise InputError(f"An array image must hold 0..255 as uint8, or floating-point numbers, not {array.dtype}.")
         array = array.astype(np.uint8)
     array = array[:, :, 0] if array.shape[2] == 1 else array
     return upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
@@ -532,7 +526,7 @@ def _field(outputs: Any, name: str) -> Tensor:
 
 def _as_sizes(target_sizes: Any, batch: int, device: torch.device) -> Tensor:
     """`(B, 2, 2)` int64 (height, width), checked."""
-    expected = f"target_sizes must be ({batch}, 2, 2): for each pair the (height, width) of both pictures"
+    expected = f"target_sizes must be ({batch}, 2, 2): for each pair the (height, width) of both images"
     try:
         sizes = torch.as_tensor(np.asarray(target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes))
     except (TypeError, ValueError) as error:
@@ -548,9 +542,9 @@ def _as_sizes(target_sizes: Any, batch: int, device: torch.device) -> Tensor:
 def _dense_flow(
     affine: Tensor, tps: Tensor | None, regularization: float, size: Sequence[int], other_size: Sequence[int]
 ) -> Tensor:
-    """Displacement `(H, W, 2)` of every pixel of a picture of `size` into one of `other_size`, in strips of rows.
+    """Displacement `(H, W, 2)` of every pixel of an image of `size` into one of `other_size`, in strips of rows.
 
-    In float32: against float64 the difference on a picture 4000 pixels wide stays below a hundredth of a pixel.
+    In float32: against float64 the difference on an image 4000 pixels wide stays below a hundredth of a pixel.
     """
     height, width = size
     affine = affine.float()

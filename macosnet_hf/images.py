@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
-# Ghostscript on a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for a picture.
+# Ghostscript on a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for an image.
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
-MAX_PIXELS = 100_000_000  # a picture with more is refused before it is decoded
+MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -32,17 +32,17 @@ def exif_orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:
         # The block beside the pixels is damaged, and PIL raises many kinds of errors on that (struct.error,
-        # SyntaxError, ...). The pixels are not affected, and a viewer would show the picture as it is: so do we.
+        # SyntaxError, ...). The pixels are not affected, and a viewer would show the image as it is: so do we.
         return 1
     return orientation if isinstance(orientation, int) and orientation in _ORIENTATIONS else 1
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as a new, upright picture of mode "RGB" without EXIF (so it is not turned a second time).
+    """An image of any mode as a new, upright image of mode "RGB" without EXIF (so it is not turned a second time).
 
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers
     are taken as 8-bit or 16-bit where they fit and are stretched from their smallest to their largest value
-    otherwise; floating-point pictures are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
+    otherwise; floating-point images are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
     """
     image.load()  # before the orientation is asked for: TIFF turns its pixels itself while loading
     orientation = exif_orientation(image)
@@ -51,7 +51,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         upright = _on_white(image)
     else:
-        upright = image.convert("RGB")  # a copy, also of an RGB picture
+        upright = image.convert("RGB")  # a copy, also of an RGB image
     if orientation in _ORIENTATIONS:
         upright = upright.transpose(_ORIENTATIONS[orientation])
     upright.info = {}
@@ -59,9 +59,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself where it is upright and RGB already, else as [`upright_rgb`]: for those who only look at it.
+    """The image itself where it is upright and RGB already, else as [`upright_rgb`]: for those who only look at it.
 
-    A photograph of 12 megapixels takes 48 MB, and a copy of it takes them again.
+    An image of 12 megapixels takes 48 MB, and a copy of it takes them again.
     """
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1:

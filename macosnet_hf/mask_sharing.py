@@ -1,4 +1,4 @@
-"""What photographs of a collection say of each other's masks, once each is encoded and has a first mask of its own.
+"""What images of a collection say of each other's masks, once each is encoded and has a first mask of its own.
 
 The module travels with the model to the Hub; [`~.collection.Collection.segment`] puts the steps together.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .refinement import opencv, refine_mask
 
-# How masks are carried from photograph to photograph, chosen on every second photograph of msrc-coseg: each cell looks
-# at the cells that resemble it most in the photographs most alike, and what they say has this share in the mask (less
+# How masks are carried from image to image, chosen on every second image of msrc-coseg: each cell looks
+# at the cells that resemble it most in the images most alike, and what they say has this share in the mask (less
 # of a pair, where one wrong mask is all that can be asked).
 _TRANSFER_PARTNERS = 16
 _TRANSFER_CELLS = 20
@@ -30,15 +30,15 @@ _TRANSFER_SHARE_OF_TWO = 0.3
 _REFINED_SHARES = (0.3, 0.4, 0.3)
 # Of the final mask, pieces smaller than this share of the largest one are dropped.
 _CRUMB = 0.1
-# Refinement looks at pictures of at most so many pixels a side, as `refine_mask` does.
+# Refinement looks at images of at most so many pixels a side, as `refine_mask` does.
 _REFINED_SIDE = 320
 
 
 class SimilarCells(NamedTuple):
-    """For each cell of N pictures the K cells of other pictures that resemble it most.
+    """For each cell of N images the K cells of other images that resemble it most.
 
     Attributes:
-        places: `(N, h*w, K)` into the `N*h*w` cells of all pictures.
+        places: `(N, h*w, K)` into the `N*h*w` cells of all images.
         weights: `(N, h*w, K)`, softmax(s / 0.1) of the cosine similarities s of the features.
         size: (h, w).
     """
@@ -49,11 +49,11 @@ class SimilarCells(NamedTuple):
 
 
 def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
-    """The 20 most similar cells, for each cell, in the 16 pictures most alike.
+    """The 20 most similar cells, for each cell, in the 16 images most alike.
 
     Args:
         features: `(N, C, h, w)`.
-        others: `(N, K)` for each picture the numbers of others, most alike first.
+        others: `(N, K)` for each image the numbers of others, most alike first.
     """
     height, width = features.shape[-2:]
     count = height * width
@@ -83,12 +83,12 @@ def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
 
 
 def transfer_masks(masks: Tensor, cells: SimilarCells) -> Tensor:
-    """What the photographs of a collection say of each other's masks: in each cell the weighted mean of the masks where
+    """What the images of a collection say of each other's masks: in each cell the weighted mean of the masks where
     the cells lie that resemble it most.
 
     Args:
         masks: `(N, S, S)` in [0, 1].
-        cells: of the same pictures.
+        cells: of the same images.
 
     Returns:
         `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
@@ -108,14 +108,14 @@ def mix_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
     """Masks of which 0.3 are the decoder's own, 0.4 what the refined masks of the others say, and 0.3 the refined ones.
 
     Args:
-        own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same photographs.
-        cells: of the same photographs.
+        own, refined: `(N, S, S)` masks of the decoder, and refined ones of the same images.
+        cells: of the same images.
     """
     shares = _REFINED_SHARES
     return shares[0] * own + shares[1] * transfer_masks(refined, cells) + shares[2] * refined
 
 
-def drop_crumbs(masks: Tensor) -> Tensor:
+def drop_small_components(masks: Tensor) -> Tensor:
     """Soft masks of whose objects only the larger pieces are left.
 
     Pieces (8-connected) of the object that are smaller than a tenth of the largest are capped just below 0.5, where the
@@ -137,17 +137,17 @@ def drop_crumbs(masks: Tensor) -> Tensor:
     return torch.where(torch.from_numpy(crumbs).to(masks.device), masks.clamp(max=0.499), masks)
 
 
-def reduced(photo: Image.Image) -> Image.Image:
-    """What the refinement looks at: a copy of at most 320 pixels a side, or the photograph itself."""
-    scale = _REFINED_SIDE / max(photo.size)
+def reduced(image: Image.Image) -> Image.Image:
+    """What the refinement looks at: a copy of at most 320 pixels a side, or the image itself."""
+    scale = _REFINED_SIDE / max(image.size)
     if scale >= 1:
-        return photo
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    return photo.resize((width, height), Image.Resampling.BOX)
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def refine_small(
-    photos: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     masks: Tensor,
     method: str,
     *,
@@ -157,7 +157,7 @@ def refine_small(
     """Refined masks as shares of the object, `(N, S, S)` in [0, 1].
 
     Args:
-        photos: N upright RGB pictures; copies of 320 pixels are looked at.
+        images: N upright RGB images; copies of 320 pixels are looked at.
         masks: `(N, S, S)` in [0, 1].
         method: one of `refinement.REFINEMENT_METHODS`.
         workers: threads.
@@ -165,8 +165,8 @@ def refine_small(
     """
     size = tuple(masks.shape[-2:])
 
-    def one(photo: Image.Image, probability: np.ndarray) -> Tensor:
-        small = reduced(photo)
+    def one(image: Image.Image, probability: np.ndarray) -> Tensor:
+        small = reduced(image)
         soft = torch.from_numpy(probability)[None, None]
         soft = F.interpolate(soft, size=small.size[::-1], mode="bilinear", align_corners=True)
         hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
@@ -174,7 +174,7 @@ def refine_small(
 
     found: list[Tensor] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = [pool.submit(one, *both) for both in zip(photos, masks.cpu().numpy(), strict=True)]
+        waiting = [pool.submit(one, *both) for both in zip(images, masks.cpu().numpy(), strict=True)]
         try:
             for refined in waiting:
                 found.append(refined.result())

@@ -89,9 +89,9 @@ def match_locally(
     pass starts from the answer of the one before; where features say nothing, a point stays where the transform put it.
 
     Args:
-        source, target: unit-length features `(B, C, h, w)` of the picture that the points are on, and of the other.
+        source, target: unit-length features `(B, C, h, w)` of the image that the points are on, and of the other.
         points: `(B, N, 2)` normalised points.
-        affine: `(B, 6)` of the transform that maps the points into the other picture.
+        affine: `(B, 6)` of the transform that maps the points into the other image.
         tps: `(B, 18)` of the same, or `None` for the affine alone.
         sigmas: for each pass, the width of the prior on the offset, normalised coordinates.
         windows: for each pass, half the side of the window, normalised coordinates; it fades to its border as a
@@ -100,7 +100,7 @@ def match_locally(
         regularization: regularisation factor of the TPS.
 
     Returns:
-        `(B, N, 2)` normalised points of the other picture.
+        `(B, N, 2)` normalised points of the other image.
     """
     source, target = source.float(), target.float()
     parts = [
@@ -173,19 +173,19 @@ def fit_mutually(
 ) -> tuple[Tensor, Tensor]:
     """Fits both transforms of a pair to the matches on which its two directions agree. Not in the paper.
 
-    A grid of 7x7 points of each picture is matched locally ([`match_locally`]) into the other and back. For each
+    A grid of 7x7 points of each image is matched locally ([`match_locally`]) into the other and back. For each
     direction, a thin-plate spline is fitted by weighted least squares to the matches of its own grid and to those of
     the other direction, read backwards; a match weighs s^2 exp(-e^2 / 2 sigma^2) with the cosine similarity s of both
-    features and the forward-backward error e, and nothing if it leaves the picture by more than 0.05. The transform
+    features and the forward-backward error e, and nothing if it leaves the image by more than 0.05. The transform
     that one starts from holds on with a ridge, so that points stay where it sends them if the features say nothing.
 
     Args:
-        features: unit-length features `(B, 2, C, h, w)` of both pictures.
+        features: unit-length features `(B, 2, C, h, w)` of both images.
         affine, tps: `(B, 2, 6)` and `(B, 2, 18)` of T_AB and T_BA.
         temperature, regularization: as in [`match_locally`].
 
     Returns:
-        affine `(B, 2, 6)`, as it was (the identity where it nearly flattens the picture), and tps
+        affine `(B, 2, 6)`, as it was (the identity where it nearly flattens the image), and tps
         `(B, 2, 18)`, float32.
     """
     with maybe_autocast(features.device.type, enabled=False):  # half precision is too coarse for places and sums

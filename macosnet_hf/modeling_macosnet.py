@@ -62,7 +62,7 @@ def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass
 class MaCoSNetFeatures(ModelOutput):
-    """What the encoder E says about N pictures; made once and used for every pair and both tasks.
+    """What the encoder E says about N images; made once and used for every pair and both tasks.
 
     Args:
         last (`(N, C, h, w)`): stride-16 feature map, as the encoder gives it.
@@ -84,7 +84,7 @@ class MaCoSNetFeatures(ModelOutput):
         return MaCoSNetFeatures(last=self.last, normalized=self.normalized, skips=())
 
     def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
-        """The features of some of the pictures, in the given order."""
+        """The features of some of the images, in the given order."""
         if isinstance(index, list):
             index = torch.tensor(index, device=self.last.device)
         return MaCoSNetFeatures(
@@ -105,7 +105,7 @@ class MaCoSNetModelOutput(ModelOutput):
             source, `[:, 1]` target.
         features (`(B, V, C, h, w)`): stride-16 features, unit length over channels.
         flow (`(B, P, H, W, 2)`, on request): for each pixel of view j at network resolution, where it lies in view i
-            minus where it lies in view j, both in pixels of the original pictures.
+            minus where it lies in view j, both in pixels of the original images.
     """
 
     affine: Tensor | None = None
@@ -118,12 +118,12 @@ class MaCoSNetModelOutput(ModelOutput):
 
 @dataclass
 class MaCoSNetKeypointMatchingOutput(ModelOutput):
-    """Output of [`MaCoSNetForKeypointMatching`]. N = h*w key-points on a regular grid over the source.
+    """Output of [`MaCoSNetForKeypointMatching`]. N = h*w keypoints on a regular grid over the source.
 
     Args:
-        loss (`()`, when `labels` are given): mean distance of transferred key-points from their labels, normalised
+        loss (`()`, when `labels` are given): mean distance of transferred keypoints from their labels, normalised
             to [0, 1].
-        matches (`(B, 2, N)`): index of the partner in the other picture, -1 for unmatched.
+        matches (`(B, 2, N)`): index of the partner in the other image, -1 for unmatched.
         matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
         keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
         mask_logits (`(B, 2, H, W)`), affine (`(B, 2, 6)`), tps (`(B, 2, 18)`), correlation (`(B, 2, h*w, h, w)`),
@@ -164,7 +164,7 @@ class MaCoSNetEncoder(nn.Module):
         _cut_unused_stages(self.backbone)
 
     def forward(self, pixel_values: Tensor) -> MaCoSNetFeatures:
-        """`(N, 3, H, W)` normalised pictures to [`MaCoSNetFeatures`]."""
+        """`(N, 3, H, W)` normalised images to [`MaCoSNetFeatures`]."""
         maps = self.backbone(pixel_values).feature_maps
         for stride, feature_map in zip(self.strides, maps, strict=True):
             expected = (pixel_values.shape[-2] // stride, pixel_values.shape[-1] // stride)
@@ -226,7 +226,7 @@ class MaCoSNetDecoderBlock(nn.Module):
     def forward(self, hidden: Tensor, skip: Tensor | None, index: Tensor | None = None) -> Tensor:
         """`(P, c, h, w)` to `(P, out, 2h, 2w)`.
 
-        `skip` `(N, out, 2h, 2w)` holds the projected maps of N pictures; `index` `(P,)` names the picture of each row.
+        `skip` `(N, out, 2h, 2w)` holds the projected maps of N images; `index` `(P,)` names the image of each row.
         """
         hidden = self.upsample(hidden)
         if skip is not None:
@@ -236,7 +236,7 @@ class MaCoSNetDecoderBlock(nn.Module):
 
 
 class MaCoSNetDecoder(nn.Module):
-    """D: four blocks from stride 16 to every pixel, one logit each. Shared by both pictures (siamese)."""
+    """D: four blocks from stride 16 to every pixel, one logit each. Shared by both images (siamese)."""
 
     def __init__(self, config: MaCoSNetConfig, channels: tuple[int, ...]):
         super().__init__()
@@ -267,10 +267,10 @@ class MaCoSNetDecoder(nn.Module):
         """Mask logits from `C_A = [f_A, S]`.
 
         Args:
-            features: of N pictures; `skips` is not looked at where `projected` is given.
-            correlation: `(P, h*w, h, w)`, spatial layout of the picture that is segmented, one channel per position
+            features: of N images; `skips` is not looked at where `projected` is given.
+            correlation: `(P, h*w, h, w)`, spatial layout of the image that is segmented, one channel per position
                 of its partner (that is S_BA for A).
-            index: `(P,)` the picture of each row; `None` when P = N in the same order.
+            index: `(P,)` the image of each row; `None` when P = N in the same order.
             projected: what [`project_skips`] made of the skips, for those who keep it.
 
         Returns:
@@ -354,14 +354,14 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor) -> MaCoSNetFeatures:
-        """Encodes N single pictures `(N, 3, H, W)`: the only call that runs the encoder on them.
+        """Encodes N single images `(N, 3, H, W)`: the only call that runs the encoder on them.
 
         Raises:
-            InputError: if the pictures do not have the configuration's `image_size`.
+            InputError: if the images do not have the configuration's `image_size`.
         """
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[-2:] != (size, size):
-            raise InputError(f"Pictures of shape (N, 3, {size}, {size}) are expected; got {tuple(pixel_values.shape)}.")
+            raise InputError(f"Images of shape (N, 3, {size}, {size}) are expected; got {tuple(pixel_values.shape)}.")
         return self.encoder(pixel_values.to(self.dtype))
 
     def features_from_map(self, last: Tensor) -> MaCoSNetFeatures:
@@ -428,7 +428,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
 
     def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
-        """Mask logits `(P, H, W)`; `correlation` has the layout of the picture that is segmented (S_BA for A)."""
+        """Mask logits `(P, H, W)`; `correlation` has the layout of the image that is segmented (S_BA for A)."""
         return self.decoder(features, correlation, index)
 
     def forward(
@@ -446,7 +446,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             pixel_values: `(B, V, 3, H, W)`, V = 2 (pairs) or 3 (triplets), resized to `image_size` and normalised.
             output_masks: whether to run the decoder.
             output_flow: whether to add the dense flow of every ordered pair.
-            image_sizes: `(B, V, 2)` sizes (height, width) of the original pictures, the unit of the flow.
+            image_sizes: `(B, V, 2)` sizes (height, width) of the original images, the unit of the flow.
             return_dict: whether to return a [`MaCoSNetModelOutput`] (default) or a tuple.
 
         Raises:
@@ -459,10 +459,10 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         views = pixel_values.shape[1]
         if output_flow:
             image_sizes = _flow_sizes(image_sizes, pixel_values)
-        pictures = pixel_values.flatten(0, 1)
-        features = self.get_image_features(pictures)
+        images = pixel_values.flatten(0, 1)
+        features = self.get_image_features(images)
         exact = self.config.cascade == "exact"
-        output = self.relate_views(features, views, pictures if exact else None, output_masks=output_masks)
+        output = self.relate_views(features, views, images if exact else None, output_masks=output_masks)
         if output_flow:
             output.flow = self.dense_flow(output, image_sizes)
         if return_dict is None:
@@ -479,7 +479,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         """Everything behind the encoder: correlations, transforms and masks of every ordered pair of views.
 
         Args:
-            features: of `B * num_views` pictures, the views of a group side by side.
+            features: of `B * num_views` images, the views of a group side by side.
             num_views: V, 2 or 3.
             pixel_values: `(B * V, 3, H, W)`, for the exact cascade; see [`predict_transforms`].
             output_masks: whether to run the decoder.
@@ -517,7 +517,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
 
         Args:
             output: with the transforms of the pairs.
-            image_sizes: `(B, V, 2)` sizes (height, width) of the original pictures.
+            image_sizes: `(B, V, 2)` sizes (height, width) of the original images.
         """
         pairs = ordered_pairs(image_sizes.shape[1])
         size = self.config.image_size
@@ -536,9 +536,9 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
 
 
 def _flow_sizes(image_sizes: Tensor | None, pixel_values: Tensor) -> Tensor:
-    """Checked sizes of the original pictures: `(B, V, 2)` for pixels `(B, V, 3, H, W)`."""
+    """Checked sizes of the original images: `(B, V, 2)` for pixels `(B, V, 3, H, W)`."""
     if image_sizes is None:
-        raise InputError("output_flow needs image_sizes: the flow is in pixels of the original pictures.")
+        raise InputError("output_flow needs image_sizes: the flow is in pixels of the original images.")
     batch, views = pixel_values.shape[:2]
     image_sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
     if tuple(image_sizes.shape) != (batch, views, 2):
@@ -549,7 +549,7 @@ def _flow_sizes(image_sizes: Tensor | None, pixel_values: Tensor) -> Tensor:
 
 
 class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
-    """MaCoSNet with the interface of transformers' key-point matchers, plus masks and point transfer.
+    """MaCoSNet with the interface of transformers' keypoint matchers, plus masks and point transfer.
 
     ```python
     >>> inputs = processor([[source, target]], return_tensors="pt")
@@ -582,7 +582,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
 
         Args:
             pixel_values: `(B, 2, 3, H, W)`.
-            labels: `(B, 2, K, 2)` corresponding key-points as (x, y) in [0, 1], negative where absent. Asks for `loss`.
+            labels: `(B, 2, K, 2)` corresponding keypoints as (x, y) in [0, 1], negative where absent. Asks for `loss`.
                 (The paper's weakly supervised objective is in `macosnet_hf.training.losses`.)
             output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
 
@@ -652,18 +652,18 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         direction: str = "source_to_target",
         local_matching: bool | None = None,
     ) -> Tensor:
-        """Where any points of one picture lie in the other, in pixels of the original pictures.
+        """Where any points of one image lie in the other, in pixels of the original images.
 
         Args:
             outputs: what `forward` returned for the pairs.
-            points: `(B, N, 2)` as (x, y) in pixels of the picture that they are on.
+            points: `(B, N, 2)` as (x, y) in pixels of the image that they are on.
             image_sizes: `(B, 2, 2)` sizes (height, width) of source and target.
             direction: `"source_to_target"` or `"target_to_source"`.
             local_matching: whether a point lands on the best feature match near where the transform sends it; default
                 is the configuration's `local_matching`.
 
         Returns:
-            `(B, N, 2)` as (x, y) in pixels of the other picture; a point may fall outside of it.
+            `(B, N, 2)` as (x, y) in pixels of the other image; a point may fall outside of it.
 
         Raises:
             InputError: for another direction or shapes that do not fit.
@@ -683,13 +683,13 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         return denormalize_points(mapped, image_sizes[:, 1 - view])
 
     def _match_grid(self, outputs: MaCoSNetModelOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Key-points on a regular grid of the source, their places in the target, and how far to trust each match.
+        """Keypoints on a regular grid of the source, their places in the target, and how far to trust each match.
 
         The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
         the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e.
         """
         batch, side = outputs.affine.shape[0], self.config.grid_size
-        # Cell centres rather than the picture's corners, where no object's point is worth a match.
+        # Cell centres rather than the image's corners, where no object's point is worth a match.
         step = torch.arange(side, device=outputs.affine.device, dtype=outputs.affine.dtype)
         axis = (2 * step + 1) / side - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -1,4 +1,4 @@
-"""Pipelines of MaCoSNet: matches of pairs, and masks of what two or more photographs have in common.
+"""Pipelines of MaCoSNet: matches of pairs, and masks of what two or more images have in common.
 
 Both come with every saved model: `pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)`. Where
 this package is installed and one of its classes was imported, `trust_remote_code` is not needed.
@@ -17,15 +17,15 @@ from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
 from .collection import refined_mask, segment_collection
 from .errors import InputError
-from .image_processing_macosnet import read_photo
+from .image_processing_macosnet import read_image
 from .refinement import REFINEMENT_METHODS
 
 
 class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
-    """Task `"keypoint-matching"`: where points of one photograph lie in another of the same kind of object.
+    """Task `"keypoint-matching"`: where points of one image lie in another of the same kind of object.
 
     The library's own pipeline passes (width, height) where post-processing wants (height, width), which puts the points
-    of photographs that are not square in wrong places. This one does not, and it also takes `batch_size`.
+    of images that are not square in wrong places. This one does not, and it also takes `batch_size`.
 
     ```python
     >>> matcher = pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)
@@ -33,29 +33,27 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
     {'keypoint_image_0': {'x': 100.4, 'y': 81.9}, 'keypoint_image_1': {'x': 97.2, 'y': 104.6}, 'score': 0.81}
     ```
 
-    Points are (x, y) in pixels of the photographs as they were given, best match first. A list of pairs gives a list of
+    Points are (x, y) in pixels of the images as they were given, best match first. A list of pairs gives a list of
     such lists.
     """
 
     _load_video_processor = False  # the library would take the image processor's code for one
 
     def __call__(self, inputs: Any, threshold: float | None = None, **kwargs: Any) -> Any:
-        """Matches of one pair of photographs (paths, URLs, PIL pictures), or of each of several.
+        """Matches of one pair of images (paths, URLs, PIL images), or of each of several.
 
         Args:
             inputs: a pair, or a list of pairs; a list gives a list, also of one pair.
             threshold: smallest score of a match, 0 to 1; by default what `pipeline` was given, else 0.
-            kwargs: `timeout` (seconds to wait for a picture from the web), `batch_size`.
+            kwargs: `timeout` (seconds to wait for an image from the web), `batch_size`.
 
         Raises:
             InputError: for anything else.
-            ImageError: for a photograph that cannot be read.
+            ImageError: for an image that cannot be read.
         """
         inputs = _with_strings(inputs)
         if not _is_pair(inputs) and not (_is_list(inputs) and len(inputs) > 0 and all(map(_is_pair, inputs))):
-            raise InputError(
-                "Key-point matching takes a pair of photographs (paths, URLs or PIL pictures), or several."
-            )
+            raise InputError("Keypoint matching takes a pair of images (paths, URLs or PIL images), or several.")
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise InputError(f"threshold must be a number between 0 and 1; got {threshold!r}.")
         # Not the parent's, which gives the bare matches for a list of one pair.
@@ -64,9 +62,9 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
 
     def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """One pair to `pixel_values` `(1, 2, 3, H, W)` and `target_sizes` `(1, 2, 2)` as (height, width)."""
-        photos = [read_photo(image, timeout) for image in images]
-        pixel_values = self.image_processor(photos, return_tensors="pt")["pixel_values"]
-        sizes = torch.tensor([[[photo.height, photo.width] for photo in photos]])
+        opened = [read_image(image, timeout) for image in images]
+        pixel_values = self.image_processor(opened, return_tensors="pt")["pixel_values"]
+        sizes = torch.tensor([[[each.height, each.width] for each in opened]])
         return {"pixel_values": pixel_values, "target_sizes": sizes}
 
     def _forward(self, preprocess_outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,7 +90,7 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
 
 
 class MaCoSNetCosegmentationPipeline(Pipeline):
-    """Task `"image-co-segmentation"`: the object that two or more photographs have in common, cut out of each.
+    """Task `"image-co-segmentation"`: the object that two or more images have in common, cut out of each.
 
     ```python
     >>> segmenter = pipeline("image-co-segmentation", model=FOLDER_OR_ID, trust_remote_code=True)
@@ -100,15 +98,15 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
     >>> results[0]["mask"].save("horse1_mask.png")
     ```
 
-    One dict a photograph, in their order: `mask`, a PIL picture of mode "L" in the photograph's own size, 255 on the
-    object; `score`, the mean probability within it (0 if it is empty); `agreement`, how much the photograph is like
+    One dict an image, in their order: `mask`, an image of mode "L" in the image's own size, 255 on the
+    object; `score`, the mean probability within it (0 if it is empty); `agreement`, how much the image is like
     its partners (cosine, the odd one out has the smallest); `label`, always "object". A list of such lists gives a
     list of results.
 
     Args of a call:
-        partners (`int`, defaults to 2): how many others each photograph is compared with.
+        partners (`int`, defaults to 2): how many others each image is compared with.
         refine (`str`, defaults to `"grabcut"`): soft to hard masks: `"grabcut"`, `"otsu"`, `"crf"` or `"none"`.
-        timeout (`float`, *optional*): seconds to wait for a picture from the web.
+        timeout (`float`, *optional*): seconds to wait for an image from the web.
     """
 
     _load_processor = False
@@ -123,44 +121,44 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         return _given(timeout=timeout), _given(partners=partners, refine=refine), {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Masks of one collection of photographs (paths, URLs, PIL pictures), or of each of several.
+        """Masks of one collection of images (paths, URLs, PIL images), or of each of several.
 
         Raises:
-            InputError: for fewer than two photographs, or something that is none.
+            InputError: for fewer than two images, or something that is none.
         """
         inputs = _with_strings(inputs)
         several = _is_list(inputs) and len(inputs) > 0 and all(_is_list(item) for item in inputs)
         collections = list(inputs) if several else [inputs]
-        for photos in collections:
-            if not _is_list(photos) or not all(map(_is_photo, photos)):
-                raise InputError("Co-segmentation takes a list of photographs: paths, URLs or PIL pictures.")
-            if len(photos) < 2:
-                raise InputError("Co-segmentation needs two or more photographs.")
+        for images in collections:
+            if not _is_list(images) or not all(map(_is_image, images)):
+                raise InputError("Co-segmentation takes a list of images: paths, URLs or PIL images.")
+            if len(images) < 2:
+                raise InputError("Co-segmentation needs two or more images.")
         partners, refine = kwargs.get("partners"), kwargs.get("refine")
         if partners is not None and (not isinstance(partners, int) or partners < 1):
             raise InputError(f"partners must be a whole number from 1; got {partners!r}.")
         if refine is not None and refine not in REFINEMENT_METHODS:  # before the network runs
             raise InputError(f"Unknown refinement {refine!r}; choose one of {', '.join(REFINEMENT_METHODS)}.")
-        # Photographs of a collection go through the network one after another, whatever their number.
+        # Images of a collection go through the network one after another, whatever their number.
         results = super().__call__(collections, **{**kwargs, "batch_size": 1})
         return results if several else results[0]
 
-    def preprocess(self, photos: Any, timeout: float | None = None) -> dict[str, Any]:
-        """Upright RGB pictures; the collection's own code resizes them."""
-        return {"photos": [read_photo(photo, timeout) for photo in photos]}
+    def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, Any]:
+        """Upright RGB images; the collection's own code resizes them."""
+        return {"photos": [read_image(image, timeout) for image in images]}
 
     def _forward(self, model_inputs: dict[str, Any], partners: int = 2, refine: str = "grabcut") -> dict[str, Any]:
-        photos = model_inputs["photos"]
+        images = model_inputs["photos"]
         result = segment_collection(
-            photos, model=self.model, processor=self.image_processor, partners=partners, refine=refine
+            images, model=self.model, processor=self.image_processor, partners=partners, refine=refine
         )
-        return {"photos": photos, "probabilities": result.probabilities, "agreement": result.agreement}
+        return {"photos": images, "probabilities": result.probabilities, "agreement": result.agreement}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Hard masks in the photographs' own sizes."""
+        """Hard masks in the images' own sizes."""
         results = []
-        for photo, probability, agreement in zip(*model_outputs.values(), strict=True):
-            mask = refined_mask(photo, probability, "none")
+        for image, probability, agreement in zip(*model_outputs.values(), strict=True):
+            mask = refined_mask(image, probability, "none")
             inside = np.asarray(Image.fromarray(mask).resize(probability.shape[::-1], Image.Resampling.NEAREST))
             results.append(
                 {
@@ -195,12 +193,12 @@ def _with_strings(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _is_photo(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     return isinstance(value, (str, Image.Image))
 
 
 def _is_pair(value: Any) -> bool:
-    return _is_list(value) and len(value) == 2 and all(map(_is_photo, value))
+    return _is_list(value) and len(value) == 2 and all(map(_is_image, value))
 
 
 # What a saved configuration says, so that `pipeline` finds these classes in the folder beside it.

@@ -17,7 +17,7 @@ REFINEMENT_METHODS = ("grabcut", "otsu", "crf", "none")
 
 # Where GrabCut's answer is fixed beforehand: the soft mask's values below and above which it may not doubt. How far the
 # soft mask is to be believed depends on the colours. Where object and background share few of them (the overlap of
-# their histograms is small), GrabCut is the better judge, else it floods. Chosen on every second photograph of
+# their histograms is small), GrabCut is the better judge, else it floods. Chosen on every second image of
 # msrc-coseg with the soft masks of the embedded checkpoint. J by overlap, on all: with wide limits 0.909, narrow ones
 # 0.902 below 0.72; 0.874 and 0.870 from there to 0.78; 0.774 and 0.778 to 0.83; 0.671 and 0.686 from 0.91 to 0.95.
 NARROW_LIMITS = (0.15, 0.75)
@@ -43,7 +43,7 @@ def refine_mask(
     sure_background: float | None = None,
     sure_foreground: float | None = None,
 ) -> np.ndarray:
-    """Hard mask of the object from its soft mask and the picture's colours.
+    """Hard mask of the object from its soft mask and the image's colours.
 
     - `"grabcut"`: two colour mixtures and a graph cut (Rother et al., 2004), started from the soft mask: below
       `sure_background` and above `sure_foreground` the answer is fixed, in between the threshold gives the first guess.
@@ -63,7 +63,7 @@ def refine_mask(
     GrabCut.
 
     Args:
-        image: uint8 `(H, W, 3)` RGB array, or a PIL picture (taken as it is, without EXIF orientation).
+        image: uint8 `(H, W, 3)` RGB array, or an image (taken as it is, without EXIF orientation).
         probability: `(H, W)` numbers in [0, 1], numpy or torch; high on the object.
         method: one of `REFINEMENT_METHODS`.
         threshold: where the object begins, for "none" and as the first guess of "grabcut".
@@ -253,7 +253,7 @@ def _dense_crf(rgb: np.ndarray, soft: np.ndarray) -> np.ndarray | None:
     unary = -np.log(np.stack((1 - clipped, clipped)).reshape(2, -1))
     field = crf.DenseCRF2D(width, height, 2)
     field.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
-    # The weights of the method's authors' example; its 80 pixels hold for pictures of about 500.
+    # The weights of the method's authors' example; its 80 pixels hold for images of about 500.
     field.addPairwiseGaussian(sxy=3, compat=3)
     reach = max(1.0, 80 * max(height, width) / 500)
     field.addPairwiseBilateral(sxy=reach, srgb=13, rgbim=np.array(rgb, order="C"), compat=10)  # must be writable

@@ -1,4 +1,4 @@
-"""Small archives in the exact layouts of the benchmarks, with pictures that are neither square nor symmetric."""
+"""Small archives in the exact layouts of the benchmarks, with images that are neither square nor symmetric."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def picture(path: Path, size=(48, 64), seed=0, mirrored=False) -> np.ndarray:
-    """Writes a smooth random picture of (height, width) and returns its pixels."""
+    """Writes a smooth random image of (height, width) and returns its pixels."""
     height, width = size
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
@@ -29,7 +29,7 @@ def disc(size=(48, 64), centre=(20, 25), radius=11) -> np.ndarray:
 
 
 def mask(path: Path, pixels: np.ndarray, mode="L") -> None:
-    """Writes a mask as grey (0/255), palette (0/1) or 1-bit picture."""
+    """Writes a mask as grey (0/255), palette (0/1) or 1-bit image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if mode == "P":
         image = Image.fromarray(pixels.astype(np.uint8)).convert("L")
@@ -81,7 +81,7 @@ def pf_willow(root: Path, pictures=3, classes=("car(G)", "duck(S)")) -> Path:
 
 
 def pf_pascal(root: Path) -> Path:
-    """PF-PASCAL: 3 test pairs with 6, 4 and 5 key-points, 1 validation pair, 2 training pairs without key-points."""
+    """PF-PASCAL: 3 test pairs with 6, 4 and 5 keypoints, 1 validation pair, 2 training pairs without keypoints."""
     folder = root / "PF-dataset-PASCAL" / "JPEGImages"
     names = [f"2010_{index:06d}.jpg" for index in range(4)]
     for index, name in enumerate(names):
@@ -172,7 +172,7 @@ def tss(root: Path) -> Path:
 
 
 def internet(root: Path, pictures=3) -> Path:
-    """Internet: three classes; the last picture of each has no object."""
+    """Internet: three classes; the last image of each has no object."""
     for offset, name in enumerate(("Airplane100", "Car100", "Horse100")):
         for index in range(pictures):
             picture(root / "Data" / name / f"{index + 1:04d}.jpg", (40, 56), seed=10 * offset + index)

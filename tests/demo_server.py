@@ -1,4 +1,4 @@
-"""What the tests of the demo share: photographs, a server of its own process, a matcher that counts."""
+"""What the tests of the demo share: photos, a server of its own process, a matcher that counts."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def start_app(*arguments: str, **environment: str) -> subprocess.Popen:
 
 
 class CountingMatcher(app.Matcher):
-    """The real one; it knows how often photographs went through the network, and can be made slow."""
+    """The real one; it knows how often photos went through the network, and can be made slow."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def random_pictures(*shape: int, seed: int = 1) -> torch.Tensor:
-    """`(*shape, 3, 96, 96)` pictures with structure at several scales (noise alone looks the same everywhere)."""
+    """`(*shape, 3, 96, 96)` images with structure at several scales (noise alone looks the same everywhere)."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(1)
     for size in (3, 6, 12, 48):

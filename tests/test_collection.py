@@ -22,7 +22,7 @@ from macosnet_hf.collection import (
     spread_ranks,
 )
 from macosnet_hf.io.checkpoints import load_model_and_processor
-from macosnet_hf.mask_sharing import drop_crumbs, refine_small, similar_cells, transfer_masks
+from macosnet_hf.mask_sharing import drop_small_components, refine_small, similar_cells, transfer_masks
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
 NAMES = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg", "bus.png")
@@ -94,7 +94,7 @@ def test_masks_travel_as_in_plain_loops(count):
 
 
 def test_masks_travel_along_what_is_alike():
-    """Two pictures of the same three things in other places: a wrong mask is outvoted by those of the others."""
+    """Two images of the same three things in other places: a wrong mask is outvoted by those of the others."""
     kinds = torch.eye(3)
     layout = torch.tensor([[[0, 1], [2, 2]], [[2, 0], [1, 1]], [[1, 2], [0, 2]]])
     features = kinds[layout].permute(0, 3, 1, 2)
@@ -120,7 +120,7 @@ def test_spread_ranks():
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_the_three_steps_of_a_mask(network, photos, count):
-    """Decoder, what the others say, and the picture's own colours, put together by hand."""
+    """Decoder, what the others say, and the image's own colours, put together by hand."""
     collection = Collection(**network)
     collection.add(photos[:count])
     features = collection.features(range(count)).last
@@ -142,14 +142,14 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    expected = drop_crumbs(0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp)
+    expected = drop_small_components(0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp)
     refined = collection.segment(refine="grabcut", closer=False, workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
     assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
 
 
 def test_a_closer_look_is_the_collection_of_the_cuts(network, photos, monkeypatch):
-    """Small objects, cut out by hand: what is found in the cuts is what is found in the whole photographs."""
+    """Small objects, cut out by hand: what is found in the cuts is what is found in the whole images."""
     monkeypatch.setattr("macosnet_hf.collection.drop_crumbs", lambda masks: masks)  # which differ in a reduced mask
     small = []
     for number, photo in enumerate(photos[:3]):
@@ -194,7 +194,7 @@ def test_a_photograph_in_whose_cut_nothing_is_found_stays_whole(network, photos,
 
     def look(self, *given):
         found = real(self, *given)
-        seen.append([photo.size == (640, 480) for photo in self.photos])
+        seen.append([photo.size == (640, 480) for photo in self.images])
         if len(seen) == 2:
             found.masks[1] = 0.4
         return found
@@ -255,7 +255,7 @@ def test_crumbs_are_dropped():
     mask[0, 15:19] = mask[1, 19] = 0.8  # 5, connected by a corner
     mask[15:17, 1:6] = 0.7  # 10: a tenth
     mask[19, 19] = 0.5
-    found = drop_crumbs(torch.stack([mask, torch.zeros(20, 20), torch.ones(20, 20), mask.T]))
+    found = drop_small_components(torch.stack([mask, torch.zeros(20, 20), torch.ones(20, 20), mask.T]))
     expected = mask.clone()
     expected[0, 15:19] = expected[1, 19] = expected[19, 19] = 0.499
     assert torch.equal(found[0], expected)

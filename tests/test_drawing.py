@@ -1,4 +1,4 @@
-"""Pictures for people: geometry, colours and sizes of what is drawn, on real photographs."""
+"""Images for people: geometry, colours and sizes of what is drawn, on real images."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def plain(width: int, height: int, color=(90, 90, 90)) -> Image.Image:
 
 
 def changed(drawn: Image.Image, blank: Image.Image) -> np.ndarray:
-    """`(H, W)` where two pictures differ."""
+    """`(H, W)` where two images differ."""
     return np.abs(np.asarray(drawn, dtype=int) - np.asarray(blank, dtype=int)).sum(-1) > 0
 
 
@@ -65,7 +65,7 @@ def test_matches_on_photographs(cheetah, tower):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_dots_stand_on_their_points(side):
-    """Pictures of different, non-square sizes, each with a marked pixel: the dot's middle must be the mark's."""
+    """Images of different, non-square sizes, each with a marked pixel: the dot's middle must be the mark's."""
     sizes = [(400, 200), (150, 320)]
     marks = [(350, 20), (12, 290)]
     blanks = [plain(*size) for size in sizes]
@@ -277,7 +277,7 @@ def test_overlay_options_out_of_range(cheetah, options):
 @pytest.mark.parametrize("count", [1, 2, 5, 23])
 def test_overview_of_any_number(cheetah, tower, count):
     images = [(cheetah, tower)[k % 2] for k in range(count)]
-    sheet = overview(images, [ellipse(image) for image in images], [f"photo {k}.jpg" for k in range(count)])
+    sheet = overview(images, [ellipse(image) for image in images], [f"image {k}.jpg" for k in range(count)])
     assert sheet.mode == "RGB"
     assert sheet.width <= 1600
     assert sheet.width > 150
@@ -290,9 +290,9 @@ def test_overview_shows_photo_cutout_and_label(cheetah):
     with_label = overview([cheetah], [mask], ["cheetah.jpg"], columns=1)
     assert photo_only.height < with_mask.height < with_label.height
     label = np.asarray(with_label)[with_mask.height - 10 :]
-    assert (label < 120).any(), "there is dark text below the pictures"
+    assert (label < 120).any(), "there is dark text below the images"
     lower = np.asarray(with_mask)[with_mask.height // 2 + 10 : -20, 20:-20].reshape(-1, 3)
-    assert (lower == 226).all(-1).any(), "and a checkerboard behind the cut-out"
+    assert (lower == 226).all(-1).any(), "and a checkerboard behind the cutout"
 
 
 def test_overview_labels_may_be_anything(cheetah):
@@ -349,7 +349,7 @@ def test_an_upright_rgb_picture_is_looked_at_without_a_copy(tmp_path):
 
 
 def test_nothing_that_draws_changes_its_pictures(cheetah):
-    """They are looked at without a copy; a picture of the very size that is drawn is the hard case."""
+    """They are looked at without a copy; an image of the very size that is drawn is the hard case."""
     before, mask = np.array(cheetah), ellipse(cheetah)
     fitting = cheetah.resize((300, 300))
     fitting_before = np.array(fitting)

@@ -64,7 +64,7 @@ def reference_tps(point, parameters, regularization=0.0):
 
 
 def reference_bilinear(picture, x, y, padding_mode="zeros"):
-    """Bilinear value at a normalised place; `picture` is a nested list [row][column]."""
+    """Bilinear value at a normalised place; `image` is a nested list [row][column]."""
     height, width = len(picture), len(picture[0])
     column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
     if padding_mode == "border":
@@ -96,7 +96,7 @@ def test_sizes_may_differ_within_a_batch_and_integers_are_accepted():
     normalized = geometry.normalize_points(points, sizes)
     torch.testing.assert_close(normalized, expected)
     torch.testing.assert_close(geometry.denormalize_points(normalized, sizes), points.float())
-    # One point a picture, no point dimension.
+    # One point an image, no point dimension.
     torch.testing.assert_close(geometry.normalize_points(points[:, 0], sizes), expected[:, 0])
 
 
@@ -325,7 +325,7 @@ def test_warp_matches_the_loop_reference(source_size, target_size, padding_mode)
 
 
 def test_direction_a_dot_in_the_source_appears_where_the_transform_brings_it_from():
-    """T_AB maps points of B into A: warp(A, T_AB) looks like B, and a key-point of B goes to A through T_AB."""
+    """T_AB maps points of B into A: warp(A, T_AB) looks like B, and a keypoint of B goes to A through T_AB."""
     source = torch.zeros(1, 1, 41, 81)
     source[0, 0, 10, 60] = 1.0  # x = 60, y = 10
     dot = geometry.normalize_points(torch.tensor([[[60.0, 10.0]]]), (41, 81))

@@ -1,6 +1,6 @@
-"""The image processor: photographs to network input, network output back to pixels of the original photographs.
+"""The image processor: images to network input, network output back to pixels of the original images.
 
-The pictures of a pair are never square and never of the same size here, so that no mix-up of height and width, or of
+The images of a pair are never square and never of the same size here, so that no mix-up of height and width, or of
 source and target, can hide.
 """
 
@@ -28,7 +28,7 @@ SIZES = [[SOURCE_SIZE, TARGET_SIZE]]
 
 
 def photo(name: str, size: tuple[int, int]) -> Image.Image:
-    """A real photograph at (height, width)."""
+    """A real image at (height, width)."""
     with Image.open(PHOTOS / name) as image:
         return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
 
@@ -127,7 +127,7 @@ def test_every_kind_of_picture(processor, pair, kind, tmp_path):
         "hwc": (array, 0),
         "chw": (np.ascontiguousarray(array.transpose(2, 0, 1)), 0),
         "tensor": (torch.from_numpy(array.copy()).permute(2, 0, 1), 0),
-        "unit": (array.astype(np.float64) / 255, 2 / 255),  # floating-point pictures are not rounded in between
+        "unit": (array.astype(np.float64) / 255, 2 / 255),  # floating-point images are not rounded in between
         "unit tensor": (torch.from_numpy(array.copy()).permute(2, 0, 1) / 255, 2 / 255),
         "bytes as float": (array.astype(np.float32), 2 / 255),
         "int64": (array.astype(np.int64), 0),
@@ -323,7 +323,7 @@ def test_what_travels_to_the_hub():
 
 
 def matching_outputs() -> MaCoSNetKeypointMatchingOutput:
-    """Two pairs of five key-points; partners are crossed, so that reading them row by row would be wrong."""
+    """Two pairs of five keypoints; partners are crossed, so that reading them row by row would be wrong."""
     generator = torch.Generator().manual_seed(0)
     return MaCoSNetKeypointMatchingOutput(
         keypoints=torch.rand((2, 2, 5, 2), generator=generator),
@@ -496,14 +496,14 @@ def test_sizes_come_from_the_pictures(processor, mask_outputs, pair):
         found = processor.post_process_cosegmentation(mask_outputs, images=images)[0]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     found = processor.post_process_cosegmentation(mask_outputs, images=[exif, pair[1]])[0]
-    assert torch.equal(found[0], expected[0]), "the size of the upright picture counts"
+    assert torch.equal(found[0], expected[0]), "the size of the upright image counts"
     with pytest.raises(InputError, match="disagree"):
         processor.post_process_cosegmentation(mask_outputs, [[SIZES[0][0][::-1], SIZES[0][1]]], images=pair)
 
 
 @pytest.mark.parametrize("refine", ["grabcut", "otsu"])
 def test_refinement_gets_each_picture_with_its_own_mask(processor, refine):
-    """A red disc on green, left in one picture and low in the other, under a vague soft mask."""
+    """A red disc on green, left in one image and low in the other, under a vague soft mask."""
     from macosnet_hf.refinement import refine_mask
 
     images, truths = [], []
@@ -528,7 +528,7 @@ def test_refinement_gets_each_picture_with_its_own_mask(processor, refine):
 
 
 def test_masks_that_cannot_be_made(processor, mask_outputs, pair):
-    with pytest.raises(InputError, match="needs the pictures"):
+    with pytest.raises(InputError, match="needs the images"):
         processor.post_process_cosegmentation(mask_outputs, SIZES, refine="grabcut")
     with pytest.raises(InputError, match="grabcut, otsu, crf, none"):
         processor.post_process_cosegmentation(mask_outputs, SIZES, refine="magic")

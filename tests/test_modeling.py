@@ -377,7 +377,7 @@ def test_mask_depends_on_the_partner():
     ],
 )
 def test_encoder_passes_over_single_pictures(model_class, cascade, views, passes):
-    """Both directions and both masks of a pair cost four passes at most: each picture once, and once warped."""
+    """Both directions and both masks of a pair cost four passes at most: each image once, and once warped."""
     model = small_model(model_class, cascade=cascade)
     encoder = getattr(model, "macosnet", model).encoder
     seen = []
@@ -564,7 +564,7 @@ def test_local_matching_finds_a_landmark_near_the_guess():
     assert (found - landmark).norm() < 0.5 * (torch.tensor([[[0.1, 0.1]]]) - landmark).norm()
 
 
-# --- the key-point matcher's contract ---
+# --- the keypoint matcher's contract ---
 
 
 def matching_model(mask_bias: float, mask_spread: float = 1e-3, **kwargs):
@@ -595,11 +595,11 @@ def test_matches_and_key_points_follow_the_contract():
     assert torch.equal(outputs.matches[:, 0], outputs.matches[:, 1])
     assert torch.equal(outputs.matching_scores[:, 0] > 0, matched)
     assert torch.equal(outputs.matching_scores[:, 0], outputs.matching_scores[:, 1])
-    # Source key-points: centres of the cells of a regular grid, row by row.
+    # Source keypoints: centres of the cells of a regular grid, row by row.
     for n, (row, column) in enumerate(itertools.product(range(GRID_SIZE), repeat=2)):
         expected = [(column + 0.5) / GRID_SIZE, (row + 0.5) / GRID_SIZE]
         assert outputs.keypoints[0, 0, n].tolist() == pytest.approx(expected, abs=1e-6)
-    # Matched key-points of the target are where point transfer sends those of the source.
+    # Matched keypoints of the target are where point transfer sends those of the source.
     size = torch.tensor([[[101, 101], [101, 101]]] * 2)
     sent = model.transfer_points(outputs, outputs.keypoints[:, 0] * 100, size) / 100
     torch.testing.assert_close(outputs.keypoints[:, 1][matched], sent[matched], atol=1e-5, rtol=0)
@@ -637,7 +637,7 @@ def test_scores_are_mask_times_similarity_times_consistency():
 def test_loss_is_the_mean_distance_of_labelled_key_points():
     model, pictures = small_model(MaCoSNetForKeypointMatching), random_pictures(2, 2)
     labels = torch.rand(2, 2, 4, 2, generator=torch.Generator().manual_seed(5))
-    labels[0, 0, 3] = -1  # absent in one picture, so absent in both
+    labels[0, 0, 3] = -1  # absent in one image, so absent in both
     labels[1, 1, :2] = -1
     outputs = run(model, pictures, labels=labels)
     size = torch.tensor([[[2, 2], [2, 2]]] * 2)  # corner to corner is one pixel, so pixels are the labels' own unit

@@ -21,7 +21,7 @@ from macosnet_hf.pipeline_macosnet import CUSTOM_PIPELINES, MaCoSNetCosegmentati
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[str]:
-    """A wide and a tall view of one photograph, which lie on each other by stretching alone, and two others."""
+    """A wide and a tall view of one image, which lie on each other by stretching alone, and two others."""
     folder = tmp_path_factory.mktemp("photos")
     cheetah = Image.open(PHOTOS / "cheetah1.jpg").convert("RGB")
     cheetah.resize((400, 160), Image.Resampling.BICUBIC).save(folder / "wide.png")
@@ -65,7 +65,7 @@ def test_points_of_photographs_that_are_not_square(matcher, photos):
 
 
 def test_the_library_s_own_pipeline_would_put_them_elsewhere(matcher, photos):
-    """The trap is real: with the library's class, the same model gives points beyond the picture."""
+    """The trap is real: with the library's class, the same model gives points beyond the image."""
     stock = KeypointMatchingPipeline(model=matcher.model, image_processor=matcher.image_processor)
     with pytest.raises(AssertionError):
         assert_stretched(stock(photos[:2]))
@@ -151,7 +151,7 @@ PAIR = ["a.png", "b.png"]
     ],
 )
 def test_what_is_no_pair_is_said(matcher, inputs):
-    with pytest.raises(InputError, match="takes a pair of photographs"):
+    with pytest.raises(InputError, match="takes a pair of images"):
         matcher(inputs)
 
 
@@ -243,7 +243,7 @@ def test_a_saved_pipeline_is_a_whole_checkpoint(matcher, tmp_path, photos):
 PROGRAM = """
 import json, sys
 
-package, folder, again, trust, *photos = sys.argv[1:]
+package, folder, again, trust, *images = sys.argv[1:]
 if package == "blocked":
     class Blocked:
         def find_spec(self, name, path=None, target=None):
@@ -263,12 +263,12 @@ matcher = pipeline("keypoint-matching", model=folder, **options)
 segmenter = pipeline("image-co-segmentation", model=folder, **options)
 found = {
     "modules": [type(matcher).__module__, type(segmenter).__module__],
-    "matches": matcher(photos[:2]),
-    "pairs": matcher([photos[2:], photos[:2]], batch_size=2),
-    "masks": [[found["mask"].size, found["mask"].histogram()[255]] for found in segmenter(photos[2:], refine="none")],
+    "matches": matcher(images[:2]),
+    "pairs": matcher([images[2:], images[:2]], batch_size=2),
+    "masks": [[found["mask"].size, found["mask"].histogram()[255]] for found in segmenter(images[2:], refine="none")],
 }
 matcher.save_pretrained(again)  # what was loaded can be saved and served again
-found["again"] = pipeline("keypoint-matching", model=again, **options)(photos[:2])
+found["again"] = pipeline("keypoint-matching", model=again, **options)(images[:2])
 assert (package == "blocked") == ("macosnet_hf" not in sys.modules)
 print(json.dumps(found))
 """

@@ -22,7 +22,7 @@ from macosnet_hf.refinement import (
     refine_mask,
 )
 
-gradio = pytest.importorskip("gradio", reason="the photographs of these tests come with gradio")
+gradio = pytest.importorskip("gradio", reason="the images of these tests come with gradio")
 PHOTOS = Path(gradio.__file__).parent / "media_assets" / "images"
 HAS_CRF = importlib.util.find_spec("pydensecrf") is not None
 needs_crf = pytest.mark.skipif(not HAS_CRF, reason="pydensecrf2 (the extra `crf`) is not installed")
@@ -35,7 +35,7 @@ def texture(name: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def scene(width: int = 200, height: int = 130, shift: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A cheetah's fur in the shape of an ellipse before a blue evening sky: picture, true mask, and a soft mask that is
+    """A cheetah's fur in the shape of an ellipse before a blue evening sky: image, true mask, and a soft mask that is
     blurred and shifted."""
     fur = texture("cheetah1.jpg", (width * 3, height * 3))[height * 2 :, width : width * 2]
     with Image.open(PHOTOS / "tower.jpg") as image:

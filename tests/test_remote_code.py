@@ -34,10 +34,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching
 
-folder, pictures, results, threads = sys.argv[1:]
+folder, images, results, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch.set_flush_denormal(True)
-pixel_values = load_file(pictures)["pixel_values"]
+pixel_values = load_file(images)["pixel_values"]
 
 
 def run(auto_class, source):

@@ -142,7 +142,7 @@ class Runs:
 
 
 def photographs(folder: Path, count: int) -> Path:
-    """Different crops of real photographs, in two class folders."""
+    """Different crops of real images, in two class folders."""
     pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
     for index in range(count):
         picture = pictures[index % 4]

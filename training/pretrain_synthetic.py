@@ -1,4 +1,4 @@
-"""First stage: the transformation predictor learns from synthetic warps of single photographs.
+"""First stage: the transformation predictor learns from synthetic warps of single images.
 
     accelerate launch training/pretrain_synthetic.py --dataset_name PHOTOS --output_dir OUT
 
@@ -10,6 +10,8 @@ points (`macosnet_hf/training/pretraining.py`).
 from __future__ import annotations
 
 import argparse
+
+from macosnet_hf.training.images import open_images, read_images
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
 from macosnet_hf.errors import InputError
@@ -24,7 +26,6 @@ from macosnet_hf.training.loop import (
     script_parser,
     train,
 )
-from macosnet_hf.training.photos import open_photographs, read_photographs
 from macosnet_hf.training.pretraining import SyntheticObjective, keypoint_validation
 from macosnet_hf.training.synthetic import WarpRange
 
@@ -36,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--background_swap", type=float, default=0.5)
     parser.add_argument("--feature_noise", type=float, default=0.7)
     parser.add_argument("--exact_share", type=float, default=0.5)
-    parser.add_argument("--validation_pairs", default=None, help="CSV of pairs with key-points, in PF-WILLOW's columns")
+    parser.add_argument("--validation_pairs", default=None, help="CSV of pairs with keypoints, in PF-WILLOW's columns")
     for name, value in vars(WarpRange()).items():
         parser.add_argument(f"--{name}", type=float, default=value, help="limit of the random warps")
     return parse_with_config(parser, arguments)
@@ -45,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
-    dataset = open_photographs(args)
+    dataset = open_images(args)
     check_enough(len(dataset), args, accelerator)
     if args.per_device_train_batch_size < 2 and args.background_swap > 0:
         raise InputError(
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         processor = MaCoSNetImageProcessor.from_preset(args.preset)
         load_imagenet_encoder(model)
     validate = keypoint_validation(args.validation_pairs, processor) if args.validation_pairs else None
-    read_photographs(accelerator, args, dataset)
+    read_images(accelerator, args, dataset)
     objective = SyntheticObjective(
         model.macosnet,
         list(processor.image_mean),

@@ -1,9 +1,9 @@
-"""Joint training: matching and segmentation improve each other on triplets (or pairs) of photographs of a class.
+"""Joint training: matching and segmentation improve each other on triplets (or pairs) of images of a class.
 
     accelerate launch training/train.py --config training/configs/pf-pascal.yaml --model_name_or_path MODEL
     --dataset_name CLASS_FOLDERS --output_dir OUT
 
-The only label is which photographs show the same kind of thing. See `training/README.md`.
+The only label is which images show the same kind of thing. See `training/README.md`.
 """
 
 from __future__ import annotations

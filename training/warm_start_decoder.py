@@ -3,14 +3,16 @@
     accelerate launch training/warm_start_decoder.py --model_name_or_path OUT_OF_STAGE_1 --dataset_name PHOTOS
     --output_dir OUT
 
-Needs photographs in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks
-(`macosnet_hf/training/pseudo_masks.py`) by cross-entropy, each photograph together with a partner of its class
+Needs images in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks
+(`macosnet_hf/training/pseudo_masks.py`) by cross-entropy, each image together with a partner of its class
 (`macosnet_hf/training/decoder_start.py`). The pseudo-masks are kept in the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
+
+from macosnet_hf.training.images import open_images
 
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.decoder_start import (
@@ -30,16 +32,15 @@ from macosnet_hf.training.loop import (
     script_parser,
     train,
 )
-from macosnet_hf.training.photos import open_photographs
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="the model of the first stage")
-    parser.add_argument("--photos_per_class", type=int, default=None, help="use at most so many photographs of a class")
-    parser.add_argument("--partners", type=int, default=4, help="partners of each photograph")
+    parser.add_argument("--photos_per_class", type=int, default=None, help="use at most so many images of a class")
+    parser.add_argument("--partners", type=int, default=4, help="partners of each image")
     parser.add_argument(
-        "--paste_share", type=float, default=0.4, help="share of pairs whose objects are pasted onto other photographs"
+        "--paste_share", type=float, default=0.4, help="share of pairs whose objects are pasted onto other images"
     )
     parser.add_argument("--validation_masks", default=None, help="folder with images/<class> and masks/<class>")
     parser.add_argument("--validation_per_class", type=int, default=6)
@@ -49,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     accelerator = make_accelerator(args)
-    photographs = open_photographs(args, args.photos_per_class)
+    photographs = open_images(args, args.photos_per_class)
     pairs = class_pairs(photographs, args.partners, args.seed)
     check_enough(len(pairs), args, accelerator, "pairs")
     model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)

@@ -1,4 +1,4 @@
-"""Draws coordinates.png, the picture of docs/coordinates.md: `python docs/images/draw_coordinates.py`."""
+"""Draws coordinates.png, the image of docs/coordinates.md: `python docs/images/draw_coordinates.py`."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ INK, FAINT, PIXELS, NORMALIZED, UNIT = (40, 44, 52), (214, 218, 224), (190, 60, 
 
 
 def draw() -> Image.Image:
-    """A picture of 5x3 pixels with three scales: pixels, normalised coordinates, and key-points in [0, 1]."""
-    picture = Image.new("RGB", (LEFT + COLUMNS * CELL + 60, TOP + ROWS * CELL + 60), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(18)
+    """An image of 5x3 pixels with three scales: pixels, normalised coordinates, and keypoints in [0, 1]."""
+    image = Image.new("RGB", (LEFT + COLUMNS * CELL + 60, TOP + ROWS * CELL + 60), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(18)
     for row in range(ROWS):
         for column in range(COLUMNS):
             x, y = LEFT + column * CELL, TOP + row * CELL
@@ -42,7 +42,7 @@ def draw() -> Image.Image:
     pen.text(
         (LEFT, bottom + 30), "5 wide, 3 high: dots are the centres of the pixels", font=font, fill=INK, anchor="lm"
     )
-    return picture
+    return image
 
 
 def _arrow(pen: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int]) -> None:

@@ -1,6 +1,6 @@
-"""`macosnet adapt`: a short fine-tuning on a user's own collection of photographs, without any label.
+"""`macosnet adapt`: a short fine-tuning on a user's own collection of images, without any label.
 
-The command is a joint training (`training/joint_run.py`) with settings that suit a few photographs and a laptop. The
+The command is a joint training (`training/joint_run.py`) with settings that suit a few images and a laptop. The
 better of the models before and after is kept.
 """
 
@@ -19,7 +19,7 @@ from ..io.checkpoints import check_checkpoint
 from ..io.output_folder import output_folder
 from ..io.package import DEFAULT_CHECKPOINT
 
-# What `training/configs/my-photos.yaml` holds too, for those who want to change more than the command offers.
+# What `training/configs/my-images.yaml` holds too, for those who want to change more than the command offers.
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "group_size": 2,
@@ -55,7 +55,7 @@ _LEFT_OVERS = ("best", "samples", "log.jsonl", "pseudo_masks.npz")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "folder", metavar="FOLDER", help="photographs of one kind of thing, or a folder for each kind of thing"
+        "folder", metavar="FOLDER", help="images of one kind of thing, or a folder for each kind of thing"
     )
     parser.add_argument(
         "--output-dir", "--output_dir", required=True, metavar="DIR", help="where the adapted model goes"
@@ -95,19 +95,17 @@ def words(args: argparse.Namespace, output: Path, left_out: Sequence[str] = ()) 
 
 
 def _too_small(folder: Path) -> list[str]:
-    """Class folders with a single photograph.
+    """Class folders with a single image.
 
     Raises:
         InputError: if no folder has two.
     """
-    from ..training.photos import find_photographs
+    from ..training.images import find_images
 
-    counts = Counter(find_photographs(folder)[1])
+    counts = Counter(find_images(folder)[1])
     small = sorted(name for name, count in counts.items() if count < 2)
     if len(small) == len(counts):
-        raise InputError(
-            f"{folder} holds no two photographs of the same kind of thing (in one folder); a pair takes two."
-        )
+        raise InputError(f"{folder} holds no two images of the same kind of thing (in one folder); a pair takes two.")
     return small
 
 
@@ -122,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--max-train-steps must be at least 1; got {args.max_train_steps}.")
     if not folder.is_dir():
         raise InputError(f"{args.folder} is not a folder.")
-    resolved, photographs = output.resolve(), folder.resolve()
-    if resolved == photographs or photographs in resolved.parents:
-        raise InputError("The output folder lies in the folder of the photographs; choose another one.")
+    resolved, images = output.resolve(), folder.resolve()
+    if resolved == images or images in resolved.parents:
+        raise InputError("The output folder lies in the folder of the images; choose another one.")
     if output.is_dir() and any(output.iterdir()):
         raise OutputError(f"The output folder {args.output_dir} is not empty; choose a new one.")
     check_checkpoint(args.model)
@@ -138,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             f'`macosnet adapt` needs the package {error.name}: install the extra with pip install "macosnet-hf[train]".'
         ) from error
     for name in small:
-        print(f"macosnet: left out: {name} holds a single photograph.", file=sys.stderr)
+        print(f"macosnet: left out: {name} holds a single image.", file=sys.stderr)
     with output_folder(output) as partial:
         try:
             result = train(parse_arguments(words(args, partial, small)))

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=3,
         metavar="K",
-        help="coseg, internet: partners of each picture (default: 3)",
+        help="coseg, internet: partners of each image (default: 3)",
     )
     parser.add_argument(
         "--masks",
@@ -140,7 +140,7 @@ def choose(args: argparse.Namespace) -> tuple[Protocol, Options]:
     if args.data is None and args.benchmark != "pairs":
         raise InputError(f"{args.benchmark} needs --data.")
     if args.masks != "pairs" and PROTOCOLS[args.benchmark].kind != "pictures":
-        raise InputError(f"--masks collection is for single pictures in classes; {args.benchmark} is a list of pairs.")
+        raise InputError(f"--masks collection is for single images in classes; {args.benchmark} is a list of pairs.")
     options = Options(
         refine=args.refine,
         refine_size=args.refine_size,

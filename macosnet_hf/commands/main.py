@@ -18,9 +18,9 @@ from ..io.package import VERSION
 
 # One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.
 COMMANDS = {
-    "match": "match two photographs and segment both",
-    "segment": "cut the common object out of two or more photographs",
-    "adapt": "train a model further on photographs of your own, without labels",
+    "match": "match two images and segment both",
+    "segment": "cut the common object out of two or more images",
+    "adapt": "train a model further on images of your own, without labels",
     "evaluate": "print a benchmark's table",
     "prepare": "bring a benchmark's archive into one schema",
     "convert": "read a published checkpoint of this line of work",
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MaCoSNetError as error:
         return _fail(str(error))
     except MemoryError:
-        return _fail("There is not enough memory for this; try smaller photographs.")
+        return _fail("There is not enough memory for this; try smaller images.")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's own, which cannot be named before torch is imported
             raise
@@ -62,7 +62,7 @@ def _fail(sentence: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="macosnet",
-        description="Find where each point of one photograph lies in another of the same kind of object, "
+        description="Find where each point of one image lies in another of the same kind of object, "
         "and cut the object out.",
         epilog="Example: macosnet match cat1.jpg cat2.jpg --output-dir result",
     )

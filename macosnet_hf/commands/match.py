@@ -23,8 +23,8 @@ MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet match`."""
     parser.description = "Writes matches.json, matches.png, source_mask.png, target_mask.png and source_warped.png."
-    parser.add_argument("source", metavar="SOURCE", help="a photograph")
-    parser.add_argument("target", metavar="TARGET", help="another photograph of the same kind of object")
+    parser.add_argument("source", metavar="SOURCE", help="an image")
+    parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")
     add_model_arguments(parser)
     points = parser.add_mutually_exclusive_group()
     points.add_argument("--points", metavar='"x,y;x,y"', help="points of the source, in pixels, to find in the target")
@@ -55,18 +55,18 @@ def run(args: argparse.Namespace) -> int:
     points = _read_points(args)
     check_checkpoint(args.model)
     give_memory_back()
-    photos = (load_image(args.source), load_image(args.target))
+    images = (load_image(args.source), load_image(args.target))
     if points is not None:
-        _check_inside(points, photos[0])
+        _check_inside(points, images[0])
     refuse_to_overwrite(args.output_dir, MATCH_RESULTS, (args.source, args.target))
 
     with output_folder(args.output_dir) as folder:
         with collector_paused():
-            from ..inference.pair import match_photos
+            from ..inference.pair import match_images
             from ..io.checkpoints import load_model_and_processor
 
             model, processor = load_model_and_processor(args.model, args.device)
-        result = match_photos(photos, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
+        result = match_images(images, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
         document: dict[str, Any] = {
             "source": {"file": str(args.source), "width": result.source.width, "height": result.source.height},
             "target": {"file": str(args.target), "width": result.target.width, "height": result.target.height},
@@ -155,11 +155,11 @@ def _points_file_rows(path: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _check_inside(points: Sequence[_NamedPoint], photo: Image.Image) -> None:
+def _check_inside(points: Sequence[_NamedPoint], image: Image.Image) -> None:
     for where, (x, y) in points:
-        if not (0 <= x <= photo.width - 1 and 0 <= y <= photo.height - 1):
+        if not (0 <= x <= image.width - 1 and 0 <= y <= image.height - 1):
             raise InputError(
-                f"{where}: {x:g},{y:g} lies outside of the source, which is {photo.width}x{photo.height} pixels."
+                f"{where}: {x:g},{y:g} lies outside of the source, which is {image.width}x{image.height} pixels."
             )
 
 

@@ -11,9 +11,7 @@ BENCHMARKS = ("pf-willow", "pf-pascal", "spair-71k", "tss", "internet", "coseg",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet prepare`."""
     parser.description = "Turn a benchmark's original archive into Parquet that `datasets.load_dataset` reads."
-    parser.add_argument(
-        "benchmark", choices=BENCHMARKS, help="layout of the archive; coseg is class folders of pictures"
-    )
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="layout of the archive; coseg is class folders of images")
     parser.add_argument("source", help="folder of the original archive")
     parser.add_argument("output", help="folder to make")
     parser.add_argument(

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# `segment` keeps copies of this size of all photographs in memory: the network sees 240 pixels of a picture, and cuts
+# `segment` keeps copies of this size of all images in memory: the network sees 240 pixels of an image, and cuts
 # small objects out to 0.4 of it.
 _COPY_SIDE = 640
 _OVERVIEW_SIDE = 400
-_READERS = min(8, os.cpu_count() or 1)  # photographs that are decoded at the same time
-_CUTTERS = 2  # photographs that are refined at the same time, in full size
+_READERS = min(8, os.cpu_count() or 1)  # images that are decoded at the same time
+_CUTTERS = 2  # images that are refined at the same time, in full size
 
 T = TypeVar("T")
 _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
@@ -32,14 +32,14 @@ _PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet segment`."""
     parser.description = "Writes <name>_mask.png and <name>_cutout.png for each image, overview.png and summary.json."
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="photographs, or one folder of them")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="images, or one folder of them")
     add_model_arguments(parser)
     parser.add_argument(
         "--partners",
         type=int,
         default=2,
         metavar="N",
-        help="how many others each photograph is compared with (default 2)",
+        help="how many others each image is compared with (default 2)",
     )
 
 
@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
     if args.partners < 1:
         raise InputError(f"--partners must be at least 1; got {args.partners}.")
     check_checkpoint(args.model)
-    paths, from_folder = _photo_paths(args.photos)
+    paths, from_folder = _image_paths(args.photos)
     if from_folder and os.path.realpath(args.output_dir) == os.path.realpath(args.photos[0]):
-        raise InputError("The output folder is the folder of the photographs; a second run would take masks for them.")
+        raise InputError("The output folder is the folder of the images; a second run would take masks for them.")
     give_memory_back()
     copies, kept, skipped = _read_copies(paths, skip_damaged=from_folder)
     if len(kept) < 2:
         raise InputError(
-            f"Co-segmentation needs two or more photographs; of the {len(paths)} in {args.photos[0]} {len(kept)} can "
+            f"Co-segmentation needs two or more images; of the {len(paths)} in {args.images[0]} {len(kept)} can "
             f"be read ({skipped[0][1].rstrip('.')})."
         )
     names = _distinct_names(kept)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=len(kept), desc="Segmenting", unit="photo", disable=quiet) as bar:
 
             def tell(done: int, total: int) -> None:
-                bar.total = total  # each photograph up to three times where masks are refined
+                bar.total = total  # each image up to three times where masks are refined
                 bar.update(done - bar.n)
 
             result = segment_collection(
@@ -99,17 +99,17 @@ def run(args: argparse.Namespace) -> int:
         odd = odd_ones_out(result.agreement)
 
         def cut_out(number: int) -> tuple[dict[str, Any], np.ndarray]:
-            photo = load_image(kept[number])  # again, so that few photographs are in memory in full size
-            mask = refined_mask(photo, result.probabilities[number], "none")
+            image = load_image(kept[number])  # again, so that few images are in memory in full size
+            mask = refined_mask(image, result.probabilities[number], "none")
             save_mask(mask, folder / f"{names[number]}_mask.png")
-            cutout(photo, mask).save(folder / f"{names[number]}_cutout.png", compress_level=1)
+            cutout(image, mask).save(folder / f"{names[number]}_cutout.png", compress_level=1)
             copies[number].thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))
             entry = {
                 "photo": str(kept[number]),
                 "mask": f"{names[number]}_mask.png",
                 "cutout": f"{names[number]}_cutout.png",
-                "width": photo.width,
-                "height": photo.height,
+                "width": image.width,
+                "height": image.height,
                 "object_share": round(float(mask.mean()), 4),
                 "agreement": round(float(result.agreement[number]), 4),
                 "partners": [str(kept[index]) for index in result.partners[number]],
@@ -134,9 +134,9 @@ def run(args: argparse.Namespace) -> int:
         write_json(document, folder / "summary.json")
     for number in odd:
         print(f"{kept[number]} does not seem to show what the others show")
-    print(f"{len(done)} photographs; see {Path(args.output_dir) / 'overview.png'}")
+    print(f"{len(done)} images; see {Path(args.output_dir) / 'overview.png'}")
     if len(done) < len(kept):
-        print(f"macosnet: interrupted; {len(done)} of {len(kept)} photographs were cut out and kept.", file=sys.stderr)
+        print(f"macosnet: interrupted; {len(done)} of {len(kept)} images were cut out and kept.", file=sys.stderr)
         return 130
     return 0
 
@@ -167,42 +167,42 @@ def _in_parallel(work: Callable[[int], T], count: int, progress: Callable[[], No
     return done
 
 
-def _photo_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
-    """The photographs that were named, each once, and whether they come from a folder."""
+def _image_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
+    """The images that were named, each once, and whether they come from a folder."""
     if len(arguments) == 1 and os.path.isdir(arguments[0]):
         folder = Path(arguments[0])
         try:
-            paths = sorted(path for path in folder.iterdir() if _looks_like_photo(path))
+            paths = sorted(path for path in folder.iterdir() if _looks_like_image(path))
         except OSError as error:
             raise InputError(f"The folder {folder} cannot be read ({error.strerror or error}).") from error
         if len(paths) < 2:
             raise InputError(
-                f"Co-segmentation needs two or more photographs; the folder {folder} holds {len(paths) or 'none'}."
+                f"Co-segmentation needs two or more images; the folder {folder} holds {len(paths) or 'none'}."
             )
         return paths, True
     for argument in arguments:
         if not os.path.exists(argument):
             raise ImageError(f"'{argument}' does not exist.")
         if os.path.isdir(argument):
-            raise InputError(f"{argument} is a folder; pass one folder alone, or photographs.")
+            raise InputError(f"{argument} is a folder; pass one folder alone, or images.")
     named: dict[str, Path] = {}
     for argument in arguments:
         named.setdefault(os.path.realpath(argument), Path(argument))
     paths = list(named.values())
     if len(paths) < 2:
-        raise InputError("Co-segmentation needs two or more different photographs, or a folder of them.")
+        raise InputError("Co-segmentation needs two or more different images, or a folder of them.")
     return paths, False
 
 
-def _looks_like_photo(path: Path) -> bool:
-    # Hidden files are left out: some systems keep a "._name.jpg" beside every photograph, which is none.
+def _looks_like_image(path: Path) -> bool:
+    # Hidden files are left out: some systems keep a "._name.jpg" beside every image, which is none.
     return path.suffix.lower() in _PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _read_copies(
     paths: Sequence[Path], *, skip_damaged: bool
 ) -> tuple[list[Image.Image], list[Path], list[tuple[Path, str]]]:
-    """Small copies of the photographs, the paths of those that could be read, and the others with the reason.
+    """Small copies of the images, the paths of those that could be read, and the others with the reason.
 
     Raises:
         ImageError: for the first one that cannot be read, unless `skip_damaged`.
@@ -233,7 +233,7 @@ def _read_copies(
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """File names without suffix, numbered where photographs would share one; whatever the order of the paths."""
+    """File names without suffix, numbered where images would share one; whatever the order of the paths."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in sorted(paths):

@@ -1,6 +1,6 @@
-"""A model as one graph file, ONNX or torch.export's `.pt2`: a batch of pairs in; transforms, masks and key-points out.
+"""A model as one graph file, ONNX or torch.export's `.pt2`: a batch of pairs in; transforms, masks and keypoints out.
 
-The graph holds the network alone. Photographs are resized and normalised before it, as the preprocessor_config.json
+The graph holds the network alone. Images are resized and normalised before it, as the preprocessor_config.json
 that is written beside it says.
 """
 
@@ -35,7 +35,7 @@ _TIMED_RUNS = 5
 
 @dataclass
 class Export:
-    """What was written and how it compares with the model in PyTorch, on pairs of random pictures.
+    """What was written and how it compares with the model in PyTorch, on pairs of random images.
 
     Attributes:
         path: the graph file.
@@ -117,7 +117,7 @@ def _graph_module(model: MaCoSNetForKeypointMatching) -> torch.nn.Module:
 
 
 def _random_pairs(count: int, size: int, seed: int) -> Tensor:
-    """`(count, 2, 3, size, size)` pictures with structure at several scales; the two of a pair are alike."""
+    """`(count, 2, 3, size, size)` images with structure at several scales; the two of a pair are alike."""
     import torch
     from torch.nn.functional import interpolate
 

@@ -343,7 +343,7 @@ def _head_settings(ours: dict[str, Tensor], where: str) -> dict[str, Any]:
         expected = len(weights[1]) * side**2 if side > 0 else 0
         if linear.shape[1] != expected:
             raise CheckpointError(
-                f"{where}: {_their_name(prefix + 'conv.0.weight')} belongs to pictures of {16 * grid}x{16 * grid} "
+                f"{where}: {_their_name(prefix + 'conv.0.weight')} belongs to images of {16 * grid}x{16 * grid} "
                 f"pixels, with which {_their_name(prefix + 'linear.weight')} would have {expected} inputs, not "
                 f"{linear.shape[1]}; the two do not fit together."
             )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .prepare import open_records
     from .readers import BENCHMARKS, Problems, iter_records, load_records
     from .sampling import Group, GroupSampler, stream_groups
-    from .schema import features, flow_array, keypoint_array, mask_from_picture, open_picture
+    from .schema import features, flow_array, keypoint_array, mask_from_image, open_image
 
 _LAZY_NAMES = {
     "BENCHMARKS": ".readers",
@@ -23,8 +23,8 @@ _LAZY_NAMES = {
     "iter_records": ".readers",
     "keypoint_array": ".schema",
     "load_records": ".readers",
-    "mask_from_picture": ".schema",
-    "open_picture": ".schema",
+    "mask_from_image": ".schema",
+    "open_image": ".schema",
     "open_records": ".prepare",
     "stream_groups": ".sampling",
 }
@@ -39,8 +39,8 @@ __all__ = [
     "iter_records",
     "keypoint_array",
     "load_records",
-    "mask_from_picture",
-    "open_picture",
+    "mask_from_image",
+    "open_image",
     "open_records",
     "stream_groups",
 ]

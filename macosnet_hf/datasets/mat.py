@@ -1,4 +1,4 @@
-"""Matrices of MATLAB 5 files, such as PF-WILLOW's key-points.
+"""Matrices of MATLAB 5 files, such as PF-WILLOW's keypoints.
 
 SciPy reads these files too, but a damaged one can make it crash the whole process. Here every length is checked, and
 nothing but plain numbers is looked at. The format: MathWorks, "MAT-File Format", Level 5.
@@ -17,7 +17,7 @@ _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f
 _MATRIX, _COMPRESSED = 14, 15
 _NUMERIC_CLASSES = range(6, 16)  # double, single, and integers of 8 to 64 bits
 _COMPLEX = 0x800
-_MOST_BYTES = 1 << 24  # of a matrix once inflated; ten key-points take some 300
+_MOST_BYTES = 1 << 24  # of a matrix once inflated; ten keypoints take some 300
 
 
 def read_matrix(data: bytes, name: str) -> np.ndarray:

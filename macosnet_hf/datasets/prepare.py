@@ -1,11 +1,11 @@
 """From an original archive to a folder of Parquet shards that plain `datasets` loads, and opening any kind of data.
 
 The folder: `README.md` (the data set card, which also tells `datasets` where the splits are) and
-`data/<split>-00000-of-00003.parquet` with the pictures inside. It is written under another name and renamed when it is
+`data/<split>-00000-of-00003.parquet` with the images inside. It is written under another name and renamed when it is
 complete, so a run that was cut off leaves nothing that looks whole; the next run removes its rest and starts again.
 
-Pairs repeat pictures. Parquet's dictionary encoding stores each picture once in a row group, and records come sorted by
-class, so PF-WILLOW's 450 pairs take little more room than its 100 pictures.
+Pairs repeat images. Parquet's dictionary encoding stores each image once in a row group, and records come sorted by
+class, so PF-WILLOW's 450 pairs take little more room than its 100 images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
 from .readers import Benchmark, Problems, available_splits, get_benchmark, iter_records
-from .schema import IMAGE_COLUMNS, Record, check_record, features, mask_from_picture, open_picture
+from .schema import IMAGE_COLUMNS, Record, check_record, features, mask_from_image, open_image
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 MARKER = ".macosnet-partial"
 CARD_MARK = "Prepared by `macosnet prepare "
 ROW_GROUP_BYTES = 48 * 2**20
-"""Pictures and flows of one row group, decoded; what a reader of the stream holds at a time."""
+"""Images and flows of one row group, decoded; what a reader of the stream holds at a time."""
 
 SHARD_BYTES = 400 * 2**20
 
-# Where a class is scattered over the list, sorting lets each picture's pairs follow each other.
+# Where a class is scattered over the list, sorting lets each image's pairs follow each other.
 _SORTED = ("pf-willow", "pf-pascal", "pairs")
 
 
@@ -149,7 +149,7 @@ def _check_benchmark(record: Record, benchmark: str, where: str) -> None:
     """A prepared data set does not say of which benchmark it is, and figures under another's name would mislead."""
     entry = get_benchmark(benchmark)
     if (record.get("target_image") is not None) != (entry.kind == "pairs"):
-        has, wants = ("a single picture", "pairs") if entry.kind == "pairs" else ("a pair", "single pictures")
+        has, wants = ("a single image", "pairs") if entry.kind == "pairs" else ("a pair", "single images")
         raise DataError(f"{where}: this is {has}, but {entry.title} has {wants}.")
     if entry.classes is not None and record.get("class_name") not in entry.classes:
         raise DataError(f"{where}: unknown class {record.get('class_name')!r}; it is not one of {entry.title}.")
@@ -177,9 +177,9 @@ def prepare(
     row_group_bytes: int = ROW_GROUP_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes an archive as Parquet with embedded pictures, a card and splits.
+    """Writes an archive as Parquet with embedded images, a card and splits.
 
-    Every picture and mask is decoded once, so that what `load_dataset` gives can be read.
+    Every image and mask is decoded once, so that what `load_dataset` gives can be read.
 
     Args:
         benchmark: name of the benchmark.
@@ -312,7 +312,7 @@ def _data_root(source: Path) -> str:
 
 
 def _verified(records: Iterable[Record], problems: Problems, root: str) -> Iterator[Record]:
-    """Records with their pictures read and decoded once; invalid ones are reported."""
+    """Records with their images read and decoded once; invalid ones are reported."""
     sizes: dict[str, tuple[int, int]] = {}
     for record in records:
         try:
@@ -324,37 +324,37 @@ def _verified(records: Iterable[Record], problems: Problems, root: str) -> Itera
                 embedded[f"{side}_image"] = _embedded(record[f"{side}_image"], where, root)
                 key = record.get(f"{side}_id") or where
                 if key not in sizes:
-                    opened = open_picture(record[f"{side}_image"], where)
+                    opened = open_image(record[f"{side}_image"], where)
                     sizes[key] = (opened.height, opened.width)
                 if record.get(f"{side}_mask") is not None:
                     where = f"{record['id']}, {side}_mask"
-                    mask_from_picture(record[f"{side}_mask"], where, sizes[key])
+                    mask_from_image(record[f"{side}_mask"], where, sizes[key])
                     embedded[f"{side}_mask"] = _embedded(record[f"{side}_mask"], where, root)
             flow_size = record.get("flow_size")
             if flow_size is not None and tuple(flow_size) != sizes[record["target_id"]]:
-                raise DataError(f"{record['id']}: the flow {tuple(flow_size)} is not of its picture's size.")
+                raise DataError(f"{record['id']}: the flow {tuple(flow_size)} is not of its image's size.")
         except DataError as error:
             problems.report(error)
         else:
             yield embedded
 
 
-def _embedded(picture: dict[str, Any], where: str, root: str) -> dict[str, Any]:
-    """Bytes and file name, without the folder: a machine's paths have no place in a data set, nor has a picture from
+def _embedded(image: dict[str, Any], where: str, root: str) -> dict[str, Any]:
+    """Bytes and file name, without the folder: a machine's paths have no place in a data set, nor has an image from
     elsewhere, to which a link in a stranger's archive may lead."""
-    if picture.get("bytes") is not None:
-        return {"bytes": picture["bytes"], "path": os.path.basename(picture.get("path") or "") or None}
-    if not Path(os.path.realpath(picture["path"])).is_relative_to(root):
-        raise DataError(f"{where}: {picture['path']} is a link out of the data folder; put the file in its place.")
+    if image.get("bytes") is not None:
+        return {"bytes": image["bytes"], "path": os.path.basename(image.get("path") or "") or None}
+    if not Path(os.path.realpath(image["path"])).is_relative_to(root):
+        raise DataError(f"{where}: {image['path']} is a link out of the data folder; put the file in its place.")
     try:
-        return {"bytes": Path(picture["path"]).read_bytes(), "path": os.path.basename(picture["path"])}
+        return {"bytes": Path(image["path"]).read_bytes(), "path": os.path.basename(image["path"])}
     except OSError as error:
-        raise DataError(f"{where}: {picture['path']} cannot be read.") from error
+        raise DataError(f"{where}: {image['path']} cannot be read.") from error
 
 
 def _record_bytes(record: Record) -> int:
-    pictures = sum(len(record[column]["bytes"]) for column in IMAGE_COLUMNS if record[column] is not None)
-    return pictures + (4 * len(record["flow"]) if record["flow"] is not None else 0) + 256
+    images = sum(len(record[column]["bytes"]) for column in IMAGE_COLUMNS if record[column] is not None)
+    return images + (4 * len(record["flow"]) if record["flow"] is not None else 0) + 256
 
 
 def _write_split(
@@ -387,7 +387,7 @@ def _write_split(
                 schema,
                 compression="zstd",
                 use_dictionary=True,
-                # Above this size Parquet gives the dictionary up and repeats every picture in full.
+                # Above this size Parquet gives the dictionary up and repeats every image in full.
                 dictionary_pagesize_limit=2 * row_group_bytes,
                 write_page_index=True,
             )
@@ -457,7 +457,7 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, dige
         "",
         f"# {entry.title}",
         "",
-        f"{CARD_MARK}{entry.name}` with the pictures' original bytes inside.",
+        f"{CARD_MARK}{entry.name}` with the images' original bytes inside.",
         "The terms of the original archive hold; check them before sharing this data set.",
         "",
     ]
@@ -470,19 +470,19 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, dige
     lines += [
         "## Columns",
         "",
-        "Coordinates are (x, y) in pixels of the picture, 0 the centre of the first pixel; boxes are [x0, y0, x1, y1].",
+        "Coordinates are (x, y) in pixels of the image, 0 the centre of the first pixel; boxes are [x0, y0, x1, y1].",
         "",
         "| column | meaning |",
         "|---|---|",
         "| `id`, `split`, `class_name` | identity and class (the group, for TSS) |",
-        "| `source_image`, `target_image` | the pictures; a single picture has no target |",
-        "| `source_id`, `target_id` | equal ids mean the same picture |",
+        "| `source_image`, `target_image` | the images; a single image has no target |",
+        "| `source_id`, `target_id` | equal ids mean the same image |",
         "| `source_keypoints`, `target_keypoints` | row i of both correspond; `keypoint_ids` names the part |",
         "| `source_box`, `target_box` | annotated boxes |",
-        "| `source_mask`, `target_mask` | object masks of the pictures' own size; object is what is not zero, in "
-        "grey pictures that use the upper half of the range what is 128 and more |",
+        "| `source_mask`, `target_mask` | object masks of the images' own size; object is what is not zero, in "
+        "grey images that use the upper half of the range what is 128 and more |",
         "| `mirror_source` | mirror the source left-right before matching; annotations are not mirrored |",
-        "| `flip_both` | training: mirror both pictures |",
+        "| `flip_both` | training: mirror both images |",
         "| `flow`, `flow_size` | (dx, dy) of each target pixel to its place in the source, row by row, [h, w]; "
         "1e9 and more is invalid |",
         "| `difficulty` | viewpoint, scale, truncation, occlusion, mirror |",

@@ -2,18 +2,18 @@
 
 Layout under the source folder, and what a record is:
 
-* `pf-willow`: `PF-dataset/<class>/*.png` with `*.mat`, and `test_pairs.csv`. Pairs with 10 key-points (test).
-* `pf-pascal`: `PF-dataset-PASCAL/JPEGImages/*.jpg` and `{train,val,test}_pairs.csv`. Pairs; key-points in validation
+* `pf-willow`: `PF-dataset/<class>/*.png` with `*.mat`, and `test_pairs.csv`. Pairs with 10 keypoints (test).
+* `pf-pascal`: `PF-dataset-PASCAL/JPEGImages/*.jpg` and `{train,val,test}_pairs.csv`. Pairs; keypoints in validation
   and test.
 * `spair-71k`: `JPEGImages/<class>/*.jpg`, `PairAnnotation/{trn,val,test}/*.json`, `Layout/large/*.txt`,
-  `Segmentation/<class>/*.png`. Pairs with key-points, boxes and difficulty (train, validation, test).
+  `Segmentation/<class>/*.png`. Pairs with keypoints, boxes and difficulty (train, validation, test).
 * `tss`: `TSS_CVPR2016/{FG3DCar,JODS,PASCAL}/<pair>/` with `image{1,2}.png`, `mask{1,2}.png`, `flow{1,2}.flo`,
   `flip_gt.txt`. Each pair in both directions, with masks and flow (test).
-* `internet`: `Data/{Airplane100,Car100,Horse100}/*.jpg` with `GroundTruth/*.png`. Single pictures with masks (test).
-* `coseg`: `images/<class>/*` with optional `masks/<class>/*.png`, or plain class folders. Single pictures.
-* `pairs`: a CSV in PF's columns and the pictures that it names. Pairs with key-points.
+* `internet`: `Data/{Airplane100,Car100,Horse100}/*.jpg` with `GroundTruth/*.png`. Single images with masks (test).
+* `coseg`: `images/<class>/*` with optional `masks/<class>/*.png`, or plain class folders. Single images.
+* `pairs`: a CSV in PF's columns and the images that it names. Pairs with keypoints.
 
-Reading is lazy: a reader yields records with the paths of pictures; only flows are loaded. What is wrong with a file or
+Reading is lazy: a reader yields records with the paths of images; only flows are loaded. What is wrong with a file or
 a row ends in a [`DataError`] that names both, or, with `Problems(skip=True)`, in a list of what was left out.
 """
 
@@ -113,7 +113,7 @@ class Benchmark:
     Attributes:
         name: the name on the command line.
         title: for cards and tables.
-        kind: `"pairs"` or `"pictures"`.
+        kind: `"pairs"` or `"images"`.
         splits: the splits it may have.
         read: `(source, split, problems, pairs) -> iterator of records`.
         licence: identifier of the Hub's list; `other` or `unknown` where the archive states none.
@@ -149,9 +149,9 @@ def _each(items: Iterable[Item], build: Callable[[Item], Record], problems: Prob
             yield record
 
 
-def _picture(path: Path, where: str) -> dict[str, Any]:
+def _image(path: Path, where: str) -> dict[str, Any]:
     if not os.path.isfile(path):  # pathlib raises for a name that is too long
-        raise DataError(f"{where}: the picture {path} is missing.")
+        raise DataError(f"{where}: the image {path} is missing.")
     return {"path": str(path), "bytes": None}
 
 
@@ -167,12 +167,12 @@ def _inside(root: Path, name: str, where: str) -> Path:
     return path
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
 
 
 def _strangers_in(folder: Path) -> list[Path]:
-    """Files that are neither pictures nor what operating systems leave behind; no photo may go unnoticed."""
+    """Files that are neither images nor what operating systems leave behind; no image may go unnoticed."""
     known = (*PICTURE_SUFFIXES, ".db", ".ini")
     return sorted(
         path
@@ -181,10 +181,10 @@ def _strangers_in(folder: Path) -> list[Path]:
     )
 
 
-def _orphans(masks: Path, pictures: list[Path]) -> list[Path]:
-    """Masks of a folder that belong to none of the pictures."""
-    stems = {path.stem for path in pictures}
-    return [path for path in _pictures_in(masks) if path.stem not in stems] if masks.is_dir() else []
+def _orphans(masks: Path, images: list[Path]) -> list[Path]:
+    """Masks of a folder that belong to none of the images."""
+    stems = {path.stem for path in images}
+    return [path for path in _images_in(masks) if path.stem not in stems] if masks.is_dir() else []
 
 
 def _subfolder(source: Path, name: str) -> Path:
@@ -228,7 +228,7 @@ def _numbers(row: dict[str, str], column: str, where: str) -> list[float]:
 
 
 def _csv_keypoints(row: dict[str, str], where: str) -> tuple[list[list[float]], list[list[float]]]:
-    """Key-points of source and target from PF's columns, `;`-separated, without the -1 that pads absent points."""
+    """Keypoints of source and target from PF's columns, `;`-separated, without the -1 that pads absent points."""
     xa, ya, xb, yb = (_numbers(row, column, where) for column in KEYPOINT_COLUMNS)
     if len({len(xa), len(ya), len(xb), len(yb)}) > 1:
         raise DataError(
@@ -240,7 +240,7 @@ def _csv_keypoints(row: dict[str, str], where: str) -> tuple[list[list[float]], 
         if not (ax == ay == -1 or bx == by == -1)
     ]
     if not points:
-        raise DataError(f"{where}: there is no key-point in the row.")
+        raise DataError(f"{where}: there is no keypoint in the row.")
     return [source for source, _ in points], [target for _, target in points]
 
 
@@ -265,7 +265,7 @@ def _class_by_number(row: dict[str, str], names: tuple[str, ...], where: str) ->
     return names[number - 1]
 
 
-def _picture_id(path: Path, root: Path) -> str:
+def _image_id(path: Path, root: Path) -> str:
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
@@ -305,10 +305,10 @@ def _pair_list(
             id=f"{split}-{line - 1:05d}",
             split=split,
             class_name=class_name,
-            source_id=_picture_id(first, root),
-            target_id=_picture_id(second, root),
-            source_image=_picture(first, where),
-            target_image=_picture(second, where),
+            source_id=_image_id(first, root),
+            target_id=_image_id(second, root),
+            source_image=_image(first, where),
+            target_image=_image(second, where),
             mirror_source=False,
             **values,
         )
@@ -338,11 +338,11 @@ def _willow_from_mat(root: Path, split: str, problems: Problems) -> Iterator[Rec
         if class_folder.name not in WILLOW_CLASSES:
             problems.report(DataError(f"{class_folder}: unknown class {class_folder.name!r}."))
             continue
-        pictures = _pictures_in(class_folder)
-        if not pictures:
-            problems.report(DataError(f"{class_folder}: there is no picture in the class {class_folder.name!r}."))
+        images = _images_in(class_folder)
+        if not images:
+            problems.report(DataError(f"{class_folder}: there is no image in the class {class_folder.name!r}."))
             continue
-        pairs = [(a, b) for index, a in enumerate(pictures) for b in pictures[index + 1 :]]
+        pairs = [(a, b) for index, a in enumerate(images) for b in images[index + 1 :]]
 
         def build(item: tuple[Path, Path], class_name: str = class_folder.name) -> Record:
             first, second = item
@@ -352,10 +352,10 @@ def _willow_from_mat(root: Path, split: str, problems: Problems) -> Iterator[Rec
                 id=f"{class_name}/{first.stem}-{second.stem}",
                 split=split,
                 class_name=class_name,
-                source_id=_picture_id(first, root),
-                target_id=_picture_id(second, root),
-                source_image=_picture(first, where),
-                target_image=_picture(second, where),
+                source_id=_image_id(first, root),
+                target_id=_image_id(second, root),
+                source_image=_image(first, where),
+                target_image=_image(second, where),
                 source_keypoints=_mat_keypoints(first.with_suffix(".mat")),
                 target_keypoints=_mat_keypoints(second.with_suffix(".mat")),
                 mirror_source=False,
@@ -368,7 +368,7 @@ def _mat_keypoints(path: Path) -> list[list[float]]:
     try:
         points = read_matrix(path.read_bytes(), "pts_coord")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the key-points (pts_coord) cannot be read ({error}).") from error
+        raise DataError(f"{path}: the keypoints (pts_coord) cannot be read ({error}).") from error
     if points.shape[0] != 2:
         raise DataError(f"{path}: pts_coord must be 2xN; it is {'x'.join(map(str, points.shape))}.")
     return points.T.tolist()
@@ -435,11 +435,11 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
         class_name = annotation["category"]
         if class_name not in SPAIR_CLASSES:
             raise DataError(f"{where}: unknown class {class_name!r}.")
-        pictures = source / "JPEGImages" / class_name
-        first, second = (_inside(pictures, annotation[name], where) for name in ("src_imname", "trg_imname"))
+        images = source / "JPEGImages" / class_name
+        first, second = (_inside(images, annotation[name], where) for name in ("src_imname", "trg_imname"))
         if len(annotation["src_kps"]) != len(annotation["trg_kps"]):
             raise DataError(
-                f"{where}: {len(annotation['src_kps'])} key-points in the source but "
+                f"{where}: {len(annotation['src_kps'])} keypoints in the source but "
                 f"{len(annotation['trg_kps'])} in the target."
             )
         kept = [
@@ -448,7 +448,7 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
             if a is not None and b is not None
         ]
         if not kept:
-            raise DataError(f"{where}: there is no key-point in the annotation.")
+            raise DataError(f"{where}: there is no keypoint in the annotation.")
         ids = annotation.get("kps_ids")
         difficulty = {
             "viewpoint": annotation.get("viewpoint_variation"),
@@ -470,9 +470,9 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
             raise
         raise DataError(f"{where}: the pair annotation is not complete ({error}).") from error
     masks = {}
-    for side, picture in (("source", first), ("target", second)):
-        mask = source / "Segmentation" / class_name / f"{picture.stem}.png"
-        masks[f"{side}_mask"] = _picture(mask, where) if os.path.isfile(mask) else None
+    for side, image in (("source", first), ("target", second)):
+        mask = source / "Segmentation" / class_name / f"{image.stem}.png"
+        masks[f"{side}_mask"] = _image(mask, where) if os.path.isfile(mask) else None
     return make_record(
         where,
         id=path.stem,
@@ -480,8 +480,8 @@ def _spair_record(source: Path, path: Path, split: str) -> Record:
         class_name=class_name,
         source_id=f"{class_name}/{first.name}",
         target_id=f"{class_name}/{second.name}",
-        source_image=_picture(first, where),
-        target_image=_picture(second, where),
+        source_image=_image(first, where),
+        target_image=_image(second, where),
         mirror_source=False,
         **values,
         **masks,
@@ -515,7 +515,7 @@ def read_tss(source: Path, split: str, problems: Problems, pairs: Path | None = 
     grid and leads into image 2, the source), `/2` the other way round.
 
     `flip_gt.txt` = 1 sets `mirror_source`: the source is mirrored before matching. The flow files are in coordinates of
-    the pictures as they are stored, *not* mirrored, so a prediction has to be mirrored back before it is compared.
+    the images as they are stored, *not* mirrored, so a prediction has to be mirrored back before it is compared.
     """
     root = _need_folder(_subfolder(source, "TSS_CVPR2016"), "the folder of TSS")
     groups = sorted(path for path in root.iterdir() if path.is_dir())
@@ -548,12 +548,12 @@ def _tss_record(root: Path, folder: Path, target: int, split: str) -> Record:
         id=f"{folder.parent.name}/{folder.name}/{target}",
         split=split,
         class_name=folder.parent.name,
-        source_id=_picture_id(folder / f"image{source}.png", root),
-        target_id=_picture_id(folder / f"image{target}.png", root),
-        source_image=_picture(folder / f"image{source}.png", where),
-        target_image=_picture(folder / f"image{target}.png", where),
-        source_mask=_picture(folder / f"mask{source}.png", where),
-        target_mask=_picture(folder / f"mask{target}.png", where),
+        source_id=_image_id(folder / f"image{source}.png", root),
+        target_id=_image_id(folder / f"image{target}.png", root),
+        source_image=_image(folder / f"image{source}.png", where),
+        target_image=_image(folder / f"image{target}.png", where),
+        source_mask=_image(folder / f"mask{source}.png", where),
+        target_mask=_image(folder / f"mask{target}.png", where),
         mirror_source=flip == "1",
         flow=flow.reshape(-1),
         flow_size=list(flow.shape[:2]),
@@ -561,17 +561,17 @@ def _tss_record(root: Path, folder: Path, target: int, split: str) -> Record:
 
 
 def read_internet(source: Path, split: str, problems: Problems, pairs: Path | None = None) -> Iterator[Record]:
-    """Internet / Object Discovery (Rubinstein et al., CVPR 2013), the 100-picture subsets. Pictures without the object
+    """Internet / Object Discovery (Rubinstein et al., CVPR 2013), the 100-image subsets. Images without the object
     have an empty mask; they count for the precision and are left out of the Jaccard index, as in the literature."""
     root = _need_folder(_subfolder(source, "Data"), "the folder Data of the Internet set")
     for folder_name, class_name in INTERNET_CLASSES.items():
         folder = root / folder_name
-        pictures = _pictures_in(folder) if folder.is_dir() else []
-        if not pictures:
-            problems.report(DataError(f"{folder}: there is no picture of the class {class_name!r}."))
+        images = _images_in(folder) if folder.is_dir() else []
+        if not images:
+            problems.report(DataError(f"{folder}: there is no image of the class {class_name!r}."))
             continue
-        for orphan in _orphans(folder / "GroundTruth", pictures):
-            problems.report(DataError(f"{orphan}: this mask has no picture in {folder}."))
+        for orphan in _orphans(folder / "GroundTruth", images):
+            problems.report(DataError(f"{orphan}: this mask has no image in {folder}."))
 
         def build(path: Path, class_name: str = class_name, folder: Path = folder) -> Record:
             where = str(path)
@@ -581,17 +581,17 @@ def read_internet(source: Path, split: str, problems: Problems, pairs: Path | No
                 split=split,
                 class_name=class_name,
                 source_id=f"{class_name}/{path.name}",
-                source_image=_picture(path, where),
-                source_mask=_picture(folder / "GroundTruth" / f"{path.stem}.png", where),
+                source_image=_image(path, where),
+                source_mask=_image(folder / "GroundTruth" / f"{path.stem}.png", where),
             )
 
-        yield from _each(pictures, build, problems)
+        yield from _each(images, build, problems)
 
 
 def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None = None) -> Iterator[Record]:
-    """Class folders of pictures: `images/<class>/*` with `masks/<class>/<same stem>.png`, or plain `<class>/*`.
+    """Class folders of images: `images/<class>/*` with `masks/<class>/<same stem>.png`, or plain `<class>/*`.
 
-    If there is a `masks` folder, every picture needs a mask and every mask a picture.
+    If there is a `masks` folder, every image needs a mask and every mask an image.
     """
     images = source / "images"
     if not images.is_dir():
@@ -600,26 +600,26 @@ def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None 
     with_masks = images != source and masks.is_dir()
     classes = sorted(path for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     _need_some(classes, images, "class folder")
-    for loose in _pictures_in(images):
-        problems.report(DataError(f"{loose}: this picture is in no class folder."))
+    for loose in _images_in(images):
+        problems.report(DataError(f"{loose}: this image is in no class folder."))
     if with_masks:
         for folder in sorted(path for path in masks.iterdir() if path.is_dir() and not path.name.startswith(".")):
             if not (images / folder.name).is_dir():
-                problems.report(DataError(f"{images / folder.name}: there is no picture of the class {folder.name!r}."))
+                problems.report(DataError(f"{images / folder.name}: there is no image of the class {folder.name!r}."))
     for folder in classes:
-        pictures = _pictures_in(folder)
+        paths = _images_in(folder)
         for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
             problems.report(DataError(f"{inner}: folders inside a class folder are not read."))
         for stranger in _strangers_in(folder):
-            problems.report(DataError(f"{stranger}: this is not a picture in a format that can be read."))
-        if not pictures:
-            problems.report(DataError(f"{folder}: there is no picture in the class {folder.name!r}."))
+            problems.report(DataError(f"{stranger}: this is not an image in a format that can be read."))
+        if not paths:
+            problems.report(DataError(f"{folder}: there is no image in the class {folder.name!r}."))
             continue
-        available = {path.stem: path for path in _pictures_in(masks / folder.name)} if _is_dir(masks, folder) else {}
-        for orphan in _orphans(masks / folder.name, pictures) if with_masks else []:
-            problems.report(DataError(f"{orphan}: this mask has no picture in {folder}."))
+        available = {path.stem: path for path in _images_in(masks / folder.name)} if _is_dir(masks, folder) else {}
+        for orphan in _orphans(masks / folder.name, paths) if with_masks else []:
+            problems.report(DataError(f"{orphan}: this mask has no image in {folder}."))
 
-        stems = [path.stem for path in pictures]
+        stems = [path.stem for path in paths]
 
         def build(
             path: Path,
@@ -631,18 +631,18 @@ def read_coseg(source: Path, split: str, problems: Problems, pairs: Path | None 
             if with_masks and path.stem not in available:
                 raise DataError(f"{where}: the mask {masks / class_name / (path.stem + '.png')} is missing.")
             if with_masks and stems.count(path.stem) > 1:
-                raise DataError(f"{where}: another picture has the same name, so its mask is not certain.")
+                raise DataError(f"{where}: another image has the same name, so its mask is not certain.")
             return make_record(
                 where,
                 id=f"{class_name}/{path.name}",
                 split=split,
                 class_name=class_name,
                 source_id=f"{class_name}/{path.name}",
-                source_image=_picture(path, where),
-                source_mask=_picture(available[path.stem], where) if with_masks else None,
+                source_image=_image(path, where),
+                source_mask=_image(available[path.stem], where) if with_masks else None,
             )
 
-        yield from _each(pictures, build, problems)
+        yield from _each(paths, build, problems)
 
 
 def _is_dir(masks: Path, folder: Path) -> bool:
@@ -789,7 +789,7 @@ def load_records(
 ) -> Dataset:
     """One split of an original archive as a `datasets.Dataset` with the declared features.
 
-    Pictures stay files until they are looked at. Flows (TSS) are written to `cache_dir` (default: the cache of
+    Images stay files until they are looked at. Flows (TSS) are written to `cache_dir` (default: the cache of
     `datasets`), under a name that changes whenever the archive's files do, so memory stays small.
 
     Raises:

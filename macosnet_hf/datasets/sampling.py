@@ -1,4 +1,4 @@
-"""Pairs and triplets for weak supervision: pictures of one class, nothing known but the class.
+"""Pairs and triplets for weak supervision: images of one class, nothing known but the class.
 
 Balanced over classes, and a pure function of seed and number: group number k is the same in every process, for any
 number of workers, and after any interruption. Horizontal flips and random crops as in the paper (section 3.4); a flip
@@ -25,7 +25,7 @@ Crop = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Group(Generic[Member]):
-    """Two or three pictures of one class, and how to augment them.
+    """Two or three images of one class, and how to augment them.
 
     Attributes:
         class_name: their class.
@@ -70,15 +70,15 @@ class GroupSampler:
     Every run of as many groups as there are classes holds each class exactly once, in an order of its own.
 
     Args:
-        class_names: class of each picture.
+        class_names: class of each image.
         group_size: 2 or 3.
         seed: another seed gives other groups.
-        length: how many groups; default: as many as pictures.
+        length: how many groups; default: as many as images.
         flip_probability: of a whole group.
         smallest_crop: side of the smallest crop, as a share; 1 for no crops.
 
     Raises:
-        DataError: if a class has fewer pictures than a group.
+        DataError: if a class has fewer images than a group.
         InputError: for options that make no sense.
     """
 
@@ -97,10 +97,10 @@ class GroupSampler:
         for index, name in enumerate(class_names):
             members.setdefault(name, []).append(index)
         if not members:
-            raise DataError("There is no picture to take groups from.")
+            raise DataError("There is no image to take groups from.")
         for name, indices in members.items():
             if len(indices) < group_size:
-                raise DataError(f"The class {name!r} has {len(indices)} picture(s); a group needs {group_size}.")
+                raise DataError(f"The class {name!r} has {len(indices)} image(s); a group needs {group_size}.")
         self.group_size, self.seed = group_size, seed
         self.flip_probability, self.smallest_crop = flip_probability, smallest_crop
         self.length = len(class_names) if length is None else length
@@ -134,7 +134,7 @@ def stream_groups(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Group[Record]]:
-    """Groups over a stream of any length, as many as it has records (of classes with enough pictures).
+    """Groups over a stream of any length, as many as it has records (of classes with enough images).
 
     The first `warm_up` records only fill the buffers; from then on each record brings one group, of the class that had
     the fewest so far, and the groups owed for the warm-up come at the end. At most `buffer_per_class` records of each
@@ -142,7 +142,7 @@ def stream_groups(
     (`stream.shuffle(buffer_size=...)`).
 
     Args:
-        records: single pictures; the same order in every process.
+        records: single images; the same order in every process.
         group_size, seed, flip_probability, smallest_crop: as in [`GroupSampler`].
         buffer_per_class: records of each class that may meet.
         warm_up: records before the first group.
@@ -151,7 +151,7 @@ def stream_groups(
 
     Raises:
         InputError: for options that make no sense.
-        DataError: if no class has enough pictures.
+        DataError: if no class has enough images.
     """
     _check(group_size, flip_probability, smallest_crop)
     if buffer_per_class < group_size or not 0 <= rank < world_size:
@@ -194,20 +194,20 @@ def stream_groups(
                 if mine(group):
                     yield group
     if not emitted:
-        raise DataError(f"No class of the stream has the {group_size} pictures that a group needs.")
+        raise DataError(f"No class of the stream has the {group_size} images that a group needs.")
     for _ in range(owed):
         group = next_group()
         if group is not None and mine(group):
             yield group
 
 
-def augment(picture: Image.Image, flip: bool, crop: Crop) -> Image.Image:
-    """A picture cropped and, if asked, mirrored left-right. The crop is at least two pixels wide and high."""
-    width, height = picture.size
+def augment(image: Image.Image, flip: bool, crop: Crop) -> Image.Image:
+    """An image cropped and, if asked, mirrored left-right. The crop is at least two pixels wide and high."""
+    width, height = image.size
     left, top = min(round(crop[0] * width), width - 2), min(round(crop[1] * height), height - 2)
     right, bottom = max(round(crop[2] * width), left + 2), max(round(crop[3] * height), top + 2)
-    picture = picture.crop((left, top, min(right, width), min(bottom, height)))
-    return ImageOps.mirror(picture) if flip else picture
+    image = image.crop((left, top, min(right, width), min(bottom, height)))
+    return ImageOps.mirror(image) if flip else image
 
 
 def class_names_of(records: Iterable[Any]) -> list[str]:

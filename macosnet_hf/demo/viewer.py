@@ -1,4 +1,4 @@
-"""What the interactive picture of a pair (see `viewer_page.py`) is told: photographs, lines, grids."""
+"""What the interactive image of a pair (see `viewer_page.py`) is told: photos, lines, grids."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _GRID_CELLS = 9  # across the longer side of the object
 
 
-def viewer_photos(key: str, photos: tuple[Image.Image, Image.Image], names: tuple[str, str]) -> str:
-    """Both photographs for the script, as JSON; they travel inside it, so no address of them exists.
+def viewer_images(key: str, images: tuple[Image.Image, Image.Image], names: tuple[str, str]) -> str:
+    """Both photos for the script, as JSON; they travel inside it, so no address of them exists.
 
     Args:
         key: under which the server keeps the result.
         photos, names: source and target.
     """
     sides = [
-        {"src": _data_address(photo), "w": photo.width, "h": photo.height, "name": name}
-        for photo, name in zip(photos, names, strict=True)
+        {"src": _data_address(image), "w": image.width, "h": image.height, "name": name}
+        for image, name in zip(images, names, strict=True)
     ]
     return json.dumps({"id": key, "sides": sides})
 
@@ -55,7 +55,7 @@ def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
 
 
 def source_on_target(result: PairResult, side: int) -> Image.Image:
-    """The source bent onto the target, at most `side` pixels long; where it shows nothing, the target itself, faded."""
+    """The source warped onto the target, at most `side` pixels long; the target itself, faded, where it is empty."""
     target = result.target.copy()
     target.thumbnail((side, side))
     small = replace(result, target=target)
@@ -66,7 +66,7 @@ def source_on_target(result: PairResult, side: int) -> Image.Image:
 
 
 def tint(mask: np.ndarray, strength: float = 0.28) -> np.ndarray:
-    """Opacity `(H, W)` of a colour laid over a photograph: `strength` inside a mask, 1 on its outline, 0 elsewhere."""
+    """Opacity `(H, W)` of a colour laid over a photo: `strength` inside a mask, 1 on its outline, 0 elsewhere."""
     width = max(1, round(max(mask.shape) / 320))
     grown = np.pad(mask, width)
     eroded = np.ones_like(mask)
@@ -77,7 +77,7 @@ def tint(mask: np.ndarray, strength: float = 0.28) -> np.ndarray:
 
 
 def object_grid(mask: np.ndarray, cells: int = _GRID_CELLS) -> np.ndarray:
-    """Points `(N, 2)` as (x, y) on a regular grid over the object of a mask `(H, W)` bool; of the whole picture if the
+    """Points `(N, 2)` as (x, y) on a regular grid over the object of a mask `(H, W)` bool; of the whole image if the
     mask is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -110,7 +110,7 @@ def _hex(color: np.ndarray) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color.tolist())
 
 
-def _data_address(photo: Image.Image) -> str:
+def _data_address(image: Image.Image) -> str:
     stream = io.BytesIO()
-    photo.save(stream, "JPEG", quality=88)
+    image.save(stream, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

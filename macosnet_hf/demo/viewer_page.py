@@ -1,12 +1,12 @@
-"""The interactive picture of a pair: lines that can be followed, points that travel. HTML, style and script for a page.
+"""The interactive image of a pair: lines that can be followed, points that travel. HTML, style and script for a page.
 
-The page holds both photographs and asks the server for two things only: where a point lies in the other photograph, and
+The page holds both photos and asks the server for two things only: where a point lies in the other photo, and
 a grid of points. It knows pixels of the working copies, nothing else. Python's part is in `viewer.py`.
 """
 
 TEMPLATE = """
 <div class="viewer-bar">
-  <span class="viewer-hint"><b>Click anywhere in either photograph</b> to see the same place in the other one.</span>
+  <span class="viewer-hint"><b>Click anywhere in either photo</b> to see the same place in the other one.</span>
   <span class="viewer-buttons">
     <button type="button" class="viewer-grid">Grid of points</button>
     <button type="button" class="viewer-clear" disabled>Clear points</button>
@@ -94,7 +94,7 @@ function arrange() {
   }
 }
 
-/* The pixel k of a photograph covers [k, k + 1] of the drawing. */
+/* The pixel k of a photo covers [k, k + 1] of the drawing. */
 const place = (i, x, y) => [boxes[i].x + (x + 0.5) * boxes[i].k, boxes[i].y + (y + 0.5) * boxes[i].k];
 
 function connect(parent, from, to, color, hit) {
@@ -164,7 +164,7 @@ function draw() {
   if (!photos) { stage.replaceChildren(); tell(" "); return; }
   arrange();
   const svg = node("svg", { width: size[0], height: size[1], viewBox: "0 0 " + size[0] + " " + size[1], role: "img" });
-  svg.setAttribute("aria-label", "Both photographs with lines between matching points");
+  svg.setAttribute("aria-label", "Both photos with lines between matching points");
   photos.sides.forEach((side, i) => {
     const box = boxes[i], clip = node("clipPath", { id: "viewer-round-" + i }, svg);
     const place = { x: box.x, y: box.y, width: side.w * box.k, height: side.h * box.k };
@@ -254,7 +254,7 @@ take();
 """
 
 
-# Run once by the page. A picture that is pasted goes to the photograph under the pointer, else to an empty place, else
+# Run once by the page. An image that is pasted goes to the photo under the pointer, else to an empty place, else
 # to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
 PASTE = r"""
 () => {
@@ -262,7 +262,7 @@ PASTE = r"""
   let last = null;
   document.addEventListener("pointerover", (event) => { pointed = event.target; });
 
-  const places = () => ["#source", "#target", "#photographs"]
+  const places = () => ["#source", "#target", "#photos"]
     .map((name) => document.querySelector(name))
     .filter((place) => place && place.offsetParent !== null);
   const input = (place) => place.querySelector("input[type=file]");
@@ -284,14 +284,14 @@ PASTE = r"""
   };
 
   document.addEventListener("paste", (event) => {
-    const pictures = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+    const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
     const found = places();
-    if (!pictures.length || !found.length) return;
+    if (!images.length || !found.length) return;
     event.preventDefault();
     const place = choose(found) || found[0];
-    const several = place.id === "photographs";
+    const several = place.id === "photos";
     const files = new DataTransfer();
-    for (const picture of several ? pictures : pictures.slice(0, 1)) files.items.add(picture);
+    for (const image of several ? images : images.slice(0, 1)) files.items.add(image);
     last = place;
     give(place, files.files, 20);
   });

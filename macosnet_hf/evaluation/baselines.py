@@ -4,8 +4,8 @@ them.
 * `identity`: a point stays where it is, in normalised coordinates.
 * `nearest-neighbour`: the cell of most similar encoder features, with a soft-argmax over its 3x3 neighbourhood.
 * `nearest-neighbour-prior`: the same with a Gaussian prior around the identity position.
-* `centre-grabcut`: the mask is an ellipse in the middle of the picture, which `--refine grabcut` then turns into an
-  object. It takes no look at the picture before, and is stronger than one thinks.
+* `centre-grabcut`: the mask is an ellipse in the middle of the image, which `--refine grabcut` then turns into an
+  object. It takes no look at the image before, and is stronger than one thinks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .predictors import MASK_SIDE, EncodedPicture, FeaturePredictor, Predictor
+from .predictors import MASK_SIDE, EncodedImage, FeaturePredictor, Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BASELINES = ("identity", "nearest-neighbour", "nearest-neighbour-prior", "centre-grabcut")
 
 PRIOR_SIGMA = 0.3
-"""Width of the prior around the identity position, normalised coordinates (the picture is 2 wide)."""
+"""Width of the prior around the identity position, normalised coordinates (the image is 2 wide)."""
 
 TEMPERATURE = 10.0
 """Factor on the cosine similarity before any exponential."""
@@ -39,12 +39,12 @@ class IdentityPredictor(Predictor):
     def describe(self) -> dict[str, object]:
         return {"baseline": self.name}
 
-    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+    def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         return {"identity": points}
 
 
 class NearestNeighbourPredictor(FeaturePredictor):
-    """Most similar stride-16 feature of the other picture, with a soft-argmax over the 3x3 cells around it.
+    """Most similar stride-16 feature of the other image, with a soft-argmax over the 3x3 cells around it.
 
     Args:
         model, processor: the encoder is the model's.
@@ -62,7 +62,7 @@ class NearestNeighbourPredictor(FeaturePredictor):
     def describe(self) -> dict[str, object]:
         return {"baseline": self.name, **super().describe()}
 
-    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+    def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         import torch
         import torch.nn.functional as F
 
@@ -83,7 +83,7 @@ class NearestNeighbourPredictor(FeaturePredictor):
 
 
 class CentreGrabCutPredictor(Predictor):
-    """The same ellipse in the middle of every picture, as a probability that falls from the centre outwards."""
+    """The same ellipse in the middle of every image, as a probability that falls from the centre outwards."""
 
     name = "centre-grabcut"
     gives_masks = True
@@ -91,16 +91,16 @@ class CentreGrabCutPredictor(Predictor):
     def describe(self) -> dict[str, object]:
         return {"baseline": self.name}
 
-    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
-        return np.repeat(centre_ellipse(MASK_SIDE, MASK_SIDE)[None], len(pictures), axis=0)
+    def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
+        return np.repeat(centre_ellipse(MASK_SIDE, MASK_SIDE)[None], len(images), axis=0)
 
 
 def centre_ellipse(height: int, width: int, radius: float = 0.7) -> np.ndarray:
-    """Probability `(height, width)` of an ellipse in the middle of the picture: 0.5 at `radius`, where the half sides
-    of the picture are 1, up to 0.7 inside, down to 0.2 outside, and 0 in the corners; float32.
+    """Probability `(height, width)` of an ellipse in the middle of the image: 0.5 at `radius`, where the half sides
+    of the image are 1, up to 0.7 inside, down to 0.2 outside, and 0 in the corners; float32.
 
     The bounds leave GrabCut free everywhere but in the corners, which are taken for background. On a part of msrc-coseg
-    (6 photos a class) free corners cost 0.016 in J.
+    (6 images a class) free corners cost 0.016 in J.
     """
     y = np.linspace(-1, 1, height)[:, None]
     x = np.linspace(-1, 1, width)[None]

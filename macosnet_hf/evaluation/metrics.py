@@ -1,6 +1,6 @@
 """The metrics, each with its protocol, units and source. Plain NumPy, one sample at a time, float64.
 
-Points are (x, y) in pixels of the original picture, 0 the centre of the first pixel; sizes are (height, width).
+Points are (x, y) in pixels of the original image, 0 the centre of the first pixel; sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import DataError, InputError
 
 SCNET_SIDE = 224
-"""Side to which the `image` protocol scales both pictures (SCNet, Han et al., ICCV 2017)."""
+"""Side to which the `image` protocol scales both images (SCNet, Han et al., ICCV 2017)."""
 
 INVALID_FLOW = 1e9
 
@@ -22,9 +22,9 @@ PCK_PROTOCOLS = ("bbox", "image")
 
 
 def present_points(points: np.ndarray, padding: float = -1.0) -> np.ndarray:
-    """Which rows of a padded point list `(N, 2)` are key-points: bool `(N,)`.
+    """Which rows of a padded point list `(N, 2)` are keypoints: bool `(N,)`.
 
-    Published loaders pad absent key-points with -1 in both coordinates, some with NaN. A box or a mean taken over the
+    Published loaders pad absent keypoints with -1 in both coordinates, some with NaN. A box or a mean taken over the
     padding is wrong (it inflates the threshold of published PF-WILLOW figures), so this mask comes first.
     """
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
@@ -40,7 +40,7 @@ def points_box(points: np.ndarray, valid: np.ndarray | None = None) -> tuple[flo
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     points = points[present_points(points) if valid is None else np.asarray(valid, dtype=bool)]
     if len(points) == 0:
-        raise DataError("A box cannot be taken of no key-point at all.")
+        raise DataError("A box cannot be taken of no keypoint at all.")
     (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
     return float(x0), float(y0), float(x1), float(y1)
 
@@ -62,19 +62,19 @@ class KeypointErrors:
     """Errors of one sample under one protocol.
 
     Attributes:
-        errors: distance of each valid key-point, `(N,)`, in the protocol's unit.
-        length: reference length in the same unit; a key-point is right at alpha when `error <= alpha * length`.
+        errors: distance of each valid keypoint, `(N,)`, in the protocol's unit.
+        length: reference length in the same unit; a keypoint is right at alpha when `error <= alpha * length`.
     """
 
     errors: np.ndarray
     length: float
 
     def correct(self, alpha: float) -> int:
-        """How many key-points are right at this alpha (`<=`, as in the published code)."""
+        """How many keypoints are right at this alpha (`<=`, as in the published code)."""
         return int((self.errors <= alpha * self.length).sum())
 
     def pck(self, alpha: float) -> float:
-        """Share of right key-points of this sample."""
+        """Share of right keypoints of this sample."""
         return self.correct(alpha) / len(self.errors)
 
 
@@ -87,45 +87,45 @@ def keypoint_errors(
     box: Sequence[float] | None = None,
     valid: np.ndarray | None = None,
 ) -> KeypointErrors:
-    """Errors of transferred key-points under a protocol of PCK (Yang and Ramanan, 2013).
+    """Errors of transferred keypoints under a protocol of PCK (Yang and Ramanan, 2013).
 
-    * `bbox` (the paper, section 4.1; SPair-71k): distance in pixels of the picture that the points were transferred to;
-      the reference is the longer side of that picture's annotated box, or, without one (PF-WILLOW, PF-PASCAL), of the
-      box of its own key-points.
-    * `image` (SCNet; the default of the authors' loaders for PF-PASCAL and PF-WILLOW, Tables 4 and 5): the picture is
+    * `bbox` (the paper, section 4.1; SPair-71k): distance in pixels of the image that the points were transferred to;
+      the reference is the longer side of that image's annotated box, or, without one (PF-WILLOW, PF-PASCAL), of the
+      box of its own keypoints.
+    * `image` (SCNet; the default of the authors' loaders for PF-PASCAL and PF-WILLOW, Tables 4 and 5): the image is
       scaled to 224x224, each axis by itself, and the reference is 224.
 
     Args:
-        predicted: `(N, 2)` transferred key-points in pixels.
-        truth: `(N, 2)` annotated key-points of the same picture.
+        predicted: `(N, 2)` transferred keypoints in pixels.
+        truth: `(N, 2)` annotated keypoints of the same image.
         protocol: `"bbox"` or `"image"`.
-        size: `(height, width)` of that picture; needed for `image`.
-        box: `(x0, y0, x1, y1)` annotated box of that picture, for `bbox`.
+        size: `(height, width)` of that image; needed for `image`.
+        box: `(x0, y0, x1, y1)` annotated box of that image, for `bbox`.
         valid: which rows count; default: rows that are not padding, see [`present_points`].
 
     Raises:
         InputError: for another protocol, shapes that differ, or a missing size.
-        DataError: if no key-point is valid, one or its prediction is not finite, or the box has no extent.
+        DataError: if no keypoint is valid, one or its prediction is not finite, or the box has no extent.
     """
     predicted = np.asarray(predicted, dtype=np.float64).reshape(-1, 2)
     truth = np.asarray(truth, dtype=np.float64).reshape(-1, 2)
     if predicted.shape != truth.shape:
-        raise InputError(f"{len(predicted)} predicted key-points cannot be compared with {len(truth)} annotated ones.")
+        raise InputError(f"{len(predicted)} predicted keypoints cannot be compared with {len(truth)} annotated ones.")
     valid = present_points(truth) if valid is None else np.asarray(valid, dtype=bool)
     if not valid.any():
-        raise DataError("There is no valid key-point.")
+        raise DataError("There is no valid keypoint.")
     predicted, truth = predicted[valid], truth[valid]
     if not np.isfinite(predicted).all():
-        raise DataError("A predicted key-point is not a finite number.")
+        raise DataError("A predicted keypoint is not a finite number.")
     if not np.isfinite(truth).all():
-        raise DataError("An annotated key-point is not a finite number.")
+        raise DataError("An annotated keypoint is not a finite number.")
     difference = predicted - truth
     if protocol == "bbox":
         length = box_length(points_box(truth, np.ones(len(truth), dtype=bool)) if box is None else box)
         return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), length)
     if protocol == "image":
         if size is None:
-            raise InputError("PCK `image` needs the size of the picture.")
+            raise InputError("PCK `image` needs the size of the image.")
         height, width = size
         return KeypointErrors(
             np.hypot(difference[:, 0] * SCNET_SIDE / width, difference[:, 1] * SCNET_SIDE / height), float(SCNET_SIDE)
@@ -144,8 +144,8 @@ def flow_errors(
 ) -> KeypointErrors:
     """Errors of a dense prediction on TSS (Taniai et al., CVPR 2016), over the target's foreground with valid flow.
 
-    The reference is the longer side of the source picture, in whose pixels the errors are measured (as in the
-    benchmark's own evaluation, which takes the size of the other picture's flow); alpha = 0.05 is the paper's Table 1.
+    The reference is the longer side of the source image, in whose pixels the errors are measured (as in the
+    benchmark's own evaluation, which takes the size of the other image's flow); alpha = 0.05 is the paper's Table 1.
 
     Args:
         places: `(h, w, 2)` predicted place in the source, in pixels, of each pixel of the target.
@@ -193,7 +193,7 @@ def precision(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def jaccard(predicted: np.ndarray, truth: np.ndarray) -> float | None:
-    """J: intersection over union of the foreground; `None` where the truth holds no object (Internet's noise pictures),
+    """J: intersection over union of the foreground; `None` where the truth holds no object (Internet's noise images),
     which the literature leaves out of the mean.
 
     Raises:
@@ -227,7 +227,7 @@ def transfer_mask(source_mask: np.ndarray, places: np.ndarray) -> np.ndarray:
 def label_transfer(source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray) -> tuple[float, float | None]:
     """Label transfer: the source's annotated mask, warped onto the target, against the target's annotated mask.
 
-    Joins both tasks and needs no key-points (Liu et al., "SIFT Flow", 2011; Kim et al., "Deformable Spatial Pyramid",
+    Joins both tasks and needs no keypoints (Liu et al., "SIFT Flow", 2011; Kim et al., "Deformable Spatial Pyramid",
     2013, where the figures are called LT-ACC and IoU).
 
     Returns:

@@ -29,26 +29,26 @@ _held: dict[str, int | None] = {}  # partial folders that this process is writin
 
 
 def record_stamp(record: Record) -> str:
-    """A short hash of what a prediction answers: the pictures (ids and bytes) and the key-points.
+    """A short hash of what a prediction answers: the images (ids and bytes) and the keypoints.
 
     Raises:
-        DataError: if a picture is missing.
+        DataError: if an image is missing.
     """
     parts = [record.get(key) for key in ("source_id", "target_id", "source_keypoints", "target_keypoints")]
-    parts += [_picture_hash(record, side) for side in ("source", "target")]
+    parts += [_image_hash(record, side) for side in ("source", "target")]
     plain = json.dumps(parts, default=lambda value: np.asarray(value).tolist())
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
-def _picture_hash(record: Record, side: str) -> str | None:
+def _image_hash(record: Record, side: str) -> str | None:
     """Of the file's bytes, which are the same in an archive and in the Parquet made of it."""
-    picture = record.get(f"{side}_image")
-    if picture is None:
+    image = record.get(f"{side}_image")
+    if image is None:
         return None
     try:
-        content = picture["bytes"] if picture.get("bytes") is not None else Path(picture["path"]).read_bytes()
+        content = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
     except OSError as error:
-        raise DataError(f"{record['id']}, {side}_image: {picture['path']} cannot be read.") from error
+        raise DataError(f"{record['id']}, {side}_image: {image['path']} cannot be read.") from error
     return hashlib.sha256(content).hexdigest()
 
 
@@ -211,7 +211,7 @@ class PredictionReader:
         """The prediction of a record.
 
         Raises:
-            InputError: if there is none, or it was made for other pictures or key-points.
+            InputError: if there is none, or it was made for other images or keypoints.
         """
         entry = self.index.get(record["id"])
         if entry is None:
@@ -219,7 +219,7 @@ class PredictionReader:
         name, place = entry
         number, stamp = place.split("|")
         if stamp != record_stamp(record):
-            raise InputError(f"The prediction of {record['id']!r} was made for other pictures or key-points.")
+            raise InputError(f"The prediction of {record['id']!r} was made for other images or keypoints.")
         if name != self._name:
             try:
                 with np.load(self.folder / name, allow_pickle=False) as shard:

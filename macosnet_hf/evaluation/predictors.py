@@ -1,15 +1,15 @@
-"""From records to predictions: each picture is encoded once, kept in a bounded cache, and used in all of its pairs.
+"""From records to predictions: each image is encoded once, kept in a bounded cache, and used in all of its pairs.
 
 A *prediction* is a dictionary of NumPy arrays, everything that scoring needs and little else:
 
 | key | shape | meaning |
 |---|---|---|
 | `sizes` | (2, 2) int | (height, width) of source and target |
-| `points/<variant>` | (N, 2) float32 | transferred key-points, pixels of the picture they were transferred to |
+| `points/<variant>` | (N, 2) float32 | transferred keypoints, pixels of the image they were transferred to |
 | `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a grid over the target, corners included |
-| `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single picture), times 255 |
+| `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single image), times 255 |
 | `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
-| `partner` | () string | single pictures: id of the record that the field leads to |
+| `partner` | () string | single images: id of the record that the field leads to |
 
 A *variant* is a way to transfer a point: for the model `transform` (the bare geometric transform), `fitted` (fitted to
 what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it),
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..datasets.schema import Record, keypoint_array, open_picture
+from ..datasets.schema import Record, keypoint_array, open_image
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -47,18 +47,18 @@ MASK_SIDE = 240
 """Side of a stored mask where no model sets it."""
 
 CACHE_BYTES = 768 * 2**20
-"""Encoded pictures kept at most, in bytes; the one used longest ago goes first."""
+"""Encoded images kept at most, in bytes; the one used longest ago goes first."""
 
 DIRECTIONS = ("target_to_source", "source_to_target")
 
 
 @dataclass
-class EncodedPicture:
-    """One picture, ready to be paired.
+class EncodedImage:
+    """One image, ready to be paired.
 
     Attributes:
         size: (height, width) of the original.
-        features: encoder's features of this picture alone (N = 1), `None` for predictors without an encoder.
+        features: encoder's features of this image alone (N = 1), `None` for predictors without an encoder.
         pixel_values: `(1, 3, H, W)`, for the exact cascade.
     """
 
@@ -74,20 +74,20 @@ class EncodedPicture:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None) + 256
 
 
-class PictureCache:
-    """Least-recently-used cache of encoded pictures, bounded in bytes.
+class ImageCache:
+    """Least-recently-used cache of encoded images, bounded in bytes.
 
     Attributes:
-        encoded: how often a picture was encoded, for tests of "each picture once".
+        encoded: how often an image was encoded, for tests of "each image once".
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
         self.limit = limit
         self.encoded = 0
-        self._entries: OrderedDict[str, EncodedPicture] = OrderedDict()
+        self._entries: OrderedDict[str, EncodedImage] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: str, make: Callable[[], EncodedPicture]) -> EncodedPicture:
+    def get(self, key: str, make: Callable[[], EncodedImage]) -> EncodedImage:
         """The entry of that key, made if it is not there."""
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -117,7 +117,7 @@ class Predictor:
     gives_masks = False
 
     def __init__(self) -> None:
-        self.cache = PictureCache()
+        self.cache = ImageCache()
 
     def describe(self) -> dict[str, object]:
         """What the predictions depend on; two predictors with equal descriptions predict the same."""
@@ -128,41 +128,41 @@ class Predictor:
         text = json.dumps(self.describe(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode(self, picture: Image.Image) -> EncodedPicture:
-        """What has to be known of a picture before it meets another. The base needs only its size."""
-        return EncodedPicture(size=(picture.height, picture.width))
+    def encode(self, image: Image.Image) -> EncodedImage:
+        """What has to be known of an image before it meets another. The base needs only its size."""
+        return EncodedImage(size=(image.height, image.width))
 
-    def mirror(self, picture: Image.Image) -> EncodedPicture:
-        """The same for the picture mirrored left-right."""
+    def mirror(self, image: Image.Image) -> EncodedImage:
+        """The same for the image mirrored left-right."""
         from PIL import ImageOps
 
-        return self.encode(ImageOps.mirror(picture))
+        return self.encode(ImageOps.mirror(image))
 
-    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
-        """Normalised points `(B, N, 2)` of pictures `start` (batched) to `end`, by variant."""
+    def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
+        """Normalised points `(B, N, 2)` of images `start` (batched) to `end`, by variant."""
         return {}
 
-    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
-        """Probabilities `(B, H, W)` of the object in each picture, given its partner."""
+    def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
+        """Probabilities `(B, H, W)` of the object in each image, given its partner."""
         raise InputError(f"{self.name} gives no masks.")
 
-    def batch(self, pictures: list[EncodedPicture]) -> EncodedPicture:
-        """Several pictures as one with N = len(pictures). The base has nothing to batch."""
-        return pictures[0]
+    def batch(self, images: list[EncodedImage]) -> EncodedImage:
+        """Several images as one with N = len(images). The base has nothing to batch."""
+        return images[0]
 
     # -- from records ---------------------------------------------------------------------------------------------
 
-    def picture(self, record: Record, side: str, *, mirrored: bool = False) -> EncodedPicture:
-        """The encoded picture of one side of a record, from the cache if it was met before.
+    def image(self, record: Record, side: str, *, mirrored: bool = False) -> EncodedImage:
+        """The encoded image of one side of a record, from the cache if it was met before.
 
         Raises:
-            DataError: if the picture is missing or damaged.
+            DataError: if the image is missing or damaged.
         """
         key = record.get(f"{side}_id") or f"{record['id']}/{side}"
         encode = self.mirror if mirrored else self.encode
         return self.cache.get(
             f"{key} mirrored" if mirrored else key,
-            lambda: encode(open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")),
+            lambda: encode(open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")),
         )
 
     def predict_pairs(
@@ -171,21 +171,19 @@ class Predictor:
         """Predictions of a batch of pair records.
 
         Args:
-            records: pairs whose pictures can be opened.
-            direction: in which key-points are transferred, `None` for no key-points.
+            records: pairs whose images can be opened.
+            direction: in which keypoints are transferred, `None` for no keypoints.
             dense: whether to add the fields.
             masks: whether to add the target's mask, given the source.
 
         A source with `mirror_source` is mirrored before matching, and everything that was predicted on it is mirrored
-        back, so that predictions are always in the coordinates of the stored pictures.
+        back, so that predictions are always in the coordinates of the stored images.
         """
         if direction is not None and direction not in DIRECTIONS:
             raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}.")
         mirrored = [bool(record.get("mirror_source")) for record in records]
-        sources = [
-            self.picture(record, "source", mirrored=flag) for record, flag in zip(records, mirrored, strict=True)
-        ]
-        targets = [self.picture(record, "target") for record in records]
+        sources = [self.image(record, "source", mirrored=flag) for record, flag in zip(records, mirrored, strict=True)]
+        targets = [self.image(record, "target") for record in records]
         predictions: list[Prediction] = [
             {"sizes": np.asarray([source.size, target.size], dtype=np.int32)}
             for source, target in zip(sources, targets, strict=True)
@@ -199,7 +197,7 @@ class Predictor:
                 prediction["mask/target"] = quantize(probability)
         return predictions
 
-    def predict_pictures(
+    def predict_images(
         self,
         records: Sequence[Record],
         partners: Sequence[Sequence[int]],
@@ -208,23 +206,23 @@ class Predictor:
         dense: bool,
         collection: str | None = None,
     ) -> list[Prediction]:
-        """Predictions of a group of single pictures of one class, segmented in pairs.
+        """Predictions of a group of single images of one class, segmented in pairs.
 
         Args:
-            records: the group; its pictures can be opened.
-            partners: for each picture the indices of those it is paired with; the mask is the mean probability over
+            records: the group; its images can be opened.
+            partners: for each image the indices of those it is paired with; the mask is the mean probability over
             them.
             batch_size: pairs at a time.
-            dense: whether to add the field that leads from each picture to its first partner.
+            dense: whether to add the field that leads from each image to its first partner.
             collection: the group is segmented as one collection, refined in this way, instead of in pairs.
 
         Raises:
             InputError: if a predictor cannot segment collections.
         """
-        pictures = [self.picture(record, "source") for record in records]
+        images = [self.image(record, "source") for record in records]
         predictions: list[Prediction] = []
         for index, others in enumerate(partners):
-            sizes = np.asarray([pictures[others[0]].size, pictures[index].size], dtype=np.int32)
+            sizes = np.asarray([images[others[0]].size, images[index].size], dtype=np.int32)
             predictions.append({"sizes": sizes, "partner": np.asarray(records[others[0]]["id"])})
         pairs = [(index, other) for index, others in enumerate(partners) for other in others]
         if self.gives_masks and collection is not None:
@@ -235,7 +233,7 @@ class Predictor:
             sums: list[np.ndarray | float] = [0.0] * len(records)
             for start in range(0, len(pairs), batch_size):
                 part = pairs[start : start + batch_size]
-                masks = self.predict_masks([pictures[i] for i, _ in part], [pictures[j] for _, j in part])
+                masks = self.predict_masks([images[i] for i, _ in part], [images[j] for _, j in part])
                 for (index, _), mask in zip(part, masks, strict=True):
                     sums[index] = sums[index] + mask.astype(np.float64)
             for index, prediction in enumerate(predictions):
@@ -245,14 +243,14 @@ class Predictor:
                 end = start + batch_size
                 self._add_fields(
                     predictions[start:end],
-                    [pictures[others[0]] for others in partners[start:end]],
-                    pictures[start:end],
+                    [images[others[0]] for others in partners[start:end]],
+                    images[start:end],
                     [False] * len(predictions[start:end]),
                 )
         return predictions
 
     def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
-        """Soft masks `(2, N, S, S)` of a group of pictures as one collection: as they are, and refined.
+        """Soft masks `(2, N, S, S)` of a group of images as one collection: as they are, and refined.
 
         Raises:
             InputError: from all predictors that cannot do it.
@@ -263,8 +261,8 @@ class Predictor:
         self,
         predictions: list[Prediction],
         records: Sequence[Record],
-        sources: list[EncodedPicture],
-        targets: list[EncodedPicture],
+        sources: list[EncodedImage],
+        targets: list[EncodedImage],
         mirrored: list[bool],
         direction: str,
     ) -> None:
@@ -274,8 +272,7 @@ class Predictor:
         start, end = (sources, targets) if forward else (targets, sources)
         side = "source" if forward else "target"
         points = [
-            _normalize(keypoint_array(record, side), picture.size)
-            for record, picture in zip(records, start, strict=True)
+            _normalize(keypoint_array(record, side), image.size) for record, image in zip(records, start, strict=True)
         ]
         if forward:
             points = [_mirror_x(array) if flag else array for array, flag in zip(points, mirrored, strict=True)]
@@ -299,8 +296,8 @@ class Predictor:
     def _add_fields(
         self,
         predictions: list[Prediction],
-        sources: list[EncodedPicture],
-        targets: list[EncodedPicture],
+        sources: list[EncodedImage],
+        targets: list[EncodedImage],
         mirrored: list[bool],
     ) -> None:
         import torch
@@ -346,41 +343,41 @@ class FeaturePredictor(Predictor):
             processor.pop(key, None)
         return {"weights": self._weights, "config": config, "processor": processor}
 
-    def encode(self, picture: Image.Image) -> EncodedPicture:
+    def encode(self, image: Image.Image) -> EncodedImage:
         import torch
 
         from ..modeling_macosnet import MaCoSNetFeatures
 
-        pixel_values = self.processor.preprocess_views(picture, return_tensors="pt")["pixel_values"].to(self.device)
-        # One picture at a time: on a CPU a batch is no faster, and features must not depend on which pictures were
+        pixel_values = self.processor.preprocess_views(image, return_tensors="pt")["pixel_values"].to(self.device)
+        # One image at a time: on a CPU a batch is no faster, and features must not depend on which images were
         # encoded together, or several processes would not give the same figures.
         with torch.inference_mode():
             features = self.model.get_image_features(pixel_values)
         if not self.keep_skips:
             features = MaCoSNetFeatures(last=features.last, normalized=features.normalized, skips=())
-        return EncodedPicture(
-            size=(picture.height, picture.width),
+        return EncodedImage(
+            size=(image.height, image.width),
             features=features,
             pixel_values=pixel_values if self.keep_pixels else None,
         )
 
-    def batch(self, pictures: list[EncodedPicture]) -> EncodedPicture:
+    def batch(self, images: list[EncodedImage]) -> EncodedImage:
         import torch
 
         from ..modeling_macosnet import MaCoSNetFeatures
 
-        features = [picture.features for picture in pictures]
+        features = [image.features for image in images]
         skips = tuple(
             torch.cat([feature.skips[level] for feature in features]) for level in range(len(features[0].skips or ()))
         )
-        return EncodedPicture(
-            size=pictures[0].size,
+        return EncodedImage(
+            size=images[0].size,
             features=MaCoSNetFeatures(
                 last=torch.cat([feature.last for feature in features]),
                 normalized=torch.cat([feature.normalized for feature in features]),
                 skips=skips,
             ),
-            pixel_values=torch.cat([picture.pixel_values for picture in pictures]) if self.keep_pixels else None,
+            pixel_values=torch.cat([image.pixel_values for image in images]) if self.keep_pixels else None,
         )
 
 
@@ -391,7 +388,7 @@ class ModelPredictor(FeaturePredictor):
     Args:
         model, processor: as in [`FeaturePredictor`].
         name: for tables.
-        masks: whether masks will be asked for (the finer features are then kept with each picture).
+        masks: whether masks will be asked for (the finer features are then kept with each image).
     """
 
     gives_points = True
@@ -407,14 +404,14 @@ class ModelPredictor(FeaturePredictor):
         smooth = ("fitted", "transform") if self.model.config.mutual_fit else ("transform",)
         self.variants = ("local", *smooth) if self.model.config.local_matching else (*smooth, "local")
 
-    def map_points(self, start: EncodedPicture, end: EncodedPicture, points: Tensor) -> dict[str, Tensor]:
+    def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         import torch
 
         from ..geometry import apply_cascade
         from ..matching import fit_mutually, match_locally
 
         config = self.model.config
-        # T_ij maps points of j into i: the picture where the points end is the transform's source.
+        # T_ij maps points of j into i: the image where the points end is the transform's source.
         affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
         around = affine, tps
         if config.mutual_fit:
@@ -444,14 +441,14 @@ class ModelPredictor(FeaturePredictor):
             if variant in smooth
         }
 
-    def predict_masks(self, pictures: list[EncodedPicture], partners: list[EncodedPicture]) -> np.ndarray:
+    def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
         import torch
 
         from ..matching import correlate
 
-        own, other = self.batch(pictures).features, self.batch(partners).features
+        own, other = self.batch(images).features, self.batch(partners).features
         with torch.inference_mode():
-            # A mask is decoded from S_BA: the layout of the segmented picture A, one channel per position of B.
+            # A mask is decoded from S_BA: the layout of the segmented image A, one channel per position of B.
             logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
         return logits.float().sigmoid().cpu().numpy()
 
@@ -460,9 +457,9 @@ class ModelPredictor(FeaturePredictor):
 
         collection = Collection(self.whole, self.processor)
         for record in records:
-            picture = open_picture(record["source_image"], f"{record['id']}, source_image").copy()
-            picture.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))
-            collection.add([picture])
+            image = open_image(record["source_image"], f"{record['id']}, source_image").copy()
+            image.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))
+            collection.add([image])
         return collection.segment().probabilities, collection.segment(refine=refine).probabilities
 
 

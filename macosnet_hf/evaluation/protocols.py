@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets.readers import Problems
-from ..datasets.schema import Record, flow_array, keypoint_array, mask_from_picture, open_picture
+from ..datasets.schema import Record, flow_array, keypoint_array, mask_from_image, open_image
 from ..errors import DataError, InputError
 from . import metrics
 from .predictions import (
@@ -32,7 +32,7 @@ from .predictors import DIRECTIONS, Prediction, Predictor, field_to_places
 
 GROUP_SIZE = 64
 MASKS = ("pairs", "collection")
-"""Single pictures of a class that are paired among themselves; a longer class is cut into such groups."""
+"""Single images of a class that are paired among themselves; a longer class is cut into such groups."""
 
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
 
@@ -43,12 +43,12 @@ class Protocol:
 
     Attributes:
         benchmark: its name.
-        kind: `"pairs"` or `"pictures"`.
-        direction: in which key-points are transferred; the error is measured where they arrive. `None`: no key-points.
+        kind: `"pairs"` or `"images"`.
+        direction: in which keypoints are transferred; the error is measured where they arrive. `None`: no keypoints.
         pck: protocols of PCK, the one of the paper's table first.
         alphas: thresholds of PCK or flow PCK.
         flow, masks, label_transfer: what else is measured.
-        annotated_box: PCK `bbox` needs the annotated box; the box of the key-points is no substitute.
+        annotated_box: PCK `bbox` needs the annotated box; the box of the keypoints is no substitute.
         text: one sentence that names the protocol under a table.
     """
 
@@ -65,13 +65,13 @@ class Protocol:
 
 
 _KEYPOINT_TEXT = (
-    "Key-points of the target are transferred to the source. PCK `image`: both pictures scaled to 224x224, reference "
-    "224. PCK `bbox`: reference is the longer side of the box of the source's key-points. "
+    "Keypoints of the target are transferred to the source. PCK `image`: both images scaled to 224x224, reference "
+    "224. PCK `bbox`: reference is the longer side of the box of the source's keypoints. "
     "Mean over pairs; per point in the JSON."
 )
 _MASK_TEXT = (
     "P: share of correctly labelled pixels, J: intersection over union of the object, at the original size, mean over "
-    "pictures of a class, then over classes."
+    "images of a class, then over classes."
 )
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -83,7 +83,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "spair-71k",
             "pairs",
-            "Key-points of the source are transferred to the target. PCK `bbox`: reference is the longer side of the "
+            "Keypoints of the source are transferred to the target. PCK `bbox`: reference is the longer side of the "
             "target's annotated box. Mean over pairs; per point and by difficulty in the JSON.",
             "source_to_target",
             ("bbox",),
@@ -103,7 +103,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "internet",
             "pictures",
-            _MASK_TEXT + " Pictures without the object are left out of J.",
+            _MASK_TEXT + " Images without the object are left out of J.",
             masks=True,
             label_transfer=True,
         ),
@@ -120,9 +120,9 @@ class Options:
         refine: how soft masks become hard ones: `grabcut`, `otsu`, `crf`, or `none` (threshold 0.5).
         refine_size: longer side, in pixels, at which masks are refined, 0 is the original size. Scores are always taken
             at the original size.
-        partners: how many pictures of its class each single picture is paired with.
+        partners: how many images of its class each single image is paired with.
         seed: of the choice of partners.
-        masks: `pairs`, or `collection`: each group of a class (at most 65 pictures) is segmented as one collection.
+        masks: `pairs`, or `collection`: each group of a class (at most 65 images) is segmented as one collection.
         alphas: thresholds instead of the protocol's own.
         batch_size: pairs at a time.
     """
@@ -244,15 +244,15 @@ def keypoint_scores(
     """PCK of one pair, per sample and per point.
 
     Raises:
-        DataError: if the record has no key-points, or no reference length.
+        DataError: if the record has no keypoints, or no reference length.
         InputError: if the prediction does not fit the record.
     """
     if protocol.direction not in DIRECTIONS:
-        raise InputError(f"{protocol.benchmark} has no key-points.")
+        raise InputError(f"{protocol.benchmark} has no keypoints.")
     arrives = "source" if protocol.direction == "target_to_source" else "target"
     truth = keypoint_array(record, arrives)
     if len(truth) == 0:
-        raise DataError(f"{record['id']}: there is no key-point to score.")
+        raise DataError(f"{record['id']}: there is no keypoint to score.")
     if protocol.annotated_box and record.get(f"{arrives}_box") is None:
         raise DataError(f"{record['id']}: there is no annotated box of the {arrives}.")
     key = f"points/{variant}"
@@ -279,7 +279,7 @@ def keypoint_scores(
 
 
 def mask_scores(record: Record, side: str, prediction: Prediction, options: Options) -> Scores:
-    """P and J of one mask, before and after refinement, at the picture's original size.
+    """P and J of one mask, before and after refinement, at the image's original size.
 
     Raises:
         DataError: if the annotated mask is missing, damaged, or of another size.
@@ -294,8 +294,8 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
     if "refined/target" in prediction:
         hard = resize_probability(prediction["refined/target"], size) >= 0.5
     elif options.refine != "none":
-        picture = open_picture(record[f"{side}_image"], f"{record['id']}, {side}_image")
-        hard = refined_mask(picture, probability, options)
+        image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
+        hard = refined_mask(image, probability, options)
     scores["precision"] = (metrics.precision(hard, truth), 1)
     _add_jaccard(scores, "jaccard", hard, truth)
     return scores
@@ -309,7 +309,7 @@ def _add_jaccard(scores: Scores, name: str, predicted: np.ndarray, truth: np.nda
 def _true_mask(record: Record, side: str, size: tuple[int, int]) -> np.ndarray:
     if record.get(f"{side}_mask") is None:
         raise DataError(f"{record['id']}: there is no mask of the {side}.")
-    return mask_from_picture(record[f"{side}_mask"], f"{record['id']}, {side}_mask", size)
+    return mask_from_image(record[f"{side}_mask"], f"{record['id']}, {side}_mask", size)
 
 
 def resize_probability(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -321,13 +321,13 @@ def resize_probability(probability: np.ndarray, size: tuple[int, int]) -> np.nda
     return cv2.resize(probability.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) / np.float32(255)
 
 
-def refined_mask(picture: Any, probability: np.ndarray, options: Options) -> np.ndarray:
-    """The hard mask, bool of the picture's own size, as `macosnet segment` would make it."""
+def refined_mask(image: Any, probability: np.ndarray, options: Options) -> np.ndarray:
+    """The hard mask, bool of the image's own size, as `macosnet segment` would make it."""
     from ..refinement import refine_mask
 
-    size = (picture.height, picture.width)
+    size = (image.height, image.width)
     return refine_mask(
-        np.asarray(picture),
+        np.asarray(image),
         resize_probability(probability, size),
         method=options.refine,
         working_size=options.refine_size or max(size),
@@ -359,7 +359,7 @@ def dense_scores(
         if flow.shape[:2] != target_size:
             raise DataError(
                 f"{record['id']}: the flow is {flow.shape[1]}x{flow.shape[0]} pixels, "
-                f"its picture {target_size[1]}x{target_size[0]}."
+                f"its image {target_size[1]}x{target_size[0]}."
             )
         try:
             found = metrics.flow_errors(places, flow, target_mask, source_size)
@@ -392,14 +392,14 @@ def batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
 
 
 def class_groups(records: Iterable[Record], size: int = GROUP_SIZE) -> Iterator[list[Record]]:
-    """Single pictures grouped by class, at most `size + 1` at a time and at least two wherever the class has two.
+    """Single images grouped by class, at most `size + 1` at a time and at least two wherever the class has two.
 
     Works on a stream in any order; what waits is at most `size + 1` records of each class.
     """
     waiting: dict[str, list[Record]] = {}
     for record in records:
         group = waiting.setdefault(record["class_name"], [])
-        # One more than `size` waits, so that the last group of a class never is a single picture.
+        # One more than `size` waits, so that the last group of a class never is a single image.
         if len(group) == size + 1:
             yield group[:size]
             del group[:size]
@@ -408,7 +408,7 @@ def class_groups(records: Iterable[Record], size: int = GROUP_SIZE) -> Iterator[
 
 
 def choose_partners(ids: Sequence[str], count: int, seed: int) -> list[list[int]]:
-    """For each of N >= 2 pictures `min(count, N - 1)` others, drawn without replacement. Depends on the ids and the
+    """For each of N >= 2 images `min(count, N - 1)` others, drawn without replacement. Depends on the ids and the
     seed only."""
     text = "\n".join([str(seed), *ids])
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
@@ -420,7 +420,7 @@ def choose_partners(ids: Sequence[str], count: int, seed: int) -> list[list[int]
 
 
 def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Options, split: str) -> dict[str, Any]:
-    """What predictions depend on: benchmark, split, predictor, and for single pictures the choice of partners."""
+    """What predictions depend on: benchmark, split, predictor, and for single images the choice of partners."""
     manifest: dict[str, Any] = {
         "benchmark": protocol.benchmark,
         "split": split,
@@ -450,7 +450,7 @@ def evaluate(
     """Predicts and scores this process's share of the records.
 
     Args:
-        records: pairs or single pictures, as the protocol wants them; may be a stream of any length.
+        records: pairs or single images, as the protocol wants them; may be a stream of any length.
         protocol: what to measure.
         predictor: the model or a baseline.
         options: see [`Options`].
@@ -496,7 +496,7 @@ def evaluate(
             if number % world_size != rank:
                 continue
             if protocol.kind == "pictures":
-                _treat_pictures(part, protocol, predictor, options, problems, reader, writer, result)
+                _treat_images(part, protocol, predictor, options, problems, reader, writer, result)
             else:
                 _treat_pairs(part, protocol, predictor, options, problems, reader, writer, result)
             if progress is not None:
@@ -534,14 +534,14 @@ def finish(
 
 
 def _usable(records: list[Record], sides: tuple[str, ...], predictor: Predictor, problems: Problems) -> list[Record]:
-    """The records whose pictures can be opened and encoded; the others are reported."""
+    """The records whose images can be opened and encoded; the others are reported."""
     good = []
     for record in records:
         try:
             for side in sides:
                 if record.get(f"{side}_image") is None:
-                    raise DataError(f"{record['id']}: there is no picture of the {side}.")
-                predictor.picture(record, side, mirrored=side == "source" and bool(record.get("mirror_source")))
+                    raise DataError(f"{record['id']}: there is no image of the {side}.")
+                predictor.image(record, side, mirrored=side == "source" and bool(record.get("mirror_source")))
         except DataError as error:
             problems.report(error)
         else:
@@ -602,7 +602,7 @@ def _treat_pairs(
         _count(record, scored, result)
 
 
-def _treat_pictures(
+def _treat_images(
     records: list[Record],
     protocol: Protocol,
     predictor: Predictor,
@@ -619,7 +619,7 @@ def _treat_pictures(
     if len(records) < 2:
         problems.report(
             DataError(
-                f"{records[0]['id']}: co-segmentation needs two pictures of the class {class_name!r}; there is one."
+                f"{records[0]['id']}: co-segmentation needs two images of the class {class_name!r}; there is one."
             )
         )
         return
@@ -627,7 +627,7 @@ def _treat_pictures(
         predictions = [reader.get(record) for record in records]
     else:
         partners = choose_partners([record["id"] for record in records], options.partners, options.seed)
-        predictions = predictor.predict_pictures(
+        predictions = predictor.predict_images(
             records,
             partners,
             batch_size=options.batch_size,
@@ -676,17 +676,17 @@ def _all_mask_scores(
 
 
 class _NoEncoding(Predictor):
-    """Opens pictures without encoding them, to find the damaged ones when predictions are there already."""
+    """Opens images without encoding them, to find the damaged ones when predictions are there already."""
 
 
 def _with_masks(records: list[Record], problems: Problems) -> list[Record]:
-    """The records with a mask of the picture's own size; the others are reported, before they are anyone's partner."""
-    from ..datasets.schema import picture_size
+    """The records with a mask of the image's own size; the others are reported, before they are anyone's partner."""
+    from ..datasets.schema import image_size
 
     good = []
     for record in records:
         try:
-            _true_mask(record, "source", picture_size(record["source_image"], f"{record['id']}, source_image"))
+            _true_mask(record, "source", image_size(record["source_image"], f"{record['id']}, source_image"))
         except DataError as error:
             problems.report(error)
         else:

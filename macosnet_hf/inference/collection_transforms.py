@@ -1,7 +1,7 @@
-"""How the photographs of a collection lie on each other: transforms of all pairs, trust, repair, a common frame.
+"""How the images of a collection lie on each other: transforms of all pairs, trust, repair, a common frame.
 
 The pairs cost no encoder pass: the fast cascade warps feature maps, and pairs go through the network in batches. For
-pairs (i, j), as everywhere, T_ij takes normalised points of photograph j to photograph i.
+pairs (i, j), as everywhere, T_ij takes normalised points of image j to image i.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _RETURN_SIGMA = 0.2
 _PAIRS_AT_ONCE = 16
 _FITS_AT_ONCE = 2
 _POINTS_A_SIDE = 7  # of the grid on which maps are compared and composed
-_ROUTES = 8  # ways round through a third photograph that are asked for each pair
+_ROUTES = 8  # ways round through a third image that are asked for each pair
 _DIRECT_SHARE = 2.0  # the direct way counts as so many ways round of the same trust
 
 
 @dataclass
 class CollectionMatches:
-    """Transforms between the photographs of a collection.
+    """Transforms between the images of a collection.
 
     Attributes:
         affine: `(N, N, 6)` and tps `(N, N, 18)`: `[i, j]` maps points of j into i; the identity where i = j, NaN where
@@ -51,7 +51,7 @@ class CollectionMatches:
         error: `(N, N)` mean distance of points of j from their start after the way to i and back, normalised
             coordinates.
         trust: `(N, N)` in [0, 1]: `similarity * exp(-error^2 / (2 * 0.2^2))`, 0 where the pair was not matched.
-        collection: the photographs.
+        collection: the images.
     """
 
     affine: Tensor
@@ -65,56 +65,56 @@ class CollectionMatches:
         return len(self.trust)
 
     def most_central(self) -> int:
-        """The photograph that the others are matched with best: the sum of its trust is the largest."""
+        """The image that the others are matched with best: the sum of its trust is the largest."""
         return int((self.trust + self.trust.t()).sum(0).argmax())
 
     def transfer_points(
-        self, points: Sequence[Sequence[float]] | np.ndarray, photo: int, *, local_matching: bool | None = None
+        self, points: Sequence[Sequence[float]] | np.ndarray, image: int, *, local_matching: bool | None = None
     ) -> np.ndarray:
-        """Where points of one photograph lie in all of them.
+        """Where points of one image lie in all of them.
 
         Args:
-            points: `(M, 2)` as (x, y) in pixels of that photograph, as it was added.
-            photo: its number.
+            points: `(M, 2)` as (x, y) in pixels of that image, as it was added.
+            image: its number.
             local_matching: whether a point lands on the best feature match near where the transform sends it; default
                 is the configuration's.
 
         Returns:
-            `(N, M, 2)` as (x, y) in pixels of each photograph; NaN where the pair was not matched.
+            `(N, M, 2)` as (x, y) in pixels of each image; NaN where the pair was not matched.
 
         Raises:
-            InputError: if there is no such photograph, or the points are not M pairs of finite numbers.
+            InputError: if there is no such image, or the points are not M pairs of finite numbers.
         """
-        photos = self.collection.photos
-        self._check_number(photo)
+        images = self.collection.images
+        self._check_number(image)
         start = _as_points(points)
-        placed = normalize_points(start, (photos[photo].height, photos[photo].width))
-        found = self._transfer(placed, photo, local_matching)
-        sizes = torch.tensor([[picture.height, picture.width] for picture in photos])
+        placed = normalize_points(start, (images[image].height, images[image].width))
+        found = self._transfer(placed, image, local_matching)
+        sizes = torch.tensor([[each.height, each.width] for each in images])
         moved = denormalize_points(found, sizes)
-        moved[photo] = start
+        moved[image] = start
         return moved.numpy().astype(np.float64)
 
-    def transfer_mask(self, mask: np.ndarray | Tensor, photo: int) -> np.ndarray:
-        """A mask of one photograph, bent onto all of them.
+    def transfer_mask(self, mask: np.ndarray | Tensor, image: int) -> np.ndarray:
+        """A mask of one image, warped onto all of them.
 
         Args:
-            mask: `(H, W)` in [0, 1] over the whole photograph, at any resolution.
-            photo: its number.
+            mask: `(H, W)` in [0, 1] over the whole image, at any resolution.
+            image: its number.
 
         Returns:
-            `(N, H, W)` float32, each over its whole photograph; NaN where the pair was not matched.
+            `(N, H, W)` float32, each over its whole image; NaN where the pair was not matched.
 
         Raises:
-            InputError: if there is no such photograph, or the mask has no two dimensions.
+            InputError: if there is no such image, or the mask has no two dimensions.
         """
-        self._check_number(photo)
+        self._check_number(image)
         field = torch.as_tensor(mask, dtype=torch.float32)
         if field.dim() != 2:
             raise InputError(f"A mask has the shape (H, W), not {tuple(field.shape)}.")
-        affine, tps = self.affine[photo], self.tps[photo]  # of every photograph's points into this one
+        affine, tps = self.affine[image], self.tps[image]  # of every image's points into this one
         known = torch.isfinite(affine).all(-1)
-        bent = torch.full((len(self), *field.shape), float("nan"))
+        warped = torch.full((len(self), *field.shape), float("nan"))
         for number in torch.nonzero(known).flatten().tolist():
             grid = sampling_grid(
                 affine[number : number + 1],
@@ -122,11 +122,11 @@ class CollectionMatches:
                 size=field.shape,
                 regularization=self._regularization,
             )
-            bent[number] = warp(field[None, None], grid)[0, 0]
-        return bent.numpy()
+            warped[number] = warp(field[None, None], grid)[0, 0]
+        return warped.numpy()
 
     def repaired(self) -> CollectionMatches:
-        """The same with each transform replaced by what the ways round through other photographs agree on.
+        """The same with each transform replaced by what the ways round through other images agree on.
 
         For a pair (i, j) the direct map T_ij and the compositions T_ik T_kj through the eight most trusted k vote for
         the place of each point; the answer is their weighted geometric median, to which a thin-plate spline is
@@ -151,34 +151,34 @@ class CollectionMatches:
     def _regularization(self) -> float:
         return float(self.collection.model.config.tps_regularization)
 
-    def _check_number(self, photo: int) -> None:
-        if not 0 <= photo < len(self):
-            raise InputError(f"There is no photograph number {photo}; there are {len(self)}, counted from 0.")
+    def _check_number(self, image: int) -> None:
+        if not 0 <= image < len(self):
+            raise InputError(f"There is no image number {image}; there are {len(self)}, counted from 0.")
 
     def _map(self, points: Tensor, into: Tensor, of: Tensor) -> Tensor:
-        """Normalised points `(R, M, 2)` of the photographs `of` `(R,)` to those named by `into` `(R,)`."""
+        """Normalised points `(R, M, 2)` of the images `of` `(R,)` to those named by `into` `(R,)`."""
         return apply_cascade(points, self.affine[into, of], self.tps[into, of], regularization=self._regularization)
 
-    def _transfer(self, points: Tensor, photo: int, local_matching: bool | None) -> Tensor:
-        """`(M, 2)` normalised points of a photograph to `(N, M, 2)` of all."""
+    def _transfer(self, points: Tensor, image: int, local_matching: bool | None) -> Tensor:
+        """`(M, 2)` normalised points of an image to `(N, M, 2)` of all."""
         count, config = len(self), self.collection.model.config
-        of = torch.full((count,), photo)
+        of = torch.full((count,), image)
         every = torch.arange(count)
         repeated = points.expand(count, -1, -1)
         if not (config.local_matching if local_matching is None else local_matching):
             return self._map(repeated, every, of)
         device = self.collection.model.device
         found = torch.full((count, *points.shape), float("nan"))
-        known = torch.nonzero(torch.isfinite(self.affine[:, photo]).all(-1)).flatten()
+        known = torch.nonzero(torch.isfinite(self.affine[:, image]).all(-1)).flatten()
         with torch.inference_mode():
-            own = self.collection.features([photo]).normalized
+            own = self.collection.features([image]).normalized
             for some in known.split(_PAIRS_AT_ONCE):
                 moved = match_locally(
                     own.expand(len(some), -1, -1, -1),
                     self.collection.features(some.tolist()).normalized,
                     repeated[: len(some)].to(device),
-                    self.affine[some, photo].to(device),
-                    self.tps[some, photo].to(device),
+                    self.affine[some, image].to(device),
+                    self.tps[some, image].to(device),
                     sigmas=config.local_matching_sigmas,
                     windows=config.local_matching_windows,
                     temperature=config.local_matching_temperature,
@@ -188,7 +188,7 @@ class CollectionMatches:
         return found
 
     def _consensus(self, points: Tensor, j: int) -> Tensor:
-        """Where points `(M, 2)` of photograph j lie in every photograph by all ways: `(N, M, 2)`."""
+        """Where points `(M, 2)` of image j lie in every image by all ways: `(N, M, 2)`."""
         count = len(self)
         onward = self._map(points.expand(count, -1, -1), torch.arange(count), torch.full((count,), j))  # j to each k
         chances = self.trust * self.trust[:, j]  # [i, k]: trust in j -> k -> i
@@ -217,20 +217,20 @@ def match_collection(
     """Transforms of the ordered pairs of a collection.
 
     Args:
-        collection: N photographs.
+        collection: N images.
         graph: which pairs: `"all"` N(N-1), `"neighbours"` (each with the `degree` most alike, both ways), `"star"`
             (each with the one that is most like all others, both ways) or `"random"` (each with `degree` others).
         degree: see `graph`.
         seed: of the random graph.
-        cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped photograph again. With
+        cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped image again. With
             the configuration's `mutual_fit` both transforms of a pair are then fitted to each other.
         progress: called with (done, total) pairs.
 
     Raises:
-        InputError: for fewer than two photographs, or an option that is not known.
+        InputError: for fewer than two images, or an option that is not known.
     """
     if len(collection) < 2:
-        raise InputError("Matching needs two or more photographs.")
+        raise InputError("Matching needs two or more images.")
     if cascade not in ("features", "exact"):
         raise InputError(f"cascade must be 'features' or 'exact', not {cascade!r}.")
     count, model = len(collection), collection.model.macosnet
@@ -261,7 +261,7 @@ def match_collection(
 
 
 def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
-    """[`cell_products`] of every photograph: `(N, h*w)` and `(N, h*w, h*w)`."""
+    """[`cell_products`] of every image: `(N, h*w)` and `(N, h*w, h*w)`."""
     first = cell_products(collection.features([0]).last)
     lengths, gram = (part.new_empty(len(collection), *part.shape[1:]) for part in first)
     for number in range(len(collection)):

@@ -1,4 +1,4 @@
-"""Two photographs in, matches and masks out: the one call behind the command line, the app and the README."""
+"""Two images in, matches and masks out: the one call behind the command line, the app and the README."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from ..geometry import denormalize_points, sampling_grid, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
-from ..mask_sharing import SimilarCells, drop_crumbs, mix_refined, reduced, refine_small, share_masks, similar_cells
+from ..mask_sharing import (
+    SimilarCells,
+    drop_small_components,
+    mix_refined,
+    reduced,
+    refine_small,
+    share_masks,
+    similar_cells,
+)
 from ..refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("source_to_target", "target_to_source")
 
-_MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes pictures of at most 32,766 pixels a side
+_MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes images of at most 32,766 pixels a side
 _TILE = 512
 _FEW_MATCHES = 5
 _EACH_OTHER = torch.tensor([[1], [0]])
@@ -39,7 +47,7 @@ class _Candidates:
     """What the network found, before the hard masks and the threshold choose among it.
 
     Attributes:
-        points: `(M, 2, 2)` float32 pixels of both photographs.
+        points: `(M, 2, 2)` float32 pixels of both images.
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
         closer: the second look that refined masks need, once it was taken.
@@ -53,10 +61,10 @@ class _Candidates:
 
 @dataclass
 class _Closer:
-    """Photographs cut to their objects where these are small (else whole), reduced to what the refinement looks at,
+    """Images cut to their objects where these are small (else whole), reduced to what the refinement looks at,
     their boxes, and what is seen there."""
 
-    photos: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     boxes: Sequence[Box | None]
     own: torch.Tensor
     cells: SimilarCells
@@ -64,13 +72,13 @@ class _Closer:
 
 @dataclass
 class PairResult:
-    """Everything known about a pair of photographs. Points are (x, y) in pixels of the original photographs.
+    """Everything known about a pair of images. Points are (x, y) in pixels of the original images.
 
     Attributes:
-        source, target: the photographs, upright RGB.
+        source, target: the images, upright RGB.
         keypoints: `(N, 2, 2)`, matched points: `[:, 0]` on the source, `[:, 1]` on the target, best first.
         scores: `(N,)` in [0, 1].
-        source_mask, target_mask: `(H, W)` bool, in each photograph's own size.
+        source_mask, target_mask: `(H, W)` bool, in each image's own size.
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
         quality: how far the result can be trusted: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; whatever
@@ -125,8 +133,8 @@ class PairResult:
             InputError: if an option cannot be used.
         """
         _check_options(refine, threshold)
-        photos, network = (self.source, self.target), (self._model, self._processor)
-        return _result(photos, *network, self._outputs, self._candidates, refine, threshold)
+        images, network = (self.source, self.target), (self._model, self._processor)
+        return _result(images, *network, self._outputs, self._candidates, refine, threshold)
 
     def transfer(
         self,
@@ -134,16 +142,16 @@ class PairResult:
         direction: str = "source_to_target",
         local_matching: bool | None = None,
     ) -> np.ndarray:
-        """Where points of one photograph lie in the other: `(N, 2)` pixels to `(N, 2)` pixels.
+        """Where points of one image lie in the other: `(N, 2)` pixels to `(N, 2)` pixels.
 
         Raises:
-            InputError: if the points are not N pairs of finite numbers, lie outside of the photograph, or the
+            InputError: if the points are not N pairs of finite numbers, lie outside of the image, or the
                 direction is unknown.
         """
         if direction not in DIRECTIONS:
             raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
-        photo = self.source if direction == "source_to_target" else self.target
-        checked = check_points(points, photo.size)
+        image = self.source if direction == "source_to_target" else self.target
+        checked = check_points(points, image.size)
         with torch.inference_mode():
             moved = self._model.transfer_points(
                 self._outputs,
@@ -155,13 +163,13 @@ class PairResult:
         return moved[0].cpu().numpy().astype(np.float64)
 
     def draw_matches(self, max_matches: int = 40) -> Image.Image:
-        """Both photographs side by side with the best matches as lines."""
+        """Both images side by side with the best matches as lines."""
         return draw_matches(
             self.source, self.target, self.keypoints[:, 0], self.keypoints[:, 1], self.scores, max_matches=max_matches
         )
 
     def warped_source(self) -> Image.Image:
-        """The source bent so that it lies on the target, in the target's size; black where the source shows nothing."""
+        """The source warped onto the target, in the target's size; black outside of the source."""
         import cv2
 
         source = self.source
@@ -182,7 +190,7 @@ class PairResult:
         pixels = _as_array(source)
         warped = Image.new("RGB", (width, height))
         rows, columns = _between(height, size[0]), _between(width, size[1])
-        for top in range(0, height, _TILE):  # in tiles: the places of all pixels at once take more than the picture
+        for top in range(0, height, _TILE):  # in tiles: the places of all pixels at once take more than the image
             across = slice(top, min(top + _TILE, height))
             strip = _interpolate(places, 1, rows, across)
             for left in range(0, width, _TILE):
@@ -222,7 +230,7 @@ def object_agreement(
     Args:
         features: `(2, C, h, w)`.
         masks: `(2, S, S)` soft masks.
-        affine, tps: `(2, 6)` and `(2, 18)`; the first takes points of the second photograph to the first.
+        affine, tps: `(2, 6)` and `(2, 18)`; the first takes points of the second image to the first.
         regularization: of the spline.
     """
     size = features.shape[-2:]
@@ -231,19 +239,19 @@ def object_agreement(
     mean = (unit * small).sum(dim=(2, 3))
     alike = torch.nn.functional.cosine_similarity(mean[0], mean[1], dim=0)
     grid = sampling_grid(affine.float(), tps.float(), size=tuple(size), regularization=regularization)
-    there = [1, 0]  # the picture whose layout each warped map has
+    there = [1, 0]  # the image whose layout each warped map has
     similarity = (warp(unit, grid) * unit[there]).sum(dim=1, keepdim=True)
     both = warp(small, grid) * small[there]
     aligned = ((similarity * both).sum(dim=(1, 2, 3)) / both.sum(dim=(1, 2, 3)).clamp(min=1e-6)).mean()
     return float((alike.clamp(min=0) * aligned.clamp(min=0)).sqrt())
 
 
-def _as_array(photo: Image.Image) -> np.ndarray:
-    """`(H, W, 3)` uint8 of an RGB picture, strip by strip: `np.asarray` holds all of it twice on the way."""
-    pixels = np.empty((photo.height, photo.width, 3), dtype=np.uint8)
-    for top in range(0, photo.height, _TILE):
-        bottom = min(top + _TILE, photo.height)
-        pixels[top:bottom] = np.asarray(photo.crop((0, top, photo.width, bottom)))
+def _as_array(image: Image.Image) -> np.ndarray:
+    """`(H, W, 3)` uint8 of an RGB image, strip by strip: `np.asarray` holds all of it twice on the way."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top in range(0, image.height, _TILE):
+        bottom = min(top + _TILE, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
     return pixels
 
 
@@ -263,14 +271,14 @@ def _interpolate(values: torch.Tensor, dim: int, positions: tuple[torch.Tensor, 
 
 
 def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Points of a photograph as float32 `(N, 2)`.
+    """Points of an image as float32 `(N, 2)`.
 
     Args:
         points: N pairs (x, y) in pixels.
-        size: (width, height) of the photograph.
+        size: (width, height) of the image.
 
     Raises:
-        InputError: if they are not N pairs of finite numbers within the photograph.
+        InputError: if they are not N pairs of finite numbers within the image.
     """
     try:
         array = np.asarray(points, dtype=np.float64)
@@ -285,9 +293,7 @@ def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int
     outside = ((array < 0) | (array > np.array(size) - 1)).any(axis=1)
     if outside.any():
         x, y = array[outside][0]
-        raise InputError(
-            f"The point ({x:g}, {y:g}) lies outside of the photograph, which is {size[0]}x{size[1]} pixels."
-        )
+        raise InputError(f"The point ({x:g}, {y:g}) lies outside of the image, which is {size[0]}x{size[1]} pixels.")
     return array.astype(np.float32)
 
 
@@ -307,10 +313,10 @@ def match_pair(
     threshold: float = 0.0,
     device: str = "auto",
 ) -> PairResult:
-    """Matches two photographs of the same kind of object and cuts the object out of both.
+    """Matches two images of the same kind of object and cuts the object out of both.
 
     Args:
-        source, target: path, bytes, file object, PIL picture or array: whatever [`load_image`] takes.
+        source, target: path, bytes, file object, PIL image or array: whatever [`load_image`] takes.
         model, processor: loaded already; otherwise `checkpoint` is loaded on `device`, once per process.
         refine: how soft masks become hard ones: `"grabcut"`, `"otsu"` or `"crf"`, by the steps of
             [`Collection.segment`](collection.py) for a collection of two; `"none"` for the decoder's masks at 0.5.
@@ -320,51 +326,51 @@ def match_pair(
         [`PairResult`].
 
     Raises:
-        ImageError: if a photograph cannot be read.
+        ImageError: if an image cannot be read.
         InputError: if an option cannot be used.
         CheckpointError: if the checkpoint cannot be used.
     """
     _check_options(refine, threshold)
-    photos = (load_image(source), load_image(target))
+    images = (load_image(source), load_image(target))
     if model is None or processor is None:
         if model is not None or processor is not None:
             raise InputError("Pass model and processor together, or neither.")
         model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
-    return match_photos(photos, model=model, processor=processor, refine=refine, threshold=threshold)
+    return match_images(images, model=model, processor=processor, refine=refine, threshold=threshold)
 
 
-def match_photos(
-    photos: tuple[Image.Image, Image.Image],
+def match_images(
+    images: tuple[Image.Image, Image.Image],
     *,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     threshold: float = 0.0,
 ) -> PairResult:
-    """[`match_pair`] for photographs that are loaded already. The result holds them, not copies of them.
+    """[`match_pair`] for images that are loaded already. The result holds them, not copies of them.
 
     Args:
-        photos: source and target, upright RGB as [`load_image`] gives them; nobody may change them afterwards.
+        images: source and target, upright RGB as [`load_image`] gives them; nobody may change them afterwards.
         model, processor, refine, threshold: as in [`match_pair`].
 
     Raises:
         InputError: if an option cannot be used.
     """
     _check_options(refine, threshold)
-    pixels = processor([list(photos)], return_tensors="pt")["pixel_values"]
+    pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device))
-    found = processor.post_process_keypoint_matching(outputs, _sizes(photos))[0]
+    found = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
     candidates = _Candidates(
         points=torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy(),
         scores=found["matching_scores"].float().cpu().numpy(),
         probabilities=outputs.mask_logits[0].float().sigmoid().cpu().numpy(),
     )
-    return _result(photos, model, processor, outputs, candidates, refine, threshold)
+    return _result(images, model, processor, outputs, candidates, refine, threshold)
 
 
 def _result(
-    photos: tuple[Image.Image, Image.Image],
+    images: tuple[Image.Image, Image.Image],
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     outputs: MaCoSNetKeypointMatchingOutput,
@@ -376,9 +382,9 @@ def _result(
     probabilities = candidates.probabilities
     if refine != "none":
         if candidates.closer is None:
-            candidates.closer = _look_closer(photos, model, processor, outputs.features[0], probabilities)
+            candidates.closer = _look_closer(images, model, processor, outputs.features[0], probabilities)
         probabilities = _refined(candidates.closer, refine)
-    masks = [refined_mask(photo, mask, "none") for photo, mask in zip(photos, probabilities, strict=True)]
+    masks = [refined_mask(image, mask, "none") for image, mask in zip(images, probabilities, strict=True)]
     points, scores = candidates.points, candidates.scores
     keep = _on_masks(points, masks)
     agreement = object_agreement(
@@ -393,8 +399,8 @@ def _result(
     points, scores = points[keep], scores[keep]
     order = np.argsort(-scores, kind="stable")
     return PairResult(
-        source=photos[0],
-        target=photos[1],
+        source=images[0],
+        target=images[1],
         keypoints=points[order].astype(np.float64),
         scores=scores[order].astype(np.float64),
         source_mask=masks[0],
@@ -410,7 +416,7 @@ def _result(
 
 
 def _look_closer(
-    photos: tuple[Image.Image, Image.Image],
+    images: tuple[Image.Image, Image.Image],
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     features: torch.Tensor,
@@ -426,7 +432,7 @@ def _look_closer(
     cells = similar_cells(features.float().cpu(), _EACH_OTHER)
     boxes = object_boxes(share_masks(own, cells))
     while any(boxes):
-        cuts = [cut_to_box(photo, box, model.config.image_size) for photo, box in zip(photos, boxes, strict=True)]
+        cuts = [cut_to_box(image, box, model.config.image_size) for image, box in zip(images, boxes, strict=True)]
         collection = Collection(model, processor)
         collection.add(cuts)
         own_of_cuts = collection.look(1, common=False).own.cpu()
@@ -435,14 +441,14 @@ def _look_closer(
         if kept == boxes:
             return _Closer([reduced(cut) for cut in cuts], boxes, own_of_cuts, cells_of_cuts)
         boxes = kept
-    return _Closer([reduced(photo) for photo in photos], boxes, own, cells)
+    return _Closer([reduced(image) for image in images], boxes, own, cells)
 
 
 def _refined(closer: _Closer, refine: str) -> np.ndarray:
-    """Soft masks `(2, S, S)` of the whole photographs, refined as in a collection of two, where each has a say in the
+    """Soft masks `(2, S, S)` of the whole images, refined as in a collection of two, where each has a say in the
     other's mask."""
-    refined = refine_small(closer.photos, share_masks(closer.own, closer.cells), refine)
-    return drop_crumbs(put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes)).numpy()
+    refined = refine_small(closer.images, share_masks(closer.own, closer.cells), refine)
+    return drop_small_components(put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes)).numpy()
 
 
 def _check_options(refine: str, threshold: float) -> None:
@@ -452,8 +458,8 @@ def _check_options(refine: str, threshold: float) -> None:
         raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
 
 
-def _sizes(photos: tuple[Image.Image, Image.Image]) -> torch.Tensor:
-    return torch.tensor([[[photo.height, photo.width] for photo in photos]])
+def _sizes(images: tuple[Image.Image, Image.Image]) -> torch.Tensor:
+    return torch.tensor([[[image.height, image.width] for image in images]])
 
 
 def _on_masks(points: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:

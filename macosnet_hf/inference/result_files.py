@@ -1,6 +1,6 @@
 """What the demo computes: pairs and collections worked on as small copies, and the files a visitor takes home.
 
-Points are (x, y) in pixels of the *original* photographs, masks and cut-outs that are written have their size.
+Points are (x, y) in pixels of the *original* images, masks and cutouts that are written have their size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import ImageError, InputError
 from ..geometry import apply_cascade, denormalize_points, make_grid
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
 from .average import aligned_average
-from .pair import DIRECTIONS, PairResult, check_points, match_photos
+from .pair import DIRECTIONS, PairResult, check_points, match_images
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -54,7 +54,7 @@ class PairWork:
     refine: str
 
     @property
-    def same_photograph(self) -> bool:
+    def same_image(self) -> bool:
         """Whether both files show the same pixels."""
         first, second = (np.asarray(copy.image) for copy in self.copies)
         return first.shape == second.shape and bool((first == second).all())
@@ -64,7 +64,7 @@ class PairWork:
         return self if refine == self.refine else PairWork(self.copies, self.result.with_options(refine=refine), refine)
 
     def transfer(self, points: Any, direction: str) -> np.ndarray:
-        """Where points `(N, 2)` of one photograph lie in the other: `(N, 2)`.
+        """Where points `(N, 2)` of one image lie in the other: `(N, 2)`.
 
         Raises:
             InputError: as [`PairResult.transfer`].
@@ -85,7 +85,7 @@ def match_files(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
 ) -> PairWork:
-    """Matches the photographs in two files.
+    """Matches the images in two files.
 
     Args:
         source, target: paths.
@@ -102,8 +102,8 @@ def match_files(
             copies.append(open_working_copy(path, names[index] if names else None))
         except ImageError as error:
             raise ImageError(f"{role}: {error}") from error
-    photos = (copies[0].image, copies[1].image)
-    result = match_photos(photos, model=model, processor=processor, refine=refine)
+    images = (copies[0].image, copies[1].image)
+    result = match_images(images, model=model, processor=processor, refine=refine)
     return PairWork((copies[0], copies[1]), result, refine)
 
 
@@ -148,14 +148,14 @@ def matches_table(document: dict[str, Any]) -> str:
 
 
 def pair_flow(work: PairWork, side: int = _FLOW_SIDE) -> dict[str, np.ndarray]:
-    """Where every place of one photograph lies in the other, from the transforms, in pixels of the originals.
+    """Where every place of one image lies in the other, from the transforms, in pixels of the originals.
 
-    Sampled on a regular grid that runs from corner pixel to corner pixel, at every pixel where a photograph is no
+    Sampled on a regular grid that runs from corner pixel to corner pixel, at every pixel where an image is no
     longer than `side`.
 
     Returns:
         `source_to_target (h, w, 2)` and `target_to_source (h', w', 2)` float32 displacements (x, y): the place
-        `(column * (W - 1) / (w - 1), row * (H - 1) / (h - 1))` of the first-named photograph lies that much further in
+        `(column * (W - 1) / (w - 1), row * (H - 1) / (h - 1))` of the first-named image lies that much further in
         the other; `source_size` and `target_size` are (height, width) of the originals.
     """
     result = work.result
@@ -181,10 +181,10 @@ def pair_flow(work: PairWork, side: int = _FLOW_SIDE) -> dict[str, np.ndarray]:
 
 
 def write_pair_files(work: PairWork, folder: Path, threshold: float = 0.0) -> list[Path]:
-    """Writes matches (JSON, CSV, drawing), flow, and masks and cut-outs in the photographs' own sizes into a folder.
+    """Writes matches (JSON, CSV, drawing), flow, and masks and cutouts in the images' own sizes into a folder.
 
     Raises:
-        ImageError: if a photograph is no longer where it was.
+        ImageError: if an image is no longer where it was.
     """
     document = pair_document(work, threshold)
     (folder / "matches.json").write_text(_as_json(document), encoding="utf-8")
@@ -219,15 +219,15 @@ def save_mask(mask: np.ndarray, path: Path) -> None:
 
 @dataclass(frozen=True)
 class CollectionWork:
-    """A segmented collection, in the order of the photographs. Never changed once made.
+    """A segmented collection, in the order of the images. Never changed once made.
 
     Attributes:
-        copies: N photographs.
+        copies: N images.
         names: N distinct names for files, without ending.
         result: soft masks, partners, agreement.
         masks: N bool masks in the copies' sizes.
         odd: indices of those that do not seem to belong, the oddest first.
-        average: the rest, bent onto the one that agrees best.
+        average: the rest, warped onto the one that agrees best.
         reference: the index of that one.
         refine: how the masks were refined.
     """
@@ -242,23 +242,23 @@ class CollectionWork:
     refine: str
 
     def sheet(self) -> Image.Image:
-        """The contact sheet: each photograph with its object outlined, and the cut-out below it."""
-        pictures, masks = [], []
+        """The contact sheet: each image with its object outlined, and the cutout below it."""
+        images, masks = [], []
         for copy, mask in zip(self.copies, self.masks, strict=True):
-            picture = copy.image.copy()
-            picture.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
-            small = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
-            pictures.append(picture)
+            image = copy.image.copy()
+            image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+            small = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BILINEAR)
+            images.append(image)
             masks.append(np.asarray(small) >= 128)
-        return overview(pictures, masks, [copy.name for copy in self.copies])
+        return overview(images, masks, [copy.name for copy in self.copies])
 
 
 def check_collection_size(count: int) -> None:
-    """Raises `InputError` unless a collection may have so many photographs."""
+    """Raises `InputError` unless a collection may have so many images."""
     if count < SMALLEST_COLLECTION:
-        raise InputError("Choose two or more photographs of the same kind of object.")
+        raise InputError("Choose two or more images of the same kind of object.")
     if count > LARGEST_COLLECTION:
-        raise InputError(f"Choose at most {LARGEST_COLLECTION} photographs; these are {count}.")
+        raise InputError(f"Choose at most {LARGEST_COLLECTION} images; these are {count}.")
 
 
 def segment_files(
@@ -270,7 +270,7 @@ def segment_files(
     refine: str = "grabcut",
     progress: Callable[[float, str], None] | None = None,
 ) -> CollectionWork:
-    """Cuts out what the photographs in some files have in common.
+    """Cuts out what the images in some files have in common.
 
     Args:
         paths, names: N files and what their owner calls them.
@@ -278,8 +278,8 @@ def segment_files(
         progress: called often with the share that is done, 0 to 1, and what is going on; may raise to stop the work.
 
     Raises:
-        ImageError: if a photograph cannot be read.
-        InputError: for too few or too many photographs, or an unknown refinement.
+        ImageError: if an image cannot be read.
+        InputError: for too few or too many images, or an unknown refinement.
     """
     count = len(paths)
     check_collection_size(count)
@@ -288,29 +288,29 @@ def segment_files(
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         progress(0.15 * number / count, f"Reading {name}")
         copies.append(open_working_copy(path, name, COLLECTION_SIDE))
-    pictures = [copy.image for copy in copies]
-    progress(0.15, "Looking at all photographs")
+    images = [copy.image for copy in copies]
+    progress(0.15, "Looking at all images")
 
     def look(done: int, total: int) -> None:
         step, number = divmod(done - 1, count)
         progress(0.15 + 0.5 * done / total, f"{_STEPS[step]} {number + 1} of {count}")
 
     result = segment_collection(
-        pictures,
+        images,
         model=model,
         processor=processor,
         refine=refine,
         progress=look,
     )
     masks = []
-    for number, (picture, probability) in enumerate(zip(pictures, result.probabilities, strict=True)):
+    for number, (image, probability) in enumerate(zip(images, result.probabilities, strict=True)):
         progress(0.65 + 0.1 * number / count, f"Cutting out {number + 1} of {count}")
-        masks.append(refined_mask(picture, probability, "none"))
+        masks.append(refined_mask(image, probability, "none"))
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
     belonging = [number for number in range(count) if number not in odd]
     average = aligned_average(
-        [pictures[number] for number in belonging],
+        [images[number] for number in belonging],
         result.probabilities[belonging],
         belonging.index(reference),
         model=model,
@@ -354,21 +354,21 @@ def collection_document(work: CollectionWork) -> dict[str, Any]:
 def write_collection_zip(
     work: CollectionWork, path: Path, progress: Callable[[float, str], None] | None = None
 ) -> None:
-    """Writes masks and cut-outs in original size, contact sheet, average and summary into one zip file.
+    """Writes masks and cutouts in original size, contact sheet, average and summary into one zip file.
 
     Args:
-        path: of the zip; the pictures pass through its folder one by one.
+        path: of the zip; the images pass through its folder one by one.
         progress: as in [`segment_files`].
 
     Raises:
-        ImageError: if a photograph is no longer where it was.
+        ImageError: if an image is no longer where it was.
     """
     progress = progress or _say_nothing
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG does not get smaller
         _add(archive, "summary.json", _as_json(collection_document(work)).encode())
-        for name, picture in (("overview.png", work.sheet()), ("average.png", work.average)):
+        for name, image in (("overview.png", work.sheet()), ("average.png", work.average)):
             stream = io.BytesIO()
-            picture.save(stream, "PNG", compress_level=4)
+            image.save(stream, "PNG", compress_level=4)
             _add(archive, name, stream.getvalue())
         for number, (copy, name, mask) in enumerate(zip(work.copies, work.names, work.masks, strict=True)):
             progress(number / len(work.copies), f"Writing {name}")

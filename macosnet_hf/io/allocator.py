@@ -1,4 +1,4 @@
-"""The C library's allocator: left alone, a program of many threads and large pictures hoards what it has freed.
+"""The C library's allocator: left alone, a program of many threads and large images hoards what it has freed.
 
 Both functions do nothing where the C library is not glibc.
 """
@@ -13,9 +13,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # from malloc.h
 
 
 def give_memory_back() -> None:
-    """For a process of ours, at its start: the memory of large pictures goes back to the system at once.
+    """For a process of ours, at its start: the memory of large images goes back to the system at once.
 
-    By default the first such picture that is freed raises the size from which memory is asked for piece by piece
+    By default the first such image that is freed raises the size from which memory is asked for piece by piece
     (and so can be given back piece by piece) to 32 MB, and each thread may have a heap of its own.
     """
     with contextlib.suppress(OSError, AttributeError):

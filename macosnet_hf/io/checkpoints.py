@@ -295,15 +295,15 @@ def _check_weights(name: str, model: MaCoSNetForKeypointMatching, info: dict[str
 
 
 def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor) -> None:
-    """One tiny picture goes through: its settings are checked by nobody else before the first photograph."""
+    """One tiny image goes through: its settings are checked by nobody else before the first image."""
     import numpy as np
     from PIL import Image
 
     size = model.config.image_size
     try:
         asked = (processor.size["height"], processor.size["width"])
-        if max(asked) > 10 * size:  # a picture of the size that a damaged or hostile file asks for may not fit anywhere
-            raise ValueError(f"pictures of {asked[1]}x{asked[0]} pixels, but the model takes {size}x{size}")
+        if max(asked) > 10 * size:  # an image of the size that a damaged or hostile file asks for may not fit anywhere
+            raise ValueError(f"images of {asked[1]}x{asked[0]} pixels, but the model takes {size}x{size}")
         with np.errstate(all="ignore"):
             pixels = processor.preprocess_views([Image.new("RGB", (4, 4))], return_tensors="pt")["pixel_values"]
     except Exception as error:
@@ -313,7 +313,7 @@ def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: M
         ) from error
     if tuple(pixels.shape) != (1, 3, size, size):
         raise CheckpointError(
-            f"The preprocessor_config.json of {name} makes pictures of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, "
+            f"The preprocessor_config.json of {name} makes images of {pixels.shape[-1]}x{pixels.shape[-2]} pixels, "
             f"but its model takes {size}x{size}."
         )
     if not pixels.isfinite().all():

@@ -1,4 +1,4 @@
-"""Reading photographs: anything a person may hand over, to an upright RGB picture or one clear sentence.
+"""Reading images: anything a person may hand over, to an upright RGB image or one clear sentence.
 
 This is the only place of the package where bytes from outside are decoded.
 """
@@ -38,28 +38,28 @@ def load_image(
     min_side: int = MIN_SIDE,
     reduced_to: int | None = None,
 ) -> Image.Image:
-    """Read a picture from anywhere, upright and in RGB.
+    """Read an image from anywhere, upright and in RGB.
 
-    The EXIF orientation is applied. Transparent pictures are laid on white; greyscale, palette, CMYK, 1-bit, 16-bit,
-    32-bit and floating-point pictures become 8-bit RGB (see [`~macosnet_hf.drawing.upright_rgb`]); of an animation
+    The EXIF orientation is applied. Transparent images are laid on white; greyscale, palette, CMYK, 1-bit, 16-bit,
+    32-bit and floating-point images become 8-bit RGB (see [`~macosnet_hf.drawing.upright_rgb`]); of an animation
     the first frame is taken. The size is checked in the header, before any pixel is decoded. The result carries no
     EXIF block, so nothing can turn it twice.
 
     Args:
-        source: a path, the bytes of a file, a binary file object (read from its start, left open), a PIL picture (not
+        source: a path, the bytes of a file, a binary file object (read from its start, left open), an image (not
             changed) or an array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of uint8.
-        max_pixels: a picture with more pixels than this is refused. PIL's own limit (`2 *
+        max_pixels: an image with more pixels than this is refused. PIL's own limit (`2 *
             PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels unless changed) holds as well.
-        min_side: a picture with a side shorter than this many pixels is refused: it can show no object.
+        min_side: an image with a side shorter than this many pixels is refused: it can show no object.
         reduced_to: if given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
             least this many pixels, which is several times faster and smaller. Coordinates then refer to the reduced
-            picture; [`image_size`] gives the size of the whole one. Other formats are not affected.
+            image; [`image_size`] gives the size of the whole one. Other formats are not affected.
 
     Returns:
-        A PIL picture of mode "RGB", independent of `source`.
+        An image of mode "RGB", independent of `source`.
 
     Raises:
-        ImageError: the source is missing, no picture, damaged, too large or too small. The text names the file.
+        ImageError: the source is missing, no image, damaged, too large or too small. The text names the file.
     """
     name = _name(source)
     if isinstance(source, Image.Image):
@@ -80,7 +80,7 @@ def load_image(
 
 
 def load_as_stored(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture whose values have a meaning, such as a mask: decoded with the same care as [`load_image`], but not
+    """Read an image whose values have a meaning, such as a mask: decoded with the same care as [`load_image`], but not
     turned and in its own mode.
 
     Raises:
@@ -130,7 +130,7 @@ def _name(source: object) -> str:
     if isinstance(source, str | os.PathLike):
         return f"'{os.fspath(source)}'"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
-    return f"'{name}'" if isinstance(name, str) and name else "the picture"
+    return f"'{name}'" if isinstance(name, str) and name else "the image"
 
 
 @contextmanager
@@ -151,18 +151,18 @@ def _stream(source: Any, name: str) -> Iterator[IO[bytes]]:
         yield stream
     else:
         raise ImageError(
-            f"A picture is a path, bytes, a file object, a PIL picture or an array, not {type(source).__name__}."
+            f"An image is a path, bytes, a file object, an image or an array, not {type(source).__name__}."
         )
 
 
 def _open_file(path: str | os.PathLike[str], name: str) -> IO[bytes]:
     text = os.fspath(path)
     if isinstance(text, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-        raise ImageError(f"{name} is a web address; download the picture first and give the file.")
+        raise ImageError(f"{name} is a web address; download the image first and give the file.")
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise ImageError(f"{name} is a folder, not a picture.")
+            raise ImageError(f"{name} is a folder, not an image.")
         if not stat.S_ISREG(mode):  # opening a pipe or a device could wait forever
             raise ImageError(f"{name} is not a regular file.")
         return open(path, "rb")
@@ -219,11 +219,9 @@ def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         except UnidentifiedImageError as error:
             stream.seek(4)
             if stream.read(4) == b"ftyp":
-                raise ImageError(
-                    f"{name} is a HEIC picture or a film, which cannot be read; save it as JPEG."
-                ) from error
+                raise ImageError(f"{name} is a HEIC image or a film, which cannot be read; save it as JPEG.") from error
             raise ImageError(
-                f"{name} is not a picture in a format that can be read, or its start is damaged."
+                f"{name} is not an image in a format that can be read, or its start is damaged."
             ) from error
 
 
@@ -266,7 +264,7 @@ def _from_array(array: np.ndarray, name: str, max_pixels: int, min_side: int) ->
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise ImageError(
-            "An array picture must be uint8 of shape (height, width), or (height, width, 1, 3 or 4), "
+            "An array image must be uint8 of shape (height, width), or (height, width, 1, 3 or 4), "
             f"not {array.dtype} of shape {tuple(array.shape)}."
         )
     _check_size((array.shape[1], array.shape[0]), name, max_pixels, min_side)

@@ -202,12 +202,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def refuse_to_overwrite(
     folder: str | os.PathLike[str], names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
-    """Checks that no result would replace one of the photographs that it is made from.
+    """Checks that no result would replace one of the images that it is made from.
 
     Args:
         folder: where the results will go.
         names: file names of the results.
-        inputs: the photographs.
+        inputs: the images.
 
     Raises:
         OutputError: if one would.
@@ -216,7 +216,7 @@ def refuse_to_overwrite(
     for name in names:
         path = os.path.join(folder, name)
         if os.path.realpath(path) in kept:
-            raise OutputError(f"The result {path} would replace the photograph of that name; choose another folder.")
+            raise OutputError(f"The result {path} would replace the image of that name; choose another folder.")
 
 
 def _umask() -> int:

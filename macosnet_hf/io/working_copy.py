@@ -1,4 +1,4 @@
-"""Large photographs worked on as small copies: quick to read, light to keep, and everything can be brought back to the
+"""Large images worked on as small copies: quick to read, light to keep, and everything can be brought back to the
 original's size."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOWN_BY_BROWSERS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "ICO")
 
 @dataclass(frozen=True)
 class WorkingCopy:
-    """A photograph in a file, and a small copy of it.
+    """An image in a file, and a small copy of it.
 
     Attributes:
         path: the file.
@@ -49,7 +49,7 @@ class WorkingCopy:
         return np.asarray(grey.resize(self.size, Image.Resampling.BILINEAR)) >= 128
 
     def open_original(self) -> Image.Image:
-        """The photograph in full size, from its file.
+        """The image in full size, from its file.
 
         Raises:
             ImageError: if the file is gone, or damaged by now.
@@ -60,13 +60,13 @@ class WorkingCopy:
             raise ImageError(f"'{self.name}' is no longer on the server; choose it again.") from error
 
     def _scale(self) -> np.ndarray:
-        # A side of one pixel has no extent; the loader refuses such pictures, a reduced copy may still have one.
+        # A side of one pixel has no extent; the loader refuses such images, a reduced copy may still have one.
         width, height = (max(side - 1, 1) for side in self.image.size)
         return np.array([max(self.size[0] - 1, 1) / width, max(self.size[1] - 1, 1) / height])
 
 
 def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
-    """A photograph as a file that a browser can show: a PNG of the same size in `folder`, or `None` if it is one.
+    """An image as a file that a browser can show: a PNG of the same size in `folder`, or `None` if it is one.
 
     Only the header of a file that can be shown is read.
 
@@ -84,15 +84,15 @@ def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
 
 
 def open_working_copy(path: str | os.PathLike[str], name: str | None = None, side: int = WORKING_SIDE) -> WorkingCopy:
-    """Reads a photograph at a bounded size; a JPEG is not even decoded at its full one.
+    """Reads an image at a bounded size; a JPEG is not even decoded at its full one.
 
     Args:
         path: the file.
         name: what to call it; its base name by default.
-        side: longer side of the copy in pixels; smaller photographs stay as they are.
+        side: longer side of the copy in pixels; smaller images stay as they are.
 
     Raises:
-        ImageError: as [`load_image`]; the text calls the photograph by its name, without the folder it lies in.
+        ImageError: as [`load_image`]; the text calls the image by its name, without the folder it lies in.
     """
     name = name or os.path.basename(path)
     try:
@@ -112,7 +112,7 @@ def _without_folder(error: ImageError, path: str | os.PathLike[str], name: str) 
 
 
 def distinct_names(names: list[str]) -> list[str]:
-    """File names without their ending, numbered where several are alike: a phone calls every photograph `image.jpg`."""
+    """File names without their ending, numbered where several are alike: a phone calls every image `image.jpg`."""
     stems = [
         "".join(c for c in os.path.splitext(name)[0] if c.isprintable() and c not in '/\\:*?"<>|') for name in names
     ]

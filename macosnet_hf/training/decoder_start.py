@@ -1,6 +1,6 @@
 """Second stage: the decoder gets a sensible start from masks that nobody drew (see `pseudo_masks.py`).
 
-Encoder and predictor stay as they are; the decoder learns the pseudo-masks by cross-entropy, each photograph together
+Encoder and predictor stay as they are; the decoder learns the pseudo-masks by cross-entropy, each image together
 with a partner of its class.
 """
 
@@ -25,26 +25,26 @@ from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.image_files import load_image
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetModel
-from .photos import Photographs
+from .images import TrainingImages
 from .pseudo_masks import pseudo_masks
 from .synthetic import paste_on_others, photometric, random_view
 
 
-def class_pairs(photographs: Photographs, partners: int, seed: int) -> list[tuple[int, int]]:
-    """Each photograph beside up to `partners` others of its class, chosen once by the seed.
+def class_pairs(images: TrainingImages, partners: int, seed: int) -> list[tuple[int, int]]:
+    """Each image beside up to `partners` others of its class, chosen once by the seed.
 
     Raises:
-        DataError: if a class has a single photograph.
+        DataError: if a class has a single image.
         InputError: if `partners` is not positive.
     """
     generator = torch.Generator().manual_seed(seed)
     if partners < 1:
         raise InputError("--partners must be at least 1.")
     pairs: list[tuple[int, int]] = []
-    for name, members in photographs.classes().items():
+    for name, members in images.classes().items():
         if len(members) < 2:
             raise DataError(
-                f"The class {name!r} has one photograph, and a pair takes two: add some, or pass --exclude_classes."
+                f"The class {name!r} has one image, and a pair takes two: add some, or pass --exclude_classes."
             )
         for index in members:
             others = [member for member in members if member != index]
@@ -54,23 +54,23 @@ def class_pairs(photographs: Photographs, partners: int, seed: int) -> list[tupl
 
 
 class MaskedPairs(Dataset):
-    """Pairs of photographs with their pseudo-masks."""
+    """Pairs of images with their pseudo-masks."""
 
-    def __init__(self, photographs: Photographs, masks: Tensor, pairs: list[tuple[int, int]]):
-        self.photographs, self.masks, self.pairs = photographs, masks, pairs
+    def __init__(self, images: TrainingImages, masks: Tensor, pairs: list[tuple[int, int]]):
+        self.images, self.masks, self.pairs = images, masks, pairs
 
     def fingerprint(self) -> str:
-        """Of photographs and masks; the pairs follow from the photographs and the settings."""
+        """Of images and masks; the pairs follow from the images and the settings."""
         masks = hashlib.sha256(np.packbits(self.masks.numpy()).tobytes()).hexdigest()[:16]
-        return f"{self.photographs.fingerprint()}, masks {masks}"
+        return f"{self.images.fingerprint()}, masks {masks}"
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """uint8 pictures `(2, 3, S, S)` and masks `(2, S, S)`."""
+        """uint8 images `(2, 3, S, S)` and masks `(2, S, S)`."""
         pair = list(self.pairs[number])
-        return torch.stack([self.photographs[index] for index in pair]), self.masks[pair]
+        return torch.stack([self.images[index] for index in pair]), self.masks[pair]
 
 
 class DecoderObjective(nn.Module):
@@ -95,15 +95,15 @@ class DecoderObjective(nn.Module):
         return self
 
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """uint8 `(B, 2, 3, S, S)` pictures and bool `(B, 2, S, S)` masks to the loss."""
+        """uint8 `(B, 2, 3, S, S)` images and bool `(B, 2, S, S)` masks to the loss."""
         size = self.model.config.image_size
         with torch.no_grad():
-            pictures, masks = batch[0].flatten(0, 1).float() / 255, batch[1].flatten(0, 1).float()
-            grid = sampling_grid(random_view(len(pictures), generator, pictures.device), size=(size, size))
-            pictures = warp(pictures, grid, padding_mode="reflection")
+            images, masks = batch[0].flatten(0, 1).float() / 255, batch[1].flatten(0, 1).float()
+            grid = sampling_grid(random_view(len(images), generator, images.device), size=(size, size))
+            images = warp(images, grid, padding_mode="reflection")
             labels = warp(masks[:, None], grid, padding_mode="reflection")[:, 0].clamp(0, 1)
-            pictures, labels = paste_on_others(pictures, labels, self.paste_share, generator)
-            pixels = photometric(pictures, generator)
+            images, labels = paste_on_others(images, labels, self.paste_share, generator)
+            pixels = photometric(images, generator)
             labels = labels.clamp(0, 1)
             features = self.model.encoder(((pixels - self.mean) / self.std).to(memory_format=torch.channels_last))
             partner = features.normalized.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
@@ -157,51 +157,51 @@ def mask_validation(
     return validate
 
 
-def encode_all(model: MaCoSNetModel, photographs: Photographs, mean: list[float], std: list[float]) -> Tensor:
-    """Stride-16 features of all photographs, `(N, C, h, w)` float32 on the CPU."""
+def encode_all(model: MaCoSNetModel, images: TrainingImages, mean: list[float], std: list[float]) -> Tensor:
+    """Stride-16 features of all images, `(N, C, h, w)` float32 on the CPU."""
     size = model.config.image_size
     centre, spread = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(photographs), 16):
-            stop = min(start + 16, len(photographs))
-            pictures = torch.stack([photographs[index] for index in range(start, stop)]).float() / 255
-            pictures = F.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=True)
-            parts.append(model.get_image_features(((pictures - centre) / spread).to(model.device)).last.float().cpu())
+        for start in range(0, len(images), 16):
+            stop = min(start + 16, len(images))
+            pixels = torch.stack([images[index] for index in range(start, stop)]).float() / 255
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=True)
+            parts.append(model.get_image_features(((pixels - centre) / spread).to(model.device)).last.float().cpu())
     return torch.cat(parts).clone()
 
 
-def make_masks(model: MaCoSNetModel, photographs: Photographs, mean: list[float], std: list[float]) -> Tensor:
+def make_masks(model: MaCoSNetModel, images: TrainingImages, mean: list[float], std: list[float]) -> Tensor:
     """Pseudo-masks `(N, S, S)` that need no trained model, from the encoder's features."""
-    pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-    return pseudo_masks(pictures, encode_all(model, photographs, mean, std), photographs.class_names)
+    pixels = torch.stack([images[index] for index in range(len(images))])
+    return pseudo_masks(pixels, encode_all(model, images, mean, std), images.class_names)
 
 
 def kept_masks(
-    accelerator: Accelerator, args: argparse.Namespace, photographs: Photographs, make: Callable[[], Tensor]
+    accelerator: Accelerator, args: argparse.Namespace, images: TrainingImages, make: Callable[[], Tensor]
 ) -> Tensor:
     """What `make` gives, made once on the first process and kept in the output folder: it must not change between a
     run and its resumption."""
     path = Path(args.output_dir) / "pseudo_masks.npz"
     with accelerator.main_process_first():
         made_before = args.resume_from_checkpoint or not accelerator.is_main_process
-        masks = load_masks(path, photographs.fingerprint()) if made_before else None
+        masks = load_masks(path, images.fingerprint()) if made_before else None
         if masks is None:
             masks = make()
             if accelerator.is_main_process:
-                save_masks(path, masks, photographs.fingerprint())
+                save_masks(path, masks, images.fingerprint())
     return masks
 
 
 def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:
     """Packs bool masks `(N, S, S)` into a file that is there as a whole or not at all."""
     partial = path.with_name(f"partial-{path.name}")
-    np.savez_compressed(partial, masks=np.packbits(masks.numpy()), shape=masks.shape, photographs=fingerprint)
+    np.savez_compressed(partial, masks=np.packbits(masks.numpy()), shape=masks.shape, images=fingerprint)
     partial.rename(path)
 
 
 def load_masks(path: Path, fingerprint: str) -> Tensor | None:
-    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other photographs."""
+    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other images."""
     if not path.is_file():
         return None
     with np.load(path) as saved:

@@ -2,7 +2,7 @@
 
 Local matching (`modeling_macosnet.match_locally`) moves each point from where the transform sends it to where the
 features agree best. Where that is confirmed by the way back and lies on both objects, the predictor learns to send the
-point there by itself. No label is needed beyond "these photographs show the same kind of thing".
+point there by itself. No label is needed beyond "these images show the same kind of thing".
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def local_matching_loss(
     affine, tps = outputs.affine.float().flatten(0, 1), outputs.tps.float().flatten(0, 1)
     start = axis.expand(len(affine), -1, -1)
     by_affine = grid_loss(apply_affine(start, affine), found, trust)
-    bent = apply_cascade(start, affine.detach(), tps, regularization=config.tps_regularization)
-    return by_affine + grid_loss(bent, found, trust)
+    warped = apply_cascade(start, affine.detach(), tps, regularization=config.tps_regularization)
+    return by_affine + grid_loss(warped, found, trust)
 
 
 __all__ = ["local_matching_loss", "local_matching_targets"]

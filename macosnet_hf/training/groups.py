@@ -1,4 +1,4 @@
-"""Photographs in groups of one class, for joint training: who meets whom, how each is cropped, and what is held out."""
+"""Images in groups of one class, for joint training: who meets whom, how each is cropped, and what is held out."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils.data import Dataset
 
 from ..datasets.sampling import Crop, GroupSampler
 from ..errors import DataError
-from .photos import Photographs
+from .images import TrainingImages
 
 HELD_OUT_SHARE = 0.1
 
 
 def view_of(crop: Crop, flip: bool) -> Tensor:
-    """`(6,)` affine parameters that take a point of the cropped (then mirrored) picture to the whole photograph."""
+    """`(6,)` affine parameters that take a point of the cropped (then mirrored) image to the whole image."""
     x0, y0, x1, y1 = crop
     width, height = x1 - x0, y1 - y0
     return torch.tensor([-width if flip else width, 0.0, x0 + x1 - 1, 0.0, height, y0 + y1 - 1])
 
 
 def check_classes(class_names: Sequence[str], group_size: int) -> None:
-    """Raises [`DataError`] naming the classes that have too few photographs for a group."""
+    """Raises [`DataError`] naming the classes that have too few images for a group."""
     counts: dict[str, int] = {}
     for name in class_names:
         counts[name] = counts.get(name, 0) + 1
@@ -35,18 +35,18 @@ def check_classes(class_names: Sequence[str], group_size: int) -> None:
         return
     what = "pair" if group_size == 2 else "triplet"
     if len(counts) == 1:
-        raise DataError(f"There is {_photographs(counts[small[0]])} to train on, and a {what} takes {group_size}.")
+        raise DataError(f"There is {_images(counts[small[0]])} to train on, and a {what} takes {group_size}.")
     shown = ", ".join(f"{name!r} ({counts[name]})" for name in small[:3])
     more = f" and {len(small) - 3} more" if len(small) > 3 else ""
     hint = " --group_size 2," if group_size == 3 and all(counts[name] == 2 for name in small) else ""
     raise DataError(
-        f"A {what} takes {group_size} photographs of a class, and these have fewer: {shown}{more}; add some, or pass"
+        f"A {what} takes {group_size} images of a class, and these have fewer: {shown}{more}; add some, or pass"
         f"{hint} --exclude_classes."
     )
 
 
-def _photographs(count: int) -> str:
-    return "one photograph" if count == 1 else f"only {count} photographs"
+def _images(count: int) -> str:
+    return "one image" if count == 1 else f"only {count} images"
 
 
 def hold_out(class_names: Sequence[str], group_size: int, seed: int) -> tuple[list[int], list[int]]:
@@ -70,22 +70,22 @@ def hold_out(class_names: Sequence[str], group_size: int, seed: int) -> tuple[li
     return sorted(kept), sorted(held)
 
 
-class GroupedPhotographs(Dataset):
-    """Groups of photographs by number; numbers go on from epoch to epoch, so that no two epochs hold the same groups.
+class GroupedImages(Dataset):
+    """Groups of images by number; numbers go on from epoch to epoch, so that no two epochs hold the same groups.
 
-    An item is a dictionary: `pictures` uint8 `(V, 3, S, S)`, `views` `(V, 6)` (crop and mirror as affine parameters,
+    An item is a dictionary: `images` uint8 `(V, 3, S, S)`, `views` `(V, 6)` (crop and mirror as affine parameters,
     applied on the device), and `masks` bool `(V, S, S)` where there are pseudo-masks.
 
     Args:
-        photographs: all of them.
+        images: all of them.
         group_size: 2 or 3.
-        indices: which photographs may be in a group; default all.
-        masks: bool pseudo-masks of all photographs `(N, S, S)`.
+        indices: which images may be in a group; default all.
+        masks: bool pseudo-masks of all images `(N, S, S)`.
         seed, flip_probability, smallest_crop: see [`GroupSampler`].
-        length: groups in an epoch; default as many as photographs.
+        length: groups in an epoch; default as many as images.
 
     Raises:
-        DataError: if a class has fewer photographs than a group.
+        DataError: if a class has fewer images than a group.
         InputError: for options that make no sense.
     """
 
@@ -93,7 +93,7 @@ class GroupedPhotographs(Dataset):
 
     def __init__(
         self,
-        photographs: Photographs,
+        images: TrainingImages,
         group_size: int,
         *,
         indices: Sequence[int] | None = None,
@@ -103,10 +103,10 @@ class GroupedPhotographs(Dataset):
         smallest_crop: float = 0.8,
         length: int | None = None,
     ):
-        self.indices = list(range(len(photographs))) if indices is None else list(indices)
-        names = [photographs.class_names[index] for index in self.indices]
+        self.indices = list(range(len(images))) if indices is None else list(indices)
+        names = [images.class_names[index] for index in self.indices]
         check_classes(names, group_size)
-        self.photographs, self.masks = photographs, masks
+        self.images, self.masks = images, masks
         self.length = len(self.indices) if length is None else length
         self.sampler = GroupSampler(
             names,
@@ -124,7 +124,7 @@ class GroupedPhotographs(Dataset):
         group = self.sampler[number]
         members = [self.indices[member] for member in group.members]
         item = {
-            "pictures": torch.stack([self.photographs[index] for index in members]),
+            "pictures": torch.stack([self.images[index] for index in members]),
             "views": torch.stack([view_of(crop, group.flip) for crop in group.crops]),
         }
         if self.masks is not None:
@@ -132,16 +132,16 @@ class GroupedPhotographs(Dataset):
         return item
 
     def fingerprint(self) -> str:
-        """Of the photographs, of those that are used, and of the pseudo-masks."""
+        """Of the images, of those that are used, and of the pseudo-masks."""
         used = hashlib.sha256(np.asarray(self.indices, dtype=np.int64).tobytes()).hexdigest()[:8]
-        text = f"{self.photographs.fingerprint()}, {len(self.indices)} used ({used})"
+        text = f"{self.images.fingerprint()}, {len(self.indices)} used ({used})"
         if self.masks is not None:
             text += f", masks {hashlib.sha256(np.packbits(self.masks.numpy()).tobytes()).hexdigest()[:16]}"
         return text
 
 
-def fixed_groups(dataset: GroupedPhotographs, count: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
-    """The first `count` groups in batches, for validation and pictures: the same ones every time."""
+def fixed_groups(dataset: GroupedImages, count: int, batch_size: int = 8) -> list[dict[str, Tensor]]:
+    """The first `count` groups in batches, for validation and images: the same ones every time."""
     groups = [dataset[number] for number in range(count)]
     return [
         {name: torch.stack([group[name] for group in groups[start : start + batch_size]]) for name in groups[0]}
@@ -149,4 +149,4 @@ def fixed_groups(dataset: GroupedPhotographs, count: int, batch_size: int = 8) -
     ]
 
 
-__all__ = ["GroupedPhotographs", "check_classes", "fixed_groups", "hold_out", "view_of"]
+__all__ = ["GroupedImages", "check_classes", "fixed_groups", "hold_out", "view_of"]

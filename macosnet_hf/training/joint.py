@@ -1,8 +1,8 @@
-"""The paper's weakly supervised stage: both tasks together, on triplets (or pairs) of photographs of one class.
+"""The paper's weakly supervised stage: both tasks together, on triplets (or pairs) of images of one class.
 
-[`JointObjective`] is one training step without its backward pass: the photographs of a group are cropped and mirrored
+[`JointObjective`] is one training step without its backward pass: the images of a group are cropped and mirrored
 on the device, encoded once each, matched in every order, segmented with every partner, and judged by the five losses
-(`losses.py`). No key-point and no mask that a person drew is looked at.
+(`losses.py`). No keypoint and no mask that a person drew is looked at.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class JointObjective(nn.Module):
             and polarity; batches must then hold masks.
         local_weight: weight of the distance between the transforms and what local matching makes of them
             (`distillation.py`), which teaches the predictor what the features of real pairs say.
-        synthetic: the first stage's objective, and `synthetic_weight` its weight: known warps of the same photographs
+        synthetic: the first stage's objective, and `synthetic_weight` its weight: known warps of the same images
             (the first of each group) keep what the predictor has learnt there.
-        paste_share: share of groups whose objects (by the pseudo-masks) are pasted onto photographs of other groups,
+        paste_share: share of groups whose objects (by the pseudo-masks) are pasted onto images of other groups,
             see [`paste_on_others`](synthetic.py).
-        change_colours: photometric changes of every photograph.
+        change_colours: photometric changes of every image.
         statistics: mean and standard deviation `(C,)` of the encoder's unit-length features over a data set, for the
             contrastive form `"features"`; by default those of each batch.
-        channels_last: memory layout of the pictures, the faster one on most devices.
+        channels_last: memory layout of the images, the faster one on most devices.
 
     Raises:
         InputError: if no loss reaches a part that is to be trained, or an option is unknown.
@@ -163,17 +163,17 @@ class JointObjective(nn.Module):
         """All losses of a batch of groups.
 
         Args:
-            batch: of [`GroupedPhotographs`](groups.py): `pictures` uint8 `(B, V, 3, S, S)`, `views` `(B, V, 6)`, and
+            batch: of [`GroupedImages`](groups.py): `images` uint8 `(B, V, 3, S, S)`, `views` `(B, V, 6)`, and
                 `masks` bool `(B, V, S, S)` where the prior has a weight.
             generator: of the random changes of this batch.
 
         Returns:
             Scalars: `total` with its graph; each term without its weight (those of the objective, `prior`,
             `synthetic`); and to watch: `mask_area`, `polarity` (see [`polarity`]), `folded` (share of transforms that
-            turn a part of the picture inside out), `degenerate` (share of affine transforms that change areas more
+            turn a part of the image inside out), `degenerate` (share of affine transforms that change areas more
             than nine times).
         """
-        pixels, labels = self.prepare_pictures(batch, generator)
+        pixels, labels = self.prepare_images(batch, generator)
         outputs, features = self.run_model(pixels, with_masks=self.uses_masks)
         losses = self._objective_losses(outputs, pixels)
         if self.prior_weight:
@@ -193,30 +193,30 @@ class JointObjective(nn.Module):
         return losses
 
     @torch.no_grad()
-    def prepare_pictures(
+    def prepare_images(
         self, batch: dict[str, Tensor], generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Crops, mirrors and normalises: pixels `(B, V, 3, H, W)` and, where the batch has masks, `(B, V, H, W)`."""
         size = self.model.config.image_size
         shape = batch["pictures"].shape[:2]
-        pictures = batch["pictures"].flatten(0, 1).float() / 255
+        images = batch["pictures"].flatten(0, 1).float() / 255
         grid = sampling_grid(batch["views"].flatten(0, 1), size=(size, size))
-        pictures = warp(pictures, grid, padding_mode="border")
+        images = warp(images, grid, padding_mode="border")
         labels = None
         if "masks" in batch:
             labels = warp(batch["masks"].flatten(0, 1).unsqueeze(1).float(), grid, padding_mode="border").clamp(0, 1)
             labels = labels.squeeze(1)
             if self.paste_share and generator is not None:
-                pictures, labels = paste_on_others(pictures, labels, self.paste_share, generator, group_size=shape[1])
+                images, labels = paste_on_others(images, labels, self.paste_share, generator, group_size=shape[1])
             labels = labels.clamp(0, 1).unflatten(0, shape)
         if self.change_colours and generator is not None:
-            pictures = photometric(pictures, generator)
-        return ((pictures - self.mean) / self.std).unflatten(0, shape), labels
+            images = photometric(images, generator)
+        return ((images - self.mean) / self.std).unflatten(0, shape), labels
 
     def run_model(
         self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None
     ) -> tuple[MaCoSNetModelOutput, MaCoSNetFeatures]:
-        """The model on groups, and the features of its pictures.
+        """The model on groups, and the features of its images.
 
         Args:
             pixels: `(B, V, 3, H, W)`.
@@ -224,16 +224,14 @@ class JointObjective(nn.Module):
             cascade: another one than the objective's own.
 
         Returns:
-            The outputs, and the features of all B V pictures.
+            The outputs, and the features of all B V images.
         """
-        pictures = pixels.flatten(0, 1)
+        images = pixels.flatten(0, 1)
         if self.channels_last:
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-        features = self.model.get_image_features(pictures)
+            images = images.contiguous(memory_format=torch.channels_last)
+        features = self.model.get_image_features(images)
         exact = (cascade or self.cascade) == "exact"
-        outputs = self.model.relate_views(
-            features, pixels.shape[1], pictures if exact else None, output_masks=with_masks
-        )
+        outputs = self.model.relate_views(features, pixels.shape[1], images if exact else None, output_masks=with_masks)
         return outputs, features
 
     def feature_statistics(self) -> tuple[Tensor, Tensor] | None:
@@ -248,12 +246,12 @@ class JointObjective(nn.Module):
             return {"total": pixels.new_zeros(())}  # the anchors alone
         return objective(outputs, pixels, self.feature_statistics())
 
-    def _synthetic_loss(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+    def _synthetic_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
         synthetic = self.synthetic.module
         # It shares the model, so only its own buffers may have to follow to the device.
         synthetic.mean, synthetic.std = self.mean, self.std
-        # One photograph of each group is enough of an anchor; its backgrounds are swapped within the batch.
-        chosen = pictures[:, 0] if len(pictures) > 1 else pictures.flatten(0, 1)
+        # One image of each group is enough of an anchor; its backgrounds are swapped within the batch.
+        chosen = images[:, 0] if len(images) > 1 else images.flatten(0, 1)
         loss: Tensor = synthetic(chosen, generator)["total"]
         return loss
 
@@ -283,7 +281,7 @@ class _Apart:
 def polarity(mask_logits: Tensor, features: Tensor) -> Tensor:
     """How masks correlate with a prior that knows no label: `(B, P)` in [-1, 1].
 
-    The prior is the contrast to the picture's border times a Gaussian around its middle (the first step of
+    The prior is the contrast to the image's border times a Gaussian around its middle (the first step of
     `pseudo_masks.py`). Positive: the mask is on what stands out in the middle. Negative: object and background are
     swapped. Near zero: the mask says nothing, such as one that is empty or full.
 
@@ -325,12 +323,12 @@ def watch(outputs: MaCoSNetModelOutput, features: MaCoSNetFeatures) -> dict[str,
 
 @torch.no_grad()
 def feature_statistics(
-    model: MaCoSNetModel, pictures: Callable[[int], Tensor], count: int, mean: list[float], std: list[float]
+    model: MaCoSNetModel, images: Callable[[int], Tensor], count: int, mean: list[float], std: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(C,)` of the encoder's unit-length features, over `count` photographs.
+    """Mean and standard deviation `(C,)` of the encoder's unit-length features, over `count` images.
 
     Args:
-        pictures: `(3, S, S)` uint8, by number.
+        images: `(3, S, S)` uint8, by number.
     """
     size, device = model.config.image_size, model.device
     centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
@@ -338,7 +336,7 @@ def feature_statistics(
     total, squares = torch.zeros(2, channels, dtype=torch.float64, device=device)
     cells = 0
     for start in range(0, count, 16):
-        batch = torch.stack([pictures(k) for k in range(start, min(start + 16, count))]).to(device).float() / 255
+        batch = torch.stack([images(k) for k in range(start, min(start + 16, count))]).to(device).float() / 255
         batch = F.interpolate(batch, size=(size, size), mode="bilinear", align_corners=True)
         values = model.get_image_features((batch - centre) / spread).normalized.double()
         total = total + values.sum(dim=(0, 2, 3))

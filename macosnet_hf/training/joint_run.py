@@ -20,7 +20,8 @@ from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
 from .decoder_start import kept_masks, load_masks, make_masks, mask_validation
-from .groups import GroupedPhotographs, check_classes, fixed_groups, hold_out
+from .groups import GroupedImages, check_classes, fixed_groups, hold_out
+from .images import TrainingImages, open_images, read_images
 from .joint import CASCADES, JointObjective, checkpoint_activations, feature_statistics
 from .loop import (
     BestModel,
@@ -33,8 +34,7 @@ from .loop import (
     write_model,
 )
 from .losses import CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWeights, MaCoSNetObjective, PerceptualNetwork
-from .monitoring import SamplePictures, Validation, label_free_validation, labelled_validation, matching_validation
-from .photos import Photographs, open_photographs, read_photographs
+from .monitoring import SampleImages, Validation, label_free_validation, labelled_validation, matching_validation
 from .pretraining import SyntheticObjective
 from .pseudo_masks import teacher_masks
 from .synthetic import WarpRange
@@ -42,7 +42,7 @@ from .synthetic import WarpRange
 BENCHMARKS = ("tss", "internet", "pf-pascal", "spair-71k")
 LAMBDAS = ("matching", "cycle", "trans", "contrast", "task")
 
-# Photographs from which the per-channel statistics of the contrastive term are taken.
+# Images from which the per-channel statistics of the contrastive term are taken.
 _STATISTICS_PHOTOGRAPHS = 128
 
 
@@ -55,7 +55,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--model_name_or_path", required=True, help="the model to train further")
     data.add_argument("--group_size", type=int, choices=(2, 3), default=3, help="pairs or triplets of a class")
-    data.add_argument("--photos_per_class", type=int, default=None, help="use at most so many photographs of a class")
+    data.add_argument("--photos_per_class", type=int, default=None, help="use at most so many images of a class")
     data.add_argument("--smallest_crop", type=float, default=0.8, help="side of the smallest random crop; 1: no crops")
     data.add_argument("--flip_probability", type=float, default=0.5, help="of mirroring a whole group")
     data.add_argument("--photometric", action=flag, default=False, help="change colours, blur and noise at random")
@@ -74,7 +74,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--contrastive_form",
         choices=CONTRASTIVE_FORMS,
         default="features",
-        help="features: pooled features of whole photographs (stable); pixels: masked pictures as in the paper",
+        help="features: pooled features of whole images (stable); pixels: masked images as in the paper",
     )
     losses.add_argument("--perceptual_network", default="resnet50", help="timm name of F, for the form pixels")
     losses.add_argument("--cycle_unit", choices=UNITS, default="pixel", help="of the cycle and transitivity losses")
@@ -92,7 +92,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--synthetic_weight",
         type=float,
         default=0.0,
-        help="of the first stage's loss on known warps of the same photographs, an anchor for the predictor",
+        help="of the first stage's loss on known warps of the same images, an anchor for the predictor",
     )
     losses.add_argument(
         "--prior_weight", type=float, default=0.0, help="of pseudo-masks that nobody drew, an anchor for the decoder"
@@ -107,7 +107,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--paste_share",
         type=float,
         default=0.0,
-        help="share of groups whose objects, by the pseudo-masks, are pasted onto other photographs",
+        help="share of groups whose objects, by the pseudo-masks, are pasted onto other images",
     )
     losses.add_argument("--pseudo_masks", default=None, help="take them from this pseudo_masks.npz")
     losses.add_argument(
@@ -125,22 +125,20 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     parts.add_argument("--decoder_learning_rate", type=float, default=1e-4)
     parts.add_argument("--freeze_predictor_statistics", action=flag, default=True)
     parts.add_argument("--freeze_decoder_statistics", action=flag, default=False)
-    parts.add_argument(
-        "--cascade", choices=CASCADES, default="features", help="exact encodes every warped picture again"
-    )
+    parts.add_argument("--cascade", choices=CASCADES, default="features", help="exact encodes every warped image again")
     parts.add_argument("--gradient_checkpointing", action=flag, default=False, help="less memory, more computing")
     parts.add_argument("--channels_last", action=flag, default=True)
     parts.add_argument("--torch_compile", action=flag, default=False)
 
-    watching = parser.add_argument_group("validation and pictures")
-    watching.add_argument("--validation_pairs", default=None, help="CSV of pairs with key-points: PCK")
+    watching = parser.add_argument_group("validation and images")
+    watching.add_argument("--validation_pairs", default=None, help="CSV of pairs with keypoints: PCK")
     watching.add_argument("--validation_masks", default=None, help="folder with images/<class> and masks/<class>")
     watching.add_argument("--validation_per_class", type=int, default=6)
     watching.add_argument(
         "--validation_groups", type=int, default=32, help="held-out groups to judge by where no labels are given"
     )
     watching.add_argument("--load_best_model_at_end", action=flag, default=False)
-    watching.add_argument("--sample_steps", type=int, default=None, help="draw sample pictures so often")
+    watching.add_argument("--sample_steps", type=int, default=None, help="draw sample images so often")
     watching.add_argument("--sample_groups", type=int, default=4, help="groups on a sheet")
     return parser
 
@@ -210,39 +208,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_arguments(args)
     accelerator = make_accelerator(args)
     quiet = not accelerator.is_main_process
-    photographs = open_photographs(args, args.photos_per_class)
-    check_classes(photographs.class_names, args.group_size)
+    images = open_images(args, args.photos_per_class)
+    check_classes(images.class_names, args.group_size)
     model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
     labels = _labelled_validations(args, model, processor)
-    read_photographs(accelerator, args, photographs)
-    masks = _masks(accelerator, args, photographs, model, processor) if args.prior_weight else None
+    read_images(accelerator, args, images)
+    masks = _masks(accelerator, args, images, model, processor) if args.prior_weight else None
 
-    kept, held = list(range(len(photographs))), list[int]()
+    kept, held = list(range(len(images))), list[int]()
     if not labels:
-        kept, held = hold_out(photographs.class_names, args.group_size, args.seed)
+        kept, held = hold_out(images.class_names, args.group_size, args.seed)
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    dataset = GroupedPhotographs(
-        photographs,
+    dataset = GroupedImages(
+        images,
         args.group_size,
         indices=kept,
         masks=masks,
         seed=args.seed,
         flip_probability=args.flip_probability,
         smallest_crop=args.smallest_crop,
-        # A small collection has many more groups than photographs.
+        # A small collection has many more groups than images.
         length=max(len(kept), step_size),
     )
-    judged = GroupedPhotographs(
-        photographs, args.group_size, indices=held or kept, seed=args.seed + 1, flip_probability=0, smallest_crop=1
+    judged = GroupedImages(
+        images, args.group_size, indices=held or kept, seed=args.seed + 1, flip_probability=0, smallest_crop=1
     )
-    objective = make_objective(args, model, processor, photographs)
+    objective = make_objective(args, model, processor, images)
     if labels:
         validate = labelled_validation(labels)
     else:
         if not quiet and not held:
-            print("No class has enough photographs to hold some out; groups of the same photographs are judged.")
+            print("No class has enough images to hold some out; groups of the same images are judged.")
         validate = label_free_validation(fixed_groups(judged, args.validation_groups))
-    sample = SamplePictures(args.output_dir, fixed_groups(judged, args.sample_groups)) if args.sample_steps else None
+    sample = SampleImages(args.output_dir, fixed_groups(judged, args.sample_groups)) if args.sample_steps else None
 
     def save(averaged: nn.Module, folder: Path) -> None:
         state = {f"macosnet.{name}": value for name, value in averaged.get_submodule("model").state_dict().items()}
@@ -286,7 +284,7 @@ def make_objective(
     args: argparse.Namespace,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
-    photographs: Photographs,
+    images: TrainingImages,
 ) -> JointObjective:
     """The objective that the arguments mean, for a loaded model.
 
@@ -308,9 +306,9 @@ def make_objective(
     )
     statistics = None
     if weights.contrastive_form == "features":
-        count = min(len(photographs), _STATISTICS_PHOTOGRAPHS)
-        order = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(args.seed))[:count].tolist()
-        statistics = feature_statistics(base, lambda k: photographs[order[k]], count, mean, std)
+        count = min(len(images), _STATISTICS_PHOTOGRAPHS)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:count].tolist()
+        statistics = feature_statistics(base, lambda k: images[order[k]], count, mean, std)
     synthetic = SyntheticObjective(base, mean, std, WarpRange()) if args.synthetic_weight else None
     objective = JointObjective(
         base,
@@ -364,37 +362,33 @@ def _labelled_validations(
 def _masks(
     accelerator: Accelerator,
     args: argparse.Namespace,
-    photographs: Photographs,
+    images: TrainingImages,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
 ) -> Tensor:
     """Pseudo-masks `(N, S, S)`: from a file, or made once on the first process and kept for a resumed run."""
     if args.pseudo_masks is not None:
-        masks = load_masks(Path(args.pseudo_masks), photographs.fingerprint())
+        masks = load_masks(Path(args.pseudo_masks), images.fingerprint())
         if masks is None:
-            raise DataError(
-                f"{args.pseudo_masks} was made of other photographs; leave --pseudo_masks out to make some."
-            )
+            raise DataError(f"{args.pseudo_masks} was made of other images; leave --pseudo_masks out to make some.")
         return masks
-    return kept_masks(
-        accelerator, args, photographs, lambda: _make_masks(args.mask_teacher, photographs, model, processor)
-    )
+    return kept_masks(accelerator, args, images, lambda: _make_masks(args.mask_teacher, images, model, processor))
 
 
 def _make_masks(
     teacher: str | None,
-    photographs: Photographs,
+    images: TrainingImages,
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
 ) -> Tensor:
     if teacher is None:
-        return make_masks(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
+        return make_masks(model.macosnet, images, list(processor.image_mean), list(processor.image_std))
     model, processor = load_model_and_processor(teacher, model.device)
     return teacher_masks(
         model.eval(),
         processor,
-        lambda members: torch.stack([photographs[index] for index in members]),
-        photographs.class_names,
+        lambda members: torch.stack([images[index] for index in members]),
+        images.class_names,
     )
 
 

@@ -33,10 +33,10 @@ from ..errors import InputError, MaCoSNetError, OutputError
 from ..io.output_folder import held_by_this_process, hold_folder, release_folder
 
 DEFAULT_STEPS = 1000
-WORKER_SECONDS = 900  # within which a process that reads photographs must have a batch
+WORKER_SECONDS = 900  # within which a process that reads images must have a batch
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
-# What may change between a run and its continuation, because it does not touch the result. The photographs are compared
+# What may change between a run and its continuation, because it does not touch the result. The images are compared
 # by themselves (`TrainingData.fingerprint`), so that a folder may move.
 FREE_ARGUMENTS = {
     "config",
@@ -70,7 +70,7 @@ class NonFiniteLossError(MaCoSNetError):
 
 
 class TrainingData(Protocol):
-    """A map-style data set that can say which photographs it holds."""
+    """A map-style data set that can say which images it holds."""
 
     def __len__(self) -> int: ...
 
@@ -93,9 +93,9 @@ def script_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     flag = argparse.BooleanOptionalAction
     parser.add_argument("--config", default=None, help="YAML file of these arguments; the command line wins over it")
-    parser.add_argument("--dataset_name", nargs="+", required=True, help="folders of photographs, or Hub data-set ids")
+    parser.add_argument("--dataset_name", nargs="+", required=True, help="folders of images, or Hub data-set ids")
     parser.add_argument("--exclude_classes", nargs="*", default=[], help="class folders to leave out")
-    parser.add_argument("--photo_size", type=int, default=256, help="side to which photographs are resized at first")
+    parser.add_argument("--photo_size", type=int, default=256, help="side to which images are resized at first")
     parser.add_argument("--output_dir", required=True, help="where checkpoints and the final model go")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -115,23 +115,21 @@ def script_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default=None)
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument(
-        "--keep_in_memory", action=flag, default=False, help="decode all photographs once, at the start"
-    )
+    parser.add_argument("--keep_in_memory", action=flag, default=False, help="decode all images once, at the start")
     parser.add_argument(
         "--streaming",
         action=flag,
         default=False,
-        help="read data sets as streams: nothing is stored on the disk, the resized photographs stay in memory",
+        help="read data sets as streams: nothing is stored on the disk, the resized images stay in memory",
     )
     parser.add_argument(
-        "--skip_data_check", action=flag, default=False, help="do not try to read every photograph before training"
+        "--skip_data_check", action=flag, default=False, help="do not try to read every image before training"
     )
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--checkpoints_total_limit", type=int, default=2)
     parser.add_argument("--resume_from_checkpoint", default=None, help="a checkpoint folder, or 'latest'")
     parser.add_argument(
-        "--allow_changes", action=flag, default=False, help="resume although settings or photographs are other ones"
+        "--allow_changes", action=flag, default=False, help="resume although settings or images are other ones"
     )
     parser.add_argument("--logging_steps", type=int, default=50)
     parser.add_argument("--validation_steps", type=int, default=500)
@@ -450,7 +448,7 @@ def run_script(main: Callable[[], int]) -> None:
         if "DataLoader" not in str(error):
             raise
         print(
-            "error: A process that reads photographs died, ran out of memory or fell silent; take fewer "
+            "error: A process that reads images died, ran out of memory or fell silent; take fewer "
             "--dataloader_num_workers, and go on with --resume_from_checkpoint latest.",
             file=sys.stderr,
         )
@@ -517,7 +515,7 @@ def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator,
     if count < needed:
         raise InputError(
             f"Too few {what}: one step takes {needed} and the data set has {count}; "
-            "add photographs or lower --per_device_train_batch_size."
+            "add images or lower --per_device_train_batch_size."
         )
 
 
@@ -561,8 +559,8 @@ def train(
             group's rate is reported as `learning_rate`, the others' with their name.
         best: keeps the best model by the figure `criterion` of `validate`, which is then called before the first step
             too.
-        sample: `(objective in evaluation mode, step) -> picture or None`, every `sample_steps` on the first process;
-            the picture goes to the trackers.
+        sample: `(objective in evaluation mode, step) -> image or None`, every `sample_steps` on the first process;
+            the image goes to the trackers.
 
     Raises:
         InputError: if there are too few samples, or other ones than in the run that is resumed.
@@ -693,13 +691,13 @@ def _evaluation_mode(objective: nn.Module) -> Iterator[None]:
         objective.train(was_training)
 
 
-def log_picture(accelerator: Accelerator, picture: Any, step: int) -> None:
-    """Gives a picture `(H, W, 3)` uint8 to the trackers that take pictures."""
+def log_image(accelerator: Accelerator, image: Any, step: int) -> None:
+    """Gives an image `(H, W, 3)` uint8 to the trackers that take images."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"samples": picture[None]}, step=step, dataformats="NHWC")
+            tracker.log_images({"samples": image[None]}, step=step, dataformats="NHWC")
         elif hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": [picture]}, step=step)
+            tracker.log_images({"samples": [image]}, step=step)
 
 
 class Reports:
@@ -755,12 +753,12 @@ class Reports:
                     best.consider(objective, step, figures["criterion"])
 
     def samples(self, step: int, objective: nn.Module) -> None:
-        """Draws sample pictures on the first process, in evaluation mode."""
+        """Draws sample images on the first process, in evaluation mode."""
         if self.accelerator.is_main_process and self.sample is not None:
             with _evaluation_mode(objective):
-                picture = self.sample(objective, step)
-            if picture is not None and self.with_tracking:
-                log_picture(self.accelerator, picture, step)
+                image = self.sample(objective, step)
+            if image is not None and self.with_tracking:
+                log_image(self.accelerator, image, step)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
@@ -884,7 +882,7 @@ class Checkpoints:
             return 0
         description = _description(path)
         if description["data"] != self.data and not self.args.allow_changes:
-            raise InputError(f"{path} was made with other photographs; {_WAYS_OUT}.")
+            raise InputError(f"{path} was made with other images; {_WAYS_OUT}.")
         _refuse_code(path)
         try:
             self.accelerator.load_state(str(path))

@@ -43,7 +43,7 @@ CONTRASTIVE_FORMS = ("features", "pixels")
 
 # Keeps a quotient finite where a mask or a feature vanishes; far below any value that carries information.
 _EPSILON = 1e-6
-# How far a point may go, in halves of the picture, before the next transform takes it on: a spline carries a far point
+# How far a point may go, in halves of the image, before the next transform takes it on: a spline carries a far point
 # on to more than the square of its distance, and a few of these in a row leave float32.
 _FARTHEST = 1e3
 
@@ -243,14 +243,14 @@ def cycle_loss(
 ) -> Tensor:
     """Forward-backward consistency loss (eq. 5): how far a point comes back from where it left, there and back again.
 
-    The mean of |T_BA(T_AB(p)) - p| over a regular grid that spans the picture, summed over both directions. A point of
+    The mean of |T_BA(T_AB(p)) - p| over a regular grid that spans the image, summed over both directions. A point of
     view j goes to view i by T_ij and returns by T_ji, through the whole cascade.
 
     Args:
         outputs: of the model; `affine` and `tps` are read.
         grid_size: points a side.
         unit: `"pixel"` (the paper: pixels of the network's input, a normalised distance times (image_size - 1) / 2) or
-            `"normalized"` (the picture is 2 wide).
+            `"normalized"` (the image is 2 wide).
         image_size: side, or (height, width), of the network's input; used with `"pixel"`.
         squared: `False` is the paper's plain norm; `True` squares it, as the authors' published code does.
         tps_regularization: regularisation factor of the TPS.
@@ -294,7 +294,7 @@ def transitivity_loss(
         InputError: if the outputs are of pairs, a field is missing or an option unknown.
     """
     if _views(outputs) != 3:
-        raise InputError("The transitivity loss needs three pictures at a time; these outputs are of pairs.")
+        raise InputError("The transitivity loss needs three images at a time; these outputs are of pairs.")
     index = {pair: p for p, pair in enumerate(ordered_pairs(3))}
     paths = [(index[b, a], index[c, b], index[a, c]) for a, b, c in itertools.permutations(range(3))]
     error = _round_trip_error(
@@ -314,8 +314,8 @@ def transitivity_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def masked_pictures(pixel_values: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Object and background pictures (eq. 7): `M * I` and `(1 - M) * I`.
+def masked_images(pixel_values: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Object and background images (eq. 7): `M * I` and `(1 - M) * I`.
 
     `pixel_values` are processor-normalised, so what is masked out takes the mean colour of the processor's statistics
     rather than black: the value that says least to F.
@@ -333,15 +333,15 @@ def masked_pictures(pixel_values: Tensor, mask_logits: Tensor) -> tuple[Tensor, 
         raise InputError(
             f"pixel_values {tuple(pixel_values.shape)} and mask_logits {tuple(mask_logits.shape)} do not fit together."
         )
-    pictures = _source_view(pixel_values, views).to(mask_logits.dtype)
+    images = _source_view(pixel_values, views).to(mask_logits.dtype)
     logits = mask_logits.unsqueeze(2)
-    return pictures * logits.sigmoid(), pictures * (-logits).sigmoid()
+    return images * logits.sigmoid(), images * (-logits).sigmoid()
 
 
 def pooled_features(
     features: Tensor, mask_logits: Tensor, statistics: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Foreground and background vectors of the unmasked pictures: the stable stand-in for F of masked pictures.
+    """Foreground and background vectors of the unmasked images: the stable stand-in for F of masked images.
 
     Foreground `sum(M phi) / sum(M)` and background `sum((1 - M) phi) / sum(1 - M)`, each scaled to unit length, so that
     two independent vectors are a squared distance of 2 apart and the paper's margin of 2 keeps its meaning. phi is the
@@ -352,7 +352,7 @@ def pooled_features(
         features: `(B, V, C, h, w)`.
         mask_logits: `(B, P, H, W)`; masks are area-averaged to the feature grid.
         statistics: mean and standard deviation `(C,)` per channel, such as those of a data set; by default those of
-            this batch. (With statistics of one picture alone, foreground and background would be opposite whatever the
+            this batch. (With statistics of one image alone, foreground and background would be opposite whatever the
             mask.)
 
     Returns:
@@ -392,7 +392,7 @@ def contrastive_loss(
     statistics: tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Perceptual contrastive loss (eq. 8): alike objects in both pictures, unlike backgrounds within each.
+    """Perceptual contrastive loss (eq. 8): alike objects in both images, unlike backgrounds within each.
 
         d+ = |F(o_A) - F(o_B)|^2 / c                                                   (eq. 9)
         d- = max(0, m - (|F(o_A) - F(b_A)|^2 + |F(o_B) - F(b_B)|^2) / 2c)              (eq. 10)
@@ -401,9 +401,9 @@ def contrastive_loss(
         outputs: of the model; `mask_logits` and (form `"features"`) `features` are read.
         pixel_values: `(B, V, 3, H, W)`, the model's input; form `"pixels"` needs it.
         perceptual: F, a frozen network in eval mode from `(N, 3, H, W)` to `(N, c)`, such as [`PerceptualNetwork`];
-            form `"pixels"` needs it. It is called once, with all object and background pictures of the step.
-        form: `"pixels"` is the paper: F sees masked pictures, and c is the number of its features. `"features"`
-            compares pooled stride-16 features of the unmasked pictures, unit vectors, c = 1: the pixel form collapses
+            form `"pixels"` needs it. It is called once, with all object and background images of the step.
+        form: `"pixels"` is the paper: F sees masked images, and c is the number of its features. `"features"`
+            compares pooled stride-16 features of the unmasked images, unit vectors, c = 1: the pixel form collapses
             to empty masks when alone, this one holds (see [`pooled_features`]).
         margin: m.
         features: `(B, V, C, h, w)`, replaces the outputs' own features in form `"features"`.
@@ -418,9 +418,9 @@ def contrastive_loss(
     if form == "pixels":
         if pixel_values is None or perceptual is None:
             raise InputError("The contrastive loss of masked pixels needs pixel_values and a perceptual network.")
-        pictures = torch.stack(masked_pictures(pixel_values, mask_logits))
-        vectors = perceptual(pictures.flatten(0, 2)).flatten(1).to(mask_logits.dtype)
-        objects, backgrounds = vectors.unflatten(0, pictures.shape[:3])
+        images = torch.stack(masked_images(pixel_values, mask_logits))
+        vectors = perceptual(images.flatten(0, 2)).flatten(1).to(mask_logits.dtype)
+        objects, backgrounds = vectors.unflatten(0, images.shape[:3])
         scale = vectors.shape[-1]
     elif form == "features":
         features = _field(outputs, "features") if features is None else features
@@ -440,7 +440,7 @@ def contrastive_loss(
 
 
 def consistency_loss(outputs: Outputs, *, tps_regularization: float = 0.0, reduction: str = "mean") -> Tensor:
-    """Cross-network consistency loss (eq. 11 and 12): one picture's mask, warped to the other, is the other's mask.
+    """Cross-network consistency loss (eq. 11 and 12): one image's mask, warped to the other, is the other's mask.
 
     For T_ij, the mask of view i is warped into the layout of view j by the whole cascade and stands as the (soft) label
     of a binary cross-entropy; the mask of view j is the prediction (eq. 12), summed over both directions (eq. 11). The
@@ -449,7 +449,7 @@ def consistency_loss(outputs: Outputs, *, tps_regularization: float = 0.0, reduc
 
     Pixels that the transform sends outside view i say nothing about its mask and are left out; the mean is over the
     others (eq. 12 divides by all pixels: the same where nothing falls outside, and elsewhere it would reward a
-    transform for sending the picture away). A pair without any such pixel counts 0.
+    transform for sending the image away). A pair without any such pixel counts 0.
 
     Args:
         outputs: of the model; `affine`, `tps` and `mask_logits` are read.
@@ -561,7 +561,7 @@ class PerceptualNetwork(nn.Module):
 
     Args:
         architecture: any timm classifier; the paper uses ResNet-50 (2048 features).
-        image_mean, image_std: statistics that the pictures were normalised with (the processor's). They are normalised
+        image_mean, image_std: statistics that the images were normalised with (the processor's). They are normalised
             anew with those that the network was trained with.
 
     Attributes:
@@ -601,7 +601,7 @@ class PerceptualNetwork(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> PerceptualNetwork:
-        """Stays in eval mode whatever is asked: the batch statistics of masked pictures must not move F."""
+        """Stays in eval mode whatever is asked: the batch statistics of masked images must not move F."""
         return super().train(False)
 
     def load_imagenet_weights(self, state_dict: Mapping[str, Tensor] | None = None) -> PerceptualNetwork:
@@ -629,7 +629,7 @@ class PerceptualNetwork(nn.Module):
         return self
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """`(N, 3, H, W)` processor-normalised pictures to `(N, c)` pooled features."""
+        """`(N, 3, H, W)` processor-normalised images to `(N, c)` pooled features."""
         pixel_values = pixel_values.to(self.scale.dtype) * self.scale + self.shift
         return self.network(pixel_values)
 
@@ -691,7 +691,7 @@ class MaCoSNetObjective(nn.Module):
 
         Args:
             outputs: of the model for pairs or triplets.
-            pixel_values: `(B, V, 3, H, W)`, the model's input. Gives the unit of the cycle terms, and the pictures of
+            pixel_values: `(B, V, 3, H, W)`, the model's input. Gives the unit of the cycle terms, and the images of
                 the contrastive form `"pixels"`. Without it the size is that of the masks.
             feature_statistics: per-channel statistics for the contrastive form `"features"`, see [`pooled_features`].
 
@@ -749,7 +749,7 @@ class MaCoSNetObjective(nn.Module):
         return {"total": total, **losses}
 
     def _image_size(self, outputs: Outputs, pixel_values: Tensor | None) -> tuple[int, int]:
-        """(height, width) of the network's input, from the pictures or from the masks."""
+        """(height, width) of the network's input, from the images or from the masks."""
         if pixel_values is not None:
             height, width = pixel_values.shape[-2:]
         elif self.weights.unit == "pixel":
@@ -767,7 +767,7 @@ __all__ = [
     "contrastive_loss",
     "cycle_loss",
     "inlier_mask",
-    "masked_pictures",
+    "masked_images",
     "matching_loss",
     "pooled_features",
     "transitivity_loss",

@@ -1,5 +1,5 @@
-"""How joint training is judged while it runs: a criterion without labels, key-points or masks where there are some,
-and sample pictures."""
+"""How joint training is judged while it runs: a criterion without labels, keypoints or masks where there are some,
+and sample images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def match_rank(outputs: MaCoSNetModelOutput) -> Tensor:
     """How well the transforms pair features that are alike: `(B, P)` in [0, 1], about 0.5 by chance.
 
     For each position of view j, the share of view i's positions that resemble it less than the place where T_ij sends
-    it; 0 where that lies outside. Positions in the middle of the picture count more. Unlike the soft-inlier count it
+    it; 0 where that lies outside. Positions in the middle of the image count more. Unlike the soft-inlier count it
     does not depend on the scale of the features, and the identity earns no more than it deserves.
     """
     batch, views = outputs.features.shape[:2]
@@ -84,7 +84,7 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
     * `mask_agreement` and `mask_separation`, see there; constant masks earn 0 there, which counts as 0.01.
 
     It tells a better step of a run from a worse one, and a collapse from both. It does not say how good a model is:
-    compare it only between models with the same encoder, on the same photographs.
+    compare it only between models with the same encoder, on the same images.
 
     Args:
         batches: of [`fixed_groups`](groups.py).
@@ -96,7 +96,7 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
         count = 0
         for batch in batches:
             moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
-            pixels, _ = objective.prepare_pictures(moved)
+            pixels, _ = objective.prepare_images(moved)
             outputs, features = objective.run_model(pixels, with_masks=objective.uses_masks)
             error = cycle_loss(outputs, unit="normalized", reduction="none") / 2
             figures = {
@@ -126,7 +126,7 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
 def matching_validation(
     csv_path: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
 ) -> Validation:
-    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with key-points: `pck_transform` of the transform alone
+    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with keypoints: `pck_transform` of the transform alone
     (fitted, where the configuration has `mutual_fit`), `pck_local` with the model's local matching around it.
 
     Args:
@@ -134,10 +134,10 @@ def matching_validation(
         model: whose way of transferring points is used, with the weights of the objective that is judged.
 
     Raises:
-        DataError: if the list, one of its numbers or one of its pictures cannot be used.
+        DataError: if the list, one of its numbers or one of its images cannot be used.
     """
-    pictures, points = read_keypoint_pairs(csv_path, processor)
-    # Points are in [0, 1], which is what pixels of a picture of two by two are.
+    images, points = read_keypoint_pairs(csv_path, processor)
+    # Points are in [0, 1], which is what pixels of an image of two by two are.
     sizes = torch.full((1, 2, 2), 2)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ def matching_validation(
         matcher = copy.copy(model)
         matcher._modules = {**model._modules, "macosnet": objective.model}
         hits: dict[str, list[float]] = {}
-        for pixels, (in_source, in_target) in zip(pictures, points, strict=True):
+        for pixels, (in_source, in_target) in zip(images, points, strict=True):
             outputs = matcher(pixels[None].to(objective.mean.device))
             start = in_target[None].to(outputs.affine)
             for name, local in (("transform", False), ("local", True)):
@@ -178,14 +178,14 @@ def labelled_validation(validations: Sequence[tuple[Validation, str]]) -> Valida
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class SamplePictures:
+class SampleImages:
     """Draws a contact sheet of a few groups into `OUTPUT_DIR/samples/step-<number>.png`.
 
-    A row is a group: each photograph with its mask (given its first partner), then the first photograph warped onto the
+    A row is a group: each image with its mask (given its first partner), then the first image warped onto the
     second.
 
     Args:
@@ -207,7 +207,7 @@ class SamplePictures:
         rows = []
         for batch in self.batches:
             moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
-            pixels, _ = objective.prepare_pictures(moved)
+            pixels, _ = objective.prepare_images(moved)
             outputs, _ = objective.run_model(pixels)
             rows += sheet_rows(objective, pixels, outputs)
         sheet = np.concatenate(rows)
@@ -220,29 +220,29 @@ class SamplePictures:
 
 
 def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModelOutput) -> list[np.ndarray]:
-    """A row `(H, (V + 1) W, 3)` uint8 of each group, see [`SamplePictures`]."""
+    """A row `(H, (V + 1) W, 3)` uint8 of each group, see [`SampleImages`]."""
     pairs = ordered_pairs(pixels.shape[1])
-    pictures = (pixels * objective.std + objective.mean).clamp(0, 1)
+    images = (pixels * objective.std + objective.mean).clamp(0, 1)
     grid = sampling_grid(outputs.affine[:, 0], outputs.tps[:, 0], size=pixels.shape[-2:])
-    warped = warp(pictures[:, 0], grid)
+    warped = warp(images[:, 0], grid)
     first_pair = [next(p for p, (i, _) in enumerate(pairs) if i == view) for view in range(pixels.shape[1])]
     masks = (outputs.mask_logits[:, first_pair] > 0).cpu().numpy()
 
-    def as_image(picture: Tensor) -> np.ndarray:
-        return (picture.float().permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+    def as_image(image: Tensor) -> np.ndarray:
+        return (image.float().permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
 
     rows = []
     for group in range(len(pixels)):
         cells = [
-            np.asarray(overlay_mask(as_image(picture), mask))
-            for picture, mask in zip(pictures[group], masks[group], strict=True)
+            np.asarray(overlay_mask(as_image(image), mask))
+            for image, mask in zip(images[group], masks[group], strict=True)
         ]
         rows.append(np.concatenate([*cells, as_image(warped[group])], axis=1))
     return rows
 
 
 __all__ = [
-    "SamplePictures",
+    "SampleImages",
     "label_free_validation",
     "labelled_validation",
     "mask_agreement",

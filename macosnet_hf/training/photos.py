@@ -1,4 +1,4 @@
-"""Photographs for training: a folder, class folders, or a data set of the Hub; the only labels are class names."""
+"""Images for training: a folder, class folders, or a data set of the Hub; the only labels are class names."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tqdm.auto import tqdm
 from ..errors import DataError, ImageError, InputError
 from ..io.image_files import load_image
 
-if TYPE_CHECKING:  # `macosnet adapt` looks for photographs before it asks for accelerate
+if TYPE_CHECKING:  # `macosnet adapt` looks for images before it asks for accelerate
     from accelerate import Accelerator
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def find_photographs(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Paths and class names below a folder, sorted. The class is the name of the folder that a photograph lies in.
+def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Paths and class names below a folder, sorted. The class is the name of the folder that an image lies in.
 
     A folder in the layout `images/<class>/*` (with masks beside it) is read from `images`: masks are never training
     input.
 
     Raises:
-        DataError: if the folder is missing or holds no photograph.
+        DataError: if the folder is missing or holds no image.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -41,25 +41,25 @@ def find_photographs(folder: str | Path) -> tuple[list[Path], list[str]]:
         root = root / "images"
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
     if not paths:
-        raise DataError(f"{folder} holds no photographs.")
+        raise DataError(f"{folder} holds no images.")
     return paths, [path.parent.name for path in paths]
 
 
-class Photographs(Dataset):
-    """Photographs resized to a square, as uint8 tensors `(3, size, size)`; read each time, or kept in memory.
+class TrainingImages(Dataset):
+    """Images resized to a square, as uint8 tensors `(3, size, size)`; read each time, or kept in memory.
 
     Args:
         sources: folders, or ids of Hub data sets with an `image` column (and `label` or `class` when there are
             classes).
         size: side in pixels; no aspect is kept, as for the network's input.
         exclude: class names to leave out, such as a folder of background clutter.
-        limit: at most so many photographs a class.
-        streaming: read data sets (not folders) as streams: nothing is stored on the disk, and the resized photographs
+        limit: at most so many images a class.
+        streaming: read data sets (not folders) as streams: nothing is stored on the disk, and the resized images
             stay in memory, at most `stream_limit` of each data set.
-        stream_limit: see `streaming`; 20,000 photographs of side 256 take 4 GB.
+        stream_limit: see `streaming`; 20,000 images of side 256 take 4 GB.
 
     Raises:
-        DataError: if a source cannot be found, or no photograph is left.
+        DataError: if a source cannot be found, or no image is left.
         InputError: if the size is too small.
     """
 
@@ -74,9 +74,9 @@ class Photographs(Dataset):
         stream_limit: int = 20_000,
     ):
         if size < 16:
-            raise InputError(f"Photographs need a side of at least 16 pixels, not {size}.")
+            raise InputError(f"Images need a side of at least 16 pixels, not {size}.")
         self.size = size
-        # A file, a data set's row and column, or what a stream brought: identity and resized picture.
+        # A file, a data set's row and column, or what a stream brought: identity and resized image.
         self._items: list[Path | tuple[Any, int, str] | tuple[str, Tensor]] = []
         self._marks: list[str] = []
         self.class_names: list[str] = []
@@ -84,11 +84,11 @@ class Photographs(Dataset):
         for source in sources:
             from_files = Path(source).exists() and not _is_prepared(Path(source))
             if from_files:
-                items, names = find_photographs(source)
+                items, names = find_images(source)
             elif streaming:
-                items, names = _streamed_photographs(source, size, exclude, limit, stream_limit)
+                items, names = _streamed_images(source, size, exclude, limit, stream_limit)
             else:
-                items, names = _dataset_photographs(source)
+                items, names = _dataset_images(source)
             counts: dict[str, int] = {}
             for item, name in zip(items, names, strict=True):
                 counts[name] = counts.get(name, 0) + 1
@@ -98,7 +98,7 @@ class Photographs(Dataset):
                 self._marks.append(_mark(item, source))
                 self.class_names.append(name)
         if not self._items:
-            raise DataError(f"No photographs are left of {', '.join(sources)}.")
+            raise DataError(f"No images are left of {', '.join(sources)}.")
         self._cache: Tensor | None = None
 
     def __len__(self) -> int:
@@ -108,9 +108,9 @@ class Photographs(Dataset):
         return self._read(index) if self._cache is None else self._cache[index]
 
     def fingerprint(self) -> str:
-        """Equal for equal photographs in equal order, wherever their folder lies: a digest of names, sizes, classes."""
+        """Equal for equal images in equal order, wherever their folder lies: a digest of names, sizes, classes."""
         lines = [f"{mark}\t{name}" for mark, name in zip(self._marks, self.class_names, strict=True)]
-        return f"{len(self)} photographs, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+        return f"{len(self)} images, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
     def _read(self, index: int) -> Tensor:
         item = self._items[index]
@@ -122,32 +122,32 @@ class Photographs(Dataset):
         """Decodes everything once, in parallel.
 
         Raises:
-            DataError: naming the first photograph that cannot be read.
+            DataError: naming the first image that cannot be read.
         """
         cache = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         self._read_all(cache, quiet, workers)
         self._cache = cache
 
     def check(self, *, quiet: bool = False, workers: int = 2) -> None:
-        """Tries to read every photograph, so that a damaged one is found before hours of training, not after.
+        """Tries to read every image, so that a damaged one is found before hours of training, not after.
 
         Raises:
-            DataError: naming the first photograph that cannot be read.
+            DataError: naming the first image that cannot be read.
         """
         self._read_all(None, quiet, workers)
 
     def _read_all(self, cache: Tensor | None, quiet: bool, workers: int) -> None:
         def read(index: int) -> None:
             try:
-                picture = self._read(index)
+                image = self._read(index)
             except ImageError as error:
-                raise DataError(f"Photograph {index} of the data set cannot be used: {error}") from error
+                raise DataError(f"Image {index} of the data set cannot be used: {error}") from error
             if cache is not None:
-                cache[index] = picture
+                cache[index] = image
 
         pool = ThreadPoolExecutor(workers)
         try:
-            for _ in tqdm(pool.map(read, range(len(self))), total=len(self), desc="Reading photographs", disable=quiet):
+            for _ in tqdm(pool.map(read, range(len(self))), total=len(self), desc="Reading images", disable=quiet):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)  # after a damaged one, nobody waits for the rest
@@ -160,13 +160,13 @@ class Photographs(Dataset):
         return groups
 
 
-def _resized(picture: Image.Image, size: int) -> Tensor:
-    resized = picture.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+def _resized(image: Image.Image, size: int) -> Tensor:
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def _mark(item: Path | tuple[Any, int, str] | tuple[str, Tensor], source: str) -> str:
-    """What tells one photograph from another without opening it."""
+    """What tells one image from another without opening it."""
     if isinstance(item, Path):
         return f"{os.path.relpath(item, source)} {item.stat().st_size}"
     if isinstance(item[1], Tensor):
@@ -180,7 +180,7 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def _cell(dataset: Any, row: int, column: str) -> bytes | str:
-    """The original bytes of one picture, or what they are called."""
+    """The original bytes of one image, or what they are called."""
     return _encoded(dataset[row][column])
 
 
@@ -189,10 +189,10 @@ def _encoded(value: dict[str, Any]) -> bytes | str:
 
 
 def _load_splits(source: str, streaming: bool = False) -> list[tuple[str, Any, list[str], str | None]]:
-    """The splits to train on: name, data set, picture columns (not decoded), class column.
+    """The splits to train on: name, data set, image columns (not decoded), class column.
 
     Raises:
-        DataError: if the data set cannot be had, or has no pictures.
+        DataError: if the data set cannot be had, or has no images.
     """
     from datasets import Image, load_dataset
 
@@ -216,10 +216,10 @@ def _load_splits(source: str, streaming: bool = False) -> list[tuple[str, Any, l
     return chosen
 
 
-def _streamed_photographs(
+def _streamed_images(
     source: str, size: int, exclude: tuple[str, ...], limit: int | None, stream_limit: int
 ) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """The first `stream_limit` pictures of a stream, each once, decoded and resized as they come, and their classes."""
+    """The first `stream_limit` images of a stream, each once, decoded and resized as they come, and their classes."""
     from datasets import ClassLabel
 
     items: list[tuple[str, Tensor]] = []
@@ -239,21 +239,21 @@ def _streamed_photographs(
                     continue
                 seen.add(identity)
                 try:
-                    picture = load_image(_encoded(record[column]))
+                    image = load_image(_encoded(record[column]))
                 except ImageError as error:
                     raise DataError(f"{source}, {split}, record {row + 1}: {error}") from error
-                items.append((identity, _resized(picture, size)))
+                items.append((identity, _resized(image, size)))
                 names.append(name)
                 if len(items) >= stream_limit:
                     return items, names
     return items, names
 
 
-def _dataset_photographs(source: str) -> tuple[list[tuple[Any, int, str]], list[str]]:
-    """The pictures of a data set of the Hub or of a prepared folder, each once, and their class names.
+def _dataset_images(source: str) -> tuple[list[tuple[Any, int, str]], list[str]]:
+    """The images of a data set of the Hub or of a prepared folder, each once, and their class names.
 
     Takes the split `train` if there is one, else all splits; a column `image`, or the columns `source_image` and
-    `target_image` of this project's records, in which one picture may stand in many pairs.
+    `target_image` of this project's records, in which one image may stand in many pairs.
     """
     from datasets import ClassLabel
 
@@ -271,20 +271,20 @@ def _dataset_photographs(source: str) -> tuple[list[tuple[Any, int, str]], list[
             for row, name in enumerate(classes):
                 identity = identities[row] if identities is not None else f"{split} {column} {row}"
                 if not identity or identity in seen:
-                    continue  # a single picture has no target; a picture of many pairs counts once
+                    continue  # a single image has no target; an image of many pairs counts once
                 seen.add(identity)
                 items.append((dataset, row, column))
                 names.append(name)
     return items, names
 
 
-def open_photographs(args: argparse.Namespace, limit: int | None = None) -> Photographs:
-    """The photographs that a script's arguments name, at most `limit` of a class.
+def open_images(args: argparse.Namespace, limit: int | None = None) -> TrainingImages:
+    """The images that a script's arguments name, at most `limit` of a class.
 
     Raises:
-        DataError, InputError: as [`Photographs`].
+        DataError, InputError: as [`Images`].
     """
-    return Photographs(
+    return TrainingImages(
         args.dataset_name,
         args.photo_size,
         exclude=tuple(args.exclude_classes),
@@ -293,15 +293,15 @@ def open_photographs(args: argparse.Namespace, limit: int | None = None) -> Phot
     )
 
 
-def read_photographs(accelerator: Accelerator, args: argparse.Namespace, photographs: Photographs) -> None:
-    """Keeps all photographs in memory, or tries to read each of them once.
+def read_images(accelerator: Accelerator, args: argparse.Namespace, images: TrainingImages) -> None:
+    """Keeps all images in memory, or tries to read each of them once.
 
     Raises:
-        DataError: naming the first photograph that cannot be read.
+        DataError: naming the first image that cannot be read.
     """
     if args.keep_in_memory:
-        photographs.keep_in_memory(quiet=not accelerator.is_main_process)
+        images.keep_in_memory(quiet=not accelerator.is_main_process)
     elif not args.skip_data_check:
         with accelerator.main_process_first():
             if accelerator.is_main_process:
-                photographs.check()
+                images.check()

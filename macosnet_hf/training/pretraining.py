@@ -1,4 +1,4 @@
-"""First stage: the transformation predictor learns from synthetic warps of single photographs.
+"""First stage: the transformation predictor learns from synthetic warps of single images.
 
 The encoder stays as ImageNet made it. Both heads of G (affine, then TPS) learn to undo random warps, in both
 directions of every pair; the loss is the distance between where the predicted and the true transform send a grid of
@@ -40,8 +40,8 @@ class SyntheticObjective(nn.Module):
 
     Args:
         model: its encoder and decoder are not trained here.
-        feature_noise: largest noise added to features, relative to their own size. Two photographs of different
-            objects of a kind resemble each other less than two warps of one photograph; noise closes part of that gap.
+        feature_noise: largest noise added to features, relative to their own size. Two images of different
+            objects of a kind resemble each other less than two warps of one image; noise closes part of that gap.
         exact_share: share of steps in which the TPS stage sees re-encoded pixels (as at test with `cascade="exact"`)
             instead of warped features.
     """
@@ -91,13 +91,11 @@ class SyntheticObjective(nn.Module):
         noise = torch.randn(features.shape, generator=generator).to(features.device)
         return l2_normalize(features + level * noise * features.std(dim=(1, 2, 3), keepdim=True))
 
-    def forward(self, photographs: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """`(B, 3, S, S)` uint8 photographs to the losses of the affine head and of the whole cascade."""
+    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """`(B, 3, S, S)` uint8 images to the losses of the affine head and of the whole cascade."""
         model, size = self.model, self.model.config.image_size
         with torch.no_grad():
-            pairs = make_pairs(
-                photographs.float() / 255, size, self.limits, generator, background_swap=self.background_swap
-            )
+            pairs = make_pairs(images.float() / 255, size, self.limits, generator, background_swap=self.background_swap)
             # Both directions at once: row b is (A, B), row B + b is (B, A).
             pixels = (torch.cat((pairs.source, pairs.target)) - self.mean) / self.std
             raw = self._encode(pixels)
@@ -133,21 +131,21 @@ class SyntheticObjective(nn.Module):
 
 
 def read_keypoint_pairs(csv_path: str, processor: MaCoSNetImageProcessor) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """A list of pairs with key-points in PF-WILLOW's columns: pixels `(2, 3, H, W)` of each pair, and its points
+    """A list of pairs with keypoints in PF-WILLOW's columns: pixels `(2, 3, H, W)` of each pair, and its points
     `(N, 2)` in source and target, in [0, 1].
 
     Raises:
-        DataError: if the list, one of its numbers or one of its pictures cannot be used.
+        DataError: if the list, one of its numbers or one of its images cannot be used.
     """
     root = Path(csv_path).parent
-    pictures, points = [], []
+    images, points = [], []
     try:
         with open(csv_path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 pair = [load_image(root / row["source_image"]), load_image(root / row["target_image"])]
                 numbers = [[float(value) for value in row[name].split(";")] for name in ("XA", "YA", "XB", "YB")]
-                pictures.append(processor([pair], return_tensors="pt")["pixel_values"][0])
-                # Each picture's own width and height become 224 (protocol `image`).
+                images.append(processor([pair], return_tensors="pt")["pixel_values"][0])
+                # Each image's own width and height become 224 (protocol `image`).
                 points.append(
                     [
                         torch.tensor(numbers[2 * k : 2 * k + 2]).t() / (torch.tensor([p.width, p.height]) - 1)
@@ -156,26 +154,26 @@ def read_keypoint_pairs(csv_path: str, processor: MaCoSNetImageProcessor) -> tup
                 )
     except (OSError, KeyError, ValueError, MaCoSNetError) as error:
         raise DataError(f"--validation_pairs {csv_path} cannot be used: {error}") from error
-    if not pictures:
+    if not images:
         raise DataError(f"--validation_pairs {csv_path} lists no pairs.")
-    return pictures, points
+    return images, points
 
 
 def keypoint_validation(
     csv_path: str, processor: MaCoSNetImageProcessor, alphas: tuple[float, ...] = (0.05, 0.1, 0.15)
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """PCK `image` on a list of pairs with key-points, of the bare affine and of the whole transform.
+    """PCK `image` on a list of pairs with keypoints, of the bare affine and of the whole transform.
 
     Raises:
-        DataError: if the list, one of its numbers or one of its pictures cannot be used.
+        DataError: if the list, one of its numbers or one of its images cannot be used.
     """
-    pictures, points = read_keypoint_pairs(csv_path, processor)
+    images, points = read_keypoint_pairs(csv_path, processor)
 
     @torch.no_grad()
     def validate(objective: Any, step: int) -> dict[str, float]:
         model: MaCoSNetModel = objective.model
         hits: dict[str, list[float]] = {}
-        for pixels, (in_source, in_target) in zip(pictures, points, strict=True):
+        for pixels, (in_source, in_target) in zip(images, points, strict=True):
             features: MaCoSNetFeatures = model.get_image_features(pixels.to(model.device))
             affine, tps = model.predict_transforms(
                 features.select([0]), features.select([1]), pixels[:1].to(model.device)

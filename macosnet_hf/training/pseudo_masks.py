@@ -1,10 +1,10 @@
-"""First masks without a single label: what differs from the picture's border, near its middle, made sharp by colours.
+"""First masks without a single label: what differs from the image's border, near its middle, made sharp by colours.
 
 Four steps, each on what the one before it gave:
 
-1. *Border contrast*: one minus a cell's similarity to the most similar cells of the picture's border, times a centre
+1. *Border contrast*: one minus a cell's similarity to the most similar cells of the image's border, times a centre
 prior. 2. *GrabCut* turns it into a hard mask that follows colour edges.
-3. *Discriminants*: ridge regressions from stride-16 features to those masks, one over all photographs and one a
+3. *Discriminants*: ridge regressions from stride-16 features to those masks, one over all images and one a
    class. A single mask is often wrong, but what the masks of a class have in common is mostly the object, and a
    linear map of the features cannot learn the rest. This is where the class label (the only supervision there is)
    comes in.
@@ -42,7 +42,7 @@ def centre_weight(side: int, sigma: float) -> Tensor:
 
 
 def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
-    """How little each cell resembles the border of its own picture: `(N, C, h, w)` to `(N, h, w)` in [0, 1]."""
+    """How little each cell resembles the border of its own image: `(N, C, h, w)` to `(N, h, w)` in [0, 1]."""
     side = features.shape[-1]
     unit = F.normalize(features, dim=1)
     border = torch.zeros(features.shape[-2], side, dtype=torch.bool)
@@ -54,8 +54,8 @@ def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
 def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:
     """Masks as far as a linear function of the features can explain them.
 
-    A ridge regression from the features of all cells of all pictures to the masks' values there, then stretched so that
-    the 5th percentile of each picture is 0 and the 95th is 1. Pictures are taken one by one, which bounds the memory.
+    A ridge regression from the features of all cells of all images to the masks' values there, then stretched so that
+    the 5th percentile of each image is 0 and the 95th is 1. Images are taken one by one, which bounds the memory.
 
     Args:
         features: N maps `(C, h, w)`.
@@ -95,7 +95,7 @@ def stretch(maps: Tensor) -> Tensor:
 def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: float = 0.01) -> Tensor:
     """Masks as far as features can explain them: `(N, C, h, w)` and `(N, h, w)` to `(N, h, w)` in [0, 1].
 
-    The mean of two ridge regressions, one over all pictures and one over those of the same class.
+    The mean of two ridge regressions, one over all images and one over those of the same class.
     """
     overall = explain_masks(features, masks, ridge=ridge)
     within = torch.empty_like(overall)
@@ -106,7 +106,7 @@ def discriminants(features: Tensor, masks: Tensor, class_ids: Tensor, ridge: flo
 
 
 def sharpen(
-    pictures: Tensor,
+    images: Tensor,
     maps: Tensor,
     *,
     working_size: int,
@@ -117,26 +117,26 @@ def sharpen(
 
     Each map is split by Otsu's method.
     """
-    size = tuple(pictures.shape[-2:])
+    size = tuple(images.shape[-2:])
 
     def one(index: int) -> np.ndarray:
         soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
         soft = soft.clip(0, 1)
         split = otsu_threshold(soft) or 0.5
         centred = np.where(soft < split, soft / split / 2, 0.5 + (soft - split) / (1 - split + 1e-6) / 2)
-        picture = pictures[index].permute(1, 2, 0).contiguous().numpy()
-        return refine_mask(picture, centred.clip(0, 1), "grabcut", working_size=working_size)
+        image = images[index].permute(1, 2, 0).contiguous().numpy()
+        return refine_mask(image, centred.clip(0, 1), "grabcut", working_size=working_size)
 
     with ThreadPoolExecutor(workers) as pool:
-        masks = tqdm(pool.map(one, range(len(pictures))), total=len(pictures), desc="GrabCut", disable=quiet)
+        masks = tqdm(pool.map(one, range(len(images))), total=len(images), desc="GrabCut", disable=quiet)
         return torch.from_numpy(np.stack(list(masks)))
 
 
-def pseudo_masks(pictures: Tensor, features: Tensor, class_names: Sequence[str], *, quiet: bool = False) -> Tensor:
-    """Masks of photographs from their features and class names alone.
+def pseudo_masks(images: Tensor, features: Tensor, class_names: Sequence[str], *, quiet: bool = False) -> Tensor:
+    """Masks of images from their features and class names alone.
 
     Args:
-        pictures: uint8 `(N, 3, S, S)`.
+        images: uint8 `(N, 3, S, S)`.
         features: stride-16 features `(N, C, h, w)`.
         class_names: N names.
 
@@ -148,44 +148,44 @@ def pseudo_masks(pictures: Tensor, features: Tensor, class_names: Sequence[str],
     class_ids = torch.tensor([names.index(name) for name in class_names])
     side = features.shape[-1]
     contrast = border_contrast(features) * centre_weight(side, 0.6)
-    first = sharpen(pictures, contrast, working_size=128, quiet=quiet)  # only its mean over 16 pixels is looked at
+    first = sharpen(images, contrast, working_size=128, quiet=quiet)  # only its mean over 16 pixels is looked at
     coarse = F.interpolate(first[:, None].float(), size=features.shape[-2:], mode="area")[:, 0]
     learnt = discriminants(features, coarse, class_ids) * centre_weight(side, 0.8)
-    return sharpen(pictures, learnt, working_size=192, quiet=quiet)
+    return sharpen(images, learnt, working_size=192, quiet=quiet)
 
 
 def teacher_masks(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
-    pictures: Callable[[list[int]], Tensor],
+    images: Callable[[list[int]], Tensor],
     class_names: Sequence[str],
     *,
     quiet: bool = False,
 ) -> Tensor:
-    """Masks of photographs by a model that can segment already: each class is a collection, refined by GrabCut, see
+    """Masks of images by a model that can segment already: each class is a collection, refined by GrabCut, see
     [`~macosnet_hf.collection.Collection.segment`].
 
     Args:
         model: the teacher, in evaluation mode, and `processor` its image processor.
-        pictures: uint8 `(n, 3, S, S)` of the photographs with these n numbers.
+        images: uint8 `(n, 3, S, S)` of the images with these n numbers.
         class_names: N names.
 
     Returns:
         bool `(N, S, S)`.
 
     Raises:
-        DataError: if a class has a single photograph.
+        DataError: if a class has a single image.
     """
     classes: dict[str, list[int]] = {}
     for index, name in enumerate(class_names):
         classes.setdefault(name, []).append(index)
     for name, members in classes.items():
         if len(members) < 2:
-            raise DataError(f"The class {name!r} has one photograph, and a pair takes two.")
+            raise DataError(f"The class {name!r} has one image, and a pair takes two.")
     masks: list[Tensor | None] = [None] * len(class_names)
     with tqdm(total=len(class_names), desc="teacher's masks", disable=quiet) as progress:
         for members in classes.values():
-            squares = pictures(members)
+            squares = images(members)
             collection = Collection(model, processor)
             collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
             found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)

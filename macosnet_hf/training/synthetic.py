@@ -1,8 +1,8 @@
 """Random warps and photometric changes: the strong supervision of the first stage, made on the fly from single
-photographs.
+images.
 
 Everything is batched tensor code that runs on the device of its input, and all randomness comes from the generator
-that is passed in, so that a run can be resumed at any step with the same pictures.
+that is passed in, so that a run can be resumed at any step with the same images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..geometry import compose_affine, identity_tps, sampling_grid, warp
 
 @dataclass
 class WarpRange:
-    """How far random warps go. Angles in radians, lengths in normalised coordinates (the picture is 2 wide)."""
+    """How far random warps go. Angles in radians, lengths in normalised coordinates (the image is 2 wide)."""
 
     rotation: float = 0.30
     log_scale: float = 0.45
@@ -60,7 +60,7 @@ def random_tps(batch: int, limits: WarpRange, generator: torch.Generator, device
 
 
 def random_view(batch: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """`(B, 6)` random crops of up to a quarter, half of them mirrored: which part of the photograph is picture A."""
+    """`(B, 6)` random crops of up to a quarter, half of them mirrored: which part of the image is image A."""
     draw = _uniform(generator, batch, 4, device=device)
     scale = 0.9 + 0.15 * draw[:, 0]
     flip = torch.where(draw[:, 1] < 0, -1.0, 1.0)
@@ -101,7 +101,7 @@ class SyntheticPairs:
     """A batch of pairs with known transforms.
 
     Args:
-        source, target: `(B, 3, H, W)` pictures in [0, 1].
+        source, target: `(B, 3, H, W)` images in [0, 1].
         affine, tps: `(B, 6)` and `(B, 18)`: T_AB, target points to source points.
     """
 
@@ -112,7 +112,7 @@ class SyntheticPairs:
 
 
 def make_pairs(
-    photographs: Tensor,
+    images: Tensor,
     size: int,
     limits: WarpRange,
     generator: torch.Generator,
@@ -120,22 +120,22 @@ def make_pairs(
     background_swap: float = 0.5,
     change_colours: bool = True,
 ) -> SyntheticPairs:
-    """Makes pairs from single photographs `(B, 3, S, S)` in [0, 1].
+    """Makes pairs from single images `(B, 3, S, S)` in [0, 1].
 
-    A is a random view of the photograph and B is A warped by a known transform. What lies outside the photograph is
+    A is a random view of the image and B is A warped by a known transform. What lies outside the image is
     filled by reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft
-    ellipse around the middle of A is replaced by another photograph of the batch: in real pairs the background does
+    ellipse around the middle of A is replaced by another image of the batch: in real pairs the background does
     not match either. `change_colours=False` leaves out the photometric changes.
     """
-    batch, device = photographs.shape[0], photographs.device
+    batch, device = images.shape[0], images.device
     view = random_view(batch, generator, device)
     affine, tps = random_affine(batch, limits, generator, device), random_tps(batch, limits, generator, device)
-    source = warp(photographs, sampling_grid(view, size=(size, size)), padding_mode="reflection")
+    source = warp(images, sampling_grid(view, size=(size, size)), padding_mode="reflection")
     grid = sampling_grid(compose_affine(view, affine), tps, size=(size, size))
-    target = warp(photographs, grid, padding_mode="reflection")
+    target = warp(images, grid, padding_mode="reflection")
 
     other_view = random_view(batch, generator, device)
-    other = warp(photographs.roll(1, dims=0), sampling_grid(other_view, size=(size, size)), padding_mode="reflection")
+    other = warp(images.roll(1, dims=0), sampling_grid(other_view, size=(size, size)), padding_mode="reflection")
     ellipse = soft_ellipse(batch, size, generator, device)
     kept = warp(ellipse, sampling_grid(affine, tps, size=(size, size)))
     swap = (torch.rand(batch, 1, 1, 1, generator=generator).to(device) < background_swap).float()
@@ -150,7 +150,7 @@ def make_pairs(
 def clean_cutouts(masks: Tensor) -> Tensor:
     """Which masks `(N, H, W)` look like one whole object: `(N,)` bool.
 
-    Neither tiny nor nearly the whole picture, and not cut by the picture's frame on more than a tenth of it.
+    Neither tiny nor nearly the whole image, and not cut by the image's frame on more than a tenth of it.
     """
     area = masks.mean(dim=(1, 2))
     frame = torch.cat((masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]), dim=1).mean(dim=1)
@@ -158,30 +158,30 @@ def clean_cutouts(masks: Tensor) -> Tensor:
 
 
 def paste_on_others(
-    pictures: Tensor, masks: Tensor, share: float, generator: torch.Generator, *, group_size: int = 2
+    images: Tensor, masks: Tensor, share: float, generator: torch.Generator, *, group_size: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Cuts objects out by their masks and pastes them, moved and resized, onto photographs of other groups.
+    """Cuts objects out by their masks and pastes them, moved and resized, onto images of other groups.
 
     The result has exact masks, objects that are small or off centre, and, as distractors, the objects of the other
-    photographs. The members of a group get their backgrounds from different groups, so that the pasted object alone
+    images. The members of a group get their backgrounds from different groups, so that the pasted object alone
     is what they have in common.
 
     Args:
-        pictures: `(G * group_size, 3, H, W)` in [0, 1], the members of a group side by side.
+        images: `(G * group_size, 3, H, W)` in [0, 1], the members of a group side by side.
         masks: `(G * group_size, H, W)` in [0, 1].
         share: of the groups whose members are pasted (where the masks look clean, see [`clean_cutouts`]).
 
     Returns:
-        Pictures and masks of the same shapes. With too few groups for that they are what was given.
+        Images and masks of the same shapes. With too few groups for that they are what was given.
     """
-    count, device, size = len(pictures), pictures.device, tuple(pictures.shape[-2:])
+    count, device, size = len(images), images.device, tuple(images.shape[-2:])
     groups = count // group_size
     draw = _uniform(generator, count, 4, device=device)
     chosen = (torch.rand(groups, generator=generator).to(device) < share).repeat_interleave(group_size)
     if groups <= group_size or share <= 0:
-        return pictures, masks
+        return images, masks
     area = masks.mean(dim=(1, 2)).clamp(min=0.01)
-    # Objects end up covering from a fiftieth to a third of the picture, whatever they covered before.
+    # Objects end up covering from a fiftieth to a third of the image, whatever they covered before.
     wanted = (0.02 * (0.33 / 0.02) ** ((draw[:, 0] + 1) / 2)).clamp(max=0.95)
     zoom = (area / wanted).sqrt().clamp(0.6, 4.0)
     ys, xs = (torch.linspace(-1, 1, side, device=device) for side in size)
@@ -191,7 +191,7 @@ def paste_on_others(
     flip = torch.where(draw[:, 3] < 0, -1.0, 1.0)
     flip = flip.view(groups, group_size)[:, :1].expand(-1, group_size).reshape(-1)
     zero = torch.zeros_like(zoom)
-    # Backward warping: where a point of the new picture lies in the old one; the object's centre goes to `goal`.
+    # Backward warping: where a point of the new image lies in the old one; the object's centre goes to `goal`.
     goal_x, goal_y = draw[:, 1] * reach, draw[:, 2] * reach
     affine = torch.stack(
         (zoom * flip, zero, centre_x - zoom * flip * goal_x, zero, zoom, centre_y - zoom * goal_y), dim=1
@@ -199,10 +199,10 @@ def paste_on_others(
     grid = sampling_grid(affine, size=size)
     moved = warp(masks.unsqueeze(1), grid)
     soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # no razor-sharp seam
-    objects = warp(pictures, grid)
+    objects = warp(images, grid)
     member = torch.arange(count, device=device) % group_size
     own = torch.arange(count, device=device)
     others = (own + group_size * (member + 1)) % count
     use = (chosen & clean_cutouts(masks)).float().view(-1, 1, 1, 1)
-    pasted = soft * objects + (1 - soft) * pictures[others]
-    return use * pasted + (1 - use) * pictures, (use * moved).squeeze(1) + (1 - use.squeeze(1)) * masks
+    pasted = soft * objects + (1 - soft) * images[others]
+    return use * pasted + (1 - use) * images, (use * moved).squeeze(1) + (1 - use.squeeze(1)) * masks

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: good photographs, strange photographs, bad input, interruption, memory."""
+"""The command line as a person uses it: good images, strange images, bad input, interruption, memory."""
 
 import json
 import os
@@ -101,11 +101,11 @@ def test_match_writes_what_match_pair_finds(run):
     np.testing.assert_allclose(document["reverse"]["tps"], expected.tps[1], atol=1e-6)
 
     for name, mask in (("source_mask.png", expected.source_mask), ("target_mask.png", expected.target_mask)):
-        picture = outcome.picture(name)
+        picture = outcome.image(name)
         assert picture.dtype == np.uint8
         np.testing.assert_array_equal(picture, mask * 255)
-    assert outcome.picture("source_warped.png").shape == (expected.target.height, expected.target.width, 3)
-    assert outcome.picture("matches.png").ndim == 3
+    assert outcome.image("source_warped.png").shape == (expected.target.height, expected.target.width, 3)
+    assert outcome.image("matches.png").ndim == 3
 
 
 def test_match_again_gives_the_same_bytes(run, tmp_path):
@@ -201,7 +201,7 @@ def test_same_file_twice(run):
     assert document["quality"] == "good"
     moved = [np.subtract(match["source"], match["target"]) for match in document["matches"]]
     assert np.median(np.linalg.norm(moved, axis=1)) < 0.05 * 256
-    np.testing.assert_array_equal(outcome.picture("source_mask.png"), outcome.picture("target_mask.png"))
+    np.testing.assert_array_equal(outcome.image("source_mask.png"), outcome.image("target_mask.png"))
 
 
 def cheetah():
@@ -209,7 +209,7 @@ def cheetah():
 
 
 def save_rotated(path):
-    """A photograph taken with the camera on its side: stored lying, upright by its EXIF orientation 6."""
+    """An image taken with the camera on its side: stored lying, upright by its EXIF orientation 6."""
     exif = Image.Exif()
     exif[0x0112] = 6
     cheetah().resize((300, 200)).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
@@ -250,7 +250,7 @@ def test_strange_photographs_work(run, tmp_path, name):
     with Image.open(tmp_path / name) as photo:
         size = (300, 200) if name == "rotated.jpg" else photo.size
     assert (document["source"]["width"], document["source"]["height"]) == size
-    assert outcome.picture("source_mask.png").shape == size[::-1]
+    assert outcome.image("source_mask.png").shape == size[::-1]
     assert outcome.names() == sorted(MATCH_RESULTS)
 
 
@@ -267,7 +267,7 @@ def test_coordinates_are_those_of_the_upright_picture(run, tmp_path):
     assert len(expected["matches"]) > 10
     for key in ("matches", "points", "affine"):
         assert rotated.json("matches.json")[key] == expected[key]
-    np.testing.assert_array_equal(rotated.picture("source_mask.png"), upright.picture("source_mask.png"))
+    np.testing.assert_array_equal(rotated.image("source_mask.png"), upright.image("source_mask.png"))
 
 
 def save_huge(path):
@@ -279,7 +279,7 @@ BAD_PHOTOS = {
     "missing": (lambda path: None, "does not exist"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("no picture\n" * 100), "not a picture"),
+    "text": (lambda path: path.write_text("no image\n" * 100), "not an image"),
     "truncated JPEG": (lambda path: path.write_bytes(CHEETAH.read_bytes()[:5000]), "cut off"),
     "header only": (lambda path: path.write_bytes(CHEETAH.read_bytes()[:20]), "photo.jpg"),
     "one pixel": (lambda path: Image.new("RGB", (1, 1)).save(path), "1 x 1 pixels"),
@@ -333,10 +333,10 @@ def test_results_do_not_replace_the_photographs(run, tmp_path):
     for arguments in (("match", tmp_path / "source_mask.png"), ("segment", tmp_path / "a_mask.png")):
         outcome = run(arguments[0], tmp_path / "a.png", *arguments[1:], folder=tmp_path)
         assert outcome.code == 2
-        assert "would replace the photograph" in outcome.err
+        assert "would replace the image" in outcome.err
     outcome = run("segment", tmp_path, folder=tmp_path)
     assert outcome.code == 2
-    assert "is the folder of the photographs" in outcome.err
+    assert "is the folder of the images" in outcome.err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -412,7 +412,7 @@ def test_segment_writes_masks_cutouts_overview_and_summary(run):
     assert [entry["photo"] for entry in document["photos"]] == [str(CHEETAH), str(LION), str(RUNNER)]
     for entry in document["photos"]:
         photo = np.asarray(Image.open(entry["photo"]).convert("RGB"))
-        mask, cutout = outcome.picture(entry["mask"]), outcome.picture(entry["cutout"])
+        mask, cutout = outcome.image(entry["mask"]), outcome.image(entry["cutout"])
         assert (entry["height"], entry["width"]) == photo.shape[:2] == mask.shape
         assert set(np.unique(mask)) <= {0, 255}
         assert entry["object_share"] == pytest.approx((mask > 0).mean(), abs=1e-4)
@@ -435,13 +435,13 @@ def test_segment_does_not_depend_on_the_order(run, tmp_path):
 
 
 def test_segment_a_folder_with_everything_in_it(run, tmp_path):
-    folder = tmp_path / "my photos"
+    folder = tmp_path / "my images"
     (folder / "deeper").mkdir(parents=True)
     shutil.copy(CHEETAH, folder / "Größe 1.JPG")
     shutil.copy(LION, folder / "same.jpg")
     cheetah().resize((80, 60)).save(folder / "same.png")
-    (folder / "notes.txt").write_text("no photograph")
-    (folder / "._same.jpg").write_bytes(b"\0\5\26\7 what another system leaves beside a photograph")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._same.jpg").write_bytes(b"\0\5\26\7 what another system leaves beside an image")
     (folder / "broken.jpg").write_bytes(CHEETAH.read_bytes()[:4000])
     outcome = run("segment", folder)
     assert outcome.code == 0
@@ -454,7 +454,7 @@ def test_segment_a_folder_with_everything_in_it(run, tmp_path):
     assert skipped["photo"] == str(folder / "broken.jpg")
     assert "cut off" in skipped["reason"]
     assert {"Größe 1_mask.png", "same_mask.png", "same_2_mask.png"} <= set(outcome.names())
-    assert outcome.picture("same_2_mask.png").shape == (60, 80)
+    assert outcome.image("same_2_mask.png").shape == (60, 80)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["Größe 1.JPG", "same.jpg", "same.png", "notes.txt", "._same.jpg", "broken.jpg", "deeper"]
     )
@@ -483,8 +483,8 @@ def test_segment_counts_a_photograph_named_twice_once(run, tmp_path, monkeypatch
 def test_segment_shows_a_rotated_photograph_upright(run, tmp_path):
     save_rotated(tmp_path / "rotated.jpg")
     outcome = run("segment", tmp_path / "rotated.jpg", LION)
-    assert outcome.picture("rotated_mask.png").shape == (200, 300)
-    assert outcome.picture("rotated_cutout.png").shape == (200, 300, 4)
+    assert outcome.image("rotated_mask.png").shape == (200, 300)
+    assert outcome.image("rotated_cutout.png").shape == (200, 300, 4)
 
 
 @pytest.mark.parametrize("name", ["wide.png", "16-bit.png", "animated.gif", "plain.png", "tiny.png"])
@@ -499,10 +499,10 @@ def test_segment_too_few_photographs(run, tmp_path):
     assert_refused(run("segment", CHEETAH), "two or more")
     assert_refused(run("segment", tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "photos").mkdir()
-    assert_refused(run("segment", tmp_path / "photos"), "photos holds none")
+    assert_refused(run("segment", tmp_path / "photos"), "images holds none")
     shutil.copy(CHEETAH, tmp_path / "photos")
-    assert_refused(run("segment", tmp_path / "photos"), "photos holds 1")
-    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
+    assert_refused(run("segment", tmp_path / "photos"), "images holds 1")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     assert_refused(run("segment", tmp_path / "photos"), "1 can be read", "broken.jpg")
     assert_refused(run("segment", tmp_path / "photos", CHEETAH), "is a folder")
 
@@ -687,7 +687,7 @@ def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     done = len(summary["photos"])
     assert 1 <= done < 12
     assert len(summary["not_done"]) == 12 - done
-    assert f"interrupted; {done} of 12 photographs were cut out and kept" in err
+    assert f"interrupted; {done} of 12 images were cut out and kept" in err
     for entry in summary["photos"]:
         for kind in ("mask", "cutout"):
             with Image.open(output / entry[kind]) as picture:

@@ -86,7 +86,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def original(pictures):
-    """Random weights; the statistics are those of the pictures, or a random network would say the same of all."""
+    """Random weights; the statistics are those of the images, or a random network would say the same of all."""
     torch.manual_seed(3)
     network = TwoStageNetwork()
     identity = [torch.tensor([1.0, 0, 0, 0, 1, 0]), torch.tensor([-1.0] * 3 + [0] * 3 + [1] * 3 + [-1, 0, 1] * 3)]
@@ -214,7 +214,7 @@ def drop(state, *parts):
 
 
 def other_size(state):
-    """Pictures of 320x320: 20x20 channels."""
+    """Images of 320x320: 20x20 channels."""
     return {**state, "FeatureRegression.conv.0.weight": torch.zeros(128, 400, 7, 7)}
 
 
@@ -239,7 +239,7 @@ FAULTS = {
     ),
     "an unknown weight": (lambda s: {**s, "Surprise.weight": torch.zeros(1)}, r"no place .*Surprise\.weight"),
     "another network": (lambda s: {"layer1.weight": torch.zeros(3)}, r"no CNNGeometric.*layer1\.weight"),
-    "another image size": (other_size, r"pictures of 320x320 .*FeatureRegression\.linear\.weight would have 6400"),
+    "another image size": (other_size, r"images of 320x320 .*FeatureRegression\.linear\.weight would have 6400"),
     "no square": (
         lambda s: {**s, "FeatureRegression.conv.0.weight": torch.zeros(128, 226, 7, 7)},
         r"FeatureRegression\.conv\.0\.weight has the shape \(128, 226, 7, 7\)",

@@ -200,7 +200,7 @@ def photographs():
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 3), (torch.float16, 1)])
 def test_half_precision_finds_the_same_points(dtype, count):
-    """Points that half precision moves by more than 0.1 of the picture, PCK's usual threshold, are under 1 %.
+    """Points that half precision moves by more than 0.1 of the image, PCK's usual threshold, are under 1 %.
 
     A CPU takes some 15 s a pair in float16; benchmarks/half_precision.py measures PCK itself on many pairs.
     """

@@ -28,8 +28,8 @@ from macosnet_hf.datasets.schema import (
     flow_array,
     keypoint_array,
     make_record,
-    mask_from_picture,
-    open_picture,
+    mask_from_image,
+    open_image,
 )
 from macosnet_hf.errors import DataError, InputError
 
@@ -51,7 +51,7 @@ def test_pf_willow_from_the_list(tmp_path):
     assert first["source_id"] == "PF-dataset/car(G)/photo_000.png"
     np.testing.assert_allclose(keypoint_array(first, "source"), points(10, (48, 64), 0), atol=1e-4)
     np.testing.assert_allclose(keypoint_array(first, "target"), points(10, (52, 60), 1), atol=1e-4)
-    opened = open_picture(first["target_image"], "here")
+    opened = open_image(first["target_image"], "here")
     assert (opened.height, opened.width) == (52, 60)
     assert len({record["id"] for record in records}) == 6
 
@@ -96,7 +96,7 @@ def test_spair_boxes_difficulty_and_order_of_the_layout(tmp_path):
     assert record["target_box"] == [4.0, 8.0, 44.0, 28.0]
     assert record["difficulty"] == {"viewpoint": 2, "scale": 1, "truncation": 0, "occlusion": 3, "mirror": 0}
     assert record["keypoint_ids"] == [0, 1, 4, 7]
-    assert mask_from_picture(record["source_mask"], "here", (50, 60)).sum() == disc((50, 60)).sum()
+    assert mask_from_image(record["source_mask"], "here", (50, 60)).sum() == disc((50, 60)).sum()
     listing = root / "Layout" / "large" / "test.txt"
     listing.write_text("\n".join(reversed(listing.read_text().split())) + "\n")
     assert [record["id"][:6] for record in read("spair-71k", root)] == ["000002", "000001"]
@@ -118,11 +118,11 @@ def test_tss_has_both_directions_and_flow_on_the_targets_grid(tmp_path):
     records = read("tss", tss(tmp_path))
     assert [record["id"] for record in records][:2] == ["FG3DCar/car_01_02/1", "FG3DCar/car_01_02/2"]
     for record, size in zip(records, [(48, 64), (40, 80)] * 3, strict=True):
-        target = open_picture(record["target_image"], "here")
+        target = open_image(record["target_image"], "here")
         assert (target.height, target.width) == size
         # (height, width), not (width, height): the .flo header has it the other way round.
         assert flow_array(record).shape == (*size, 2)
-        assert mask_from_picture(record["target_mask"], "here", size).any()
+        assert mask_from_image(record["target_mask"], "here", size).any()
     assert [record["mirror_source"] for record in records] == [False] * 4 + [True] * 2
     assert records[0]["source_id"] == records[1]["target_id"]
 
@@ -138,7 +138,7 @@ def test_flow_layout_against_plain_bytes(tmp_path):
 def test_internet_has_pictures_without_an_object(tmp_path):
     records = read("internet", internet(tmp_path))
     assert [record["class_name"] for record in records] == ["Airplane"] * 3 + ["Car"] * 3 + ["Horse"] * 3
-    masks = [mask_from_picture(record["source_mask"], "here", (40, 56)) for record in records]
+    masks = [mask_from_image(record["source_mask"], "here", (40, 56)) for record in records]
     assert [bool(array.any()) for array in masks] == [True, True, False] * 3
     assert all(record["target_image"] is None for record in records)
 
@@ -179,7 +179,7 @@ def test_minus_one_padding_of_a_list_is_not_a_key_point(tmp_path):
 def test_masks_of_every_mode_mean_the_same(tmp_path, mode):
     truth = disc((30, 40), (12, 15), 8)
     mask(tmp_path / "m.png", truth, mode)
-    np.testing.assert_array_equal(mask_from_picture(tmp_path / "m.png", "here", (30, 40)), truth)
+    np.testing.assert_array_equal(mask_from_image(tmp_path / "m.png", "here", (30, 40)), truth)
 
 
 def test_a_dataset_decodes_and_has_the_declared_features(tmp_path):
@@ -224,8 +224,8 @@ CSV_FAULTS = {
     "unknown class": lambda line: ",".join([*line.split(",")[:2], "11", *line.split(",")[3:]]),
     "nan": lambda line: line.replace(line.split(",")[3].split(";")[0], "nan", 1),
     "infinite": lambda line: line.replace(line.split(",")[5].split(";")[0], "inf", 1),
-    "missing picture": lambda line: line.replace("photo_000", "photo_999", 1),
-    "no picture named": lambda line: "," + ",".join(line.split(",")[1:]),
+    "missing image": lambda line: line.replace("photo_000", "photo_999", 1),
+    "no image named": lambda line: "," + ",".join(line.split(",")[1:]),
 }
 
 
@@ -253,7 +253,7 @@ def overwrite(path, data):
 
 FOLDER_FAULTS = {
     "missing mask": ("coseg", coseg, lambda root: remove(root / "masks" / "Cat" / "p1.png")),
-    "missing picture": ("coseg", coseg, lambda root: remove(root / "images" / "Cat" / "p1.jpg").replace("jpg", "png")),
+    "missing image": ("coseg", coseg, lambda root: remove(root / "images" / "Cat" / "p1.jpg").replace("jpg", "png")),
     "missing ground truth": (
         "internet",
         internet,
@@ -302,7 +302,7 @@ def test_a_bad_file_is_named_or_counted(tmp_path, fault):
     after = read(benchmark, root, problems=problems)
     assert problems.messages
     assert all(name in message for message in problems.messages)
-    # A pair's flip file serves two records; a mask without its picture is a complaint about a record that never was.
+    # A pair's flip file serves two records; a mask without its image is a complaint about a record that never was.
     assert before - len(after) == len(problems.messages)
 
 
@@ -350,21 +350,21 @@ def test_a_header_alone_is_no_data_set(tmp_path):
 
 
 def test_a_damaged_or_wrongly_sized_mask_or_picture_is_named(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"row 7.*bad\.png"):
-        mask_from_picture(tmp_path / "bad.png", "row 7")
+        mask_from_image(tmp_path / "bad.png", "row 7")
     with pytest.raises(DataError, match=r"row 7.*bad\.png"):
-        open_picture({"path": str(tmp_path / "bad.png"), "bytes": None}, "row 7")
+        open_image({"path": str(tmp_path / "bad.png"), "bytes": None}, "row 7")
     mask(tmp_path / "m.png", disc((30, 40)))
     with pytest.raises(DataError, match="40x30"):
-        mask_from_picture(tmp_path / "m.png", "row 7", (40, 30))
+        mask_from_image(tmp_path / "m.png", "row 7", (40, 30))
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"source_keypoints": [[1.0, 2.0]], "target_keypoints": []}, "1 key-points"),
-        ({"source_keypoints": [[1.0, 2.0]]}, "one picture only"),
+        ({"source_keypoints": [[1.0, 2.0]], "target_keypoints": []}, "1 keypoints"),
+        ({"source_keypoints": [[1.0, 2.0]]}, "one image only"),
         ({"source_keypoints": [[1.0]], "target_keypoints": [[1.0, 2.0]]}, "two numbers"),
         ({"source_box": [5.0, 1.0, 5.0, 9.0]}, "no extent"),
         ({"flow": [0.0] * 5, "flow_size": [1, 2]}, "flow"),
@@ -411,13 +411,13 @@ def test_the_real_pf_willow_list_agrees_with_its_mat_files():
 
 @pytest.mark.skipif(not (SHARED_DATA / "tss-sample").is_dir(), reason="the TSS sample is not here")
 def test_the_real_flow_of_a_mirrored_pair_is_in_stored_coordinates():
-    """A pixel on the object must land on the other picture's object; after mirroring fewer do."""
+    """A pixel on the object must land on the other image's object; after mirroring fewer do."""
     mirrored = [record for record in read("tss", SHARED_DATA / "tss-sample") if record["mirror_source"]]
     assert len(mirrored) == 2
     for record in mirrored:
         flow = flow_array(record)
-        target = mask_from_picture(record["target_mask"], "target", flow.shape[:2])
-        source = mask_from_picture(record["source_mask"], "source")
+        target = mask_from_image(record["target_mask"], "target", flow.shape[:2])
+        source = mask_from_image(record["source_mask"], "source")
         valid = target & (np.abs(flow) < 1e9).all(-1)
         rows, columns = np.nonzero(valid)
         places = np.stack((columns, rows), -1) + flow[rows, columns]

@@ -12,7 +12,7 @@ from archives import coseg, internet, pf_pascal, pf_willow, spair, tss
 
 from macosnet_hf.datasets.prepare import is_prepared, open_records, prepare, push_to_hub
 from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array, mask_from_picture, open_picture
+from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array, mask_from_image, open_image
 from macosnet_hf.errors import DataError, InputError, OutputError
 
 ARCHIVES = {
@@ -131,7 +131,7 @@ def test_an_error_leaves_nothing_behind(tmp_path):
 def test_a_mask_of_another_size_is_refused(tmp_path):
     root = coseg(tmp_path / "in")
     (root / "masks" / "Cat" / "p1.png").write_bytes((root / "masks" / "Cat" / "p0.png").read_bytes())
-    with pytest.raises(DataError, match=r"p1\.png is 56x40 pixels, its picture 56x44"):
+    with pytest.raises(DataError, match=r"p1\.png is 56x40 pixels, its image 56x44"):
         prepare("coseg", root, tmp_path / "out")
 
 
@@ -152,7 +152,7 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
 
 
 def test_pictures_are_stored_once_a_row_group_and_without_folders(tmp_path):
-    root = pf_willow(tmp_path / "in", pictures=8, classes=("car(G)",))
+    root = pf_willow(tmp_path / "in", images=8, classes=("car(G)",))
     prepare("pf-willow", root, tmp_path / "out")
     files = sorted((tmp_path / "out" / "data").iterdir())
     assert [path.name for path in files] == ["test-00000-of-00001.parquet"]
@@ -162,14 +162,14 @@ def test_pictures_are_stored_once_a_row_group_and_without_folders(tmp_path):
     for index in range(group.num_columns):
         if group.column(index).path_in_schema.endswith("image.bytes"):
             in_columns += group.column(index).total_compressed_size
-    # 28 pairs hold 56 pictures; each column needs its own copy of the 8 (the source column of 7) and no more.
+    # 28 pairs hold 56 images; each column needs its own copy of the 8 (the source column of 7) and no more.
     assert in_columns < 2.1 * pictures
     assert str(tmp_path).encode() not in files[0].read_bytes()
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_shards_and_row_groups_are_bounded(tmp_path):
-    root = coseg(tmp_path / "in", pictures=6)
+    root = coseg(tmp_path / "in", images=6)
     assert prepare("coseg", root, tmp_path / "out", shard_bytes=1, row_group_bytes=1) == {"test": 12}
     names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
     assert names[0] == "test-00000-of-00012.parquet"
@@ -177,8 +177,8 @@ def test_shards_and_row_groups_are_bounded(tmp_path):
     records = list(open_records("coseg", tmp_path / "out")[0])
     assert len({record["id"] for record in records}) == 12
     for record in records:
-        opened = open_picture(record["source_image"], "here")
-        assert mask_from_picture(record["source_mask"], "here", (opened.height, opened.width)).any()
+        opened = open_image(record["source_image"], "here")
+        assert mask_from_image(record["source_mask"], "here", (opened.height, opened.width)).any()
 
 
 def test_the_card_names_licence_citation_and_splits(tmp_path):
@@ -228,7 +228,7 @@ def test_another_data_set_in_a_folder_of_the_same_name_is_not_taken_from_the_cac
     from datasets import load_dataset
 
     for number, classes in enumerate((("car(G)", "duck(S)"), ("car(G)",))):
-        archive = pf_willow(tmp_path / f"archive{number}", pictures=3, classes=classes)
+        archive = pf_willow(tmp_path / f"archive{number}", images=3, classes=classes)
         prepare("pf-willow", archive, tmp_path / str(number) / "prepared")
         loaded = load_dataset(str(tmp_path / str(number) / "prepared"), split="test")
         assert len(loaded) == 3 * len(classes)

@@ -52,12 +52,12 @@ def _without_cars(root: Path) -> None:
 
 
 EMPTY = {
-    "pf-willow": (archives.pf_willow, _without_mat_pictures, "no picture in the class 'duck(S)'", 3),
-    "internet": (archives.internet, _without_cars, "no picture of the class 'Car'", 6),
+    "pf-willow": (archives.pf_willow, _without_mat_pictures, "no image in the class 'duck(S)'", 3),
+    "internet": (archives.internet, _without_cars, "no image of the class 'Car'", 6),
     "internet-gone": (
         archives.internet,
         lambda root: shutil.rmtree(root / "Data" / "Car100"),
-        "no picture of the class 'Car'",
+        "no image of the class 'Car'",
         6,
     ),
     "tss": (
@@ -66,7 +66,7 @@ EMPTY = {
         "no pair in the group 'JODS'",
         4,
     ),
-    "coseg": (archives.coseg, lambda root: shutil.rmtree(root / "images" / "Cat"), "no picture of the class 'Cat'", 3),
+    "coseg": (archives.coseg, lambda root: shutil.rmtree(root / "images" / "Cat"), "no image of the class 'Cat'", 3),
 }
 
 
@@ -85,17 +85,17 @@ def test_an_empty_class_is_named_or_counted_in_every_archive(tmp_path, name):
 
 def test_pictures_where_none_is_looked_for_are_named(tmp_path):
     root = archives.coseg(tmp_path / "coseg")
-    archives.picture(root / "images" / "loose.jpg")
-    archives.picture(root / "images" / "Cat" / "more" / "photo.jpg")
+    archives.image(root / "images" / "loose.jpg")
+    archives.image(root / "images" / "Cat" / "more" / "photo.jpg")
     problems = Problems(skip=True)
     assert len(list(iter_records("coseg", root, problems=problems))) == 6
     assert len(problems.messages) == 2
-    assert "loose.jpg: this picture is in no class folder" in problems.messages[0]
+    assert "loose.jpg: this image is in no class folder" in problems.messages[0]
     assert "more: folders inside a class folder are not read" in problems.messages[1]
 
     internet = archives.internet(tmp_path / "internet")
     (internet / "Data" / "Car100" / "0001.jpg").unlink()
-    with pytest.raises(DataError, match=r"GroundTruth/0001\.png: this mask has no picture"):
+    with pytest.raises(DataError, match=r"GroundTruth/0001\.png: this mask has no image"):
         list(iter_records("internet", internet))
 
 
@@ -166,7 +166,7 @@ def test_one_list_cannot_become_two_splits(tmp_path):
         ("pf_willow", "spair-71k", "unknown class"),
         ("pf_pascal", "spair-71k", "annotated box|unknown class"),
         ("tss", "coseg", "this is a pair"),
-        ("coseg", "pairs", "this is a single picture"),
+        ("coseg", "pairs", "this is a single image"),
         ("coseg", "internet", "unknown class"),
     ],
 )
@@ -189,14 +189,14 @@ def test_spair_takes_no_box_of_key_points_for_an_annotated_one(tmp_path):
 
 def test_stored_predictions_of_another_picture_of_the_same_name_are_refused(tmp_path, capsys):
     first, second = archives.coseg(tmp_path / "first"), archives.coseg(tmp_path / "second")
-    archives.picture(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
+    archives.image(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
     arguments = ["--baseline", "identity", "--predictions", str(tmp_path / "stored")]
     assert main(["evaluate", "coseg", "--data", str(first), *arguments]) == 0
     prepare("coseg", first, tmp_path / "prepared")
     assert main(["evaluate", "coseg", "--data", str(tmp_path / "prepared"), *arguments]) == 0
     capsys.readouterr()
     assert main(["evaluate", "coseg", "--data", str(second), *arguments]) == 2
-    assert "'Cat/p1.jpg' was made for other pictures" in capsys.readouterr().err
+    assert "'Cat/p1.jpg' was made for other images" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_a_mask_that_is_a_bomb_ends_in_one_sentence(tmp_path):
 
 def test_any_cut_through_a_file_of_an_archive_ends_in_our_own_error(tmp_path):
     """Cuts and flipped bytes at seeded places: a `DataError`, or a file that can still be read; nothing else."""
-    root = archives.pf_willow(tmp_path / "willow", pictures=2, classes=("car(G)",))
+    root = archives.pf_willow(tmp_path / "willow", images=2, classes=("car(G)",))
     (root / "test_pairs.csv").unlink()
     path = root / "PF-dataset" / "car(G)" / "photo_000.mat"
     whole = path.read_bytes()

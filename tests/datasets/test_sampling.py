@@ -86,7 +86,7 @@ def test_augmenting_crops_first_and_then_mirrors():
 def test_what_cannot_be_sampled():
     with pytest.raises(DataError, match="owl"):
         GroupSampler(["cat", "cat", "owl"], 2)
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         GroupSampler([], 2)
     with pytest.raises(InputError, match="triplet"):
         GroupSampler(NAMES, 4)

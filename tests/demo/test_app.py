@@ -60,7 +60,7 @@ def client(address, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result():
-    """What the library says about the same two photographs."""
+    """What the library says about the same two photos."""
     return macosnet_hf.match_pair(CHEETAH, LION, checkpoint=macosnet_hf.DEFAULT_CHECKPOINT)
 
 
@@ -74,7 +74,7 @@ def segment(client: Client, photographs, **options) -> tuple:
 
 
 def difference(shown: str, expected: Image.Image) -> float:
-    """Mean absolute difference (0 to 255) between a picture of the page and the one it should be."""
+    """Mean absolute difference (0 to 255) between an image of the page and the one it should be."""
     with Image.open(shown) as picture:
         assert picture.size == expected.size
         return float(np.abs(np.asarray(picture.convert("RGB"), np.float64) - np.asarray(expected, np.float64)).mean())
@@ -101,7 +101,7 @@ def test_match_answers_what_the_library_computes(client, result):
     np.testing.assert_array_equal(as_mask(source_mask), result.source_mask)
     np.testing.assert_array_equal(as_mask(target_mask), result.target_mask)
     assert source_mask.endswith("source_mask.png")
-    # The pictures are compressed, hence close but not equal; another picture is far away.
+    # The images are compressed, hence close but not equal; another image is far away.
     assert difference(drawing, result.draw_matches()) < 8
     assert difference(warped, result.warped_source()) < 8
     assert difference(warped, result.target) > 16
@@ -159,7 +159,7 @@ def test_nothing_in_common_is_said_in_words(client):
 
 def test_the_same_photograph_twice_is_noticed(client):
     report, *_ = match(client, LION, LION)
-    assert "same photograph twice" in report["words"]
+    assert "same photo twice" in report["words"]
 
 
 # ---- /transfer_points ------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_points_travel_both_ways(client, result):
 
 
 def test_points_are_pixels_of_the_original(client, tmp_path):
-    """The same photograph at two sizes: a point finds itself, in the other's pixels."""
+    """The same photo at two sizes: a point finds itself, in the other's pixels."""
     large = save_large(LION, (1800, 1200), tmp_path / "large.jpg")
     report = match(client, large, LION)[0]
     point = np.array([[700.0, 400.0]])
@@ -187,7 +187,7 @@ def test_points_are_pixels_of_the_original(client, tmp_path):
 @pytest.mark.parametrize(
     ("points", "sentence"),
     [
-        ([[256, 5]], r"\(256, 5\) lies outside of the photograph, which is 256x256"),
+        ([[256, 5]], r"\(256, 5\) lies outside of the photo, which is 256x256"),
         ([[1, 2, 3]], "pairs of numbers"),
         ("12", "Points are a list"),
         ({"x": 1}, "Points are a list"),
@@ -223,7 +223,7 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
     large = save_large(LION, (1500, 1500), tmp_path / "lion.jpg")
     other = tmp_path / "other"
     other.mkdir()
-    twin = save_large(CHEETAH, (300, 200), other / "lion.jpg")  # another photograph of the same name
+    twin = save_large(CHEETAH, (300, 200), other / "lion.jpg")  # another photo of the same name
     report, sheet, average, archive = segment(client, [large, twin, app.CAT, TOWER])
     assert report["odd_ones_out"] == ["tower.jpg"]
     assert [photo["belongs"] for photo in report["photos"]] == [True, True, True, False]
@@ -250,7 +250,7 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 photographs; these are 31")]
+    ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 photos; these are 31")]
 )
 def test_too_few_or_too_many_photographs(client, tmp_path, count, sentence):
     paths = [save_large(LION, (20 + index, 20), tmp_path / f"{index}.jpg") for index in range(count)]
@@ -260,7 +260,7 @@ def test_too_few_or_too_many_photographs(client, tmp_path, count, sentence):
 
 def test_a_damaged_photograph_of_a_collection_is_named(client, tmp_path):
     (tmp_path / "letter.jpg").write_text("This is a letter. " * 20)
-    with pytest.raises(AppError, match=r"^'letter\.jpg' is not a picture"):
+    with pytest.raises(AppError, match=r"^'letter\.jpg' is not an image"):
         segment(client, [LION, tmp_path / "letter.jpg", CHEETAH])
 
 
@@ -281,7 +281,7 @@ def test_the_public_api_has_three_documented_end_points(client, address):
 
 
 def test_clients_at_the_same_time_get_their_own_results(address, tmp_path):
-    """Each has photographs of a size that nobody else has."""
+    """Each has photos of a size that nobody else has."""
 
     def work(number: int) -> None:
         client = Client(address, verbose=False, download_files=str(tmp_path / str(number)))
@@ -318,7 +318,7 @@ def one_pixel() -> bytes:
     ("content", "sentence"),
     [
         (lambda: b"", r"^Source: 'holiday\.jpg' is empty"),
-        (lambda: b"This is a letter, not a picture. " * 20, r"^Source: 'holiday\.jpg' is not a picture"),
+        (lambda: b"This is a letter, not an image. " * 20, r"^Source: 'holiday\.jpg' is not an image"),
         (lambda: Path(LION).read_bytes()[:4000], r"^Source: 'holiday\.jpg' is damaged"),
         (bomb, r"^Source: 'holiday\.jpg' has .*megapixels"),
         (one_pixel, r"^Source: 'holiday\.jpg' has only 1 x 1 pixels"),
@@ -338,7 +338,7 @@ def test_unusable_photograph_is_named_in_one_sentence(client, tmp_path, content,
 
 @pytest.mark.parametrize(("source", "target"), [(None, LION), (LION, None), (None, None)])
 def test_missing_photograph_is_asked_for(client, source, target):
-    with pytest.raises(AppError, match=r"^Choose two photographs first\.$"):
+    with pytest.raises(AppError, match=r"^Choose two photos first\.$"):
         match(client, source, target)
 
 
@@ -364,7 +364,7 @@ def raw_match(address: str, source: object) -> str:
     "path", [CHEETAH, str(ROOT / "docs" / "images" / "matches.png"), "/etc/hostname", "../../x.jpg"]
 )
 def test_files_of_the_server_cannot_be_named(address, path, meta):
-    """Pictures that would be matched if they could be read."""
+    """Images that would be matched if they could be read."""
     answer = raw_match(address, {"path": path, **meta})
     assert "event: error" in answer
     assert "event: complete" not in answer
@@ -535,7 +535,7 @@ assert found[0].result.matches
 
 @pytest.mark.parametrize("kind", ["drawing", "array", "masks", "slider", "gallery"])
 def test_a_picture_that_may_be_being_fetched_is_not_written_again(kind, tmp_path):
-    """Pictures are named after their content: two equal requests have one file."""
+    """Images are named after their content: two equal requests have one file."""
     picture = Image.open(LION).convert("RGB")
     mask = np.zeros((picture.height, picture.width))
     mask[:9] = 1

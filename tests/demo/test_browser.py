@@ -104,7 +104,7 @@ def test_a_stranger_sees_a_result_at_once(page, result):
     """The first example is there, matched, without a click."""
     assert f"{len(result.matches)} matching points" in page.locator("#verdict").inner_text()
     assert numbers(page) == (40, len(result.matches))
-    for label in ("Source: the object", "Target: the object", "Target | source bent onto it"):
+    for label in ("Source: the object", "Target: the object", "Target | source warped onto it"):
         assert page.get_by_text(label, exact=True).is_visible()
     page.locator("#warped").scroll_into_view_if_needed()
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
@@ -160,7 +160,7 @@ def test_other_edges_of_the_masks_need_no_network(page, matcher):
 
 
 def pin(page, number, side, size):
-    """Where a numbered point stands on a photograph of the given (width, height), in its pixels."""
+    """Where a numbered point stands on a photo of the given (width, height), in its pixels."""
     circle = page.locator(f"#viewer .pin circle[data-side='{side}']").nth(number)
     box = page.locator("#viewer image").nth(side)
     x, y, width, height = (float(box.get_attribute(name)) for name in ("x", "y", "width", "height"))
@@ -198,15 +198,15 @@ def test_an_example_runs_at_one_click(page):
 
 
 def letter(folder, name="letter & <i>.jpg"):
-    """Text under the name of a photograph."""
-    (folder / name).write_text("This is a letter, not a picture. " * 20)
+    """Text under the name of a photo."""
+    (folder / name).write_text("This is a letter, not an image. " * 20)
     return folder / name
 
 
 def test_a_wrong_file_is_said_at_once_and_the_place_is_free_again(page, tmp_path):
     clear(page, "source")
     page.locator("#source input[type=file]").set_input_files(str(letter(tmp_path)))
-    page.locator(".toast-body").get_by_text("' is not a picture in a format that can be read").wait_for()
+    page.locator(".toast-body").get_by_text("' is not an image in a format that can be read").wait_for()
     assert "'letter & i.jpg'" in page.locator(".toast-body").inner_text()  # gradio takes < and > out of names
     page.locator("#source img").wait_for(state="detached")
     choose(page, "source", Path(LION))
@@ -215,7 +215,7 @@ def test_a_wrong_file_is_said_at_once_and_the_place_is_free_again(page, tmp_path
 def test_no_old_result_stays_where_there_is_no_new_one(page):
     clear(page, "source")
     page.locator("#match").click()
-    page.locator(".toast-body").get_by_text("Choose two photographs first.").wait_for()
+    page.locator(".toast-body").get_by_text("Choose two photos first.").wait_for()
     page.locator("#viewer").wait_for(state="hidden")
     page.locator("#examples tbody tr").first.click()  # the server lives on
     page.locator("#viewer svg").wait_for(timeout=60_000)
@@ -230,10 +230,10 @@ def test_a_photograph_that_browsers_do_not_show_is_shown(page, tmp_path):
     page.locator("#source img[src*='scan.png']").wait_for()
     page.wait_for_function("document.querySelector('#source img').naturalWidth == " + str(width))
     page.locator("#match").click()
-    page.get_by_text("This is the same photograph twice").wait_for(timeout=60_000)
+    page.get_by_text("This is the same photo twice").wait_for(timeout=60_000)
 
 
-# What somebody does who copies a picture: one of the examples is on the clipboard afterwards.
+# What somebody does who copies an image: one of the examples is on the clipboard afterwards.
 COPY = """async (number) => {
   const image = new Image();
   image.src = document.querySelectorAll("#examples img")[number].src;
@@ -271,7 +271,7 @@ def test_pictures_are_pasted_one_after_the_other(clipboard_page):
     assert page.locator("#target img").get_attribute("src") == lion
     paste(page, TOWER_EXAMPLE, "target")
     page.locator("#match").click()
-    page.get_by_text("This is the same photograph twice").wait_for(timeout=60_000)
+    page.get_by_text("This is the same photo twice").wait_for(timeout=60_000)
     page.locator("#target").hover()  # whatever lies under the pointer
     tower = page.locator("#source img").get_attribute("src")
     paste(page, CAT_EXAMPLE, "target")
@@ -336,13 +336,13 @@ def open_collection(page):
 def test_collection_upload_run_and_zip(page, tmp_path):
     open_collection(page)  # the example is there at once
     assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
-    page.locator("#photographs button[aria-label='Clear']").click()
+    page.locator("#photos button[aria-label='Clear']").click()
     own = [
         save_large(photograph, (500, 400), tmp_path / f"own{number}.jpg")
         for number, photograph in enumerate((TOWER, LION, CHEETAH, app.CAT))
     ]
-    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in own])
-    page.locator("#photographs img[src*='own3.jpg']").wait_for()
+    page.locator("#photos input[type=file]").set_input_files([str(path) for path in own])
+    page.locator("#photos img[src*='own3.jpg']").wait_for()
     page.locator("#segment").click()
     page.get_by_text("own0.jpg does not seem to belong").wait_for(timeout=60_000)
     assert page.locator("#agreement .name").count() == 4
@@ -360,39 +360,39 @@ def test_collection_upload_run_and_zip(page, tmp_path):
 
 def test_wrong_files_of_a_collection_are_left_out_at_once(page, tmp_path):
     open_collection(page)
-    page.locator("#photographs button[aria-label='Clear']").click()
+    page.locator("#photos button[aria-label='Clear']").click()
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     files = [letter(tmp_path), CHEETAH, tmp_path / "dot.png", LION]
-    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in files])
+    page.locator("#photos input[type=file]").set_input_files([str(path) for path in files])
     page.locator(".toast-body").get_by_text("'dot.png' has only 1 x 1 pixels").wait_for()
-    assert "'letter & i.jpg' is not a picture" in page.locator(".toast-body").inner_text()
-    wait_until(page, lambda: page.locator("#photographs img").count() == 2)
+    assert "'letter & i.jpg' is not an image" in page.locator(".toast-body").inner_text()
+    wait_until(page, lambda: page.locator("#photos img").count() == 2)
 
 
 def test_who_comes_back_to_the_collection_finds_the_own_photographs(page, tmp_path):
     open_collection(page)
-    page.locator("#photographs button[aria-label='Clear']").click()
+    page.locator("#photos button[aria-label='Clear']").click()
     photographs = {"mine0.jpg": LION, "mine1.jpg": CHEETAH}
     own = [save_large(path, (300, 200), tmp_path / name) for name, path in photographs.items()]
-    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in own])
-    page.locator("#photographs img[src*='mine1.jpg']").wait_for()
+    page.locator("#photos input[type=file]").set_input_files([str(path) for path in own])
+    page.locator("#photos img[src*='mine1.jpg']").wait_for()
     page.get_by_role("tab", name="Pair").click()
     page.get_by_role("tab", name="Collection").click()
     page.wait_for_timeout(500)
     page.locator("#segment").click()
-    page.get_by_text("2 photographs are too few").wait_for(timeout=60_000)
+    page.get_by_text("2 photos are too few").wait_for(timeout=60_000)
     assert set(page.locator("#agreement .name").all_inner_texts()) == set(photographs)
 
 
 def start_long_run(page, matcher, tmp_path):
     open_collection(page)
-    page.locator("#photographs button[aria-label='Clear']").click()
+    page.locator("#photos button[aria-label='Clear']").click()
     paths = [
         save_large((LION, CHEETAH, TOWER)[number % 3], (600 + number, 400), tmp_path / f"{number}.jpg")
         for number in range(24)
     ]
-    page.locator("#photographs input[type=file]").set_input_files([str(path) for path in paths])
-    page.locator("#photographs img[src*='23.jpg']").wait_for()
+    page.locator("#photos input[type=file]").set_input_files([str(path) for path in paths])
+    page.locator("#photos img[src*='23.jpg']").wait_for()
     before = matcher.collections
     page.locator("#segment").click()
     wait_until(page, lambda: matcher.collections > before)

@@ -14,11 +14,11 @@ from macosnet_hf.collection import Collection
 from macosnet_hf.commands import evaluate as command
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import flow_array, keypoint_array, mask_from_picture, open_picture, picture_size
+from macosnet_hf.datasets.schema import flow_array, image_size, keypoint_array, mask_from_image, open_image
 from macosnet_hf.errors import DataError, InputError, OutputError
 from macosnet_hf.evaluation import metrics
 from macosnet_hf.evaluation.baselines import BASELINES, centre_ellipse, make_baseline
-from macosnet_hf.evaluation.predictors import EncodedPicture, ModelPredictor, PictureCache, Predictor, field_to_places
+from macosnet_hf.evaluation.predictors import EncodedImage, ImageCache, ModelPredictor, Predictor, field_to_places
 from macosnet_hf.evaluation.protocols import (
     PROTOCOLS,
     Options,
@@ -76,7 +76,7 @@ class Oracle(Predictor):
     def predict_pairs(self, records, *, direction, dense, masks):
         predictions = []
         for record in records:
-            sizes = [picture_size(record[f"{side}_image"], "here") for side in ("source", "target")]
+            sizes = [image_size(record[f"{side}_image"], "here") for side in ("source", "target")]
             prediction = {"sizes": np.asarray(sizes)}
             if direction:
                 arrives = "source" if direction == "target_to_source" else "target"
@@ -88,16 +88,16 @@ class Oracle(Predictor):
                 half = np.array([sizes[0][1] - 1, sizes[0][0] - 1]) / 2
                 prediction["field/oracle"] = places / half - 1
             if masks:
-                truth = mask_from_picture(record["target_mask"], "here")
+                truth = mask_from_image(record["target_mask"], "here")
                 prediction["mask/target"] = truth.astype(np.uint8) * 255
             predictions.append(prediction)
         return predictions
 
-    def predict_pictures(self, records, partners, *, batch_size, dense, collection=None):
+    def predict_images(self, records, partners, *, batch_size, dense, collection=None):
         predictions = []
         for record, others in zip(records, partners, strict=True):
-            truth = mask_from_picture(record["source_mask"], "here")
-            sizes = [picture_size(records[others[0]]["source_image"], "here"), truth.shape]
+            truth = mask_from_image(record["source_mask"], "here")
+            sizes = [image_size(records[others[0]]["source_image"], "here"), truth.shape]
             predictions.append(
                 {
                     "sizes": np.asarray(sizes),
@@ -136,7 +136,7 @@ def test_the_annotations_fed_back_score_exactly_one(tmp_path, benchmark):
 
 
 def test_mirrored_pairs_are_mirrored_and_mirrored_back(tmp_path):
-    """The pictures of the small TSS are the same up to size and, in PASCAL, a mirroring: the identity is the answer."""
+    """The images of the small TSS are the same up to size and, in PASCAL, a mirroring: the identity is the answer."""
     root = tss(tmp_path)
     records = list(iter_records("tss", root))
     result = evaluate(records, PROTOCOLS["tss"], make_baseline("identity"))
@@ -154,7 +154,7 @@ def test_a_mirrored_source_with_key_points(tmp_path):
     """Both directions of transfer, against coordinates mirrored by hand."""
     record = list(iter_records("tss", tss(tmp_path)))[-1]
     assert record["mirror_source"]
-    size_s, size_t = (picture_size(record[f"{side}_image"], "x") for side in ("source", "target"))
+    size_s, size_t = (image_size(record[f"{side}_image"], "x") for side in ("source", "target"))
     source = np.array([[3.0, 5.0], [40.0, 20.0]])
     record["source_keypoints"] = source.tolist()
     scale = np.array([(size_t[1] - 1) / (size_s[1] - 1), (size_t[0] - 1) / (size_s[0] - 1)])
@@ -178,7 +178,7 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
     for direction, start in (("target_to_source", 1), ("source_to_target", 0)):
         predictions = predictor.predict_pairs(records, direction=direction, dense=True, masks=True)
         for record, prediction in zip(records, predictions, strict=True):
-            pair = [open_picture(record[f"{side}_image"], "x") for side in ("source", "target")]
+            pair = [open_image(record[f"{side}_image"], "x") for side in ("source", "target")]
             sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
             with torch.no_grad():
                 inputs = processor([pair], return_tensors="pt")
@@ -201,10 +201,10 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
 def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor):
     model = small_model(MaCoSNetForKeypointMatching)
     records = [record for record in iter_records("coseg", coseg(tmp_path)) if record["class_name"] == "Cat"]
-    prediction = ModelPredictor(model, processor).predict_pictures(
+    prediction = ModelPredictor(model, processor).predict_images(
         records, [[2, 1], [0, 2], [1, 0]], batch_size=2, dense=True
     )[0]
-    pictures = [open_picture(record["source_image"], "x") for record in records]
+    pictures = [open_image(record["source_image"], "x") for record in records]
     with torch.no_grad():
         masks = [
             model(**processor([[pictures[0], pictures[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
@@ -215,16 +215,16 @@ def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor
 
 
 def test_masks_of_a_class_as_one_collection(tmp_path, processor):
-    """What `segment` gives for the same photographs, scored; other predictors and pair lists are refused."""
+    """What `segment` gives for the same images, scored; other predictors and pair lists are refused."""
     model = small_model(MaCoSNetForKeypointMatching)
     root = coseg(tmp_path)
     records = [record for record in iter_records("coseg", root) if record["class_name"] == "Cat"]
     predictor = ModelPredictor(model, processor)
-    predictions = predictor.predict_pictures(
+    predictions = predictor.predict_images(
         records, [[1, 2], [0, 2], [0, 1]], batch_size=2, dense=True, collection="grabcut"
     )
     collection = Collection(model, processor)
-    collection.add([open_picture(record["source_image"], "x") for record in records])
+    collection.add([open_image(record["source_image"], "x") for record in records])
     for key, refine in (("mask/target", "none"), ("refined/target", "grabcut")):
         expected = collection.segment(refine=refine).probabilities
         for prediction, probability in zip(predictions, expected, strict=True):
@@ -233,14 +233,14 @@ def test_masks_of_a_class_as_one_collection(tmp_path, processor):
 
     options = Options(masks="collection")
     scores = mask_scores(records[0], "source", predictions[0], options)
-    truth = mask_from_picture(records[0]["source_mask"], "here")
+    truth = mask_from_image(records[0]["source_mask"], "here")
     for name, key in (("before_refinement.", "mask/target"), ("", "refined/target")):
         hard = resize_probability(predictions[0][key], truth.shape) >= 0.5
         assert scores[f"{name}precision"] == (metrics.precision(hard, truth), 1)
     result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], predictor, options)
     assert "each class as one collection" in markdown_table(PROTOCOLS["coseg"], result.variants["local"], options, "m")
     with pytest.raises(InputError, match="single pairs only"):
-        make_baseline("centre-grabcut").predict_pictures(
+        make_baseline("centre-grabcut").predict_images(
             records, [[1], [0], [0]], batch_size=2, dense=False, collection="grabcut"
         )
     with pytest.raises(InputError, match="masks must be one of"):
@@ -255,7 +255,7 @@ def test_each_picture_is_encoded_once(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(
         model.macosnet, "get_image_features", lambda pixels: (calls.append(len(pixels)), encode(pixels))[1]
     )
-    root = pf_willow(tmp_path, pictures=5)
+    root = pf_willow(tmp_path, images=5)
     records, total = open_records("pf-willow", root)
     assert total == 20
     result = evaluate(records, PROTOCOLS["pf-willow"], predictor, Options(batch_size=3))
@@ -265,8 +265,8 @@ def test_each_picture_is_encoded_once(tmp_path, processor, monkeypatch):
 
 
 def test_the_cache_forgets_what_was_used_longest_ago():
-    cache = PictureCache(limit=3 * 1024)
-    entry = lambda: EncodedPicture((1, 1), pixel_values=torch.zeros(192))  # noqa: E731  (768 + 256 bytes)
+    cache = ImageCache(limit=3 * 1024)
+    entry = lambda: EncodedImage((1, 1), pixel_values=torch.zeros(192))  # noqa: E731  (768 + 256 bytes)
     for key in ("a", "b", "c", "a", "d", "a", "b"):
         cache.get(key, entry)
     assert cache.encoded == 5  # b was forgotten when d came, and made again
@@ -274,8 +274,8 @@ def test_the_cache_forgets_what_was_used_longest_ago():
 
 
 def test_memory_stays_bounded_over_a_long_stream(tmp_path, processor):
-    """Two thousand records of ever new pictures: neither the cache nor the sums grow with them."""
-    record = next(iter(iter_records("pf-willow", pf_willow(tmp_path, pictures=2))))
+    """Two thousand records of ever new images: neither the cache nor the sums grow with them."""
+    record = next(iter(iter_records("pf-willow", pf_willow(tmp_path, images=2))))
     predictor = make_baseline("identity")
     predictor.cache.limit = 20 * 256
 
@@ -289,7 +289,7 @@ def test_memory_stays_bounded_over_a_long_stream(tmp_path, processor):
     assert len(result.variants["identity"].sums) == 1
 
 
-# -- single pictures ---
+# -- single images ---
 
 
 def test_partners_are_seeded_different_and_never_oneself():
@@ -316,11 +316,11 @@ def test_groups_hold_one_class_are_bounded_and_never_single(order):
 
 
 def test_a_class_of_one_picture_cannot_be_co_segmented(tmp_path):
-    root = coseg(tmp_path, pictures=3)
+    root = coseg(tmp_path, images=3)
     for index in (1, 2):
         (root / "images" / "Cat" / f"p{index}.jpg").unlink()
         (root / "masks" / "Cat" / f"p{index}.png").unlink()
-    with pytest.raises(DataError, match=r"Cat/p0.*two pictures"):
+    with pytest.raises(DataError, match=r"Cat/p0.*two images"):
         evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], Oracle())
     problems = Problems(skip=True)
     result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], Oracle(), problems=problems)
@@ -336,10 +336,10 @@ def test_internet_leaves_pictures_without_object_out_of_j_only(tmp_path):
 
 
 def test_masks_are_scored_at_the_original_size(tmp_path):
-    """Half of a 41x57 picture: at the network's square size the share would be another."""
-    root = coseg(tmp_path, pictures=2, classes=("Cat",))
+    """Half of a 41x57 image: at the network's square size the share would be another."""
+    root = coseg(tmp_path, images=2, classes=("Cat",))
     for path in sorted((root / "images" / "Cat").iterdir()):
-        size = picture_size({"path": str(path), "bytes": None}, "x")
+        size = image_size({"path": str(path), "bytes": None}, "x")
         truth = np.zeros(size, bool)
         truth[: size[0] // 2] = True
         mask(root / "masks" / "Cat" / f"{path.stem}.png", truth)
@@ -361,7 +361,7 @@ def test_masks_are_scored_at_the_original_size(tmp_path):
 def test_grabcut_from_a_centred_ellipse_finds_a_plain_object(tmp_path):
     from PIL import Image
 
-    root = coseg(tmp_path, pictures=2, classes=("Cat",))
+    root = coseg(tmp_path, images=2, classes=("Cat",))
     for index in range(2):
         truth = disc((90, 120), (45, 60), 25)
         noise = np.random.default_rng(index).integers(0, 40, (90, 120, 3))
@@ -500,7 +500,7 @@ def test_a_damaged_picture_is_named_or_counted_never_ignored(tmp_path):
         run("pf-willow", "--data", root, "--baseline", "identity")
     report = run("pf-willow", "--data", root, "--baseline", "identity", "--skip-invalid", json_file=tmp_path / "r.json")
     assert report["samples"] == 4
-    assert report["left_out"]["count"] == 2  # the two pairs that the picture is in
+    assert report["left_out"]["count"] == 2  # the two pairs that the image is in
     assert all("photo_001.png" in message for message in report["left_out"]["messages"])
 
 
@@ -531,7 +531,7 @@ def test_key_points_without_extent_have_no_bbox(tmp_path):
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    root = pf_willow(tmp_path, pictures=2, classes=("car(G)",))
+    root = pf_willow(tmp_path, images=2, classes=("car(G)",))
     for path in root.rglob("*.png"):
         path.write_bytes(b"x")
     with pytest.raises(DataError, match="No sample"):
@@ -614,7 +614,7 @@ def test_predictions_of_another_model_configuration_benchmark_or_data_are_refuse
     (root / "test_pairs.csv").write_text(
         "\n".join([lines[0], lines[1].replace("car(G)/photo_001", "car(G)/photo_002")])
     )
-    with pytest.raises(InputError, match="other pictures or key-points"):
+    with pytest.raises(InputError, match="other images or keypoints"):
         run(*arguments, "--model", checkpoint)
 
 

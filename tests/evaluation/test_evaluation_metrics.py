@@ -12,7 +12,7 @@ from macosnet_hf.evaluation.protocols import resize_probability
 
 
 def test_pck_bbox_by_hand():
-    # The box of the key-points is 40 wide and 20 high, so the reference is 40 and alpha 0.1 allows 4 pixels.
+    # The box of the keypoints is 40 wide and 20 high, so the reference is 40 and alpha 0.1 allows 4 pixels.
     truth = np.array([[10, 10], [50, 30], [30, 20], [20, 15]], float)
     predicted = truth + np.array([[0, 0], [4, 0], [3, 3], [0, -4.001]])  # errors 0, 4 (on the edge), 4.24, 4.001
     found = metrics.keypoint_errors(predicted, truth, "bbox")
@@ -107,9 +107,9 @@ def test_numbers_without_end_are_never_right(protocol, value):
     """An annotation at infinity made the box endless, and with it every prediction right."""
     sound, every = np.array([[3.0, 4.0], [9.0, 7.0]]), np.ones(2, dtype=bool)
     odd = np.array([[3.0, 4.0], [9.0, value]])
-    with pytest.raises(DataError, match="A predicted key-point is not a finite number"):
+    with pytest.raises(DataError, match="A predicted keypoint is not a finite number"):
         metrics.keypoint_errors(odd, sound, protocol, size=(20, 30), valid=every)
-    with pytest.raises(DataError, match="An annotated key-point is not a finite number"):
+    with pytest.raises(DataError, match="An annotated keypoint is not a finite number"):
         metrics.keypoint_errors(sound, odd, protocol, size=(20, 30), valid=every)
     with pytest.raises(DataError, match="no extent, or no finite one"):
         metrics.keypoint_errors(sound, sound, "bbox", box=(0.0, 0.0, value, value))

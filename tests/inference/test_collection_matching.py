@@ -1,4 +1,4 @@
-"""Transforms of a whole collection: the same as pair by pair, one encoder pass a photograph, bad ones outvoted."""
+"""Transforms of a whole collection: the same as pair by pair, one encoder pass an image, bad ones outvoted."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_encoder_passes(network, photos):
     assert passes(network, lambda: match_collection(collection)) == 0
     assert passes(network, collection.segment) == 0
     assert passes(network, lambda: match_collection(collection, cascade="exact")) == len(photos) * (len(photos) - 1)
-    # A copy of what is there already costs nothing, a new photograph one pass.
+    # A copy of what is there already costs nothing, a new image one pass.
     assert passes(network, lambda: collection.add([photos[1].copy(), photos[0].rotate(90)])) == 1
     assert len(collection) == len(photos) + 2
     assert collection.keys[1] == collection.keys[len(photos)]
@@ -130,7 +130,7 @@ def test_a_mask_travels_with_its_points(collection):
     mask[10:25, 5:20] = 1
     bent = matches.transfer_mask(mask, 1)
     np.testing.assert_allclose(bent[1], mask, atol=1e-5)
-    # Slowly: the value at a place of photograph 3 is the mask's where T_13 sends that place.
+    # Slowly: the value at a place of image 3 is the mask's where T_13 sends that place.
     grid = make_grid(side, side).reshape(1, -1, 2)
     places = apply_cascade(grid, matches.affine[1:2, 3], matches.tps[1:2, 3])[0].numpy()
     columns, rows = (np.rint((places[:, axis] + 1) / 2 * (side - 1)).astype(int) for axis in (0, 1))
@@ -165,7 +165,7 @@ def test_graphs(collection):
 
 
 def consistent(collection, generator):
-    """Transforms that all agree: photograph i shows a common scene under an affine map of its own."""
+    """Transforms that all agree: image i shows a common scene under an affine map of its own."""
     count = len(collection)
     linear = torch.eye(2) + 0.15 * torch.randn(count, 2, 2, generator=generator)
     shift = 0.1 * torch.randn(count, 2, 1, generator=generator)
@@ -227,9 +227,9 @@ def test_bad_input(network, photos, collection):
         with pytest.raises(InputError, match="Points"):
             matches.transfer_points(points, 0)
     for number in (-1, len(photos)):
-        with pytest.raises(InputError, match="no photograph"):
+        with pytest.raises(InputError, match="no image"):
             matches.transfer_points([[1.0, 1.0]], number)
-        with pytest.raises(InputError, match="no photograph"):
+        with pytest.raises(InputError, match="no image"):
             matches.transfer_mask(np.ones((4, 4)), number)
     with pytest.raises(InputError, match="shape"):
         matches.transfer_mask(np.ones((4, 4, 3)), 0)

@@ -1,4 +1,4 @@
-"""`match_pair`: one call from two photographs to matches, masks, transferred points and the warped source."""
+"""`match_pair`: one call from two images to matches, masks, transferred points and the warped source."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
 from macosnet_hf.collection import Collection, refined_mask
 from macosnet_hf.geometry import apply_cascade, denormalize_points, identity_tps, normalize_points
-from macosnet_hf.inference.pair import _as_array, check_points, match_photos, object_agreement, quality_in_words
+from macosnet_hf.inference.pair import _as_array, check_points, match_images, object_agreement, quality_in_words
 
 
 @pytest.fixture(scope="module")
 def result(network):
-    # Neither picture is square, and they differ in size.
+    # Neither image is square, and they differ in size.
     source = load_image(CHEETAH).resize((301, 222))
     return match_pair(source, load_image(LION).resize((190, 257)), **network, refine="none")
 
@@ -88,7 +88,7 @@ def test_transferred_keypoints_are_the_matches(result):
 @pytest.mark.parametrize(
     ("points", "words"),
     [
-        ([[301, 5]], "outside of the photograph, which is 301x222"),
+        ([[301, 5]], "outside of the image, which is 301x222"),
         ([[-0.5, 5]], "outside"),
         ([[5, 5], [5, float("nan")]], "finite"),
         ([[5, 5, 5]], "pairs"),
@@ -110,7 +110,7 @@ def test_unknown_direction(result):
 
 
 def bilinear(picture, x, y):
-    """Value of a picture `(H, W, 3)` at a real place, black outside; plain arithmetic."""
+    """Value of an image `(H, W, 3)` at a real place, black outside; plain arithmetic."""
     height, width = picture.shape[:2]
     total = np.zeros(3)
     for row in (int(np.floor(y)), int(np.floor(y)) + 1):
@@ -122,7 +122,7 @@ def bilinear(picture, x, y):
 
 @pytest.mark.parametrize("size", [(190, 257), (1300, 1100), (2, 700)])
 def test_warped_source_shows_the_source_at_the_transferred_place(result, size):
-    """Against a slow reference, also where the picture takes more than one tile and more than 512 points a side."""
+    """Against a slow reference, also where the image takes more than one tile and more than 512 points a side."""
     large = _with_target_size(result, size)
     warped = np.asarray(large.warped_source(), dtype=float)
     assert warped.shape == (size[1], size[0], 3)
@@ -168,14 +168,14 @@ def test_every_kind_of_source_gives_the_same(network):
 
 def test_loaded_photographs_are_held_and_not_copied(network):
     photos = (load_image(CHEETAH), load_image(LION))
-    found = match_photos(photos, **network, refine="none")
+    found = match_images(photos, **network, refine="none")
     assert (found.source, found.target) == photos
     assert found.source is photos[0]
     whole = match_pair(*photos, **network, refine="none")
     np.testing.assert_array_equal(found.keypoints, whole.keypoints)
-    assert whole.source is not photos[0], "what a caller of match_pair does with a picture later is his business"
+    assert whole.source is not photos[0], "what a caller of match_pair does with an image later is his business"
     with pytest.raises(InputError, match="threshold"):
-        match_photos(photos, **network, threshold=2)
+        match_images(photos, **network, threshold=2)
 
 
 def test_swapping_the_photographs_swaps_everything(network):

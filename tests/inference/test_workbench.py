@@ -1,4 +1,4 @@
-"""What the demo computes, without a page: kept results, working copies, averages, files, the interactive picture."""
+"""What the demo computes, without a page: kept results, working copies, averages, files, the interactive image."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from real_photos import CHEETAH, LION, TOWER
 from macosnet_hf import ImageError, InputError, load_image, match_pair
 from macosnet_hf.collection import odd_ones_out
 from macosnet_hf.demo.result_store import KeptResults
-from macosnet_hf.demo.viewer import grid_document, object_grid, source_on_target, tint, viewer_lines, viewer_photos
+from macosnet_hf.demo.viewer import grid_document, object_grid, source_on_target, tint, viewer_images, viewer_lines
 from macosnet_hf.inference.average import aligned_average
 from macosnet_hf.inference.result_files import (
     match_files,
@@ -134,7 +134,7 @@ def test_a_mask_is_enlarged_in_place(large_lion):
 
 def test_errors_name_the_photograph_without_its_folder(tmp_path):
     (tmp_path / "letter.jpg").write_text("a letter " * 9)
-    with pytest.raises(ImageError, match=r"^'my letter' is not a picture"):
+    with pytest.raises(ImageError, match=r"^'my letter' is not an image"):
         open_working_copy(tmp_path / "letter.jpg", "my letter")
     gone = tmp_path / "gone.png"
     Image.new("RGB", (9, 9)).save(gone)
@@ -161,7 +161,7 @@ def test_what_browsers_do_not_show_becomes_a_png(tmp_path):
 
 def test_what_cannot_be_shown_is_said(tmp_path):
     (tmp_path / "letter.jpg").write_text("a letter " * 9)
-    with pytest.raises(ImageError, match=r"^'letter\.jpg' is not a picture"):
+    with pytest.raises(ImageError, match=r"^'letter\.jpg' is not an image"):
         for_browser(tmp_path / "letter.jpg", tmp_path)
     with Image.open(LION) as photo:
         photo.save(tmp_path / "cut.tif")
@@ -208,8 +208,8 @@ def test_refined_work_is_new_work(network):
     other = work.refined("otsu")
     assert (other.result.source_mask != work.result.source_mask).any()
     assert work.refine == "none"
-    assert not work.same_photograph
-    assert match_files(LION, LION, **network, refine="none").same_photograph
+    assert not work.same_image
+    assert match_files(LION, LION, **network, refine="none").same_image
 
 
 def test_points_of_originals_travel(work):
@@ -262,7 +262,7 @@ def test_files_to_take_home(work, tmp_path):
     assert set(np.load(tmp_path / "flow.npz")) == {"source_to_target", "target_to_source", "source_size", "target_size"}
 
 
-# ---- the interactive picture -----------------------------------------------------------------------------------------
+# ---- the interactive image -----------------------------------------------------------------------------------------
 
 
 def test_lines_are_the_matches_above_the_threshold(work):
@@ -288,7 +288,7 @@ def test_lines_are_the_matches_above_the_threshold(work):
 
 
 def test_photographs_travel_inside_the_page(work):
-    told = json.loads(viewer_photos("key", (work.result.source, work.result.target), ("a", "b")))
+    told = json.loads(viewer_images("key", (work.result.source, work.result.target), ("a", "b")))
     assert told["id"] == "key"
     assert [(side["w"], side["h"], side["name"]) for side in told["sides"]] == [(377, 600, "a"), (960, 720, "b")]
     assert all(side["src"].startswith("data:image/jpeg;base64,") for side in told["sides"])

@@ -25,7 +25,7 @@ def resident():
         return int(file.read().split()[1]) * 4096 / 1e6
 """
 
-# As after a photograph of 16 MB was freed once: the next one lies on the heap, under something small that stays.
+# As after an image of 16 MB was freed once: the next one lies on the heap, under something small that stays.
 LARGE = """
 libc.free(taken(16 << 20))
 before = resident()

@@ -218,11 +218,11 @@ def test_push_to_hub_of_model_and_processor(hub, checkpoint, tmp_path):
 def test_data_set_goes_up_and_comes_down(hub, prepared, tmp_path):
     done = macosnet(hub, tmp_path, "push", "dataset", prepared, "me/photos")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{hub.url}/datasets/me/photos"
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/datasets/me/images"
     code = """
         from datasets import load_dataset
         for streaming in (False, True):
-            rows = list(load_dataset("me/photos", split="train", streaming=streaming))
+            rows = list(load_dataset("me/images", split="train", streaming=streaming))
             print(len(rows), sorted({row["class_name"] for row in rows}))
     """
     assert python(hub, tmp_path, code).splitlines() == ["4 ['cat', 'dog']"] * 2

@@ -1,4 +1,4 @@
-"""`load_image` on every kind of picture that a person may hand over, and on everything that is none."""
+"""`load_image` on every kind of image that a person may hand over, and on everything that is none."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from macosnet_hf.io.image_files import image_size, load_image
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """A real photograph, not square: 160 x 109."""
+    """A real image, not square: 160 x 109."""
     with Image.open(PHOTOS / "cheetah.jpg") as image:
         return image.convert("RGB").resize((160, 109), Image.Resampling.LANCZOS)
 
@@ -31,7 +31,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def difference(first: Image.Image, second: Image.Image) -> float:
-    """Mean absolute difference of two pictures of the same size and mode."""
+    """Mean absolute difference of two images of the same size and mode."""
     assert first.mode == second.mode
     assert first.size == second.size
     return float(np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).mean())
@@ -48,13 +48,13 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where a picture comes from
+# Where an image comes from
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_source_gives_the_same_picture(photo, tmp_path):
     data = encoded(photo, "PNG")
-    path = tmp_path / "a photo with ümlauts.png"
+    path = tmp_path / "an image with ümlauts.png"
     path.write_bytes(data)
     with open(path, "rb") as file:
         sources = [str(path), path, data, bytearray(data), memoryview(data), file, io.BytesIO(data), photo]
@@ -237,7 +237,7 @@ def test_extreme_aspect():
 # Orientation
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What turns a stored picture upright, from the EXIF standard: orientation -> function on an array (H, W, 3).
+# What turns a stored image upright, from the EXIF standard: orientation -> function on an array (H, W, 3).
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -265,10 +265,10 @@ def test_exif_orientation_is_applied_once(photo, format, orientation):
     expected = Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](np.asarray(photo))))
     assert difference(loaded, expected) <= (6 if format == "JPEG" else 0)
     assert image_size(data) == (loaded.height, loaded.width)
-    assert difference(load_image(loaded), loaded) == 0, "an upright picture is not turned again"
+    assert difference(load_image(loaded), loaded) == 0, "an upright image is not turned again"
     assert difference(load_image(encoded(loaded, "PNG")), loaded) == 0, "nor is it when it was saved in between"
     with Image.open(io.BytesIO(data)) as lazy:
-        assert difference(load_image(lazy), loaded) == 0, "a picture that PIL has not decoded yet"
+        assert difference(load_image(lazy), loaded) == 0, "an image that PIL has not decoded yet"
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 77])
@@ -315,7 +315,7 @@ def test_the_limit_itself_is_allowed_and_pil_does_not_warn(photo):
 
 
 def test_a_file_that_unpacks_to_more_than_its_header_says():
-    """64 MB of zeros behind a header of 16 x 16: only the picture's own rows may be unpacked."""
+    """64 MB of zeros behind a header of 16 x 16: only the image's own rows may be unpacked."""
     data = png(16, 16, bytes(64 << 20))
     assert len(data) < 100_000
     assert load_image(data).size == (16, 16)
@@ -340,13 +340,13 @@ def test_reduced_decoding(photo):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is no picture
+# What is no image
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", ["missing", "folder", "empty", "text", "pdf", "heic", "eps", "loop", "null", "web"])
 def test_one_clear_sentence_that_names_the_file(tmp_path, make):
-    path, words = tmp_path / f"{make}.jpg", "not a picture"
+    path, words = tmp_path / f"{make}.jpg", "not an image"
     contents = {
         "text": b"Dear all, please find attached.",
         "pdf": b"%PDF-1.7\n" + bytes(100),

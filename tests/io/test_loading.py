@@ -143,11 +143,11 @@ DEEP_FAULTS = {
         r"another shape for macosnet\.affine_head\.linear\.weight:",
     ),
     "a weight is not finite": (lambda d: change_weights(d, break_numbers), "not finite"),
-    "another size of pictures": (
+    "another size of images": (
         lambda d: change(d / "preprocessor_config.json", size={"height": 64, "width": 96}),
         "96x64 pixels, but its model takes",
     ),
-    "pictures that no memory holds": (
+    "images that no memory holds": (
         lambda d: change(d / "preprocessor_config.json", size={"height": 100_000, "width": 100_000}),
         "100000x100000 pixels, but the model takes 240x240",
     ),

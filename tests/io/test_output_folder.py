@@ -109,7 +109,7 @@ def test_a_folder_without_permission(tmp_path):
 
 def test_results_never_replace_what_they_are_made_from(tmp_path, monkeypatch):
     photo = tmp_path / "a_mask.png"
-    photo.write_text("a photograph")
+    photo.write_text("an image")
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, ".", "", "link", tmp_path / "link" / ".." / tmp_path.name):

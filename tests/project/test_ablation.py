@@ -32,8 +32,8 @@ def ablation():
 def setting(tmp_path_factory):
     """Data, model and configuration; returns the words that every call takes."""
     root = tmp_path_factory.mktemp("ablation")
-    coseg(root / "data" / "voc2010-coseg", pictures=4, classes=("Car", "Cat"))
-    pf_willow(root / "data" / "pf-willow", pictures=3)
+    coseg(root / "data" / "voc2010-coseg", images=4, classes=("Car", "Cat"))
+    pf_willow(root / "data" / "pf-willow", images=3)
     save_small_checkpoint(root / "model")
     settings = ["per_device_train_batch_size: 2", "photo_size: 96", "prior_weight: 20.0", "lambda_task: 10.0"]
     # Rates that move the figures of a single step.

@@ -1,4 +1,4 @@
-"""What the embedded checkpoint must be able to do, on photographs of installed packages and on PF-WILLOW."""
+"""What the embedded checkpoint must be able to do, on images of installed packages and on PF-WILLOW."""
 
 import json
 from pathlib import Path
@@ -44,13 +44,13 @@ def test_cuts_out_the_animal_and_not_the_meadow():
     assert 0.02 < mask.mean() < 0.25
     border = np.concatenate((mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     assert border.mean() < 0.05
-    # The cheetah runs in the middle of the picture.
+    # The cheetah runs in the middle of the image.
     assert abs(rows.mean() / mask.shape[0] - 0.5) < 0.15
     assert abs(columns.mean() / mask.shape[1] - 0.5) < 0.2
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "pf-willow").is_dir(), reason="needs the PF-WILLOW photographs")
+@pytest.mark.skipif(not (SHARED / "pf-willow").is_dir(), reason="needs the PF-WILLOW images")
 def test_reaches_its_figure_on_pf_willow(tmp_path):
     file = tmp_path / "willow.json"
     assert main(["evaluate", "pf-willow", "--data", str(SHARED / "pf-willow"), "--json", str(file)]) == 0

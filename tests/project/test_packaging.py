@@ -50,7 +50,7 @@ def sdist(tmp_path_factory) -> Path:
             ROOT / folder, sources / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
     (sources / "runs").mkdir()
-    (sources / "runs" / "photo.jpg").write_bytes(b"not a photograph of ours")
+    (sources / "runs" / "photo.jpg").write_bytes(b"not an image of ours")
     built = call(
         sys.executable, "-c", "from setuptools import build_meta; print(build_meta.build_sdist('dist'))", cwd=sources
     )

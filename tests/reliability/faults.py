@@ -3,7 +3,7 @@
     python tests/reliability/faults.py [--moments 30] [--seed 0] [--only kill-prepare,disk] [--report figures.json]
 
 The commands are real and run in processes of their own, forked from this one after the imports, on tiny models and
-pictures. A kill is SIGKILL at a random moment of the time that the command takes. After it, what stands under the
+images. A kill is SIGKILL at a random moment of the time that the command takes. After it, what stands under the
 final names must be whole: nothing, the output from before, or the new one; and the same command started again must end
 as if it had never been interrupted, without leaving anything of the killed run. A full disk is a tmpfs of a size at
 which some writing fails (where mounting is not allowed: a limit on the size of files).
@@ -144,7 +144,7 @@ def refused_in_a_sentence(run: Run, code: int) -> str:
 
 @dataclass
 class Bench:
-    """A tiny model, pictures and archives, which every command reads and none changes.
+    """A tiny model, images and archives, which every command reads and none changes.
 
     Attributes:
         folder: for everything.
@@ -165,19 +165,19 @@ class Bench:
     def make(self) -> None:
         seeds.tiny_checkpoint(self.model)
         for number in range(8):
-            path = self.photos / ("cats" if number % 2 else "things") / f"{number}.png"
+            path = self.images / ("cats" if number % 2 else "things") / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            seeds.photograph(130, 120, number).save(path)
+            seeds.image(130, 120, number).save(path)
         (self.folder / "flat").mkdir()
         for number in range(5):
-            seeds.photograph(60, 48, number).save(self.folder / "flat" / f"{number}.png")
+            seeds.image(60, 48, number).save(self.folder / "flat" / f"{number}.png")
         for name, count in (("archive", 12), ("older", 5)):
             for kind in ("Bird", "Cat"):
                 for number in range(count):
                     for part in ("images", "masks"):
                         path = self.folder / name / part / kind / f"{number}.png"
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        picture = seeds.photograph(60, 48, number)
+                        picture = seeds.image(60, 48, number)
                         (picture if part == "images" else picture.convert("L")).save(path)
 
     @property
@@ -394,7 +394,7 @@ def _save_problem(out: Path, whole: dict[str, Any]) -> str:
 
 
 def _train(bench: Bench, out: Path, kind: str) -> Work:
-    words = ["--dataset_name", bench.photos, "--model_name_or_path", bench.model, "--output_dir", out / "trained"]
+    words = ["--dataset_name", bench.images, "--model_name_or_path", bench.model, "--output_dir", out / "trained"]
     words += ["--per_device_train_batch_size", 2, "--photo_size", 96, "--num_warmup_steps", 0, "--logging_steps", 1]
     words += ["--max_train_steps", 6, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
     if kind == "old":

@@ -55,9 +55,9 @@ class Kind:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _picture(files: list[bytes], mutation: mutations.Mutation) -> Kind:
+def _image(files: list[bytes], mutation: mutations.Mutation) -> Kind:
     """Through `load_image`, `image_size` and `mask_from_picture`, from memory and from a file."""
-    from macosnet_hf.datasets.schema import mask_from_picture
+    from macosnet_hf.datasets.schema import mask_from_image
     from macosnet_hf.io.image_files import image_size, load_image
 
     def place(rng: random.Random, folder: Path) -> Read:
@@ -71,7 +71,7 @@ def _picture(files: list[bytes], mutation: mutations.Mutation) -> Kind:
         if way == 2:
             return lambda: image_size(data)
         if way == 3:
-            return lambda: mask_from_picture({"bytes": data, "path": None}, "here")
+            return lambda: mask_from_image({"bytes": data, "path": None}, "here")
         return lambda: load_image(data)
 
     return Kind(4.0, place)
@@ -290,7 +290,7 @@ def _requests(scratch: Path) -> Kind:
     folder = scratch / "photographs"
     folder.mkdir(exist_ok=True)
     for number in (0, 1):
-        seeds.photograph(50, 40, number).save(folder / f"{number}.png")
+        seeds.image(50, 40, number).save(folder / f"{number}.png")
     model, processor = load_model_and_processor(_tiny(scratch), "cpu")
     paths = [str(folder / f"{number}.png") for number in (0, 1)]
     work = match_files(*paths, model=model, processor=processor, refine="none")
@@ -317,12 +317,12 @@ def _pipelines(scratch: Path) -> Kind:
     model, processor = load_model_and_processor(_tiny(scratch), "cpu")
     matcher = MaCoSNetKeypointMatchingPipeline(model=model, image_processor=processor)
     segmenter = MaCoSNetCosegmentationPipeline(model=model, image_processor=processor)
-    files = [file for kind in seeds.pictures().values() for file in kind]
+    files = [file for kind in seeds.images().values() for file in kind]
 
     def thing(rng: random.Random, folder: Path) -> Any:
         kind = rng.randrange(8)
         if kind < 3:
-            return seeds.photograph(rng.randrange(1, 60), rng.randrange(1, 60), kind)
+            return seeds.image(rng.randrange(1, 60), rng.randrange(1, 60), kind)
         if kind < 6:
             path = folder / f"{kind}.png"
             path.write_bytes(mutations.damage_bytes(rng.choice(files), rng))
@@ -357,8 +357,8 @@ def kinds(scratch: Path) -> dict[str, Kind]:
     text, whole_json = mutations.damage_text, mutations.damage_json
     mats = [seeds.mat(), seeds.mat(True), seeds.mat(pts_more={"a": [1, 2]}, name="text"), seeds.mat(True, flag=True)]
     found = {
-        name: _picture(files, mutations.damage_png if name == "png" else mutations.damage_bytes)
-        for name, files in seeds.pictures().items()
+        name: _image(files, mutations.damage_png if name == "png" else mutations.damage_bytes)
+        for name, files in seeds.images().items()
     }
     tss = "TSS_CVPR2016/JODS/pair/"
     found |= {

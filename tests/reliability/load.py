@@ -2,7 +2,7 @@
 
     python tests/reliability/load.py [--clients 50] [--seconds 300]
 
-A real server process, clients of gradio_client in threads. Each client has photographs of sizes and names that nobody
+A real server process, clients of gradio_client in threads. Each client has images of sizes and names that nobody
 else has, and asks once while it is quiet; under load every answer must be that one again, to the last digit and pixel.
 Between good requests it sends what nobody should send (damaged, empty and oversized files, unknown keys and options,
 too many points), each of which must end in its own sentence, and walks away in the middle of a request. Every tenth
@@ -57,12 +57,12 @@ def picture_hash(path: str) -> str:
 
 
 def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that are no photographs, and what has to be said of each."""
+    """Files that are no images, and what has to be said of each."""
     stream = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(stream, "PNG")  # 200 megapixels in some kilobytes
     contents = {
         "empty": (b"", "is empty"),
-        "letter": (b"This is a letter, not a picture. " * 20, "is not a picture"),
+        "letter": (b"This is a letter, not an image. " * 20, "is not an image"),
         "torn": (Path(PHOTOGRAPHS[1]).read_bytes()[:4000], "is damaged"),
         "bomb": (stream.getvalue(), "megapixels"),
     }
@@ -75,10 +75,10 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 class Visitor:
-    """One client with photographs of its own.
+    """One client with images of its own.
 
     Args:
-        number: no two visitors have the same, nor photographs of the same size.
+        number: no two visitors have the same, nor images of the same size.
     """
 
     def __init__(self, address: str, number: int, folder: Path, damaged: dict[str, tuple[Path, str]]) -> None:
@@ -98,7 +98,7 @@ class Visitor:
 
     def ask_pair(self) -> Any:
         report, _, mask, other_mask, _ = match(self.client, self.own, self.other)
-        # The last pixel: outside of the photographs of all visitors before this one.
+        # The last pixel: outside of the images of all visitors before this one.
         corner = [[self.size[0] - 1, self.size[1] - 1]]
         moved = self.client.predict(report.pop("result"), corner, api_name="/transfer_points")
         sizes = [(report[role]["width"], report[role]["height"]) for role in ("source", "target")]
@@ -123,7 +123,7 @@ class Visitor:
                 (lambda path=path: match(self.client, path, self.own), rf"^Source: '{path.name}' .*{sentence}")
                 for path, sentence in self.damaged.values()
             ),
-            (lambda: match(self.client, self.own, None), r"^Choose two photographs first\.$"),
+            (lambda: match(self.client, self.own, None), r"^Choose two images first\.$"),
             (lambda: match(self.client, self.own, self.other, refine="magic"), "magic"),
             (
                 lambda: self.client.predict("no such key", [[1, 1]], api_name="/transfer_points"),

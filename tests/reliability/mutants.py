@@ -101,7 +101,7 @@ MUTANTS = (
         **GEOMETRY,
     ),
     Mutant(
-        "pictures sampled with other corners",
+        "images sampled with other corners",
         "geometry.py",
         "mode=mode, padding_mode=padding_mode, align_corners=True",
         "mode=mode, padding_mode=padding_mode, align_corners=False",
@@ -171,14 +171,14 @@ MUTANTS = (
         **METRICS,
     ),
     Mutant(
-        "errors of key-points along x alone",
+        "errors of keypoints along x alone",
         "evaluation/metrics.py",
         "        return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), length)",
         "        return KeypointErrors(np.abs(difference[:, 0]), length)",
         **METRICS,
     ),
     Mutant(
-        "annotated key-points at infinity",
+        "annotated keypoints at infinity",
         "evaluation/metrics.py",
         "    if not np.isfinite(truth).all():\n",
         "    if False:\n",
@@ -270,7 +270,7 @@ MUTANTS = (
         tests=("tests/test_mutual_fit.py",),
     ),
     Mutant(
-        "product of two photographs not turned for the second",
+        "product of two images not turned for the second",
         "agreement.py",
         "product = product.t()",
         "product = product.clone()",
@@ -284,10 +284,10 @@ MUTANTS = (
         tests=("tests/test_collection.py",),
     ),
     Mutant(
-        "photographs cut by the height for the width",
+        "images cut by the height for the width",
         "collection.py",
-        "round(value * photo.width / side)",
-        "round(value * photo.height / side)",
+        "round(value * image.width / side)",
+        "round(value * image.height / side)",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
@@ -305,21 +305,21 @@ MUTANTS = (
         tests=("tests/test_losses.py",),
     ),
     Mutant(
-        "groups that hold a picture twice",
+        "groups that hold an image twice",
         "datasets/sampling.py",
         "generator.choice(self._members[name], size=self.group_size, replace=False)",
         "generator.choice(self._members[name], size=self.group_size, replace=True)",
         tests=("tests/test_sampling.py",),
     ),
     Mutant(
-        "pictures on their side taken for upright",
+        "images on their side taken for upright",
         "image_io.py",
         "exif_orientation(image) >= 5",
         "exif_orientation(image) > 8",
         tests=("tests/test_image_io.py",),
     ),
     Mutant(
-        "a picture's size looked at after it was decoded",
+        "an image's size looked at after it was decoded",
         "image_io.py",
         "    if width * height > max_pixels:\n",
         "    if width > max_pixels:\n",

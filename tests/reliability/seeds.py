@@ -25,7 +25,7 @@ def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pictures() -> dict[str, list[bytes]]:
-    """Files of each picture format, in the modes and encodings that the format has."""
+    """Files of each image format, in the modes and encodings that the format has."""
     photo = photograph()
     grey, palette, clear = photo.convert("L"), photo.convert("P"), photo.convert("RGBA")
     clear.putalpha(grey)
@@ -74,7 +74,7 @@ def pictures() -> dict[str, list[bytes]]:
             _encoded(clear, "BMP"),
             _rle_bmp(),
         ],
-        "other pictures": [
+        "other images": [
             _encoded(photo, "PPM"),
             _encoded(grey, "PPM"),
             b"P3 3 2 255\n" + b"9 8 7 " * 6,
@@ -86,7 +86,7 @@ def pictures() -> dict[str, list[bytes]]:
     for kind in ("AVIF", "JPEG2000"):
         if kind in Image.SAVE or (Image.init() and kind in Image.SAVE):
             try:
-                found["other pictures"].append(_encoded(photo, kind))
+                found["other images"].append(_encoded(photo, kind))
             except OSError:  # PIL was built without this codec
                 continue
     return found
@@ -145,7 +145,7 @@ def flow() -> bytes:
 
 
 def mat(compressed: bool = False, **others: Any) -> bytes:
-    """Key-points as in PF-WILLOW."""
+    """Keypoints as in PF-WILLOW."""
     from scipy.io import savemat
 
     stream = io.BytesIO()
@@ -154,14 +154,14 @@ def mat(compressed: bool = False, **others: Any) -> bytes:
 
 
 def pair_archive(folder: Path) -> None:
-    """Two pictures `p/a.png` and `p/b.png`."""
+    """Two images `p/a.png` and `p/b.png`."""
     (folder / "p").mkdir(parents=True)
     for number, name in enumerate("ab"):
         photograph(seed=number).save(folder / "p" / f"{name}.png")
 
 
 def willow_archive(folder: Path) -> None:
-    """PF-WILLOW without a list: one class of two pictures with key-points."""
+    """PF-WILLOW without a list: one class of two images with keypoints."""
     where = folder / "PF-dataset" / "car(G)"
     where.mkdir(parents=True)
     for number, name in enumerate("ab"):

@@ -24,7 +24,7 @@ PHOTOGRAPHS = [get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "cheetah
 
 
 def enlarge(source: str, size: tuple[int, int], target: Path) -> Path:
-    """A copy of a photograph in another size (width, height)."""
+    """A copy of an image in another size (width, height)."""
     with Image.open(source) as photo:
         photo.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, quality=90)
     return target

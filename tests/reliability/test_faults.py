@@ -249,8 +249,8 @@ prepare.prepare("coseg", sys.argv[1], sys.argv[2], overwrite=True, shard_bytes=1
 def test_an_older_prepared_set_is_never_there_in_part(tmp_path, moment):
     """It was removed shard by shard under its own name: after a kill, `datasets` loaded what was left of it."""
     out = tmp_path / "out"
-    prepare("coseg", coseg(tmp_path / "old", pictures=5), out, shard_bytes=1, row_group_bytes=1)
-    new = coseg(tmp_path / "new", pictures=3)
+    prepare("coseg", coseg(tmp_path / "old", images=5), out, shard_bytes=1, row_group_bytes=1)
+    new = coseg(tmp_path / "new", images=3)
     command = [sys.executable, "-c", KILLED_WHILE_REPLACING, str(new), str(out), str(moment)]
     assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
     if is_prepared(out):

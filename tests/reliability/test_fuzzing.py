@@ -24,7 +24,7 @@ from training_runs import environment
 from macosnet_hf import DataError, ImageError, InputError, MaCoSNetError, load_image
 from macosnet_hf.datasets.mat import read_matrix
 from macosnet_hf.datasets.readers import Problems, iter_records, read_flow
-from macosnet_hf.datasets.schema import mask_from_picture
+from macosnet_hf.datasets.schema import mask_from_image
 from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
 from macosnet_hf.inference.pair import check_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
@@ -231,11 +231,11 @@ def test_a_damaged_matlab_file_cannot_crash_the_process(tmp_path):
         except ValueError:
             refused += 1
     assert 700 < refused < 1500
-    root = pf_willow(tmp_path, pictures=2, classes=("car(G)",))
+    root = pf_willow(tmp_path, images=2, classes=("car(G)",))
     (root / "test_pairs.csv").unlink()
     (root / "PF-dataset" / "car(G)" / "photo_000.mat").write_bytes(sound[:-9])
     with pytest.raises(
-        DataError, match=r"photo_000\.mat: the key-points \(pts_coord\) cannot be read \(it is cut off\)"
+        DataError, match=r"photo_000\.mat: the keypoints \(pts_coord\) cannot be read \(it is cut off\)"
     ):
         list(iter_records("pf-willow", root))
 
@@ -329,7 +329,7 @@ def test_damaged_photographs_for_pipelines_and_processor(pipelines, tmp_path):
     stream = io.BytesIO()
     sound.save(stream, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:400])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     Image.new("1", (10_001, 10_000)).save(tmp_path / "huge.png")
     lazy = Image.open(io.BytesIO(stream.getvalue()[:-100]))
     for bad in (*(str(tmp_path / name) for name in ("cut.jpg", "text.jpg", "huge.png", "none.jpg")), lazy):
@@ -347,7 +347,7 @@ def test_masks_are_read_with_the_care_of_photographs(tmp_path):
     assert Image.open(tmp_path / "mask.png").format == "EPS"
     for name in ("huge.png", "mask.png"):
         with pytest.raises(DataError, match=rf"here: .*{name} cannot be read as a mask") as caught:
-            mask_from_picture({"path": str(tmp_path / name), "bytes": None}, "here")
+            mask_from_image({"path": str(tmp_path / name), "bytes": None}, "here")
         assert isinstance(caught.value.__cause__, ImageError)
 
 

@@ -47,7 +47,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_mutant_is_made_in_the_copy_noticed_by_its_tests_and_gone_afterwards(tmp_path):
-    mutant = BY_NAME["errors of key-points along x alone"]
+    mutant = BY_NAME["errors of keypoints along x alone"]
     file = Path("macosnet_hf") / mutant.module
     sound = (ROOT / file).read_bytes()
     done = subprocess.run(

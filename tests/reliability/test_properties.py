@@ -44,7 +44,7 @@ def examples(count: int) -> settings:
 seeds = st.integers(0, 2**31 - 1)
 sides = st.integers(1, 9)
 regularizations = st.sampled_from([0.0, 1e-3, 0.1, 10.0])
-# From hardly bent to folded several times over.
+# From hardly warped to folded several times over.
 spreads = st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0])
 
 
@@ -75,7 +75,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mirrors and transposition: what they do to points, pictures and transforms
+# Mirrors and transposition: what they do to points, images and transforms
 # ---------------------------------------------------------------------------------------------------------------------
 
 # As 2x2 matrices on (x, y). Each is its own inverse, so that T becomes S T S in mirrored coordinates.
@@ -244,7 +244,7 @@ def test_the_identity_warps_a_picture_on_to_itself(seed, height, width, mode, sp
 @examples(40)
 @given(seeds, st.integers(2, 9), st.integers(2, 9), st.sampled_from([0.01, 0.05, 0.1]))
 def test_warping_twice_is_warping_once_through_the_composition(seed, height, width, spread):
-    """Exact for a ramp, which bilinear sampling reproduces, as long as nothing leaves the picture."""
+    """Exact for a ramp, which bilinear sampling reproduces, as long as nothing leaves the image."""
     ramp = geometry.make_grid(height, width, dtype=torch.float64).permute(2, 0, 1).expand(2, -1, -1, -1)
     shrink = torch.tensor([0.5, 1, 1, 1, 0.5, 1], dtype=torch.float64)
     outer, inner = (shrink * random_affine(2, seed + k, spread) for k in (0, 1))
@@ -432,7 +432,7 @@ def test_losses_do_not_know_which_view_is_called_the_first(name, seed, mask, ord
 @examples(20)
 @given(seeds, st.sampled_from(MASKS), st.sampled_from(["random", "folded"]), symmetries)
 def test_losses_are_the_same_in_a_mirror(name, seed, mask, transform, symmetry):
-    """All pictures mirrored or transposed, with everything that is known about them."""
+    """All images mirrored or transposed, with everything that is known about them."""
     outputs = drawn_outputs(3, mask, 3.0, transform, seed)
     # A fold throws points far out, where a cycle carries them on in powers: what is compared is the rounding of that.
     assert_close(values_of(name, on_outputs(symmetry, outputs)), values_of(name, outputs), 1e-7)
@@ -521,7 +521,7 @@ def checkpoint():
 
 
 def test_the_checkpoint_s_points_and_masks_do_not_depend_on_batch_order_layout_or_threads(checkpoint):
-    """On real photographs, in the units of a user: hundredths of a pixel, and thousandths of a probability."""
+    """On real images, in the units of a user: hundredths of a pixel, and thousandths of a probability."""
     model, processor = checkpoint
     first, second, third = photographs()
     pairs = [[first, second], [second, third], [third, first]]
@@ -684,7 +684,7 @@ def test_transferred_labels_stay_in_range_and_the_identity_transfers_everything(
     assert 0 <= accuracy <= 1
     assert overlap is None or 0 <= overlap <= 1
     assert (metrics.transfer_mask(source, own_places(height, width)) == source).all()
-    # The same question about transposed pictures has the same answer.
+    # The same question about transposed images has the same answer.
     flipped = metrics.label_transfer(source.T, target.T, places.transpose(1, 0, 2)[..., ::-1])
     assert flipped == (accuracy, overlap)
 
@@ -717,7 +717,7 @@ sample = st.tuples(st.sampled_from("abc"), st.fixed_dictionaries(dict.fromkeys(M
 def tally_of(samples) -> Tally:
     tally = Tally()
     for class_name, scores in samples:
-        # Jaccard is undefined for some samples, as for a picture without an object.
+        # Jaccard is undefined for some samples, as for an image without an object.
         tally.add(class_name, {k: (v / 8, 1.0) for k, v in scores.items() if k != "jaccard" or v > 2})
     return tally
 

@@ -32,7 +32,7 @@ from macosnet_hf.commands.main import main
 from macosnet_hf.conversion.published import read_state_dict
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import mask_from_picture
+from macosnet_hf.datasets.schema import mask_from_image
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.io.image_files import image_size, load_image
 from macosnet_hf.io.output_folder import output_folder, write_file
@@ -240,7 +240,7 @@ OUTWARD = ("../private.png", "p/../../private.png", "ABSOLUTE", "./../private.pn
 
 @pytest.fixture
 def private(tmp_path) -> Path:
-    """A picture that is not part of any data set."""
+    """An image that is not part of any data set."""
     path = tmp_path / "private.png"
     Image.effect_noise((64, 48), 60).convert("RGB").save(path)
     return path
@@ -321,7 +321,7 @@ def test_a_data_folder_that_is_a_link_itself_and_links_inside_it_are_fine(tmp_pa
     (root / "images" / "Cat" / "p1.jpg").symlink_to(root / "stored.jpg")
     (tmp_path / "link").symlink_to(root)
     assert prepare("coseg", tmp_path / "link", tmp_path / "out") == {"test": 6}
-    willow = pf_willow(tmp_path / "willow", pictures=2, classes=("car(G)",))
+    willow = pf_willow(tmp_path / "willow", images=2, classes=("car(G)",))
     assert prepare("pf-willow", willow / "PF-dataset", tmp_path / "out2") == {"test": 1}
 
 
@@ -474,7 +474,7 @@ def test_oversized_pictures_are_refused_by_their_header(tmp_path, sound, size):
             with pytest.raises(ImageError, match="megapixels"):
                 read(source)
     with pytest.raises(DataError) as caught:
-        mask_from_picture({"path": str(path), "bytes": None}, "here")
+        mask_from_image({"path": str(path), "bytes": None}, "here")
     assert "megapixels" in str(caught.value.__cause__)
     model, processor = load_model_and_processor(sound, "cpu")
     matcher = MaCoSNetKeypointMatchingPipeline(model=model, image_processor=processor)

@@ -81,7 +81,7 @@ def test_classes_that_are_too_small_are_named():
     check_classes(["a", "a", "b", "b"], 2)
     with pytest.raises(DataError, match=r"'b' \(2\).*--group_size 2"):
         check_classes(["a"] * 3 + ["b"] * 2, 3)
-    with pytest.raises(DataError, match="one photograph to train on, and a pair takes 2"):
+    with pytest.raises(DataError, match="one image to train on, and a pair takes 2"):
         check_classes(["a"], 2)
 
 
@@ -91,7 +91,7 @@ def test_classes_that_are_too_small_are_named():
 @pytest.mark.parametrize(("cascade", "views"), [("features", 3), ("exact", 2)])
 def test_outputs_are_those_of_the_model(cascade, views):
     objective = objective_of(MaCoSNetLossWeights(cycle=5, contrast=3, task=2), cascade=cascade).eval()
-    pixels, _ = objective.prepare_pictures(batch_of(views=views))
+    pixels, _ = objective.prepare_images(batch_of(views=views))
     outputs, _ = objective.run_model(pixels)
     objective.model.config.cascade = cascade
     with torch.no_grad():

@@ -97,14 +97,15 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
 
 
 def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
+    from macosnet_hf.training.images import TrainingImages
+
     from macosnet_hf.io.checkpoints import load_model_and_processor
     from macosnet_hf.training.decoder_start import load_masks
-    from macosnet_hf.training.photos import Photographs
     from macosnet_hf.training.pseudo_masks import teacher_masks
 
     runs.succeeded("taught")
     assert math.isfinite(log(runs.folder / "taught")[0]["prior"])
-    squares = Photographs([str(runs.folder / "photos")], 96)
+    squares = TrainingImages([str(runs.folder / "photos")], 96)
     found = load_masks(runs.folder / "taught" / "pseudo_masks.npz", squares.fingerprint())
     assert found is not None
     teacher = load_model_and_processor(str(start_model), "cpu")

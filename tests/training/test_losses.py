@@ -344,7 +344,7 @@ def test_consistent_triplets_cost_nothing():
 
 
 def test_transitivity_needs_three_pictures():
-    with pytest.raises(InputError, match="three pictures"):
+    with pytest.raises(InputError, match="three images"):
         losses.transitivity_loss(random_outputs(2))
 
 
@@ -377,7 +377,7 @@ def test_contrastive_loss_of_pixels_matches_the_loop_reference(views, margin):
     generator = torch.Generator().manual_seed(12)
     pictures = torch.randn(BATCH, views, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64)
     result = losses.contrastive_loss(outputs, pictures, network, form="pixels", margin=margin, reduction="none")
-    assert network.calls == 1  # all masked pictures of the step in one batch
+    assert network.calls == 1  # all masked images of the step in one batch
     for b in range(BATCH):
         objects, backgrounds = [], []
         for p, (i, _) in enumerate(ordered_pairs(views)):
@@ -771,7 +771,7 @@ def test_detached_masks_are_not_trained_by_the_matching_term():
 
 
 def test_pairs_cannot_be_transitive_and_pixels_need_a_network():
-    with pytest.raises(InputError, match="three pictures"):
+    with pytest.raises(InputError, match="three images"):
         MaCoSNetObjective(MaCoSNetLossWeights.from_benchmark("tss"))(random_outputs())
     with pytest.raises(InputError, match="perceptual network"):
         MaCoSNetObjective(MaCoSNetLossWeights(contrast=1, contrastive_form="pixels"))

@@ -1,4 +1,4 @@
-"""Pseudo-masks: each step against a slow reference, and the whole on pictures with an obvious object."""
+"""Pseudo-masks: each step against a slow reference, and the whole on images with an obvious object."""
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_discriminants_against_independent_least_squares():
 
 
 def scene(count: int, side: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 pictures with a coloured disc before a noisy ground, features that see it through noise, true masks."""
+    """uint8 images with a coloured disc before a noisy ground, features that see it through noise, true masks."""
     generator = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / (side - 1) * 2 - 1
     pictures, masks, features = [], [], []
@@ -148,7 +148,7 @@ def test_obvious_objects_are_found_without_labels():
     assert min(jaccard(found, truth)) > 0.9
     again = pseudo_masks(pictures, features, ["b", "a"] * 3, quiet=True)
     assert torch.equal(found, again)
-    # One class of all photographs, and half-precision features, do as well.
+    # One class of all images, and half-precision features, do as well.
     assert min(jaccard(pseudo_masks(pictures, features.half(), ["x"] * 6, quiet=True), truth)) > 0.9
 
 
@@ -160,7 +160,7 @@ def test_masks_survive_their_file(tmp_path):
     assert load_masks(path, "these") is None
     save_masks(path, masks, "these")
     assert torch.equal(load_masks(path, "these"), masks)
-    assert load_masks(path, "other photographs") is None
+    assert load_masks(path, "other images") is None
     assert [file.name for file in tmp_path.iterdir()] == ["masks.npz"]
 
 
@@ -207,5 +207,5 @@ def test_a_teacher_s_masks_stay_with_their_photographs_whatever_the_order(teache
 
 
 def test_a_teacher_needs_two_photographs_of_a_class(teacher):
-    with pytest.raises(DataError, match="'dog' has one photograph"):
+    with pytest.raises(DataError, match="'dog' has one image"):
         masks_of(teacher, read(["cheetah1.jpg", "lion.jpg", "bus.png"]), ["cat", "cat", "dog"])

@@ -31,7 +31,7 @@ def smooth_pictures(batch: int, seed: int = 0, side: int = SIDE) -> torch.Tensor
 
 
 def dots(batch: int) -> torch.Tensor:
-    """A soft bright dot on black, off the centre and in another place in each picture."""
+    """A soft bright dot on black, off the centre and in another place in each image."""
     grid = make_grid(SIDE, SIDE)
     centres = torch.tensor([[-0.30, 0.10], [0.25, -0.35], [0.05, 0.30], [0.35, 0.20]])[:batch]
     distance2 = (grid - centres.view(-1, 1, 1, 2)).square().sum(-1)
@@ -91,7 +91,7 @@ def test_the_target_shows_at_q_what_the_source_shows_at_t_of_q():
 
 
 def test_nothing_outside_the_photograph_is_filled_with_a_colour_of_its_own():
-    """A photograph of brightness 0.5 to 1: reflection keeps to these, a black, white or grey frame would not."""
+    """An image of brightness 0.5 to 1: reflection keeps to these, a black, white or grey frame would not."""
     photographs = 0.5 + smooth_pictures(6) / 2
     photographs[:, 0] = 1.0
     far = WarpRange(translation=0.9, log_scale=0.7)
@@ -105,7 +105,7 @@ def test_nothing_outside_the_photograph_is_filled_with_a_colour_of_its_own():
 
 
 def test_no_row_at_the_border_stands_still_as_with_border_padding():
-    """Where the frame shows what lies outside the photograph, neighbouring pixels still differ."""
+    """Where the frame shows what lies outside the image, neighbouring pixels still differ."""
     noise = torch.rand(4, 3, SIDE, SIDE, generator=seeded(1))
     pairs = make_pairs(noise, SIDE, WarpRange(translation=0.9), seeded(2), background_swap=0, change_colours=False)
     for pictures in (pairs.source, pairs.target):
@@ -125,7 +125,7 @@ def test_swapped_backgrounds_keep_the_object_and_change_the_rest():
     assert torch.equal(plain.affine, swapped.affine)
     assert torch.equal(plain.tps, swapped.tps)
     assert torch.equal(plain.source, swapped.source)
-    # Where the middle of A lies in B the picture is the same, in the corners it is the other photograph's.
+    # Where the middle of A lies in B the image is the same, in the corners it is the other image's.
     in_source = apply_cascade(make_grid(SIDE, SIDE).reshape(1, -1, 2), plain.affine, plain.tps).unflatten(
         1, (SIDE, SIDE)
     )
@@ -205,7 +205,7 @@ def test_photometric_changes_stay_in_range_and_keep_every_picture_to_itself():
     assert changed.min() >= 0
     assert changed.max() <= 1
     assert (changed - pictures).abs().mean(dim=(1, 2, 3)).min() > 0.005
-    # What happens to a picture does not depend on the others of its batch.
+    # What happens to an image does not depend on the others of its batch.
     others = pictures.clone()
     others[1:] = pictures[1:].flip(-1)
     assert torch.equal(photometric(others, seeded(4))[0], changed[0])
@@ -297,7 +297,7 @@ def test_the_objective_is_smallest_at_the_true_transforms():
 
 
 def coloured_groups(groups: int = 6, size: int = 64):
-    """Pairs of pictures, each of its own flat grey with a brighter rectangle in red: the object."""
+    """Pairs of images, each of its own flat grey with a brighter rectangle in red: the object."""
     pictures = torch.linspace(0.05, 0.6, 2 * groups).view(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
     masks = torch.zeros(2 * groups, size, size)
     masks[:, 20:44, 16:40] = 1

@@ -21,7 +21,7 @@ for package in ("accelerate", "yaml"):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, start_model) -> Runs:
-    """All runs of this file. Seven photographs in batches of two: three batches an epoch, two batches a step, so that
+    """All runs of this file. Seven images in batches of two: three batches an epoch, two batches a step, so that
     steps straddle the ends of epochs."""
     root = tmp_path_factory.mktemp("runs")
     photos = photographs(root / "photos", 7)
@@ -51,7 +51,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     changed = ("--max_train_steps", 10, "--learning_rate", 2e-3, "--dataset_name", root / "more", "--allow_changes")
     runs.add("changed", "pretrain", *exact, *latest, "--output_dir", root / "changed", *changed)
     runs.copy(photos, root / "moved")
-    # The last part runs with the photographs elsewhere, and with workers.
+    # The last part runs with the images elsewhere, and with workers.
     runs.add("resumed", "pretrain", *killed, "--dataset_name", root / "moved", "--dataloader_num_workers", 1)
 
     decoder = (*base, "--max_train_steps", 4, "--checkpointing_steps", 2, "--partners", 1)
@@ -156,7 +156,7 @@ def test_resuming_with_other_settings_or_photographs_is_refused(runs):
     runs.refused("other-seed", "other settings: seed 0 (now 5)")
     runs.refused("other-batch", "per_device_train_batch_size 2 (now 3)")
     runs.refused("other-limit", "rotation 0.3 (now 0.7)")
-    runs.refused("other-photos", "checkpoint-6 was made with other photographs")
+    runs.refused("other-photos", "checkpoint-6 was made with other images")
     runs.refused("not-resumed", "already holds checkpoint-6", "--resume_from_checkpoint latest")
     runs.refused("earlier", "holds checkpoint-6, which is later than checkpoint-4")
     runs.refused("no-checkpoint", "is not a checkpoint folder")
@@ -254,10 +254,10 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(runs):
 
 
 def test_bad_data_is_refused_in_one_sentence(runs):
-    runs.refused("empty", "holds no photographs")
+    runs.refused("empty", "holds no images")
     runs.refused("unknown-data", "nobody/nothing is neither a folder nor a data set")
-    runs.refused("one-photo", "Too few photographs: one step takes 2 and the data set has 1")
-    runs.refused("one-in-class", "The class 'cats' has one photograph")
+    runs.refused("one-photo", "Too few images: one step takes 2 and the data set has 1")
+    runs.refused("one-in-class", "The class 'cats' has one image")
     for name in ("damaged", "damaged-kept", "damaged-decoder"):
         runs.refused(name, "003.png")
         assert "Training" not in runs.text(name)  # found before the first step
@@ -305,7 +305,7 @@ def test_two_processes_share_a_step(tmp_path, start_model):
     command += ["--num_warmup_steps", "0", "--logging_steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Eight photographs, two processes of two: two steps an epoch.
+    # Eight images, two processes of two: two steps an epoch.
     assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "out" / "checkpoint-3" / "run.json").read_text())["settings"]["num_processes"] == 2
     assert not equal(weights(start_model), weights(tmp_path / "out"))

@@ -1,22 +1,22 @@
-"""Training reads what `macosnet prepare` writes: each picture once, with its class."""
+"""Training reads what `macosnet prepare` writes: each image once, with its class."""
 
 import pytest
 import torch
 from archives import disc, mask, pf_willow, picture
+from macosnet_hf.training.images import TrainingImages
 
 from macosnet_hf.datasets.prepare import prepare
-from macosnet_hf.training.photos import Photographs
 
 
 def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
-    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)", "duck(S)"))
+    archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
-    photographs = Photographs([str(tmp_path / "prepared")], 32)
+    photographs = TrainingImages([str(tmp_path / "prepared")], 32)
     assert len(photographs) == 6
     assert sorted(photographs.classes()) == ["car(G)", "duck(S)"]
     assert all(len(members) == 3 for members in photographs.classes().values())
-    # The same pictures as in the archive, whatever their order.
-    direct = Photographs([str(archive / "PF-dataset")], 32)
+    # The same images as in the archive, whatever their order.
+    direct = TrainingImages([str(archive / "PF-dataset")], 32)
     found = sorted(tuple(photographs[index].flatten().tolist()) for index in range(6))
     assert found == sorted(tuple(direct[index].flatten().tolist()) for index in range(6))
 
@@ -26,7 +26,7 @@ def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_pat
         picture(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
         mask(tmp_path / "mine" / "masks" / "cat" / f"{index}.png", disc())
     prepare("coseg", tmp_path / "mine", tmp_path / "prepared")
-    photographs = Photographs([str(tmp_path / "prepared")], 32)
+    photographs = TrainingImages([str(tmp_path / "prepared")], 32)
     assert len(photographs) == 2
     assert list(photographs.classes()) == ["cat"]
     assert photographs[0].dtype == torch.uint8
@@ -35,24 +35,24 @@ def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_pat
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_the_limit_counts_pictures_of_a_class(tmp_path, limit):
-    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)",))
+    archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)",))
     prepare("pf-willow", archive, tmp_path / "prepared")
-    assert len(Photographs([str(tmp_path / "prepared")], 32, limit=limit)) == limit
+    assert len(TrainingImages([str(tmp_path / "prepared")], 32, limit=limit)) == limit
 
 
 def test_a_stream_gives_the_same_photographs(tmp_path):
-    archive = pf_willow(tmp_path / "archive", pictures=3, classes=("car(G)", "duck(S)"))
+    archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
-    stored = Photographs([str(tmp_path / "prepared")], 32)
-    streamed = Photographs([str(tmp_path / "prepared")], 32, streaming=True)
+    stored = TrainingImages([str(tmp_path / "prepared")], 32)
+    streamed = TrainingImages([str(tmp_path / "prepared")], 32, streaming=True)
     assert sorted(streamed.class_names) == sorted(stored.class_names)
 
     def pictures(photographs):
         return sorted(tuple(photographs[index].flatten().tolist()) for index in range(len(photographs)))
 
     assert pictures(streamed) == pictures(stored)
-    assert len(Photographs([str(tmp_path / "prepared")], 32, streaming=True, stream_limit=4)) == 4
-    assert len(Photographs([str(tmp_path / "prepared")], 32, streaming=True, limit=2)) == 4
-    assert set(Photographs([str(tmp_path / "prepared")], 32, streaming=True, exclude=("car(G)",)).class_names) == {
+    assert len(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, stream_limit=4)) == 4
+    assert len(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, limit=2)) == 4
+    assert set(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, exclude=("car(G)",)).class_names) == {
         "duck(S)"
     }
