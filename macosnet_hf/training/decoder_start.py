@@ -205,7 +205,8 @@ def load_masks(path: Path, fingerprint: str) -> Tensor | None:
     if not path.is_file():
         return None
     with np.load(path) as saved:
-        if str(saved["photographs"]) != fingerprint:
+        # Version 0.1 wrote the fingerprint of the images as `photographs`.
+        if str(saved["images" if "images" in saved else "photographs"]) != fingerprint:
             return None
         shape = tuple(saved["shape"].tolist())
         return torch.from_numpy(np.unpackbits(saved["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool))
