@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
-    from ..datasets.prepare import prepare, push_to_hub
+    from ..datasets.prepare import prepare
     from ..datasets.readers import Problems
+    from ..io.hub import push
 
     problems = Problems(skip=args.skip_invalid)
     with tqdm(unit="record", desc=args.benchmark) as bar:
@@ -54,5 +55,5 @@ def run(args: argparse.Namespace) -> int:
         for message in problems.messages:
             print(f"  {message}", file=sys.stderr)
     if args.push_to_hub:
-        print(push_to_hub(args.output, args.push_to_hub, private=args.private))
+        print(push("dataset", args.output, args.push_to_hub, private=args.private))
     return 0

@@ -492,23 +492,3 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, dige
     ]
     lines += ["```bibtex", entry.citation, "```", ""] if entry.citation else ["Not stated by the archive.", ""]
     return "\n".join(lines)
-
-
-def push_to_hub(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
-    """Uploads a prepared folder as a data set repository; returns its address.
-
-    Raises:
-        InputError: if the folder is not a prepared data set.
-        OutputError: if the Hub cannot be reached or refuses.
-    """
-    if not is_prepared(folder):
-        raise InputError(f"{folder} is not a prepared data set.")
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=str(folder))
-    except Exception as error:  # the client and its transport raise many kinds; all mean that nothing is there
-        raise OutputError(f"The data set cannot be pushed to {repository}: {_first_line(error)}") from error
-    return f"https://huggingface.co/datasets/{repository}"

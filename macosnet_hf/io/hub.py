@@ -6,15 +6,20 @@ is never printed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, OutputError
 from .checkpoints import check_checkpoint
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, RepoUrl
 
 KINDS = ("model", "dataset", "space")
 
@@ -137,6 +142,24 @@ def _refuse_secrets(upload: Upload) -> None:
         raise InputError(f"{upload.path} holds something that looks like a token or a private key; nothing is pushed.")
 
 
+def create_repository(kind: str, repository: str, *, private: bool = False) -> str:
+    """Creates a repository unless it exists; returns its full id, `owner/name`.
+
+    A long run calls this first, so that a missing log-in is found before and not after it.
+
+    Args:
+        kind: as in [`plan`].
+        repository: its id, `name` or `owner/name`.
+        private: for a repository that is made now.
+
+    Raises:
+        InputError: for a name that no repository can have, or if nobody is logged in.
+        OutputError: if the Hub cannot be reached or refuses.
+    """
+    with _client(kind, repository) as api:
+        return _create(api, kind, repository, private).repo_id
+
+
 def push(
     kind: str,
     folder: str | os.PathLike[str],
@@ -145,7 +168,9 @@ def push(
     private: bool = False,
     message: str | None = None,
 ) -> str:
-    """Creates the repository if need be and uploads the files in one commit, so that it is never half there.
+    """Uploads a folder in one commit, so that it is never half there; returns the repository's address.
+
+    The repository is created if need be.
 
     Args:
         kind, folder: as in [`plan`].
@@ -153,17 +178,31 @@ def push(
         private: for a repository that is made now.
         message: of the commit.
 
-    Returns:
-        The repository's address.
-
     Raises:
-        CheckpointError, InputError: as [`plan`], for a name that no repository can have, or if nobody is logged in.
+        CheckpointError, InputError: as [`plan`] and [`create_repository`].
         OutputError: if the Hub cannot be reached or refuses.
     """
     check_name(repository)
     uploads = plan(kind, folder)
+    with _client(kind, repository) as api:
+        from huggingface_hub import CommitOperationAdd
 
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+        address = _create(api, kind, repository, private)
+        # Not `upload_folder`: its patterns cannot say "these files and no other", and only these were scanned.
+        api.create_commit(
+            repo_id=address.repo_id,
+            repo_type=kind,
+            operations=[CommitOperationAdd(upload.name, upload.path) for upload in uploads],
+            commit_message=message or f"Upload {kind}",
+        )
+    return str(address)
+
+
+@contextlib.contextmanager
+def _client(kind: str, repository: str) -> Iterator[HfApi]:
+    """The Hub's client, logged in and silent; whatever it raises becomes one sentence without the token."""
+    check_name(repository)
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -172,26 +211,17 @@ def push(
         raise InputError("Nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     disable_progress_bars()
     hub_logging.set_verbosity_error()
-    api = HfApi(token=token, library_name="macosnet-hf")
     try:
-        address = api.create_repo(
-            repository,
-            repo_type=kind,
-            private=private or None,
-            exist_ok=True,
-            space_sdk="gradio" if kind == "space" else None,
-        )
-        api.create_commit(
-            repo_id=address.repo_id,
-            repo_type=kind,
-            operations=[CommitOperationAdd(upload.name, upload.path) for upload in uploads],
-            commit_message=message or f"Upload {kind}",
-        )
+        yield HfApi(token=token, library_name="macosnet-hf")
     except Exception as error:
         # The client and its transport raise many kinds, also for a card that the Hub does not take.
         reason = " ".join(str(error).replace(token, "***").split()) or type(error).__name__
         raise OutputError(f"The {kind} cannot be pushed to {repository}: {reason.rstrip('.')}.") from error
-    return str(address)
+
+
+def _create(api: HfApi, kind: str, repository: str, private: bool) -> RepoUrl:
+    sdk = "gradio" if kind == "space" else None
+    return api.create_repo(repository, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
 
 
 def table(uploads: list[Upload]) -> str:
@@ -209,4 +239,4 @@ def _size(count: int) -> str:
     return f"{number:.0f} {units[0]}" if units[0] == "B" else f"{number:.1f} {units[0]}"
 
 
-__all__ = ["Upload", "is_prepared", "plan", "push", "table"]
+__all__ = ["Upload", "create_repository", "is_prepared", "plan", "push", "table"]

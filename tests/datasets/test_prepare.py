@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from archives import coseg, internet, pf_pascal, pf_willow, spair, tss
 
-from macosnet_hf.datasets.prepare import is_prepared, open_records, prepare, push_to_hub
+from macosnet_hf.datasets.prepare import is_prepared, open_records, prepare
 from macosnet_hf.datasets.readers import Problems, iter_records
 from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array, mask_from_image, open_image
 from macosnet_hf.errors import DataError, InputError, OutputError
+from macosnet_hf.io.hub import push
 
 ARCHIVES = {
     "pf-willow": pf_willow,
@@ -215,13 +216,14 @@ def test_data_of_another_schema_or_from_nowhere(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
         list(open_records("coseg", "nobody/nothing")[0])  # a Hub id, and the Hub is off in tests
     with pytest.raises(InputError, match="not a prepared"):
-        push_to_hub(tmp_path, "someone/something")
+        push("dataset", tmp_path, "someone/something")
 
 
-def test_pushing_without_a_network_ends_in_one_sentence(tmp_path):
+def test_pushing_without_a_network_ends_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "T" * 10)
     prepare("coseg", coseg(tmp_path / "in"), tmp_path / "out")
     with pytest.raises(OutputError, match="someone/something"):
-        push_to_hub(tmp_path / "out", "someone/something")
+        push("dataset", tmp_path / "out", "someone/something")
 
 
 def test_another_data_set_in_a_folder_of_the_same_name_is_not_taken_from_the_cache(tmp_path):

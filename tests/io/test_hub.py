@@ -216,7 +216,7 @@ def test_push_to_hub_of_model_and_processor(hub, checkpoint, tmp_path):
 
 
 def test_data_set_goes_up_and_comes_down(hub, prepared, tmp_path):
-    done = macosnet(hub, tmp_path, "push", "dataset", prepared, "me/photos")
+    done = macosnet(hub, tmp_path, "push", "dataset", prepared, "me/images")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{hub.url}/datasets/me/images"
     code = """
@@ -262,6 +262,37 @@ def test_prepare_pushes_too(hub, tmp_path, prepared):
     assert done.returncode == 0, done.stderr
     assert any(name.endswith(".parquet") for name in hub.files["dataset", "me/again"])
     assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("way", ["push", "prepare"])
+def test_no_way_uploads_a_token(way, hub, prepared, tmp_path):
+    """A class folder's name stands in the card of a prepared data set, and so would a token in it."""
+    token = "hf" + "_" + "a1B2" * 9
+    Image.new("RGB", (40, 30), "red").save(prepared.parent / "one.png")
+    for name in ("cat", token):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            shutil.copy(prepared.parent / "one.png", tmp_path / "photos" / name / f"{number}.png")
+    arguments = ["prepare", "coseg", tmp_path / "photos", tmp_path / "leaky"]
+    if way == "prepare":
+        done = macosnet(hub, tmp_path, *arguments, "--push-to-hub", "me/leaky")
+    else:
+        assert macosnet(hub, tmp_path, *arguments).returncode == 0
+        (tmp_path / "leaky" / "notes.txt").write_text(token)
+        done = macosnet(hub, tmp_path, "push", "dataset", tmp_path / "leaky", "me/leaky")
+    assert done.returncode == 2, done.stdout
+    assert "looks like a token" in done.stderr
+    assert not hub.files
+
+
+def test_a_repository_is_created_before_there_is_anything_to_upload(hub, tmp_path):
+    code = """
+        from macosnet_hf.io.hub import create_repository
+        print(create_repository("model", "fresh"), create_repository("model", "tester/fresh", private=True))
+    """
+    assert python(hub, tmp_path, code).split() == ["tester/fresh", "tester/fresh"]
+    assert hub.files == {("model", "tester/fresh"): {}}
+    assert not hub.commits
 
 
 def test_space_goes_up_and_starts_from_what_is_there(hub, tmp_path):
@@ -331,7 +362,7 @@ def test_a_hub_that_refuses_is_one_sentence(refuse, arguments, hub, checkpoint, 
 def test_a_hub_that_is_not_there_is_one_sentence(prepared, checkpoint, tmp_path):
     with HubServer() as gone:
         pass
-    for arguments in (("push", "model", checkpoint, "me/small"), ("push", "dataset", prepared, "me/photos")):
+    for arguments in (("push", "model", checkpoint, "me/small"), ("push", "dataset", prepared, "me/images")):
         done = macosnet(gone, tmp_path, *arguments)
         assert done.returncode == 2
         assert f"cannot be pushed to {arguments[-1]}: " in done.stderr
