@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from macosnet_hf.training.images import TrainingImages
 from torch import nn
 
 from macosnet_hf import DEFAULT_CHECKPOINT
@@ -42,6 +41,7 @@ from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol, Tally
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training import joint_run
 from macosnet_hf.training.decoder_start import encode_all, load_masks, save_masks
+from macosnet_hf.training.images import TrainingImages
 from macosnet_hf.training.loop import FREE_ARGUMENTS, NonFiniteLossError, run_script, writing
 from macosnet_hf.training.losses import PerceptualNetwork
 from macosnet_hf.training.pseudo_masks import pseudo_masks
@@ -577,7 +577,7 @@ class Ablation:
             f"`{command}`",
             f"Every variant starts from the same weights ({self.results.settings['model']}) and makes {args.steps} "
             f"steps of {batch} groups of images with the settings of `{Path(args.config).name}` and one seed "
-            f"({args.seed}), on {self.photograph_count} images of {self.class_count} classes "
+            f"({args.seed}), on {self.image_count} images of {self.class_count} classes "
             f"({', '.join(args.photographs)}). Measured on {len(photographs)} images of {classes} classes of "
             f"voc2010-coseg and {len(pairs)} pairs of PF-WILLOW, whose masks and keypoints no training saw. "
             f"{seconds / 60:.1f} minutes for {len(results)} variants, torch {torch.__version__}, {threads} "

@@ -68,7 +68,7 @@ def main() -> int:
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.batch_size, 3, 3, size, size)
     whole = torch.tensor([1.0, 0, 0, 0, 1, 0], device=device).expand(arguments.batch_size, 3, 6).clone()
-    batch = {"pictures": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)}
+    batch = {"images": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)}
     batch["views"] = whole
 
     def plain_step() -> None:

@@ -58,7 +58,7 @@ def points(count: int, size=(48, 64), seed=0) -> np.ndarray:
     return generator.uniform(2, [size[1] - 3, size[0] - 3], (count, 2)).round(4)
 
 
-def pf_willow(root: Path, pictures=3, classes=("car(G)", "duck(S)")) -> Path:
+def pf_willow(root: Path, images=3, classes=("car(G)", "duck(S)")) -> Path:
     """PF-WILLOW with all pairs of each class, `.mat` files and `test_pairs.csv`."""
     from scipy.io import savemat
 
@@ -66,13 +66,13 @@ def pf_willow(root: Path, pictures=3, classes=("car(G)", "duck(S)")) -> Path:
     numbers = {"car(G)": 1, "duck(S)": 4}
     for offset, name in enumerate(classes):
         keypoints = []
-        for index in range(pictures):
+        for index in range(images):
             size = (48 + 4 * index, 64 - 4 * index)
             path = root / "PF-dataset" / name / f"photo_{index:03d}.png"
             picture(path, size, seed=10 * offset + index)
             keypoints.append(points(10, size, seed=100 * offset + index))
             savemat(path.with_suffix(".mat"), {"pts_coord": keypoints[-1].T})
-        for first in range(pictures):
+        for first in range(images):
             for second in range(first + 1, pictures):
                 names = [f"PF-dataset/{name}/photo_{index:03d}.png" for index in (first, second)]
                 lines.append(csv_line(*names, numbers[name], keypoints[first], keypoints[second]))
@@ -171,20 +171,20 @@ def tss(root: Path) -> Path:
     return root
 
 
-def internet(root: Path, pictures=3) -> Path:
+def internet(root: Path, images=3) -> Path:
     """Internet: three classes; the last image of each has no object."""
     for offset, name in enumerate(("Airplane100", "Car100", "Horse100")):
-        for index in range(pictures):
+        for index in range(images):
             picture(root / "Data" / name / f"{index + 1:04d}.jpg", (40, 56), seed=10 * offset + index)
             pixels = disc((40, 56), (18, 24), 9) if index < pictures - 1 else np.zeros((40, 56), bool)
             mask(root / "Data" / name / "GroundTruth" / f"{index + 1:04d}.png", pixels)
     return root
 
 
-def coseg(root: Path, pictures=3, classes=("Bird", "Cat"), masks=True) -> Path:
+def coseg(root: Path, images=3, classes=("Bird", "Cat"), masks=True) -> Path:
     """Class folders `images/` and `masks/`, masks of 1 bit."""
     for offset, name in enumerate(classes):
-        for index in range(pictures):
+        for index in range(images):
             size = (40 + 4 * index, 56)
             picture(root / "images" / name / f"p{index}.jpg", size, seed=10 * offset + index)
             if masks:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 
-from macosnet_hf.training.images import open_images, read_images
-
 from macosnet_hf import MaCoSNetConfig, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
 from macosnet_hf.errors import InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.encoder_weights import load_imagenet_encoder
+from macosnet_hf.training.images import open_images, read_images
 from macosnet_hf.training.loop import (
     check_enough,
     make_accelerator,

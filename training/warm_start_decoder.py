@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 
-from macosnet_hf.training.images import open_images
-
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.decoder_start import (
     DecoderObjective,
@@ -23,6 +21,7 @@ from macosnet_hf.training.decoder_start import (
     make_masks,
     mask_validation,
 )
+from macosnet_hf.training.images import open_images
 from macosnet_hf.training.loop import (
     check_enough,
     make_accelerator,

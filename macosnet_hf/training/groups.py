@@ -124,7 +124,7 @@ class GroupedImages(Dataset):
         group = self.sampler[number]
         members = [self.indices[member] for member in group.members]
         item = {
-            "pictures": torch.stack([self.images[index] for index in members]),
+            "images": torch.stack([self.images[index] for index in members]),
             "views": torch.stack([view_of(crop, group.flip) for crop in group.crops]),
         }
         if self.masks is not None:

@@ -110,7 +110,8 @@ class TrainingImages(Dataset):
     def fingerprint(self) -> str:
         """Equal for equal images in equal order, wherever their folder lies: a digest of names, sizes, classes."""
         lines = [f"{mark}\t{name}" for mark, name in zip(self._marks, self.class_names, strict=True)]
-        return f"{len(self)} images, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+        # The word of version 0.1, whose checkpoints and mask files hold such a line.
+        return f"{len(self)} photographs, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
     def _read(self, index: int) -> Tensor:
         item = self._items[index]

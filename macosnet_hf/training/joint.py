@@ -186,7 +186,7 @@ class JointObjective(nn.Module):
             losses["local"] = local_matching_loss(outputs, self.model.config, guided=self.losses.module.coupled)
             losses["total"] = losses["total"] + self.local_weight * losses["local"]
         if self.synthetic_weight:
-            losses["synthetic"] = self._synthetic_loss(batch["pictures"], generator)
+            losses["synthetic"] = self._synthetic_loss(batch["images"], generator)
             losses["total"] = losses["total"] + self.synthetic_weight * losses["synthetic"]
         with torch.no_grad():
             losses.update(watch(outputs, features))
@@ -198,8 +198,8 @@ class JointObjective(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Crops, mirrors and normalises: pixels `(B, V, 3, H, W)` and, where the batch has masks, `(B, V, H, W)`."""
         size = self.model.config.image_size
-        shape = batch["pictures"].shape[:2]
-        images = batch["pictures"].flatten(0, 1).float() / 255
+        shape = batch["images"].shape[:2]
+        images = batch["images"].flatten(0, 1).float() / 255
         grid = sampling_grid(batch["views"].flatten(0, 1), size=(size, size))
         images = warp(images, grid, padding_mode="border")
         labels = None

@@ -509,7 +509,7 @@ class ParameterGroup:
     learning_rate: float
 
 
-def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator, what: str = "photographs") -> None:
+def check_enough(count: int, args: argparse.Namespace, accelerator: Accelerator, what: str = "images") -> None:
     """Raises [`InputError`] if `count` samples are fewer than one batch for every process."""
     needed = args.per_device_train_batch_size * accelerator.num_processes
     if count < needed:

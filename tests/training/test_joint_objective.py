@@ -34,7 +34,7 @@ def batch_of(groups: int = 2, views: int = 3, seed: int = 1) -> dict[str, torch.
     coarse = torch.rand(groups * views, 3, 7, 7, generator=seeded(seed))
     pictures = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") * 255
     whole = torch.tensor([1.0, 0, 0, 0, 1, 0]).expand(groups, views, 6)
-    return {"pictures": pictures.to(torch.uint8).unflatten(0, (groups, views)), "views": whole.clone()}
+    return {"images": pictures.to(torch.uint8).unflatten(0, (groups, views)), "views": whole.clone()}
 
 
 def objective_of(weights: MaCoSNetLossWeights = FIVE, coupled: bool = True, **options) -> JointObjective:

@@ -97,10 +97,9 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
 
 
 def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
-    from macosnet_hf.training.images import TrainingImages
-
     from macosnet_hf.io.checkpoints import load_model_and_processor
     from macosnet_hf.training.decoder_start import load_masks
+    from macosnet_hf.training.images import TrainingImages
     from macosnet_hf.training.pseudo_masks import teacher_masks
 
     runs.succeeded("taught")
@@ -153,7 +152,7 @@ def test_adapt_tells_before_and_after_and_leaves_a_model(runs):
 
 
 def test_what_cannot_work_is_refused_in_one_sentence(runs):
-    runs.refused("one-photo", "photograph")
+    runs.refused("one-photo", "There is one image to train on")
     runs.refused("no-trans-of-pairs", "--group_size 3")
     runs.refused("negative", "--local_weight")
     runs.refused("all-frozen", "frozen")

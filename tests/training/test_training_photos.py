@@ -3,9 +3,9 @@
 import pytest
 import torch
 from archives import disc, mask, pf_willow, picture
-from macosnet_hf.training.images import TrainingImages
 
 from macosnet_hf.datasets.prepare import prepare
+from macosnet_hf.training.images import TrainingImages
 
 
 def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
