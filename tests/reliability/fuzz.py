@@ -3,7 +3,7 @@
     python tests/reliability/fuzz.py [--count 20000] [--seed 0] [--only jpeg,json] [--report figures.json]
     python tests/reliability/fuzz.py --only jpeg --number 1234      # one input again, with its traceback
 
-Valid files of every format (`seeds.py`) are damaged (`mutations.py`) and read by the library in child processes
+Valid files of every format (`seeds.py`) are damaged (`damage.py`) and read by the library in child processes
 (`sandbox.py`). Input k of a kind depends on the seed, the kind and k alone. The seconds are of the processor, so that
 other work on the machine does not count; the gigabyte is what a child may take beyond what the imports hold. The exit
 code is 1 if any input was neither handled nor refused.
@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import mutations
+import damage
 import sandbox
 import seeds
 
@@ -55,7 +55,7 @@ class Kind:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _image(files: list[bytes], mutation: mutations.Mutation) -> Kind:
+def _image(files: list[bytes], mutation: damage.Damage) -> Kind:
     """Through `load_image`, `image_size` and `mask_from_picture`, from memory and from a file."""
     from macosnet_hf.datasets.schema import mask_from_image
     from macosnet_hf.io.image_files import image_size, load_image
@@ -81,7 +81,7 @@ def _archive(
     share: float,
     build: Callable[[Path], None],
     benchmark: str,
-    files: dict[str, tuple[list[bytes], mutations.Mutation]],
+    files: dict[str, tuple[list[bytes], damage.Damage]],
     split: str = "test",
 ) -> Kind:
     """An archive in which one file is damaged, read by the reader of its benchmark.
@@ -118,7 +118,7 @@ def _pair_list() -> Kind:
         benchmark = rng.choice(("pairs", "pf-willow", "pf-pascal"))
         sound = seeds.TRAINING_LIST if benchmark == "pf-pascal" and rng.random() < 0.5 else seeds.PAIR_LIST
         split = "train" if sound is seeds.TRAINING_LIST else "test"
-        path.write_bytes(mutations.damage_text(sound, rng))
+        path.write_bytes(damage.damage_text(sound, rng))
         return lambda: list(iter_records(benchmark, folder, split, pairs=path))
 
     return Kind(5.0, place)
@@ -136,8 +136,8 @@ def _predictions() -> Kind:
             seeds.predictions(where)
             shutil.copytree(where, folder / "sound")
         for name, mutation in (
-            ("manifest.json", mutations.damage_json),
-            ("samples-000-00000.npz", mutations.damage_zip),
+            ("manifest.json", damage.damage_json),
+            ("samples-000-00000.npz", damage.damage_zip),
         ):
             sound = (folder / "sound" / name).read_bytes()
             (where / name).write_bytes(mutation(sound, rng) if rng.random() < 0.6 else sound)
@@ -161,7 +161,7 @@ def _predictions() -> Kind:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(scratch: Path, name: str, mutation: mutations.Mutation, share: float) -> Kind:
+def _checkpoint(scratch: Path, name: str, mutation: damage.Damage, share: float) -> Kind:
     """A checkpoint folder with one damaged file, loaded."""
     from macosnet_hf.io.checkpoints import check_checkpoint, load_model_and_processor
 
@@ -197,7 +197,7 @@ def _index(scratch: Path) -> Kind:
                 shutil.copy(sound / name, where)
             shutil.copy(sound / "model.safetensors", where / weights)
         document = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(_names(sound), weights)}
-        damaged = mutations.damage_json(json.dumps(document).encode(), rng)
+        damaged = damage.damage_json(json.dumps(document).encode(), rng)
         (where / "model.safetensors.index.json").write_bytes(damaged)
         if rng.random() < 0.7:
             return lambda: check_checkpoint(where)
@@ -229,7 +229,7 @@ def _published() -> Kind:
 
     def place(rng: random.Random, folder: Path) -> Read:
         data = rng.choice(files)
-        mutation = mutations.damage_zip if data.startswith(b"PK") else mutations.damage_bytes
+        mutation = damage.damage_zip if data.startswith(b"PK") else damage.damage_bytes
         path = folder / "published.pth.tar"
         path.write_bytes(mutation(data, rng))
         return (lambda: convert(path)) if rng.random() < 0.3 else (lambda: read_state_dict(path))
@@ -252,7 +252,7 @@ def _point_text() -> Kind:
     texts = (b"1,2;3,4", b"x,y\n1,2\n3.5,4\n", b'"1","2"\r\n\r\n"49","39"\r\n', b"49,39")
 
     def place(rng: random.Random, folder: Path) -> Read:
-        data = mutations.damage_text(rng.choice(texts), rng)
+        data = damage.damage_text(rng.choice(texts), rng)
         if rng.random() < 0.5:
             (folder / "points.csv").write_bytes(data)
             args = argparse.Namespace(points=None, points_file=str(folder / "points.csv"))
@@ -274,7 +274,7 @@ def _point_values() -> Kind:
     def place(rng: random.Random, folder: Path) -> Read:
         value: Any = [[1, 2], [3.5, 4], [49, 39]]
         for _ in range(rng.randrange(1, 4)):
-            value = mutations.damage_value(value, rng)
+            value = damage.damage_value(value, rng)
         return lambda: check_points(value, (50, 40))
 
     return Kind(2.0, place)
@@ -299,7 +299,7 @@ def _requests(scratch: Path) -> Kind:
     def place(rng: random.Random, _: Path) -> Read:
         question: Any = {"points": [[1, 2], [49, 39]], "direction": "source_to_target"}
         for _ in range(rng.randrange(1, 3)):
-            question = mutations.damage_value(question, rng)
+            question = damage.damage_value(question, rng)
         if not isinstance(question, dict):
             question = {"points": question}
         return lambda: work.transfer(question.get("points"), question.get("direction", "source_to_target"))
@@ -325,11 +325,11 @@ def _pipelines(scratch: Path) -> Kind:
             return seeds.image(rng.randrange(1, 60), rng.randrange(1, 60), kind)
         if kind < 6:
             path = folder / f"{kind}.png"
-            path.write_bytes(mutations.damage_bytes(rng.choice(files), rng))
+            path.write_bytes(damage.damage_bytes(rng.choice(files), rng))
             return str(path)
         if kind == 6:
             return Image.new(rng.choice(("1", "L", "I", "F", "P", "RGBA", "CMYK", "I;16")), (20, 10))
-        return mutations.damage_value(rng.choice(([1, 2], "nothing.jpg", "data:image/png;base64,AAAA")), rng)
+        return damage.damage_value(rng.choice(([1, 2], "nothing.jpg", "data:image/png;base64,AAAA")), rng)
 
     def place(rng: random.Random, folder: Path) -> Read:
         things = [thing(rng, folder) for _ in range(rng.choice((0, 1, 2, 2, 2, 2, 2, 3)))]
@@ -354,10 +354,10 @@ def kinds(scratch: Path) -> dict[str, Kind]:
     Args:
         scratch: a folder for the tiny checkpoint and the like.
     """
-    text, whole_json = mutations.damage_text, mutations.damage_json
+    text, whole_json = damage.damage_text, damage.damage_json
     mats = [seeds.mat(), seeds.mat(True), seeds.mat(pts_more={"a": [1, 2]}, name="text"), seeds.mat(True, flag=True)]
     found = {
-        name: _image(files, mutations.damage_png if name == "png" else mutations.damage_bytes)
+        name: _image(files, damage.damage_png if name == "png" else damage.damage_bytes)
         for name, files in seeds.images().items()
     }
     tss = "TSS_CVPR2016/JODS/pair/"
@@ -366,13 +366,13 @@ def kinds(scratch: Path) -> dict[str, Kind]:
             2.0,
             seeds.tss_archive,
             "tss",
-            {f"{tss}flow1.flo": ([seeds.flow()], mutations.damage_bytes), f"{tss}flip_gt.txt": ([b"0"], text)},
+            {f"{tss}flow1.flo": ([seeds.flow()], damage.damage_bytes), f"{tss}flip_gt.txt": ([b"0"], text)},
         ),
         "mat": _archive(
             2.0,
             seeds.willow_archive,
             "pf-willow",
-            {"PF-dataset/car(G)/a.mat": (mats, mutations.damage_bytes)},
+            {"PF-dataset/car(G)/a.mat": (mats, damage.damage_bytes)},
         ),
         "csv": _pair_list(),
         "json annotations": _archive(
@@ -387,7 +387,7 @@ def kinds(scratch: Path) -> dict[str, Kind]:
         "predictions": _predictions(),
         "config.json": _checkpoint(scratch, "config.json", whole_json, 0.5),
         "preprocessor_config.json": _checkpoint(scratch, "preprocessor_config.json", whole_json, 0.5),
-        "safetensors": _checkpoint(scratch, "model.safetensors", mutations.damage_safetensors, 1.0),
+        "safetensors": _checkpoint(scratch, "model.safetensors", damage.damage_safetensors, 1.0),
         "weights index": _index(scratch),
         "published checkpoints": _published(),
         "points as text": _point_text(),

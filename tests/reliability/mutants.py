@@ -1,11 +1,12 @@
-"""Breaks the library in one line at a time and asks whether a test notices: who tests the tests?
+"""Breaks one function of the library at a time and checks that a test fails: who tests the tests?
 
     python tests/reliability/mutants.py [--only NAME ...] [--list] [--report FILE]
 
 A mutant is one change (an axis exchanged, a limit forgotten, a sum for a mean) in a copy of the checkout, never in the
-checkout itself. Against it run the properties and the other tests that it names, up to the first that fails. Before
+checkout itself. It names a function and a pattern of code in it (`rewriting.py`), so it survives moved lines and
+renamed variables. Against it run the properties and the other tests that it names, up to the first that fails. Before
 the mutants the same tests must pass on the unchanged copy. Exit code 1 if a mutant survives all of its tests: then
-these have a hole. docs/reliability.md has the figures, tests/test_mutants.py is the quick form.
+these have a hole. docs/reliability.md has the figures, tests/reliability/test_mutants.py is the quick form.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from rewriting import rewrite
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,301 +41,321 @@ PATIENCE = 900  # seconds after which a test run counts as hanging, which is not
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file of the package.
+    """One change of one function of the package.
 
     Attributes:
         name: what is wrong, in words.
-        module: file below `macosnet_hf/`.
-        old: text that stands in the file once.
-        new: what comes into its place.
-        properties: which of tests/test_properties.py are asked (an expression of `pytest -k`); none if empty.
+        function: module and qualified name below `macosnet_hf`, such as `"geometry:apply_affine"`.
+        old: pattern that matches once in the function; see [`rewriting.rewrite`].
+        new: what replaces it.
+        properties: which of tests/reliability/test_properties.py are run (an expression of `pytest -k`); none if empty.
         tests: further arguments of pytest: files, or files and a `-k` of theirs.
     """
 
     name: str
-    module: str
+    function: str
     old: str
     new: str
     properties: str = ""
     tests: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> Path:
+        """The module's file, relative to the checkout."""
+        return Path("macosnet_hf", *self.function.partition(":")[0].split(".")).with_suffix(".py")
 
-GEOMETRY = {
+    def apply(self, source: str) -> str:
+        """The module's text with the change; comments are gone.
+
+        Raises:
+            LookupError: if the function or the pattern is not there, or the pattern not once.
+        """
+        return rewrite(source, self.function.partition(":")[2], self.old, self.new)
+
+
+PROPERTIES = "tests/reliability/test_properties.py"
+GEOMETRY: dict[str, Any] = {
     "properties": "mirror or identity or spline or warp or folds or affine or pixels or inverse",
     "tests": ("tests/test_geometry.py",),
 }
-LOSSES = {"properties": "losses", "tests": ("tests/test_losses.py",)}
-METRICS = {"properties": "pck or mask or labels or flow", "tests": ("tests/test_evaluation_metrics.py",)}
-MEANS = {"properties": "means", "tests": ("tests/test_evaluation.py", "-k", "means_over or merge")}
-NETWORK = {"properties": "network", "tests": ("tests/test_modeling.py",)}
+LOSSES: dict[str, Any] = {"properties": "losses", "tests": ("tests/training/test_losses.py",)}
+METRICS: dict[str, Any] = {
+    "properties": "pck or mask or labels or flow",
+    "tests": ("tests/evaluation/test_evaluation_metrics.py",),
+}
+MEANS: dict[str, Any] = {
+    "properties": "means",
+    "tests": ("tests/evaluation/test_evaluation.py", "-k", "means_over or merge"),
+}
+NETWORK: dict[str, Any] = {"properties": "network", "tests": ("tests/test_modeling.py",)}
+IMAGES: dict[str, Any] = {"tests": ("tests/test_image_processing.py",)}
 
 MUTANTS = (
     Mutant(
         "affine matrix transposed",
-        "geometry.py",
-        "    return points @ matrix[..., :2].transpose(-1, -2) + matrix",
-        "    return points @ matrix[..., :2] + matrix",
+        "geometry:apply_affine",
+        "$matrix[..., :2].transpose(-1, -2)",
+        "$matrix[..., :2]",
         **GEOMETRY,
     ),
     Mutant(
         "affine maps composed in the other order",
-        "geometry.py",
-        "    a, b = _affine_matrix(outer), _affine_matrix(inner)",
-        "    b, a = _affine_matrix(outer), _affine_matrix(inner)",
+        "geometry:compose_affine",
+        "$a, $b = _affine_matrix(outer), _affine_matrix(inner)",
+        "$b, $a = _affine_matrix(outer), _affine_matrix(inner)",
         **GEOMETRY,
     ),
     Mutant(
         "sign in the inverse of an affine map",
-        "geometry.py",
-        "rows = (d, -b, b * ty - d * tx,",
-        "rows = (d, -b, b * ty + d * tx,",
+        "geometry:invert_affine",
+        "($d, -$b, $b * $ty - $d * $tx, -$c, $a, $c * $tx - $a * $ty)",
+        "($d, -$b, $b * $ty + $d * $tx, -$c, $a, $c * $tx - $a * $ty)",
         **GEOMETRY,
     ),
     Mutant(
         "pixels half a pixel off",
-        "geometry.py",
-        "    return (points + 1) * _half_extent(size, points)",
-        "    return (points + 1) * (_half_extent(size, points) + 0.5) - 0.5",
+        "geometry:denormalize_points",
+        "($points + 1) * $half",
+        "($points + 1) * ($half + 0.5) - 0.5",
         **GEOMETRY,
     ),
     Mutant(
         "control points with y varying slowest",
-        "geometry.py",
-        'x, y = torch.meshgrid(axis, axis, indexing="ij")\n    return torch.stack((x.flatten(), y',
-        'y, x = torch.meshgrid(axis, axis, indexing="ij")\n    return torch.stack((x.flatten(), y',
+        "geometry:control_points",
+        "$x, $y = torch.meshgrid(...)",
+        "$y, $x = torch.meshgrid(...)",
         **GEOMETRY,
     ),
     Mutant(
         "images sampled with other corners",
-        "geometry.py",
-        "mode=mode, padding_mode=padding_mode, align_corners=True",
-        "mode=mode, padding_mode=padding_mode, align_corners=False",
+        "geometry:warp",
+        "F.grid_sample(..., align_corners=True)",
+        "F.grid_sample(..., align_corners=False)",
         **GEOMETRY,
     ),
     Mutant(
         "spline's radius from x alone",
-        "geometry.py",
-        "radial = distance2 * distance2.clamp",
-        "radial = (points.unsqueeze(-2) - centres)[..., 0].square() * distance2.clamp",
+        "geometry:tps_basis",
+        "($points - $centres).square().sum(-1)",
+        "($points - $centres)[..., 0].square()",
         **GEOMETRY,
     ),
     Mutant(
         "area of a cell without its second product",
-        "geometry.py",
-        "area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]",
-        "area = right[..., 0] * down[..., 1]",
+        "geometry:folded",
+        "$right[..., 0] * $down[..., 1] - $right[..., 1] * $down[..., 0]",
+        "$right[..., 0] * $down[..., 1]",
         **GEOMETRY,
     ),
     Mutant(
         "norm whose gradient at zero is not a number",
-        "losses.py",
-        "torch.linalg.vector_norm(difference, dim=-1)",
-        "difference.square().sum(-1).sqrt()",
+        "training.losses:_round_trip_error",
+        "torch.linalg.vector_norm($difference, dim=-1)",
+        "$difference.square().sum(-1).sqrt()",
         **LOSSES,
     ),
     Mutant(
         "mean over no pixel at all",
-        "losses.py",
-        "valid.sum(dim=(-2, -1)).clamp(min=1)",
-        "valid.sum(dim=(-2, -1))",
+        "training.losses:consistency_loss",
+        "$valid.sum(dim=(-2, -1)).clamp(min=1)",
+        "$valid.sum(dim=(-2, -1))",
         **LOSSES,
     ),
     Mutant(
         "points that fly to infinity between transforms",
-        "losses.py",
-        "points.clamp(-_FARTHEST, _FARTHEST)",
-        "points",
+        "training.losses:_round_trip_error",
+        "$points.clamp(-_FARTHEST, _FARTHEST)",
+        "$points",
         **LOSSES,
     ),
     Mutant(
         "only the first pair of a triplet",
-        "losses.py",
-        "    return 2 * values.mean(dim=1)",
-        "    return 2 * values[:, :2].mean(dim=1)",
+        "training.losses:_over_directions",
+        "$values.mean(dim=1)",
+        "$values[:, :2].mean(dim=1)",
         **LOSSES,
     ),
     Mutant(
         "sum over the batch for its mean",
-        "losses.py",
-        "    return values.mean() if",
-        "    return values.sum() if",
+        "training.losses:_reduce",
+        "$values.mean()",
+        "$values.sum()",
         **LOSSES,
     ),
     Mutant(
         "cross-entropy of probabilities that rounding takes beyond 1",
-        "losses.py",
-        "F.binary_cross_entropy_with_logits(\n        _reverse(logits).flatten(0, 1), warped.clamp(0, 1),",
-        "F.binary_cross_entropy(\n        _reverse(logits).flatten(0, 1).sigmoid() * 1.00001, warped.clamp(0, 1),",
+        "training.losses:consistency_loss",
+        "F.binary_cross_entropy_with_logits($logits, ...)",
+        "F.binary_cross_entropy($logits.sigmoid() * 1.00001, ...)",
         **LOSSES,
     ),
     Mutant(
         "precision of the foreground for that of all pixels",
-        "evaluation/metrics.py",
-        "    return float((predicted == truth).mean())",
-        "    return float((predicted & truth).sum() / max(1, predicted.sum()))",
+        "evaluation.metrics:precision",
+        "($predicted == $truth).mean()",
+        "($predicted & $truth).sum() / max(1, $predicted.sum())",
         **METRICS,
     ),
     Mutant(
         "errors of keypoints along x alone",
-        "evaluation/metrics.py",
-        "        return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), length)",
-        "        return KeypointErrors(np.abs(difference[:, 0]), length)",
+        "evaluation.metrics:keypoint_errors",
+        "np.hypot($difference[:, 0], $difference[:, 1])",
+        "np.abs($difference[:, 0])",
         **METRICS,
     ),
     Mutant(
         "annotated keypoints at infinity",
-        "evaluation/metrics.py",
-        "    if not np.isfinite(truth).all():\n",
-        "    if False:\n",
+        "evaluation.metrics:keypoint_errors",
+        "not np.isfinite(truth).all()",
+        "False",
         **METRICS,
     ),
     Mutant(
         "a box without end",
-        "evaluation/metrics.py",
-        "if not 0 < length < math.inf",
-        "if not 0 < length",
+        "evaluation.metrics:box_length",
+        "0 < $length < math.inf",
+        "0 < $length",
         **METRICS,
     ),
     Mutant(
         "x and y of a transferred label exchanged",
-        "evaluation/metrics.py",
-        "nearest = np.floor(np.where(finite[..., None], places, -1.0) + 0.5)",
-        "nearest = np.floor(np.where(finite[..., None], places, -1.0) + 0.5)[..., ::-1]",
+        "evaluation.metrics:transfer_mask",
+        "np.floor($places + 0.5)",
+        "np.floor($places + 0.5)[..., ::-1]",
         **METRICS,
     ),
     Mutant(
         "a class that forgets its earlier samples",
-        "evaluation/protocols.py",
-        "            cell[1] += count",
-        "            cell[1] = count",
+        "evaluation.protocols:Tally.add",
+        "$cell[1] += $count",
+        "$cell[1] = $count",
         **MEANS,
     ),
     Mutant(
         "similarities scaled by the whole batch",
-        "modeling_macosnet.py",
-        "    return torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2)).unflatten(-1, target.shape[-2:])",
-        "    target = target / target.std()\n"
-        "    return torch.bmm(source.flatten(2).transpose(1, 2), target.flatten(2)).unflatten(-1, target.shape[-2:])",
+        "matching:cell_similarity",
+        "torch.bmm($source, $target.flatten(2))",
+        "torch.bmm($source, ($target / $target.std()).flatten(2))",
         **NETWORK,
     ),
     Mutant(
         "unit length that depends on the largest value of the batch",
-        "modeling_macosnet.py",
-        "    return tensor * torch.rsqrt(",
-        "    return tensor / tensor.abs().max() * torch.rsqrt(",
+        "matching:l2_normalize",
+        "$tensor * torch.rsqrt($squares).to(...)",
+        "$tensor / $tensor.abs().max() * torch.rsqrt($squares).to(...)",
         **NETWORK,
     ),
     Mutant(
         "matches whose partners are those of another",
-        "image_processing_macosnet.py",
-        '"keypoints1": pixels[1][row][partner[kept]],',
-        '"keypoints1": pixels[1][row][kept],',
-        tests=("tests/test_image_processing.py",),
+        "image_processing_macosnet:MaCoSNetImageProcessor.post_process_keypoint_matching",
+        "$points[partner[$matched]]",
+        "$points[$matched]",
+        **IMAGES,
     ),
     Mutant(
-        "matches of a score of zero kept",
-        "image_processing_macosnet.py",
-        "(scores[row, 0] > threshold)",
-        "(scores[row, 0] >= threshold)",
-        tests=("tests/test_image_processing.py",),
+        "matches of a score of zero accepted",
+        "image_processing_macosnet:MaCoSNetImageProcessor.post_process_keypoint_matching",
+        "$scores > threshold",
+        "$scores >= threshold",
+        **IMAGES,
     ),
     Mutant(
         "masks enlarged with other corners",
-        "image_processing_macosnet.py",
-        'mode="bilinear", align_corners=True)[0, 0].clamp(0, 1)',
-        'mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)',
-        tests=("tests/test_image_processing.py",),
+        "image_processing_macosnet:MaCoSNetImageProcessor.post_process_soft_masks",
+        "F.interpolate(..., align_corners=True)",
+        "F.interpolate(..., align_corners=False)",
+        **IMAGES,
     ),
     Mutant(
         "flow in the other direction",
-        "image_processing_macosnet.py",
-        '{"source_to_target": to_target, "target_to_source": to_source}',
-        '{"source_to_target": to_source, "target_to_source": to_target}',
-        tests=("tests/test_image_processing.py",),
+        "image_processing_macosnet:MaCoSNetImageProcessor.post_process_dense_flow",
+        "{'source_to_target': $forward, 'target_to_source': $backward}",
+        "{'source_to_target': $backward, 'target_to_source': $forward}",
+        **IMAGES,
     ),
     Mutant(
         "features warped without their lengths",
-        "modeling_macosnet.py",
-        "scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)",
-        "scaled = weights",
+        "modeling_macosnet:MaCoSNetModel.predict_transforms_from_similarity",
+        "$weights * lengths.to(...)[$maps].gather(...).view_as(...)",
+        "$weights",
         tests=("tests/test_modeling.py",),
     ),
     Mutant(
         "fit that starts where it should end",
-        "modeling_macosnet.py",
-        "end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)",
-        "start, end = features.flatten(0, 1), features.flip(1).flatten(0, 1)",
+        "matching:_fit_mutually",
+        "$end, $start = $features.flatten(0, 1), $features.flip(1).flatten(0, 1)",
+        "$start, $end = $features.flatten(0, 1), $features.flip(1).flatten(0, 1)",
         tests=("tests/test_mutual_fit.py",),
     ),
     Mutant(
         "matches of the other direction with the weights of this one",
-        "modeling_macosnet.py",
-        "shares = torch.cat((weights, reverse(weights),",
-        "shares = torch.cat((weights, weights,",
+        "matching:_fit_mutually",
+        "torch.cat(($weights, reverse($weights), $ridge), dim=1)",
+        "torch.cat(($weights, $weights, $ridge), dim=1)",
         tests=("tests/test_mutual_fit.py",),
     ),
     Mutant(
-        "product of two images not turned for the second",
-        "agreement.py",
-        "product = product.t()",
-        "product = product.clone()",
+        "product of two images not transposed for the second",
+        "mask_sharing:similar_cells",
+        "product.t()",
+        "product.clone()",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
         "boxes of small objects without a margin",
-        "collection.py",
-        "(1 + 2 * _MARGIN)",
-        "(1 + 0 * _MARGIN)",
+        "collection:object_boxes",
+        "1 + 2 * _MARGIN",
+        "1 + 0 * _MARGIN",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
         "images cut by the height for the width",
-        "collection.py",
-        "round(value * image.width / side)",
-        "round(value * image.height / side)",
+        "collection:cut_to_box",
+        "round($value * $image.width / $side)",
+        "round($value * $image.height / $side)",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
         "background drawn near instead of pushed away",
-        "losses.py",
-        "F.relu(margin - within)",
-        "F.relu(within - margin)",
-        tests=("tests/test_losses.py",),
+        "training.losses:contrastive_loss",
+        "F.relu($margin - $within)",
+        "F.relu($within - $margin)",
+        tests=("tests/training/test_losses.py",),
     ),
     Mutant(
         "masks of the other view guide the matching",
-        "losses.py",
-        "masks = _reverse(_mask_on_grid(",
-        "masks = (_mask_on_grid(",
-        tests=("tests/test_losses.py",),
+        "training.losses:matching_loss",
+        "_reverse(_mask_on_grid(...))",
+        "_mask_on_grid(...)",
+        tests=("tests/training/test_losses.py",),
     ),
     Mutant(
         "groups that hold an image twice",
-        "datasets/sampling.py",
-        "generator.choice(self._members[name], size=self.group_size, replace=False)",
-        "generator.choice(self._members[name], size=self.group_size, replace=True)",
-        tests=("tests/test_sampling.py",),
+        "datasets.sampling:GroupSampler.__getitem__",
+        "$generator.choice(..., replace=False)",
+        "$generator.choice(..., replace=True)",
+        tests=("tests/datasets/test_sampling.py",),
     ),
     Mutant(
         "images on their side taken for upright",
-        "image_io.py",
-        "exif_orientation(image) >= 5",
-        "exif_orientation(image) > 8",
-        tests=("tests/test_image_io.py",),
+        "io.image_files:image_size",
+        "exif_orientation($image) >= 5",
+        "exif_orientation($image) > 8",
+        tests=("tests/io/test_image_io.py",),
     ),
     Mutant(
         "an image's size looked at after it was decoded",
-        "image_io.py",
-        "    if width * height > max_pixels:\n",
-        "    if width > max_pixels:\n",
-        tests=("tests/test_image_io.py",),
+        "io.image_files:_check_size",
+        "$width * $height > max_pixels",
+        "$width > max_pixels",
+        tests=("tests/io/test_image_io.py",),
     ),
     Mutant(
         "channels of a published checkpoint not reordered",
-        "convert.py",
-        "weight.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2).contiguous()",
-        "weight.contiguous()",
-        tests=("tests/test_convert.py",),
+        "conversion.published:_transpose_channels",
+        "weight.unflatten(...).transpose(1, 2).flatten(1, 2)",
+        "weight",
+        tests=("tests/conversion/test_convert.py",),
     ),
 )
 
@@ -385,18 +410,17 @@ def run_tests(copy: Path, arguments: Sequence[str]) -> str | None:
 
 def commands(mutant: Mutant) -> tuple[list[str] | None, list[str] | None]:
     """Arguments of pytest for the properties and for the other tests of a mutant."""
-    properties = ["tests/test_properties.py", "-k", mutant.properties] if mutant.properties else None
+    properties = [PROPERTIES, "-k", mutant.properties] if mutant.properties else None
     return properties, list(mutant.tests) or None
 
 
 def try_mutant(copy: Path, mutant: Mutant) -> tuple[str | None, str | None]:
     """The property and the other test that notice a mutant; the copy is as before afterwards."""
-    file = copy / "macosnet_hf" / mutant.module
+    file = copy / mutant.file
     sound = file.read_text(encoding="utf-8")
-    if sound.count(mutant.old) != 1:
-        raise RuntimeError(f"{mutant.module} holds {sound.count(mutant.old)} times: {mutant.old}")
+    changed = mutant.apply(sound)
     try:
-        file.write_text(sound.replace(mutant.old, mutant.new), encoding="utf-8")
+        file.write_text(changed, encoding="utf-8")
         first, second = (run_tests(copy, command) if command else None for command in commands(mutant))
     finally:
         file.write_text(sound, encoding="utf-8")
@@ -411,9 +435,9 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.only or any(word in mutant.name for word in args.only)]
     if args.list or not chosen:
-        print("\n".join(f"{mutant.module}: {mutant.name}" for mutant in MUTANTS))
+        print("\n".join(f"{mutant.function}: {mutant.name}" for mutant in MUTANTS))
         return 0 if args.list else 2
-    lines = ["| file | mutant | property that fails | other test that fails |", "|---|---|---|---|"]
+    lines = ["| function | mutant | property that fails | other test that fails |", "|---|---|---|---|"]
     survived = []
     for name in HEAVY:
         with contextlib.suppress(ImportError):
@@ -432,7 +456,7 @@ def main() -> int:
             if found == (None, None):
                 survived.append(mutant.name)
             names = [f"`{name}`" if name else "-" for name in found]
-            lines.append(f"| `{mutant.module}` | {mutant.name} | {' | '.join(names)} |")
+            lines.append(f"| `{mutant.function}` | {mutant.name} | {' | '.join(names)} |")
             print(f"{lines[-1]} {time.monotonic() - start:.0f} s", flush=True)
     if args.report:
         args.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
