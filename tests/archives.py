@@ -9,7 +9,7 @@ from PIL import Image
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def picture(path: Path, size=(48, 64), seed=0, mirrored=False) -> np.ndarray:
+def write_image(path: Path, size=(48, 64), seed=0, mirrored=False) -> np.ndarray:
     """Writes a smooth random image of (height, width) and returns its pixels."""
     height, width = size
     generator = np.random.default_rng(seed)
@@ -69,11 +69,11 @@ def pf_willow(root: Path, images=3, classes=("car(G)", "duck(S)")) -> Path:
         for index in range(images):
             size = (48 + 4 * index, 64 - 4 * index)
             path = root / "PF-dataset" / name / f"photo_{index:03d}.png"
-            picture(path, size, seed=10 * offset + index)
+            write_image(path, size, seed=10 * offset + index)
             keypoints.append(points(10, size, seed=100 * offset + index))
             savemat(path.with_suffix(".mat"), {"pts_coord": keypoints[-1].T})
         for first in range(images):
-            for second in range(first + 1, pictures):
+            for second in range(first + 1, images):
                 names = [f"PF-dataset/{name}/photo_{index:03d}.png" for index in (first, second)]
                 lines.append(csv_line(*names, numbers[name], keypoints[first], keypoints[second]))
     (root / "test_pairs.csv").write_text("\n".join(lines) + "\n")
@@ -85,7 +85,7 @@ def pf_pascal(root: Path) -> Path:
     folder = root / "PF-dataset-PASCAL" / "JPEGImages"
     names = [f"2010_{index:06d}.jpg" for index in range(4)]
     for index, name in enumerate(names):
-        picture(folder / name, (50, 60 + 2 * index), seed=index)
+        write_image(folder / name, (50, 60 + 2 * index), seed=index)
     paths = [f"PF-dataset-PASCAL/JPEGImages/{name}" for name in names]
     test = [HEADER]
     for number, (a, b, label, count) in enumerate([(0, 1, 1, 6), (1, 2, 20, 4), (0, 2, 1, 5)]):
@@ -102,7 +102,7 @@ def pf_pascal(root: Path) -> Path:
 def spair(root: Path) -> Path:
     """SPair-71k: two test pairs of cats, one training pair, layout lists and segmentations."""
     for index in range(3):
-        picture(root / "JPEGImages" / "cat" / f"2008_{index:06d}.jpg", (50, 70 - 5 * index), seed=index)
+        write_image(root / "JPEGImages" / "cat" / f"2008_{index:06d}.jpg", (50, 70 - 5 * index), seed=index)
         mask(root / "Segmentation" / "cat" / f"2008_{index:06d}.png", disc((50, 70 - 5 * index)))
     lists = {"trn": [], "val": [], "test": []}
     for number, (split, a, b, viewpoint) in enumerate([("test", 0, 1, 0), ("test", 2, 0, 2), ("trn", 1, 2, 1)]):
@@ -151,7 +151,7 @@ def tss(root: Path) -> Path:
         folder = root / "TSS_CVPR2016" / group / "car_01_02"
         sizes = [(48, 64), (40, 80)]
         for side in (0, 1):
-            picture(folder / f"image{side + 1}.png", sizes[side], seed=number, mirrored=bool(flip and side))
+            write_image(folder / f"image{side + 1}.png", sizes[side], seed=number, mirrored=bool(flip and side))
             size, other = sizes[side], sizes[1 - side]
             scale = (size[0] / 48, size[1] / 64)
             y, x = np.mgrid[: size[0], : size[1]]
@@ -175,8 +175,8 @@ def internet(root: Path, images=3) -> Path:
     """Internet: three classes; the last image of each has no object."""
     for offset, name in enumerate(("Airplane100", "Car100", "Horse100")):
         for index in range(images):
-            picture(root / "Data" / name / f"{index + 1:04d}.jpg", (40, 56), seed=10 * offset + index)
-            pixels = disc((40, 56), (18, 24), 9) if index < pictures - 1 else np.zeros((40, 56), bool)
+            write_image(root / "Data" / name / f"{index + 1:04d}.jpg", (40, 56), seed=10 * offset + index)
+            pixels = disc((40, 56), (18, 24), 9) if index < images - 1 else np.zeros((40, 56), bool)
             mask(root / "Data" / name / "GroundTruth" / f"{index + 1:04d}.png", pixels)
     return root
 
@@ -186,7 +186,7 @@ def coseg(root: Path, images=3, classes=("Bird", "Cat"), masks=True) -> Path:
     for offset, name in enumerate(classes):
         for index in range(images):
             size = (40 + 4 * index, 56)
-            picture(root / "images" / name / f"p{index}.jpg", size, seed=10 * offset + index)
+            write_image(root / "images" / name / f"p{index}.jpg", size, seed=10 * offset + index)
             if masks:
                 mask(root / "masks" / name / f"p{index}.png", disc(size, (18, 20 + 3 * index), 10), mode="1")
     return root

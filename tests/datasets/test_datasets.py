@@ -14,11 +14,11 @@ from archives import (
     mask,
     pf_pascal,
     pf_willow,
-    picture,
     points,
     spair,
     tss,
     write_flow,
+    write_image,
 )
 
 from macosnet_hf.datasets.readers import BENCHMARKS, VOC_CLASSES, Problems, iter_records, load_records, read_flow
@@ -156,8 +156,8 @@ def test_folders_of_ones_own(tmp_path):
 
 
 def test_a_pair_list_of_ones_own(tmp_path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png", seed=1)
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png", seed=1)
     listing = tmp_path / "mine.csv"
     listing.write_text("\n".join([HEADER, csv_line("a.png", "b.png", "dog", points(3), points(3, seed=1))]))
     for record in (read("pairs", tmp_path, pairs=listing)[0], read("pairs", listing)[0]):
@@ -166,7 +166,7 @@ def test_a_pair_list_of_ones_own(tmp_path):
 
 
 def test_minus_one_padding_of_a_list_is_not_a_key_point(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     first, second = points(3), points(3, seed=1)
     padded = [np.concatenate([array, np.full((2, 2), -1.0)]) for array in (first, second)]
     (tmp_path / "l.csv").write_text("\n".join([HEADER, csv_line("a.png", "a.png", "dog", *padded)]))
@@ -330,7 +330,7 @@ def test_a_file_that_is_no_picture_and_two_pictures_of_one_name(tmp_path):
         read("coseg", root)
     (root / "images" / "Cat" / "p7.heic").unlink()
     assert len(read("coseg", root)) == 6
-    picture(root / "images" / "Cat" / "p1.png")
+    write_image(root / "images" / "Cat" / "p1.png")
     with pytest.raises(DataError, match=r"p1\.jpg.*same name"):
         read("coseg", root)
     assert len(read("coseg", root / "images", "train")) == 7

@@ -85,8 +85,8 @@ def test_an_empty_class_is_named_or_counted_in_every_archive(tmp_path, name):
 
 def test_pictures_where_none_is_looked_for_are_named(tmp_path):
     root = archives.coseg(tmp_path / "coseg")
-    archives.image(root / "images" / "loose.jpg")
-    archives.image(root / "images" / "Cat" / "more" / "photo.jpg")
+    archives.write_image(root / "images" / "loose.jpg")
+    archives.write_image(root / "images" / "Cat" / "more" / "photo.jpg")
     problems = Problems(skip=True)
     assert len(list(iter_records("coseg", root, problems=problems))) == 6
     assert len(problems.messages) == 2
@@ -189,7 +189,7 @@ def test_spair_takes_no_box_of_key_points_for_an_annotated_one(tmp_path):
 
 def test_stored_predictions_of_another_picture_of_the_same_name_are_refused(tmp_path, capsys):
     first, second = archives.coseg(tmp_path / "first"), archives.coseg(tmp_path / "second")
-    archives.image(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
+    archives.write_image(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
     arguments = ["--baseline", "identity", "--predictions", str(tmp_path / "stored")]
     assert main(["evaluate", "coseg", "--data", str(first), *arguments]) == 0
     prepare("coseg", first, tmp_path / "prepared")

@@ -177,15 +177,15 @@ class Bench:
                     for part in ("images", "masks"):
                         path = self.folder / name / part / kind / f"{number}.png"
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        picture = seeds.image(60, 48, number)
-                        (picture if part == "images" else picture.convert("L")).save(path)
+                        content = seeds.image(60, 48, number)
+                        (content if part == "images" else content.convert("L")).save(path)
 
     @property
     def model(self) -> Path:
         return self.folder / "model"
 
     @property
-    def photos(self) -> Path:
+    def images(self) -> Path:
         return self.folder / "photos"
 
     def fresh(self) -> Path:

@@ -56,7 +56,7 @@ class Kind:
 
 
 def _image(files: list[bytes], mutation: damage.Damage) -> Kind:
-    """Through `load_image`, `image_size` and `mask_from_picture`, from memory and from a file."""
+    """Through `load_image`, `image_size` and `mask_from_image`, from memory and from a file."""
     from macosnet_hf.datasets.schema import mask_from_image
     from macosnet_hf.io.image_files import image_size, load_image
 
@@ -246,7 +246,7 @@ def _point_text() -> Kind:
     """`--points` and `--points-file` of the command line."""
     from PIL import Image
 
-    from macosnet_hf.commands import main as cli
+    from macosnet_hf.commands import match
 
     photo = Image.new("RGB", (50, 40))
     texts = (b"1,2;3,4", b"x,y\n1,2\n3.5,4\n", b'"1","2"\r\n\r\n"49","39"\r\n', b"49,39")
@@ -260,7 +260,7 @@ def _point_text() -> Kind:
             args = argparse.Namespace(points=data.decode("utf-8", "replace"), points_file=None)
 
         def read() -> None:
-            cli._check_inside(cli._read_points(args) or [], photo)
+            match._check_inside(match._read_points(args) or [], photo)
 
         return read
 

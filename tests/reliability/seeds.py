@@ -12,21 +12,21 @@ import numpy as np
 from PIL import Image
 
 
-def photograph(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
+def image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
     """Smooth coloured noise, neither square nor symmetric."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def _encoded(content: Image.Image, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    content.save(stream, kind, **options)
     return stream.getvalue()
 
 
-def pictures() -> dict[str, list[bytes]]:
+def images() -> dict[str, list[bytes]]:
     """Files of each image format, in the modes and encodings that the format has."""
-    photo = photograph()
+    photo = image()
     grey, palette, clear = photo.convert("L"), photo.convert("P"), photo.convert("RGBA")
     clear.putalpha(grey)
     frames = [photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), photo.rotate(30)]
@@ -157,7 +157,7 @@ def pair_archive(folder: Path) -> None:
     """Two images `p/a.png` and `p/b.png`."""
     (folder / "p").mkdir(parents=True)
     for number, name in enumerate("ab"):
-        photograph(seed=number).save(folder / "p" / f"{name}.png")
+        image(seed=number).save(folder / "p" / f"{name}.png")
 
 
 def willow_archive(folder: Path) -> None:
@@ -165,18 +165,18 @@ def willow_archive(folder: Path) -> None:
     where = folder / "PF-dataset" / "car(G)"
     where.mkdir(parents=True)
     for number, name in enumerate("ab"):
-        photograph(seed=number).save(where / f"{name}.png")
+        image(seed=number).save(where / f"{name}.png")
         (where / f"{name}.mat").write_bytes(mat())
 
 
 def spair_archive(folder: Path) -> None:
     """SPair-71k with one pair of cats."""
-    pictures, annotations = folder / "JPEGImages" / "cat", folder / "PairAnnotation" / "test"
+    content, annotations = folder / "JPEGImages" / "cat", folder / "PairAnnotation" / "test"
     lists = folder / "Layout" / "large"
-    for where in (pictures, annotations, lists):
+    for where in (content, annotations, lists):
         where.mkdir(parents=True)
     for number, name in enumerate("ab"):
-        photograph(seed=number).save(pictures / f"{name}.jpg")
+        image(seed=number).save(content / f"{name}.jpg")
     (annotations / "1:cat.json").write_bytes(ANNOTATION)
     (lists / "test.txt").write_text("1:cat\n")
 
@@ -186,8 +186,8 @@ def tss_archive(folder: Path) -> None:
     where = folder / "TSS_CVPR2016" / "JODS" / "pair"
     where.mkdir(parents=True)
     for number in (1, 2):
-        photograph(5, 4, seed=number).save(where / f"image{number}.png")
-        photograph(5, 4, seed=number).convert("L").save(where / f"mask{number}.png")
+        image(5, 4, seed=number).save(where / f"image{number}.png")
+        image(5, 4, seed=number).convert("L").save(where / f"mask{number}.png")
         (where / f"flow{number}.flo").write_bytes(flow())
     (where / "flip_gt.txt").write_text("0")
 

@@ -320,7 +320,7 @@ def pipelines():
 )
 def test_inputs_of_pipelines_that_are_no_photographs(pipelines, inputs):
     for pipeline in pipelines[0]:
-        with pytest.raises(InputError, match="photographs"):
+        with pytest.raises(InputError, match="images"):
             pipeline(inputs)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from archives import disc, mask, pf_willow, picture
+from archives import disc, mask, pf_willow, write_image
 
 from macosnet_hf.datasets.prepare import prepare
 from macosnet_hf.training.images import TrainingImages
@@ -23,7 +23,7 @@ def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
 
 def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_path):
     for index in range(2):
-        picture(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
+        write_image(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
         mask(tmp_path / "mine" / "masks" / "cat" / f"{index}.png", disc())
     prepare("coseg", tmp_path / "mine", tmp_path / "prepared")
     photographs = TrainingImages([str(tmp_path / "prepared")], 32)
