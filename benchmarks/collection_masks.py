@@ -62,7 +62,7 @@ WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     "two of the collection": lambda collection: collection.segment(common=False).probabilities,
     "four of the collection": lambda collection: collection.segment(partners=4, common=False).probabilities,
     "two, and masks that travel": lambda collection: collection.segment().probabilities,
-    REFINED: lambda collection: collection.segment(refine="grabcut", closer=False).probabilities,
+    REFINED: lambda collection: collection.segment(refine="grabcut", second_pass=False).probabilities,
     CLOSER: lambda collection: collection.segment(refine="grabcut").probabilities,
 }
 

@@ -7,9 +7,11 @@ The module travels with the model to the Hub. What relates images by transforms 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import InputError
-from .mask_sharing import SimilarCells, drop_small_components, mix_refined, refine_small, share_masks, similar_cells
+from .mask_sharing import NetworkMasks, drop_small_components, propagate_refined, refine_masks, similar_cells
 from .matching import correlate
 from .refinement import REFINEMENT_METHODS, refine_mask
 
@@ -35,13 +37,30 @@ _SKIP_MEMORY = 1 << 30
 _REFINED_PIXELS = 4_000_000
 # How many of the most alike say whether an image belongs.
 _AGREEMENT_PARTNERS = 4
-# The second pass on crops: the object's box, wider by this share of its sides on each side, is cut out where it is no
-# larger than that share of the image; no side is cut below 0.4. Chosen on msrc-coseg.
+# The second pass on crops: the object's box, wider by this share of its sides on each side, is cropped where it covers
+# no more than that share of the image; no side of it is shorter than 0.4 of the image's. Chosen on msrc-coseg.
 _MARGIN = 0.2
-_LARGEST_CUT = 0.7
-_SHORTEST_CUT = 0.4
+_LARGEST_CROP = 0.7
+_SHORTEST_CROP = 0.4
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask; right and bottom excluded
+
+
+def _accept_old_keywords(**renamed: str) -> Callable[[_Function], _Function]:
+    """Lets a function take arguments by their names of version 0.1, with a warning."""
+
+    def decorate(function: _Function) -> _Function:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in renamed.keys() & kwargs.keys():
+                warnings.warn(f"The argument {old} is now {renamed[old]}.", DeprecationWarning, stacklevel=2)
+                kwargs[renamed[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 @dataclass
@@ -71,21 +90,18 @@ class _Encoded:
     skips: tuple[Tensor, ...] | None
 
 
-class Look(NamedTuple):
-    """What the first two steps of [`Collection.segment`] give.
+class Crops(NamedTuple):
+    """What N images show to the refinement.
 
     Attributes:
-        own, masks: `(N, S, S)` masks of the decoder, and after they have travelled.
-        cells: along which they did; None if they did not.
-        partners: numbers of those that each was compared with.
-        agreement: `(N,)`, as of a [`CollectionResult`].
+        images: the images, those with small objects cropped to a box.
+        boxes: these boxes; None where an image is whole.
+        masks: of these images.
     """
 
-    own: Tensor
-    masks: Tensor
-    cells: SimilarCells | None
-    partners: list[list[int]]
-    agreement: Tensor
+    images: Sequence[Image.Image]
+    boxes: Sequence[Box | None]
+    masks: NetworkMasks
 
 
 class Collection:
@@ -170,38 +186,38 @@ class Collection:
         """`(n, 3, S, S)` as the encoder sees them, on the model's device."""
         return self._pixels([self.images[number] for number in numbers]).to(self.model.device)
 
+    @_accept_old_keywords(common="propagate", closer="second_pass")
     @torch.inference_mode()
     def segment(
         self,
         *,
         partners: int = 2,
-        common: bool = True,
+        propagate: bool = True,
         refine: str = "none",
-        closer: bool = True,
+        second_pass: bool = True,
         workers: int = 2,
         progress: Progress | None = None,
     ) -> CollectionResult:
         """Soft masks of the object that the images have in common.
 
         1. The decoder sees each image with each of its partners; the mean of these masks is its first mask.
-        2. Masks travel ([`~.agreement.transfer_masks`]): each cell asks the cells that resemble it most in other
-           images, and what these say is half of the new mask. A part that is taken for the object in one
-           image only finds no support.
-        3. With `refine`, a second pass on crops: images whose object is small are cropped to it and encoded, and both
-           steps are done again with them. (Nothing else encodes an image twice.) An image in whose cut no
-           object is found stays whole.
-        4. With `refine`, these masks are refined by each image's own colours, and what was found is shared once more
-           ([`~.agreement.mix_refined`]); pieces that are much smaller than the largest are dropped. The object is where
-           the result is 0.5 or more: refine it no further.
+        2. Mask propagation ([`~.mask_sharing.NetworkMasks`]): half of each mask comes from the cells of other images
+           that resemble its own cells most. A part that is object in one image only finds no support there.
+        3. With `refine`, a second pass on crops: images with a small object are cropped to it and encoded, and both
+           steps are repeated. (Nothing else encodes an image twice.) An image in whose crop no object is found stays
+           whole.
+        4. With `refine`, these masks are refined by each image's own colours and propagated once more
+           ([`~.mask_sharing.propagate_refined`]); small components are dropped. The object is where the result is 0.5
+           or more: refine it no further.
 
         Args:
             partners: how many others the decoder compares each image with.
-            common: whether masks travel.
+            propagate: whether to do the second step (`common` in version 0.1).
             refine: one of `refinement.REFINEMENT_METHODS`, for the last two steps; `"none"` leaves them out.
-            closer: whether there is a third step.
+            second_pass: whether to do the third step (`closer` in version 0.1).
             workers: threads that refine.
             progress: called with (done, total) after each image of the first step, of the third if there is one,
-                and of the fourth.
+                and of the fourth; may raise to stop the work.
 
         Raises:
             InputError: for fewer than two images, no partner, or an unknown refinement.
@@ -212,75 +228,61 @@ class Collection:
             raise InputError(f"partners must be at least 1, not {partners}.")
         if refine not in REFINEMENT_METHODS:
             raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
-        rounds = 1 if refine == "none" else 2 + closer
+        steps = 1 if refine == "none" else 2 + second_pass
 
-        def tell(step: int, done: int) -> None:
+        def report(step: int, done: int) -> None:
             if progress is not None:
-                progress(step * len(self) + done, rounds * len(self))
+                progress(step * len(self) + done, steps * len(self))
 
-        look = self.look(partners, common, lambda done: tell(0, done))
-        masks, compared, agreement = look.masks, look.partners, look.agreement.cpu().numpy()
+        first, compared, agreement = self.first_pass(partners, propagate, partial(report, 0))
+        masks = first.propagated
         if refine != "none":
-            images = self.images
-            boxes: list[Box | None] = [None] * len(self)
-            if closer:
-                images, boxes, look = self._look_closer(look, partners, common, lambda done: tell(1, done))
-            masks = refine_small(images, look.masks, refine, workers=workers, tell=lambda done: tell(rounds - 1, done))
-            if look.cells is not None:
-                masks = mix_refined(look.own, masks, look.cells)
-            masks = drop_small_components(put_back(masks, boxes))
+            crops = Crops(self.images, [None] * len(self), first)
+            if second_pass:
+
+                def look_at(boxes: Sequence[Box | None]) -> tuple[Sequence[Image.Image], NetworkMasks]:
+                    cropped = self._cropped(boxes, partial(report, 1, 0))
+                    return cropped.images, cropped.first_pass(partners, propagate, partial(report, 1))[0]
+
+                crops = crop_to_objects(crops, look_at)
+            masks = refine_crops(crops, refine, workers=workers, progress=partial(report, steps - 1))
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=compared,
-            agreement=agreement,
+            agreement=agreement.cpu().numpy(),
             collection=self,
         )
 
     @torch.inference_mode()
-    def look(self, partners: int, common: bool, tell: Callable[[int], None] | None = None) -> Look:
-        """The first two steps of [`segment`]; `tell` is called with the number of images that have been seen."""
+    def first_pass(
+        self, partners: int = 2, propagate: bool = True, progress: Callable[[int], None] | None = None
+    ) -> tuple[NetworkMasks, list[list[int]], Tensor]:
+        """Masks by the first two steps of [`segment`], the partners of each image, and its agreement `(N,)`.
+
+        Args:
+            partners, propagate: as in [`segment`].
+            progress: called with the number of images that are done.
+        """
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, similarity = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)].tolist()
-        first = []
+        own = []
         for number, several in enumerate(chosen):
-            first.append(self.mean_mask(number, several))
-            if tell is not None:
-                tell(number + 1)
-        own = torch.stack(first)
-        cells = similar_cells(last, others) if common else None
-        return Look(
-            own=own,
-            masks=own if cells is None else share_masks(own, cells),
-            cells=cells,
-            partners=chosen,
-            agreement=similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1),
-        )
+            own.append(self.mean_mask(number, several))
+            if progress is not None:
+                progress(number + 1)
+        masks = NetworkMasks.of(torch.stack(own), similar_cells(last, others) if propagate else None)
+        return masks, chosen, similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
 
-    def _look_closer(
-        self, look: Look, partners: int, common: bool, tell: Callable[[int], None]
-    ) -> tuple[list[Image.Image], list[Box | None], Look]:
-        """The images, of which those with small objects are cut to a box; the boxes; and what is seen then."""
-        boxes = object_boxes(look.masks)
-        while any(boxes):
-            cut = self._cut(boxes, lambda: tell(0))
-            seen = cut.look(partners, common, tell)
-            kept = boxes_with_object(boxes, seen.masks)
-            if kept == boxes:
-                return cut.images, boxes, seen
-            boxes = kept
-        return self.images, boxes, look
-
-    def _cut(self, boxes: Sequence[Box | None], tell: Callable[[], None]) -> Collection:
-        """The same images, of which those that have a box are cut to it; `tell` is called after each cut, and may
-        raise to stop the work."""
+    def _cropped(self, boxes: Sequence[Box | None], progress: Callable[[], None]) -> Collection:
+        """The same images, cropped where there is a box; `progress` is called after each crop."""
         both = self.subset(range(len(self)))
-        both._skip_bytes = 0  # the cuts may keep as many maps as the images do
+        both._skip_bytes = 0  # the crops may hold as many maps as the images do
         side = self.model.config.image_size
         numbers = list(range(len(self)))
         rows = [number for number in numbers if boxes[number] is not None]
-        cuts = [cut_to_box(self.images[number], boxes[number], side) for number in rows]
-        for row, number in zip(rows, both.add(cuts, progress=lambda *_: tell()), strict=True):
+        crops = [crop_to_box(self.images[number], boxes[number], side) for number in rows]
+        for row, number in zip(rows, both.add(crops, progress=lambda *_: progress()), strict=True):
             numbers[row] = number
         return both.subset(numbers)
 
@@ -316,6 +318,7 @@ class Collection:
             self._encoded[key] = _Encoded(last=last[row].clone(), skips=skips[row] if keep else None)
 
 
+@_accept_old_keywords(closer="second_pass")
 def segment_collection(
     images: Sequence[Image.Image],
     *,
@@ -323,7 +326,7 @@ def segment_collection(
     processor: MaCoSNetImageProcessor,
     partners: int = 2,
     refine: str = "none",
-    closer: bool = True,
+    second_pass: bool = True,
     batch_size: int | None = None,
     skip_memory: int = _SKIP_MEMORY,
     progress: Progress | None = None,
@@ -332,7 +335,7 @@ def segment_collection(
 
     Args:
         images: two or more upright RGB images.
-        partners, refine, closer, progress: as in [`Collection.segment`].
+        partners, refine, second_pass, progress: as in [`Collection.segment`].
         batch_size, skip_memory: as in [`Collection`].
 
     Raises:
@@ -344,11 +347,46 @@ def segment_collection(
         raise InputError(f"partners must be at least 1, not {partners}.")
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
     collection.add(images)
-    return collection.segment(partners=partners, refine=refine, closer=closer, progress=progress)
+    return collection.segment(partners=partners, refine=refine, second_pass=second_pass, progress=progress)
+
+
+def crop_to_objects(
+    whole: Crops, look_at: Callable[[Sequence[Box | None]], tuple[Sequence[Image.Image], NetworkMasks]]
+) -> Crops:
+    """The second pass: images with small objects cropped to them, and the masks that the network gives then.
+
+    Args:
+        whole: the images without boxes, and their masks of the first pass.
+        look_at: crops the images to boxes, and returns them and their masks. It is called again without the boxes in
+            which no object is found.
+    """
+    boxes = object_boxes(whole.masks.propagated)
+    while any(boxes):
+        images, found = look_at(boxes)
+        with_object = boxes_with_object(boxes, found.propagated)
+        if with_object == boxes:
+            return Crops(images, boxes, found)
+        boxes = with_object
+    return whole
+
+
+def refine_crops(
+    crops: Crops, method: str, *, workers: int = 2, progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """Soft masks `(N, S, S)` of whole images, refined by their colours and propagated, without small components.
+
+    Args:
+        crops: see [`crop_to_objects`].
+        method, workers, progress: as in [`~.mask_sharing.refine_masks`].
+    """
+    masks = refine_masks(crops.images, crops.masks.propagated, method, workers=workers, progress=progress)
+    if crops.masks.cells is not None:
+        masks = propagate_refined(crops.masks.own, masks, crops.masks.cells)
+    return drop_small_components(paste_masks(masks, crops.boxes))
 
 
 def object_boxes(masks: Tensor) -> list[Box | None]:
-    """Where each image is worth a second pass on crops: the box of its object, with a margin, where that is small.
+    """The box of each image's object, with a margin, where that is small enough for a second pass.
 
     Args:
         masks: `(N, S, S)` in [0, 1].
@@ -362,24 +400,24 @@ def object_boxes(masks: Tensor) -> list[Box | None]:
     for along in (inside.any(dim=1), inside.any(dim=2)):  # columns, rows
         first = along.int().argmax(dim=1)
         last = side - along.flip(1).int().argmax(dim=1)
-        length = ((last - first) * (1 + 2 * _MARGIN)).clamp(_SHORTEST_CUT * side, side)
+        length = ((last - first) * (1 + 2 * _MARGIN)).clamp(_SHORTEST_CROP * side, side)
         start = ((first + last - length) / 2).clamp(min=0).minimum(side - length)
         ends.append((start.floor().int(), (start + length).ceil().int()))
     (left, right), (top, bottom) = ends
-    small = (right - left) * (bottom - top) <= _LARGEST_CUT * side**2
+    small = (right - left) * (bottom - top) <= _LARGEST_CROP * side**2
     worth = (small & inside.flatten(1).any(dim=1)).tolist()
     boxes = torch.stack((left, top, right, bottom), dim=1).tolist()
     return [(box[0], box[1], box[2], box[3]) if use else None for box, use in zip(boxes, worth, strict=True)]
 
 
 def boxes_with_object(boxes: Sequence[Box | None], masks: Tensor) -> list[Box | None]:
-    """The boxes without those in which a second pass on crops found nothing, by the masks `(N, S, S)` of the cuts."""
+    """The boxes without those in which the second pass found no object, by the masks `(N, S, S)` of the crops."""
     found = (masks >= 0.5).flatten(1).any(dim=1).tolist()
     return [box if there else None for box, there in zip(boxes, found, strict=True)]
 
 
-def cut_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
-    """The part of an image that a box of its mask of `(side, side)` shows; all of it without a box."""
+def crop_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
+    """The part of an image within a box of its mask `(side, side)`; the image itself without a box."""
     if box is None:
         return image
     left, right = (round(value * image.width / side) for value in box[::2])
@@ -387,8 +425,8 @@ def cut_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
-def put_back(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
-    """Masks of cut images as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
+def paste_masks(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
+    """Masks of cropped images as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
 
     The cells of a mask are areas here, as the processor reduces images.
     """

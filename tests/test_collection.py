@@ -14,15 +14,15 @@ from macosnet_hf import InputError, load_image, mask_sharing
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
-    cut_to_box,
+    crop_to_box,
     object_boxes,
-    put_back,
+    paste_masks,
     refined_mask,
     segment_collection,
     spread_ranks,
 )
 from macosnet_hf.io.checkpoints import load_model_and_processor
-from macosnet_hf.mask_sharing import drop_small_components, refine_small, similar_cells, transfer_masks
+from macosnet_hf.mask_sharing import drop_small_components, propagate_masks, refine_masks, similar_cells
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
 NAMES = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg", "bus.png")
@@ -50,7 +50,7 @@ def soft_mask_of_pair(network, first, second):
 def test_masks_are_the_mean_over_the_partners(network, photos, count):
     collection = Collection(**network)
     collection.add(photos[:count])
-    result = collection.segment(partners=2, common=False)
+    result = collection.segment(partners=2, propagate=False)
     size = network["model"].config.image_size
     assert result.probabilities.shape == (count, size, size)
     assert result.probabilities.dtype == np.float32
@@ -63,7 +63,7 @@ def test_masks_are_the_mean_over_the_partners(network, photos, count):
         np.testing.assert_allclose(result.probabilities[number], expected, atol=2e-4)
 
 
-def slow_transfer(features, masks, others):
+def slow_propagation(features, masks, others):
     """Cell by cell in float64; the masks have the features' size."""
     count, _, height, width = features.shape
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -84,16 +84,16 @@ def slow_transfer(features, masks, others):
 
 
 @pytest.mark.parametrize("count", [2, 3, 19])
-def test_masks_travel_as_in_plain_loops(count):
+def test_masks_are_propagated_as_in_plain_loops(count):
     random = np.random.default_rng(count)
     features, masks = random.normal(size=(count, 5, 3, 4)), random.random((count, 3, 4))
     others = np.stack([random.permutation(np.delete(np.arange(count), number)) for number in range(count)])
     cells = similar_cells(torch.from_numpy(features), torch.from_numpy(others))
-    found = transfer_masks(torch.from_numpy(masks), cells)
-    np.testing.assert_allclose(found.numpy(), slow_transfer(features, masks, others), atol=1e-5)
+    found = propagate_masks(torch.from_numpy(masks), cells)
+    np.testing.assert_allclose(found.numpy(), slow_propagation(features, masks, others), atol=1e-5)
 
 
-def test_masks_travel_along_what_is_alike():
+def test_masks_are_propagated_along_similarity():
     """Two images of the same three things in other places: a wrong mask is outvoted by those of the others."""
     kinds = torch.eye(3)
     layout = torch.tensor([[[0, 1], [2, 2]], [[2, 0], [1, 1]], [[1, 2], [0, 2]]])
@@ -101,7 +101,7 @@ def test_masks_travel_along_what_is_alike():
     masks = (layout == 0).float()
     masks[0] = 1 - masks[0]
     others = torch.tensor([[1, 2], [2, 0], [0, 1]])
-    found = transfer_masks(masks, similar_cells(features, others))
+    found = propagate_masks(masks, similar_cells(features, others))
     assert (found[0] > 0.5).tolist() == (layout[0] == 0).tolist()
 
 
@@ -125,13 +125,13 @@ def test_the_three_steps_of_a_mask(network, photos, count):
     collection.add(photos[:count])
     features = collection.features(range(count)).last
     others, _ = choose_partners(features, count)
-    first = torch.from_numpy(collection.segment(common=False).probabilities)
+    first = torch.from_numpy(collection.segment(propagate=False).probabilities)
     share = 0.5 if count > 2 else 0.3
     cells = similar_cells(features, others)
-    travelled = (1 - share) * first + share * transfer_masks(first, cells)
-    np.testing.assert_allclose(collection.segment().probabilities, travelled.numpy(), atol=1e-6)
+    propagated = (1 - share) * first + share * propagate_masks(first, cells)
+    np.testing.assert_allclose(collection.segment().probabilities, propagated.numpy(), atol=1e-6)
     sharp = []
-    for photo, mask in zip(photos, travelled, strict=False):
+    for photo, mask in zip(photos, propagated, strict=False):
         small = photo.copy()
         if max(photo.size) > 320:
             scale = 320 / max(photo.size)
@@ -142,15 +142,17 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         )
         sharp.append(soft[0, 0])
     sharp = torch.stack(sharp)
-    expected = drop_small_components(0.3 * first + 0.4 * transfer_masks(sharp, cells) + 0.3 * sharp)
-    refined = collection.segment(refine="grabcut", closer=False, workers=3)
+    expected = drop_small_components(0.3 * first + 0.4 * propagate_masks(sharp, cells) + 0.3 * sharp)
+    refined = collection.segment(refine="grabcut", second_pass=False, workers=3)
     np.testing.assert_allclose(refined.probabilities, expected.numpy(), atol=1e-5)
-    assert (np.abs(refined.probabilities - travelled.numpy()) > 0.05).any()
+    assert (np.abs(refined.probabilities - propagated.numpy()) > 0.05).any()
 
 
-def test_a_closer_look_is_the_collection_of_the_cuts(network, photos, monkeypatch):
-    """Small objects, cut out by hand: what is found in the cuts is what is found in the whole images."""
-    monkeypatch.setattr("macosnet_hf.collection.drop_crumbs", lambda masks: masks)  # which differ in a reduced mask
+def test_the_second_pass_is_the_collection_of_the_crops(network, photos, monkeypatch):
+    """Small objects, cropped by hand: the masks of the crops are the masks of the whole images."""
+    monkeypatch.setattr(
+        "macosnet_hf.collection.drop_small_components", lambda masks: masks
+    )  # which differ in a reduced mask
     small = []
     for number, photo in enumerate(photos[:3]):
         frame = Image.new("RGB", (640, 480), (90, 120, 90))
@@ -159,53 +161,53 @@ def test_a_closer_look_is_the_collection_of_the_cuts(network, photos, monkeypatc
     small.append(photos[0])
     collection = Collection(**network)
     collection.add(small)
-    travelled = torch.from_numpy(collection.segment().probabilities)
-    boxes = object_boxes(travelled)
+    propagated = torch.from_numpy(collection.segment().probabilities)
+    boxes = object_boxes(propagated)
     assert all(boxes[:3])
-    side = travelled.shape[-1]
-    cuts = []
+    side = propagated.shape[-1]
+    crops = []
     for photo, box in zip(small, boxes, strict=True):
         left, top, right, bottom = box or (0, 0, side, side)
         x, y = photo.width / side, photo.height / side
-        cuts.append(photo.crop((round(left * x), round(top * y), round(right * x), round(bottom * y))))
-    closer = Collection(**network)
-    closer.add(cuts)
-    found = closer.segment(refine="grabcut", closer=False).probabilities
+        crops.append(photo.crop((round(left * x), round(top * y), round(right * x), round(bottom * y))))
+    again = Collection(**network)
+    again.add(crops)
+    found = again.segment(refine="grabcut", second_pass=False).probabilities
     whole = collection.segment(refine="grabcut").probabilities
-    for mask, box, cut in zip(whole, boxes, found, strict=True):
+    for mask, box, crop in zip(whole, boxes, found, strict=True):
         if box is None:
-            np.testing.assert_allclose(mask, cut, atol=1e-5)
+            np.testing.assert_allclose(mask, crop, atol=1e-5)
             continue
         left, top, right, bottom = box
         assert mask[:top].max(initial=0) == mask[bottom:].max(initial=0) == 0
         assert mask[:, :left].max(initial=0) == mask[:, right:].max(initial=0) == 0
-        reduced = Image.fromarray(cut).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        reduced = Image.fromarray(crop).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(mask[top:bottom, left:right], np.asarray(reduced), atol=1e-3)
 
 
-def test_a_photograph_in_whose_cut_nothing_is_found_stays_whole(network, photos, monkeypatch):
+def test_an_image_in_whose_crop_nothing_is_found_stays_whole(network, photos, monkeypatch):
     small = []
     for number, photo in enumerate(photos[:3]):
         small.append(Image.new("RGB", (640, 480), (90, 120, 90)))
         small[-1].paste(photo.resize((240, 180)), (40 + 150 * number, 30 + 120 * number))
     collection = Collection(**network)
     collection.add(small)
-    real, seen = Collection.look, []
+    real, seen = Collection.first_pass, []
 
-    def look(self, *given):
+    def first_pass(self, *given):
         found = real(self, *given)
         seen.append([photo.size == (640, 480) for photo in self.images])
         if len(seen) == 2:
-            found.masks[1] = 0.4
+            found[0].propagated[1] = 0.4
         return found
 
-    monkeypatch.setattr(Collection, "look", look)
+    monkeypatch.setattr(Collection, "first_pass", first_pass)
     masks = collection.segment(refine="grabcut").probabilities
     assert seen == [[True, True, True], [False, False, False], [False, True, False]]
     assert (masks >= 0.5).any(axis=(1, 2)).all()
 
 
-def test_a_closer_look_can_be_stopped(network, photos):
+def test_the_second_pass_can_be_stopped(network, photos):
     small = Image.new("RGB", (640, 480), (90, 120, 90))
     small.paste(photos[0].resize((200, 200)), (100, 100))
     collection = Collection(**network)
@@ -214,7 +216,7 @@ def test_a_closer_look_can_be_stopped(network, photos):
 
     def stop(done, total):
         told.append((done, total))
-        if told.count((5, 15)) == 2:  # the fifth of the first step, and then a cut
+        if told.count((5, 15)) == 2:  # the fifth of the first step, and then a crop
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -235,21 +237,21 @@ def test_boxes_of_small_objects():
     assert object_boxes(masks) == expected
 
 
-def test_what_was_cut_is_put_back(photos):
+def test_masks_of_crops_are_pasted(photos):
     masks = torch.rand(3, 60, 60)
     boxes = [(6, 12, 36, 60), None, (0, 0, 24, 24)]
-    whole = put_back(masks, boxes)
+    whole = paste_masks(masks, boxes)
     assert torch.equal(whole[1], masks[1])
     assert whole[0].sum() == pytest.approx(float(masks[0].sum()) * 30 * 48 / 3600, rel=0.01)
     outside = whole[0].clone()
     outside[12:60, 6:36] = 0
     assert not outside.any()
-    assert cut_to_box(photos[0], None, 60) is photos[0]
-    assert cut_to_box(Image.new("RGB", (600, 30)), boxes[0], 60).size == (300, 24)
-    assert cut_to_box(Image.new("RGB", (1, 2000)), boxes[0], 60).size == (1, 1600)
+    assert crop_to_box(photos[0], None, 60) is photos[0]
+    assert crop_to_box(Image.new("RGB", (600, 30)), boxes[0], 60).size == (300, 24)
+    assert crop_to_box(Image.new("RGB", (1, 2000)), boxes[0], 60).size == (1, 1600)
 
 
-def test_crumbs_are_dropped():
+def test_small_components_are_dropped():
     mask = torch.full((20, 20), 0.2)
     mask[2:12, 2:12] = 0.9  # 100 pixels
     mask[0, 15:19] = mask[1, 19] = 0.8  # 5, connected by a corner
@@ -264,7 +266,7 @@ def test_crumbs_are_dropped():
     assert torch.equal(found[3], expected.T)
 
 
-def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
+def test_a_stopped_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
     real = mask_sharing.refine_mask
     monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
@@ -275,9 +277,9 @@ def test_who_stops_a_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     many = [photo.resize((160, 120)) for photo in photos] * 6
     masks = torch.linspace(0, 1, 40).expand(30, 40, 40)
     with pytest.raises(KeyboardInterrupt):
-        refine_small(many, masks, "grabcut", tell=stop)
+        refine_masks(many, masks, "grabcut", progress=stop)
     assert len(begun) <= 10
-    assert len(refine_small(many, masks, "otsu", workers=1)) == 30
+    assert len(refine_masks(many, masks, "otsu", workers=1)) == 30
 
 
 @pytest.mark.parametrize("refine", ["none", "grabcut"])
@@ -317,13 +319,13 @@ def test_each_photograph_is_encoded_once_unless_memory_is_short(network, photos,
     assert sum(encoded) == passes
 
 
-def test_progress_is_told(network, photos):
+def test_progress_is_reported(network, photos):
     seen = []
     segment_collection(photos[:3], **network, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     seen.clear()
     segment_collection(photos[:3], **network, refine="otsu", progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen)  # one of them is cut, which is told as well
+    assert seen == sorted(seen)  # one of them is cropped, which is reported as well
     assert set(seen) == {(done, 9) for done in range(1, 10)}
 
 
@@ -389,3 +391,17 @@ def test_large_photographs_get_the_same_mask_in_their_own_size(photos, size):
     expected = soft.numpy() >= 0.5
     union = (mask | expected).sum()
     assert (mask & expected).sum() > 0.98 * union
+
+
+def test_arguments_of_version_0_1_are_taken(network, photos):
+    collection = Collection(**network)
+    collection.add(photos[:2])
+    for old, new in (("common", "propagate"), ("closer", "second_pass")):
+        expected = collection.segment(refine="otsu", **{new: False}).probabilities
+        with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+            found = collection.segment(refine="otsu", **{old: False}).probabilities
+        np.testing.assert_array_equal(found, expected)
+    with pytest.warns(DeprecationWarning, match="closer is now second_pass"):
+        segment_collection(photos[:2], **network, closer=False)
+    with pytest.raises(TypeError, match="near"):
+        collection.segment(near=True)

@@ -12,22 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..collection import Box, Collection, boxes_with_object, cut_to_box, object_boxes, put_back, refined_mask
+from ..collection import Box, Collection, Crops, crop_to_box, crop_to_objects, refine_crops, refined_mask
 from ..drawing import draw_matches
 from ..errors import InputError
 from ..geometry import denormalize_points, sampling_grid, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
-from ..mask_sharing import (
-    SimilarCells,
-    drop_small_components,
-    mix_refined,
-    reduced,
-    refine_small,
-    share_masks,
-    similar_cells,
-)
+from ..mask_sharing import NetworkMasks, reduce_for_refinement, similar_cells
 from ..refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
@@ -50,24 +42,13 @@ class _Candidates:
         points: `(M, 2, 2)` float32 pixels of both images.
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
-        closer: the second look that refined masks need, once it was taken.
+        crops: the second pass that refined masks need, once it was made.
     """
 
     points: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
-    closer: _Closer | None = None
-
-
-@dataclass
-class _Closer:
-    """Images cut to their objects where these are small (else whole), reduced to what the refinement looks at,
-    their boxes, and what is seen there."""
-
-    images: Sequence[Image.Image]
-    boxes: Sequence[Box | None]
-    own: torch.Tensor
-    cells: SimilarCells
+    crops: Crops | None = None
 
 
 @dataclass
@@ -126,8 +107,8 @@ class PairResult:
         """The same pair with masks refined in another way, or another threshold; the pair is not matched again.
 
         Args:
-            refine, threshold: as in [`match_pair`]. The first refinement of a pair whose objects are small looks at
-                them from near, which takes an encoder pass each.
+            refine, threshold: as in [`match_pair`]. The first refinement of a pair with small objects makes the
+                second pass on crops, which encodes both images once more.
 
         Raises:
             InputError: if an option cannot be used.
@@ -381,9 +362,9 @@ def _result(
     """Hard masks, and the candidates that lie on both of them with a score above the threshold."""
     probabilities = candidates.probabilities
     if refine != "none":
-        if candidates.closer is None:
-            candidates.closer = _look_closer(images, model, processor, outputs.features[0], probabilities)
-        probabilities = _refined(candidates.closer, refine)
+        if candidates.crops is None:
+            candidates.crops = _second_pass(images, model, processor, outputs.features[0], probabilities)
+        probabilities = refine_crops(candidates.crops, refine).numpy()
     masks = [refined_mask(image, mask, "none") for image, mask in zip(images, probabilities, strict=True)]
     points, scores = candidates.points, candidates.scores
     keep = _on_masks(points, masks)
@@ -415,40 +396,31 @@ def _result(
     )
 
 
-def _look_closer(
+def _second_pass(
     images: tuple[Image.Image, Image.Image],
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     features: torch.Tensor,
     probabilities: np.ndarray,
-) -> _Closer:
-    """What a collection of two does between its first masks and refined ones, see [`Collection.segment`].
+) -> Crops:
+    """The steps of a collection of two between first and refined masks, see [`Collection.segment`].
 
     Args:
         features: `(2, C, h, w)`.
         probabilities: `(2, S, S)`.
     """
-    own = torch.from_numpy(probabilities)
-    cells = similar_cells(features.float().cpu(), _EACH_OTHER)
-    boxes = object_boxes(share_masks(own, cells))
-    while any(boxes):
-        cuts = [cut_to_box(image, box, model.config.image_size) for image, box in zip(images, boxes, strict=True)]
+
+    def look_at(boxes: Sequence[Box | None]) -> tuple[Sequence[Image.Image], NetworkMasks]:
+        side = model.config.image_size
         collection = Collection(model, processor)
-        collection.add(cuts)
-        own_of_cuts = collection.look(1, common=False).own.cpu()
-        cells_of_cuts = similar_cells(collection.features([0, 1]).last.float().cpu(), _EACH_OTHER)
-        kept = boxes_with_object(boxes, share_masks(own_of_cuts, cells_of_cuts))
-        if kept == boxes:
-            return _Closer([reduced(cut) for cut in cuts], boxes, own_of_cuts, cells_of_cuts)
-        boxes = kept
-    return _Closer([reduced(image) for image in images], boxes, own, cells)
+        collection.add([crop_to_box(image, box, side) for image, box in zip(images, boxes, strict=True)])
+        return collection.images, collection.first_pass()[0].cpu()
 
-
-def _refined(closer: _Closer, refine: str) -> np.ndarray:
-    """Soft masks `(2, S, S)` of the whole images, refined as in a collection of two, where each has a say in the
-    other's mask."""
-    refined = refine_small(closer.images, share_masks(closer.own, closer.cells), refine)
-    return drop_small_components(put_back(mix_refined(closer.own, refined, closer.cells), closer.boxes)).numpy()
+    cells = similar_cells(features.float().cpu(), _EACH_OTHER)
+    whole = Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(probabilities), cells))
+    crops = crop_to_objects(whole, look_at)
+    # Reduced at once: a result may be held for long, and refined again.
+    return crops._replace(images=[reduce_for_refinement(image) for image in crops.images])
 
 
 def _check_options(refine: str, threshold: float) -> None:

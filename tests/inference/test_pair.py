@@ -204,22 +204,22 @@ def test_refinement_makes_the_masks_hard_in_its_way(network):
 @pytest.mark.parametrize("small", [False, True])
 def test_refined_masks_are_those_of_a_collection_of_two(network, small):
     photos = [load_image(CHEETAH), load_image(LION)]
-    if small:  # in a corner of a wall: looked at again from near
+    if small:  # in a corner of a wall: cropped for the second pass
         for number, photo in enumerate(photos):
             photos[number] = Image.new("RGB", (700, 500), (120, 130, 140))
             photos[number].paste(photo.resize((220, 220)), (30 + 300 * number, 50))
     collection = Collection(**network)
     collection.add(photos)
     soft = collection.segment(refine="grabcut").probabilities
-    near = collection.segment(refine="grabcut", closer=False).probabilities
-    assert (np.abs(soft - near).max() > 0.2) == small
+    whole = collection.segment(refine="grabcut", second_pass=False).probabilities
+    assert (np.abs(soft - whole).max() > 0.2) == small
     result = match_pair(*photos, **network)
     for mask, photo, probability in zip((result.source_mask, result.target_mask), photos, soft, strict=True):
         assert (mask == refined_mask(photo, probability, "none")).mean() > 0.999
         assert mask.any()
 
 
-def test_a_second_look_is_taken_once(network):
+def test_the_second_pass_is_made_once(network):
     photos = [Image.new("RGB", (700, 500), (120, 130, 140)) for _ in range(2)]
     for photo, name in zip(photos, (CHEETAH, LION), strict=True):
         photo.paste(load_image(name).resize((220, 220)), (200, 50))
