@@ -1,13 +1,13 @@
-"""Affine and thin-plate-spline transforms on points and on sampling grids. The only file that knows coordinates.
+"""Transforms (affine, thin-plate spline), points, sampling grids and warps. The only file that knows coordinates.
 
 Conventions (fixed: converted weights depend on them)
 -----------------------------------------------------
 * A point is `(x, y)`, x to the right, y down, in the last dimension.
 * *Normalised* coordinates run from -1 to +1, and -1 and +1 are the **centres of the corner pixels**
   (`align_corners=True` everywhere). *Pixel* coordinates run from 0 to W-1 and 0 to H-1.
-* A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, sampling_grid(T_AB))`
+* A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, T_AB.grid(size_of_B))`
   samples A and looks like B (the paper's "T_AB warps A onto B"), a keypoint of B goes to A through `T_AB`, and a
-  keypoint of A goes to B through `T_BA`.
+  keypoint of A goes to B through `T_BA`. [`Transform`] holds its parameters.
 * An affine transform is 6 numbers, a row-major 2x3 matrix; the identity is `[1, 0, 0, 0, 1, 0]`.
 * A thin-plate spline (TPS) is 18 numbers: the 9 x and then the 9 y of the moved control points of a 3x3 grid on
   [-1, 1]^2. Control point k = 3 i + j starts at `(x, y) = (a[i], a[j])` with `a = (-1, 0, 1)`: x varies slowest, as in
@@ -20,12 +20,15 @@ Half-precision parameters are raised to float32: a bf16 coordinate is wrong by s
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from .errors import InputError
 
@@ -202,51 +205,238 @@ def tps_basis(points: Tensor, *, grid_size: int = TPS_GRID_SIZE, regularization:
     return torch.cat((radial, affine_part), dim=-1) @ system
 
 
-def apply_tps(points: Tensor, tps: Tensor, *, regularization: float = 0.0) -> Tensor:
-    """Maps points `(B, N, 2)` through TPS parameters `(B, 2 n)`; normalised coordinates in and out."""
-    tps = _as_float(tps)
+def _grid_size(tps: Tensor) -> int:
+    """Side of the control grid that parameters `(..., 2 n)` are of."""
     grid_size = round((tps.shape[-1] / 2) ** 0.5)
     if 2 * grid_size**2 != tps.shape[-1] or grid_size < 2:
         raise InputError(f"A 3x3 thin-plate spline has 18 parameters; got a tensor of shape {tuple(tps.shape)}.")
+    return grid_size
+
+
+def apply_tps(points: Tensor, tps: Tensor, *, regularization: float = 0.0) -> Tensor:
+    """Maps points `(B, N, 2)` through TPS parameters `(B, 2 n)`; normalised coordinates in and out."""
+    tps = _as_float(tps)
+    grid_size = _grid_size(tps)
     basis = tps_basis(points.to(tps.dtype), grid_size=grid_size, regularization=regularization)
     return basis @ tps.unflatten(-1, (2, grid_size**2)).transpose(-1, -2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cascade and warping
+# Transforms
 # ---------------------------------------------------------------------------------------------------------------------
+
+# The eight symmetries of the square: the matrices R that map the square [-1, 1]^2 to itself, acting on (x, y) with y
+# down. An image moved by R shows at R p what it showed at p; turns are clockwise as one sees them.
+SYMMETRIES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "identity": ((1, 0), (0, 1)),
+    "turn_90": ((0, -1), (1, 0)),
+    "turn_180": ((-1, 0), (0, -1)),
+    "turn_270": ((0, 1), (-1, 0)),
+    "mirror": ((-1, 0), (0, 1)),
+    "flip": ((1, 0), (0, -1)),
+    "transpose": ((0, 1), (1, 0)),
+    "anti_transpose": ((0, -1), (-1, 0)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """Transforms `T_AB` of a batch of ordered pairs: normalised points of B into A, by a spline, then an affine map.
+
+    A pytree whose leaves are `affine` and, where there is one, `tps`.
+
+    Args:
+        affine (`(..., 6)`): row-major 2x3 matrices.
+        tps (`(..., 18)`, *optional*): thin-plate splines; `None` for affine maps alone.
+        regularization (`float`): regularisation factor that the splines' parameters are meant with. A transform with a
+            spline must say it: the same parameters are another map under another factor.
+
+    Raises:
+        InputError: for splines without their regularisation factor.
+    """
+
+    affine: Tensor
+    tps: Tensor | None = None
+    regularization: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tps is not None and self.regularization is None:
+            raise InputError("A transform with a thin-plate spline needs the spline's regularisation factor.")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Batch dimensions."""
+        return self.affine.shape[:-1]
+
+    def apply(self, points: Tensor) -> Tensor:
+        """Points `(..., N, 2)` of B in A, normalised; batch dimensions broadcast."""
+        if self.tps is not None:
+            points = apply_tps(points, self.tps, regularization=self.regularization or 0.0)
+        return apply_affine(points, self.affine)
+
+    def grid(self, size: Sequence[int]) -> Tensor:
+        """Where each pixel of B lies in A: `(..., height, width, 2)` for `size = (height, width)` of B, normalised."""
+        height, width = int(size[0]), int(size[1])
+        pixels = make_grid(height, width, device=self.affine.device, dtype=_as_float(self.affine).dtype)
+        # Batch dimensions of one, so that the spline's basis is computed once for all transforms.
+        pixels = pixels.reshape(*[1] * len(self.shape), height * width, 2)
+        return self.apply(pixels).unflatten(-2, (height, width))
+
+    def basis(self, points: Tensor) -> Tensor:
+        """Weights of the splines' control points at points `(..., 2)`, see [`tps_basis`]."""
+        return tps_basis(points, regularization=self.regularization or 0.0)
+
+    def determinant(self) -> Tensor:
+        """Determinants `(...)` of the affine parts: ratios of areas, negative where a transform mirrors."""
+        matrix = _affine_matrix(self.affine)
+        return matrix[..., 0, 0] * matrix[..., 1, 1] - matrix[..., 0, 1] * matrix[..., 1, 0]
+
+    def compose_symmetry(self, symmetry: str | Tensor, side: str) -> Transform:
+        """The transform of a pair, from that of the pair with one image moved by a symmetry R of the square. Exact.
+
+        * `side="source"`: this is T_A'B with `x_A = R x_A'`; gives `T_AB = R T_A'B`.
+        * `side="target"`: this is T_BA' with `x_A = R x_A'`; gives `T_BA = T_BA' R^-1`. A spline on the square control
+          grid composed with a symmetry is such a spline again: its control values are permuted.
+
+        Args:
+            symmetry: one of [`SYMMETRIES`] by name, or matrices `(..., 2, 2)` of it, one for each transform.
+            side: which of both images was moved: `"source"` or `"target"`.
+
+        Raises:
+            InputError: for an unknown name or side.
+        """
+        turn = symmetry_matrix(symmetry) if isinstance(symmetry, str) else symmetry
+        turn = turn.to(self.affine.device, _as_float(self.affine).dtype)
+        shape = torch.broadcast_shapes(self.shape, turn.shape[:-2])
+        whole = self._each(lambda values: values.expand(*shape, values.shape[-1]))
+        matrix = _affine_matrix(whole.affine)
+        if side == "source":
+            return replace(whole, affine=(turn @ matrix).flatten(-2))
+        if side != "target":
+            raise InputError(f"side must be 'source' or 'target'; got {side!r}.")
+        if whole.tps is None:
+            # R is orthogonal: its inverse is its transpose.
+            linear = matrix[..., :2] @ turn.transpose(-1, -2)
+            return Transform(torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2))
+        grid_size = _grid_size(whole.tps)
+        # Control point k takes the value of the one that rests at R^-1 c_k; with points as rows, R^-1 c is c R.
+        origins = control_points(grid_size, device=turn.device, dtype=turn.dtype) @ turn
+        column, row = ((origins + 1) * (grid_size - 1) / 2).round().long().unbind(-1)
+        values = whole.tps.unflatten(-1, (2, -1))
+        index = (column * grid_size + row).unsqueeze(-2).expand(values.shape)
+        return replace(whole, tps=values.gather(-1, index).flatten(-2))
+
+    # Batches. Dimensions are those of the batch; the parameters come last and are never touched.
+
+    def __getitem__(self, index: Any) -> Transform:
+        return self._each(lambda values: values[index])
+
+    def flatten(self, first: int, last: int) -> Transform:
+        """Batch dimensions `first` to `last` as one."""
+        return self._each(lambda values: values.flatten(first, last))
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> Transform:
+        """Batch dimension `dim` as several."""
+        return self._each(lambda values: values.unflatten(dim, tuple(sizes)))
+
+    def flip(self, dim: int) -> Transform:
+        """Batch dimension `dim` in reverse order."""
+        return self._each(lambda values: values.flip(dim))
+
+    @staticmethod
+    def stack(transforms: Iterable[Transform], dim: int = 0) -> Transform:
+        """Transforms of one regularisation along a new batch dimension."""
+        return _joined(list(transforms), lambda values: torch.stack(values, dim))
+
+    @staticmethod
+    def cat(transforms: Iterable[Transform], dim: int = 0) -> Transform:
+        """Transforms of one regularisation along a batch dimension."""
+        return _joined(list(transforms), lambda values: torch.cat(values, dim))
+
+    def without_spline(self) -> Transform:
+        """The affine part alone."""
+        return Transform(self.affine)
+
+    def detach(self) -> Transform:
+        """The same without a graph."""
+        return self._each(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> Transform:
+        """On another device or in another dtype, as `Tensor.to`."""
+        return self._each(lambda values: values.to(*args, **kwargs))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Transform:
+        return replace(self, affine=change(self.affine), tps=None if self.tps is None else change(self.tps))
+
+
+def _joined(transforms: list[Transform], join: Callable[[list[Tensor]], Tensor]) -> Transform:
+    if len({(each.tps is None, each.regularization) for each in transforms}) != 1:
+        raise InputError("Only transforms of one kind and one regularisation make a batch.")
+    splines = [each.tps for each in transforms if each.tps is not None]
+    return Transform(
+        join([each.affine for each in transforms]), join(splines) if splines else None, transforms[0].regularization
+    )
+
+
+def _leaves(transform: Transform) -> tuple[list[Tensor], float | None]:
+    leaves = [transform.affine] if transform.tps is None else [transform.affine, transform.tps]
+    return leaves, transform.regularization
+
+
+def _keyed_leaves(transform: Transform) -> tuple[list[tuple[Any, Tensor]], float | None]:
+    leaves, regularization = _leaves(transform)
+    return list(zip((GetAttrKey("affine"), GetAttrKey("tps")), leaves, strict=False)), regularization
+
+
+register_pytree_node(
+    Transform,
+    _leaves,
+    lambda leaves, regularization: Transform(*leaves, regularization=regularization),  # type: ignore[misc]
+    serialized_type_name=f"{__name__}.Transform",
+    flatten_with_keys_fn=_keyed_leaves,
+)
+
+
+def symmetry_matrix(name: str) -> Tensor:
+    """`(2, 2)` float32 matrix R of one of [`SYMMETRIES`].
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in SYMMETRIES:
+        raise InputError(f"The symmetries of the square are {', '.join(SYMMETRIES)}; got {name!r}.")
+    return torch.tensor(SYMMETRIES[name], dtype=torch.float32)
+
+
+def folded(transform: Transform, *, samples: int = 12) -> Tensor:
+    """Share of the grid's cells that transforms flatten or turn inside out: `(...)` in [0, 1]; 0 is sane."""
+    grid = transform.grid((samples, samples))
+    right = grid[..., :-1, 1:, :] - grid[..., :-1, :-1, :]
+    down = grid[..., 1:, :-1, :] - grid[..., :-1, :-1, :]
+    area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]
+    # Not `area <= 0`: a transform that is not a number is no sane one either.
+    return (~(area > 0)).float().mean(dim=(-2, -1))
 
 
 def apply_cascade(points: Tensor, affine: Tensor, tps: Tensor | None = None, *, regularization: float = 0.0) -> Tensor:
-    """Maps points of B into A through `T_AB`: TPS first (when given), then affine.
-
-    Args:
-        points: `(B, N, 2)` normalised points of the target B.
-        affine: `(B, 6)`.
-        tps: `(B, 18)` or `None` for the affine alone.
-        regularization: TPS regularisation factor (0 at test).
-
-    Returns:
-        `(B, N, 2)` normalised points of the source A.
-    """
-    if tps is not None:
-        points = apply_tps(points, tps, regularization=regularization)
-    return apply_affine(points, affine)
+    """[`Transform.apply`] under its name of version 0.1."""
+    return Transform(affine, tps, regularization).apply(points)
 
 
 def sampling_grid(
     affine: Tensor, tps: Tensor | None = None, *, size: Sequence[int], regularization: float = 0.0
 ) -> Tensor:
-    """Where each pixel of B lies in A: `(B, height, width, 2)` for `size = (height, width)` of B, normalised."""
-    height, width = int(size[0]), int(size[1])
-    affine = _as_float(affine)
-    grid = make_grid(height, width, device=affine.device, dtype=affine.dtype).reshape(1, height * width, 2)
-    # The grid has a batch of one, so the spline's basis is computed once for all transforms.
-    return apply_cascade(grid, affine, tps, regularization=regularization).unflatten(1, (height, width))
+    """[`Transform.grid`] under its name of version 0.1."""
+    return Transform(affine, tps, regularization).grid(size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warping and sampling
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
-    """Samples A at the places where B's pixels lie: `warp(A, sampling_grid(T_AB))` looks like B.
+    """Samples A at the places where B's pixels lie: `warp(A, T_AB.grid(size))` looks like B.
 
     Args:
         image: `(B, C, H, W)` image, feature map or mask of A.
@@ -305,13 +495,3 @@ def corner_weights(points: Tensor, size: Sequence[int], *, padding_mode: str = "
         columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
     index = rows.unsqueeze(-1) * width + columns.unsqueeze(-2)
     return index.flatten(-2).long(), (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
-
-
-def folded(affine: Tensor, tps: Tensor | None = None, *, samples: int = 12, regularization: float = 0.0) -> Tensor:
-    """Share of the grid's cells that a transform flattens or turns inside out: `(B,)` in [0, 1]; 0 is sane."""
-    grid = sampling_grid(affine, tps, size=(samples, samples), regularization=regularization)
-    right = grid[:, :-1, 1:] - grid[:, :-1, :-1]
-    down = grid[:, 1:, :-1] - grid[:, :-1, :-1]
-    area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]
-    # Not `area <= 0`: a transform that is not a number is no sane one either.
-    return (~(area > 0)).float().mean(dim=(1, 2))

@@ -1,13 +1,16 @@
 """Coordinates, affine and thin-plate-spline transforms, warping: against plain loops in float64."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from macosnet_hf import geometry
 from macosnet_hf.errors import InputError
+from macosnet_hf.geometry import Transform
 
 SIZES = [(7, 11), (11, 7), (5, 5)]
 
@@ -279,6 +282,219 @@ def test_a_basis_from_inference_mode_serves_training():
     assert torch.isfinite(points.grad).all()
 
 
+# --- transforms ---
+
+SYMMETRY_NAMES = sorted(geometry.SYMMETRIES)
+
+
+def random_transform(*shape: int, seed: int = 0, spline: bool = True, regularization: float = 0.1) -> Transform:
+    count = math.prod(shape)
+    affine = random_affine(count, seed)
+    if not spline:
+        return Transform(affine).unflatten(0, shape)
+    return Transform(affine, random_tps(count, seed), regularization).unflatten(0, shape)
+
+
+def reference_transform(point, transform: Transform) -> tuple[float, float]:
+    """One transform at one point, in loops."""
+    if transform.tps is not None:
+        point = reference_tps(point, transform.tps, transform.regularization)
+    return reference_affine(point, transform.affine)
+
+
+def moved_by(name: str, point) -> tuple[float, float]:
+    (a, b), (c, d) = geometry.SYMMETRIES[name]
+    return a * point[0] + b * point[1], c * point[0] + d * point[1]
+
+
+def inverse_of(name: str, point) -> tuple[float, float]:
+    """The only one of the eight images of a point under the symmetries that R brings back to it."""
+    found = [moved_by(other, point) for other in SYMMETRY_NAMES]
+    return next(each for each in found if moved_by(name, each) == tuple(point))
+
+
+@pytest.mark.parametrize("spline", [True, False])
+def test_transform_applies_the_spline_and_then_the_affine_map_for_any_batch(spline):
+    transform, points = random_transform(2, 3, spline=spline), random_points(2, 3, 4)
+    mapped = transform.apply(points)
+    assert transform.shape == (2, 3)
+    for b, p, n in itertools.product(range(2), range(3), range(4)):
+        expected = reference_transform(points[b, p, n].tolist(), transform[b, p])
+        assert mapped[b, p, n].tolist() == pytest.approx(expected, abs=1e-10)
+    # the same points for all, and one transform alone
+    torch.testing.assert_close(transform.apply(points[0, 0])[1, 2], transform[1, 2].apply(points[0, 0]))
+    grid = transform.grid((3, 5))
+    assert grid.shape == (2, 3, 3, 5, 2)
+    assert grid[1, 0, 2, 1].tolist() == pytest.approx(reference_transform((-0.5, 1.0), transform[1, 0]), abs=1e-10)
+    torch.testing.assert_close(transform[1, 0].grid((3, 5)), grid[1, 0])
+
+
+def test_a_spline_without_its_regularisation_is_refused():
+    affine, tps = random_affine(1), random_tps(1)
+    with pytest.raises(InputError, match="regularisation"):
+        Transform(affine, tps)
+    with pytest.raises(AttributeError):
+        Transform(affine).affine = affine
+    assert Transform(affine, tps, 0.5).without_spline().tps is None
+
+
+def test_the_regularisation_belongs_to_the_map():
+    points, affine, tps = random_points(1, 5), random_affine(1), random_tps(1)
+    plain, smooth = (Transform(affine, tps, factor).apply(points) for factor in (0.0, 0.5))
+    assert (plain - smooth).abs().max() > 0.01
+    torch.testing.assert_close(smooth, geometry.apply_cascade(points, affine, tps, regularization=0.5))
+    basis = Transform(affine, tps, 0.5).basis(points)
+    torch.testing.assert_close(basis, geometry.tps_basis(points, regularization=0.5))
+
+
+def test_symmetries_are_the_eight_of_the_square_and_are_named_for_what_one_sees():
+    matrices = {name: geometry.symmetry_matrix(name) for name in SYMMETRY_NAMES}
+    assert len({tuple(matrix.flatten().tolist()) for matrix in matrices.values()}) == 8
+    square = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    for matrix in matrices.values():
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(2))
+        assert sorted((square @ matrix.T).tolist()) == sorted(square.tolist())
+    # y points down: the right edge is brought to the bottom by a quarter turn clockwise
+    assert (matrices["turn_90"] @ torch.tensor([1.0, 0.0])).tolist() == [0.0, 1.0]
+    assert torch.equal(matrices["turn_90"] @ matrices["turn_90"], matrices["turn_180"])
+    assert torch.equal(matrices["turn_180"] @ matrices["turn_90"], matrices["turn_270"])
+    assert (matrices["mirror"] @ torch.tensor([1.0, 1.0])).tolist() == [-1.0, 1.0]
+    assert (matrices["flip"] @ torch.tensor([1.0, 1.0])).tolist() == [1.0, -1.0]
+    assert (matrices["transpose"] @ torch.tensor([1.0, 0.5])).tolist() == [0.5, 1.0]
+    assert (matrices["anti_transpose"] @ torch.tensor([1.0, 0.5])).tolist() == [-0.5, -1.0]
+    with pytest.raises(InputError, match="turn_90"):
+        geometry.symmetry_matrix("twist")
+
+
+@pytest.mark.parametrize("name", SYMMETRY_NAMES)
+@pytest.mark.parametrize("spline", [True, False])
+def test_composing_a_symmetry_is_moving_the_points(name, spline):
+    transform, points = random_transform(3, spline=spline), random_points(3, 5)
+    of_source = transform.compose_symmetry(name, "source")
+    of_target = transform.compose_symmetry(name, "target")
+    for b, n in itertools.product(range(3), range(5)):
+        point = points[b, n].tolist()
+        expected = moved_by(name, reference_transform(point, transform[b]))
+        assert of_source.apply(points)[b, n].tolist() == pytest.approx(expected, abs=1e-10)
+        expected = reference_transform(inverse_of(name, point), transform[b])
+        assert of_target.apply(points)[b, n].tolist() == pytest.approx(expected, abs=1e-10)
+    if spline:
+        assert torch.equal(of_source.tps, transform.tps)
+        assert torch.equal(of_target.affine, transform.affine)
+        assert torch.equal(of_target.tps.sort().values, transform.tps.sort().values)  # permuted, not computed
+        assert of_source.regularization == of_target.regularization == transform.regularization
+
+
+@pytest.mark.parametrize("name", SYMMETRY_NAMES)
+def test_reflections_have_a_negative_determinant_and_pairs_stay_inverse(name):
+    affine = random_affine(4, spread=0.1)
+    there, back = Transform(affine), Transform(geometry.invert_affine(affine))
+    (a, b), (c, d) = geometry.SYMMETRIES[name]
+    sign = a * d - b * c
+    assert (sign < 0) == (name in ("mirror", "flip", "transpose", "anti_transpose"))
+    assert (there.determinant() > 0).all()
+    for i in range(4):
+        row = affine[i].tolist()
+        assert there.determinant()[i].item() == pytest.approx(row[0] * row[4] - row[1] * row[3], abs=1e-12)
+    seen_there, seen_back = there.compose_symmetry(name, "source"), back.compose_symmetry(name, "target")
+    torch.testing.assert_close(seen_there.determinant(), sign * there.determinant())
+    points = random_points(4, 6)
+    torch.testing.assert_close(seen_back.apply(seen_there.apply(points)), points)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("spline", [True, False])
+def test_each_transform_of_a_batch_may_have_its_own_symmetry(side, spline):
+    transform = random_transform(2, 8, spline=spline)
+    matrices = torch.stack([geometry.symmetry_matrix(name) for name in SYMMETRY_NAMES])
+    together = transform.compose_symmetry(matrices, side)
+    across = transform[:, :1].compose_symmetry(matrices, side)  # one transform under each of the eight
+    for b, (k, name) in itertools.product(range(2), enumerate(SYMMETRY_NAMES)):
+        for found, of in ((together[b, k], transform[b, k]), (across[b, k], transform[b, 0])):
+            alone = of.compose_symmetry(name, side)
+            torch.testing.assert_close(found.apply(random_points(3)), alone.apply(random_points(3)))
+
+
+def test_a_moved_source_looks_the_same_when_it_is_warped():
+    """Warping A' by T_A'B is warping A by R T_A'B, where A shows at R p what A' shows at p."""
+    generator = torch.Generator().manual_seed(8)
+    seen = torch.rand(1, 2, 9, 9, generator=generator, dtype=torch.float64)  # A'
+    transform = random_transform(1)
+    expected = geometry.warp(seen, transform.grid((7, 5)))
+    moved = {
+        "turn_90": torch.rot90(seen, -1, (2, 3)),
+        "turn_270": torch.rot90(seen, 1, (2, 3)),
+        "turn_180": seen.flip(2, 3),
+        "mirror": seen.flip(3),
+        "flip": seen.flip(2),
+        "transpose": seen.transpose(2, 3),
+    }
+    for name, source in moved.items():
+        composed = transform.compose_symmetry(name, "source")
+        torch.testing.assert_close(geometry.warp(source, composed.grid((7, 5))), expected)
+
+
+def test_a_symmetry_on_no_known_side_is_refused():
+    for wrong in ("left", ""):
+        with pytest.raises(InputError, match="side"):
+            random_transform(1).compose_symmetry("mirror", wrong)
+    with pytest.raises(InputError, match="mirror"):
+        random_transform(1).compose_symmetry("mirrored", "source")
+
+
+def test_batches_of_transforms_are_cut_and_joined_like_tensors():
+    transform = random_transform(2, 6)
+    flat = transform.flatten(0, 1)
+    assert flat.shape == (12,)
+    assert torch.equal(flat.tps[7], transform.tps[1, 1])
+    assert torch.equal(flat.unflatten(0, (2, 6)).affine, transform.affine)
+    assert torch.equal(transform.flip(1)[:, 0].tps, transform.tps[:, 5])
+    assert transform[:, [1, 0]].shape == (2, 2)
+    assert torch.equal(Transform.stack([flat[0], flat[1]]).affine, flat.affine[:2])
+    assert torch.equal(Transform.cat([flat[:3], flat[3:]]).tps, flat.tps)
+    assert Transform.cat([flat[:3].without_spline(), flat[3:].without_spline()]).tps is None
+    assert transform.to(torch.float32).tps.dtype == transform.to(torch.float32).affine.dtype == torch.float32
+    learnt = Transform(flat.affine.clone().requires_grad_(), flat.tps.clone().requires_grad_(), 0.1)
+    assert not learnt.detach().affine.requires_grad
+    assert not learnt.detach().tps.requires_grad
+    for result in (flat, transform.flip(0), transform[0], learnt.detach(), Transform.cat([flat, flat])):
+        assert result.regularization == transform.regularization
+    for wrong in (Transform(flat.affine, flat.tps, 0.2), flat.without_spline()):
+        with pytest.raises(InputError, match="regularisation"):
+            Transform.cat([flat, wrong])
+
+
+def test_a_transform_is_a_pytree():
+    transform = random_transform(2)
+    leaves, spec = tree_flatten({"of": transform, "alone": transform.without_spline()})
+    assert len(leaves) == 3
+    again = tree_unflatten(leaves, spec)["of"]
+    assert again.regularization == 0.1
+    assert torch.equal(again.tps, transform.tps)
+    doubled = tree_map(lambda leaf: 2 * leaf, transform)
+    assert torch.equal(doubled.affine, 2 * transform.affine)
+    assert torch.equal(doubled.tps, 2 * transform.tps)
+    assert spec == tree_flatten({"of": doubled, "alone": doubled.without_spline()})[1]
+    assert spec != tree_flatten({"of": Transform(doubled.affine, doubled.tps, 0.2), "alone": doubled})[1]
+
+
+class _Carries(torch.nn.Module):
+    def forward(self, transform: Transform, points: torch.Tensor) -> Transform:
+        moved = transform.compose_symmetry("turn_90", "target").apply(points)
+        return Transform(moved.new_zeros(len(moved), 6) + moved.mean(), transform.tps, transform.regularization)
+
+
+def test_a_transform_goes_through_export_and_compile():
+    transform, points, module = random_transform(2), random_points(2, 3), _Carries()
+    expected = module(transform, points)
+    exported = torch.export.export(module, (transform, points)).module()(transform, points)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")(transform, points)
+    for found in (exported, compiled):
+        assert found.regularization == 0.1
+        torch.testing.assert_close(found.affine, expected.affine)
+        torch.testing.assert_close(found.tps, expected.tps)
+
+
 # --- cascade and warping ---
 
 
@@ -399,13 +615,15 @@ def test_folded_tells_sane_transforms_from_torn_ones():
     affine[2, 3:5] = 0  # flattened on to a line
     tps[3, [0, 1, 2]], tps[3, [3, 4, 5]] = tps[3, [3, 4, 5]], tps[3, [0, 1, 2]]  # left and middle columns swapped
     affine[4] = torch.tensor([0.0, -1, 0, 1, 0, 0])  # a quarter turn
-    share = geometry.folded(affine, tps)
+    share = geometry.folded(Transform(affine, tps, 0.0))
     assert share[0] == 0
     assert share[1] == 1
     assert share[2] == 1
     assert 0.1 < share[3] < 0.9
     assert share[4] == 0
-    assert geometry.folded(random_affine(5, spread=0.05), random_tps(5, spread=0.03)).tolist() == [0.0] * 5
+    gentle = Transform(random_affine(5, spread=0.05), random_tps(5, spread=0.03), 0.0)
+    assert geometry.folded(gentle).tolist() == [0.0] * 5
+    assert geometry.folded(gentle.unflatten(0, (5, 1))).shape == (5, 1)
 
 
 @pytest.mark.parametrize("padding_mode", ["border", "zeros", "reflection"])

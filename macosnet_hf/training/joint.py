@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..geometry import folded, sampling_grid, warp
+from ..geometry import Transform, folded, sampling_grid, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from .distillation import local_matching_loss
 from .losses import MaCoSNetObjective
@@ -312,7 +312,7 @@ def watch(outputs: MaCoSNetModelOutput, features: MaCoSNetFeatures) -> dict[str,
     determinant = matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]
     sane = (determinant >= 1 / LARGEST_AREA_RATIO) & (determinant <= LARGEST_AREA_RATIO)
     figures = {
-        "folded": (folded(affine, tps) > 0).float().mean(),
+        "folded": (folded(Transform(affine, tps, 0.0)) > 0).float().mean(),
         "degenerate": (~sane).float().mean(),
     }
     if outputs.mask_logits is not None:

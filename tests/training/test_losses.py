@@ -583,7 +583,7 @@ def test_values_and_gradients_are_finite_at_the_extremes(name, extreme):
     for field, value in EXTREMES[extreme](outputs).items():
         outputs[field] = value
     if extreme == "folded":
-        share = geometry.folded(outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1))
+        share = geometry.folded(geometry.Transform(outputs.affine, outputs.tps, 0.0).flatten(0, 1))
         assert share.max() > 0.1
     for field in ("affine", "tps", "correlation", "mask_logits"):
         outputs[field] = outputs[field].clone().requires_grad_()
