@@ -309,8 +309,8 @@ MUTANTS = (
         tests=("tests/test_collection.py",),
     ),
     Mutant(
-        "images cut by the height for the width",
-        "collection:cut_to_box",
+        "images cropped by the height for the width",
+        "collection:crop_to_box",
         "round($value * $image.width / $side)",
         "round($value * $image.height / $side)",
         tests=("tests/test_collection.py",),
