@@ -25,8 +25,9 @@ from macosnet_hf.training.loop import (
     script_parser,
     train,
 )
-from macosnet_hf.training.pretraining import SyntheticObjective, keypoint_validation
+from macosnet_hf.training.pretraining import SyntheticObjective
 from macosnet_hf.training.synthetic import WarpRange
+from macosnet_hf.training.validation import keypoint_validation
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -19,7 +19,6 @@ from macosnet_hf.training.decoder_start import (
     class_pairs,
     kept_masks,
     make_masks,
-    mask_validation,
 )
 from macosnet_hf.training.images import open_images
 from macosnet_hf.training.loop import (
@@ -31,6 +30,7 @@ from macosnet_hf.training.loop import (
     script_parser,
     train,
 )
+from macosnet_hf.training.validation import mask_validation
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -383,7 +383,7 @@ class FeaturePredictor(Predictor):
 
 class ModelPredictor(FeaturePredictor):
     """The model itself. Variants: `local`, with the configuration's `mutual_fit` also `fitted`, and `transform`, the
-    configuration's own choice first.
+    configuration's own choice first. `variants` may be set to some of them, and to `affine`, the affine part alone.
 
     Args:
         model, processor: as in [`FeaturePredictor`].
@@ -413,8 +413,9 @@ class ModelPredictor(FeaturePredictor):
         config = self.model.config
         # T_ij maps points of j into i: the image where the points end is the transform's source.
         affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
+        transforms = {"affine": (affine, None), "transform": (affine, tps)}
         around = affine, tps
-        if config.mutual_fit:
+        if config.mutual_fit and {"local", "fitted"} & set(self.variants):
             back = self.model.predict_transforms(start.features, end.features, start.pixel_values)
             fitted = fit_mutually(
                 torch.stack((end.features.normalized, start.features.normalized), dim=1),
@@ -423,23 +424,23 @@ class ModelPredictor(FeaturePredictor):
                 temperature=config.local_matching_temperature,
                 regularization=config.tps_regularization,
             )
-            around = fitted[0][:, 0], fitted[1][:, 0]
-        local = match_locally(
-            start.features.normalized,
-            end.features.normalized,
-            points,
-            *around,
-            sigmas=config.local_matching_sigmas,
-            windows=config.local_matching_windows,
-            temperature=config.local_matching_temperature,
-            regularization=config.tps_regularization,
-        )
-        smooth = {"transform": (affine, tps), "fitted": around}
-        return {"local": local} | {
-            variant: apply_cascade(points, *smooth[variant], regularization=config.tps_regularization)
-            for variant in self.variants
-            if variant in smooth
-        }
+            around = transforms["fitted"] = fitted[0][:, 0], fitted[1][:, 0]
+        found = {}
+        for variant in self.variants:
+            if variant == "local":
+                found[variant] = match_locally(
+                    start.features.normalized,
+                    end.features.normalized,
+                    points,
+                    *around,
+                    sigmas=config.local_matching_sigmas,
+                    windows=config.local_matching_windows,
+                    temperature=config.local_matching_temperature,
+                    regularization=config.tps_regularization,
+                )
+            else:
+                found[variant] = apply_cascade(points, *transforms[variant], regularization=config.tps_regularization)
+        return found
 
     def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
         import torch

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import DataError, InputError, MaCoSNetError
+from ..errors import DataError, InputError
 from ..geometry import sampling_grid, warp
-from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..io.image_files import load_image
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetModel
 from .images import TrainingImages
@@ -111,50 +108,6 @@ class DecoderObjective(nn.Module):
         logits = self.model.predict_masks(features, correlation).float()
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         return {"total": loss, "area": logits.detach().sigmoid().mean()}
-
-
-def mask_validation(
-    folder: str, processor: MaCoSNetImageProcessor, per_class: int
-) -> Callable[[nn.Module, int], dict[str, float]]:
-    """J and P of soft masks (threshold 0.5, no refinement) on `images/<class>/*` with `masks/<class>/*.png`.
-
-    Raises:
-        DataError: if the folder or one of its files cannot be used.
-    """
-    groups: list[tuple[Tensor, list[np.ndarray]]] = []
-    try:
-        for class_folder in sorted((Path(folder) / "images").iterdir()):
-            paths = sorted(class_folder.iterdir())[:per_class]
-            pixels = processor.preprocess_views([load_image(path) for path in paths], return_tensors="pt")
-            drawn = [Path(folder) / "masks" / class_folder.name / f"{path.stem}.png" for path in paths]
-            truth = [np.array(load_image(path).convert("L")) > 127 for path in drawn]
-            groups.append((pixels["pixel_values"], truth))
-    except (OSError, MaCoSNetError) as error:
-        raise DataError(f"--validation_masks {folder} cannot be used: {error}") from error
-    if not groups:
-        raise DataError(f"--validation_masks {folder} holds no classes.")
-
-    @torch.no_grad()
-    def validate(objective: Any, step: int) -> dict[str, float]:
-        jaccard, precision, area = [], [], []
-        model = objective.model
-        for pixels, drawn in groups:
-            features = model.get_image_features(pixels.to(model.device))
-            correlation = correlate(features.normalized.roll(1, dims=0), features.normalized)
-            soft = model.predict_masks(features, correlation).float().sigmoid()
-            for found, truth in zip(soft, drawn, strict=True):
-                full = F.interpolate(found[None, None], size=truth.shape, mode="bilinear", align_corners=True)[0, 0]
-                mask = full.cpu().numpy() >= 0.5
-                jaccard.append((mask & truth).sum() / max(1, (mask | truth).sum()))
-                precision.append((mask == truth).mean())
-                area.append(mask.mean())
-        return {
-            "jaccard": float(np.mean(jaccard)),
-            "precision": float(np.mean(precision)),
-            "area": float(np.mean(area)),
-        }
-
-    return validate
 
 
 def encode_all(model: MaCoSNetModel, images: TrainingImages, mean: list[float], std: list[float]) -> Tensor:

@@ -19,7 +19,7 @@ from ..errors import DataError, InputError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
-from .decoder_start import kept_masks, load_masks, make_masks, mask_validation
+from .decoder_start import kept_masks, load_masks, make_masks
 from .groups import GroupedImages, check_classes, fixed_groups, hold_out
 from .images import TrainingImages, open_images, read_images
 from .joint import CASCADES, JointObjective, checkpoint_activations, feature_statistics
@@ -34,10 +34,17 @@ from .loop import (
     write_model,
 )
 from .losses import CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWeights, MaCoSNetObjective, PerceptualNetwork
-from .monitoring import SampleImages, Validation, label_free_validation, labelled_validation, matching_validation
 from .pretraining import SyntheticObjective
 from .pseudo_masks import teacher_masks
 from .synthetic import WarpRange
+from .validation import (
+    SampleImages,
+    Validation,
+    keypoint_validation,
+    label_free_validation,
+    labelled_validation,
+    mask_validation,
+)
 
 BENCHMARKS = ("tss", "internet", "pf-pascal", "spair-71k")
 LAMBDAS = ("matching", "cycle", "trans", "contrast", "task")
@@ -211,7 +218,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images = open_images(args, args.photos_per_class)
     check_classes(images.class_names, args.group_size)
     model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
-    labels = _labelled_validations(args, model, processor)
+    labels = _labelled_validations(args, processor)
     read_images(accelerator, args, images)
     masks = _masks(accelerator, args, images, model, processor) if args.prior_weight else None
 
@@ -348,12 +355,11 @@ def parameter_groups(args: argparse.Namespace, objective: JointObjective) -> lis
     ]
 
 
-def _labelled_validations(
-    args: argparse.Namespace, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
-) -> list[tuple[Validation, str]]:
+def _labelled_validations(args: argparse.Namespace, processor: MaCoSNetImageProcessor) -> list[tuple[Validation, str]]:
     validations: list[tuple[Validation, str]] = []
     if args.validation_pairs:
-        validations.append((matching_validation(args.validation_pairs, model, processor), "pck_local@0.1"))
+        pck = keypoint_validation(args.validation_pairs, processor, ("transform", "local"))
+        validations.append((pck, "pck_local@0.1"))
     if args.validation_masks:
         validations.append((mask_validation(args.validation_masks, processor, args.validation_per_class), "jaccard"))
     return validations

@@ -7,20 +7,12 @@ points.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, MaCoSNetError
 from ..geometry import apply_affine, apply_cascade, make_grid, sampling_grid, warp
-from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..io.image_files import load_image
 from ..matching import correlate, l2_normalize
-from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
+from ..modeling_macosnet import MaCoSNetModel
 from .synthetic import WarpRange, make_pairs
 
 
@@ -128,62 +120,3 @@ class SyntheticObjective(nn.Module):
         tps = model.tps_head(correlate(warped, target))
         tps_loss = grid_loss(apply_cascade(start, fixed, tps), goal, weight)
         return {"total": affine_loss + tps_loss, "affine": affine_loss, "tps": tps_loss}
-
-
-def read_keypoint_pairs(csv_path: str, processor: MaCoSNetImageProcessor) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """A list of pairs with keypoints in PF-WILLOW's columns: pixels `(2, 3, H, W)` of each pair, and its points
-    `(N, 2)` in source and target, in [0, 1].
-
-    Raises:
-        DataError: if the list, one of its numbers or one of its images cannot be used.
-    """
-    root = Path(csv_path).parent
-    images, points = [], []
-    try:
-        with open(csv_path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                pair = [load_image(root / row["source_image"]), load_image(root / row["target_image"])]
-                numbers = [[float(value) for value in row[name].split(";")] for name in ("XA", "YA", "XB", "YB")]
-                images.append(processor([pair], return_tensors="pt")["pixel_values"][0])
-                # Each image's own width and height become 224 (protocol `image`).
-                points.append(
-                    [
-                        torch.tensor(numbers[2 * k : 2 * k + 2]).t() / (torch.tensor([p.width, p.height]) - 1)
-                        for k, p in enumerate(pair)
-                    ]
-                )
-    except (OSError, KeyError, ValueError, MaCoSNetError) as error:
-        raise DataError(f"--validation_pairs {csv_path} cannot be used: {error}") from error
-    if not images:
-        raise DataError(f"--validation_pairs {csv_path} lists no pairs.")
-    return images, points
-
-
-def keypoint_validation(
-    csv_path: str, processor: MaCoSNetImageProcessor, alphas: tuple[float, ...] = (0.05, 0.1, 0.15)
-) -> Callable[[nn.Module, int], dict[str, float]]:
-    """PCK `image` on a list of pairs with keypoints, of the bare affine and of the whole transform.
-
-    Raises:
-        DataError: if the list, one of its numbers or one of its images cannot be used.
-    """
-    images, points = read_keypoint_pairs(csv_path, processor)
-
-    @torch.no_grad()
-    def validate(objective: Any, step: int) -> dict[str, float]:
-        model: MaCoSNetModel = objective.model
-        hits: dict[str, list[float]] = {}
-        for pixels, (in_source, in_target) in zip(images, points, strict=True):
-            features: MaCoSNetFeatures = model.get_image_features(pixels.to(model.device))
-            affine, tps = model.predict_transforms(
-                features.select([0]), features.select([1]), pixels[:1].to(model.device)
-            )
-            start = in_target.to(affine)[None] * 2 - 1
-            for name, spline in (("affine", None), ("cascade", tps)):
-                found = (apply_cascade(start, affine, spline) + 1) / 2
-                error = (found[0].cpu() - in_source).norm(dim=-1)
-                for alpha in alphas:
-                    hits.setdefault(f"pck_{name}@{alpha}", []).append((error <= alpha).float().mean().item())
-        return {name: sum(values) / len(values) for name, values in hits.items()}
-
-    return validate

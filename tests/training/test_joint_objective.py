@@ -24,7 +24,7 @@ for package in ("accelerate", "yaml"):
 
 from macosnet_hf.training.groups import check_classes, hold_out, view_of  # noqa: E402
 from macosnet_hf.training.joint import JointObjective, checkpoint_activations, pearson, polarity  # noqa: E402
-from macosnet_hf.training.monitoring import mask_agreement, match_rank  # noqa: E402
+from macosnet_hf.training.validation import mask_agreement, match_rank  # noqa: E402
 
 FIVE = MaCoSNetLossWeights(cycle=5, trans=4, contrast=3, task=2)
 PARTS = ("encoder", "affine_head", "tps_head", "decoder")

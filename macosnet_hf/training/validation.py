@@ -1,11 +1,10 @@
-"""How joint training is judged while it runs: a criterion without labels, keypoints or masks where there are some,
-and sample images."""
+"""Validation during training: PCK, P and J as `macosnet evaluate` measures them, a criterion that needs no labels, and
+sample images."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..datasets.prepare import open_records
+from ..datasets.schema import Record, image_size, mask_from_image, open_image
 from ..drawing import overlay_mask
+from ..errors import DataError
+from ..evaluation.predictors import EncodedImage, ModelPredictor
+from ..evaluation.protocols import PROTOCOLS, Options, evaluate
 from ..geometry import inside, sample_at, sampling_grid, warp
 from ..image_processing_macosnet import MaCoSNetImageProcessor
-from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModelOutput, ordered_pairs
+from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from .joint import JointObjective, pearson, watch
 from .loop import writing
 from .losses import cycle_loss, pooled_features
-from .pretraining import read_keypoint_pairs
 from .pseudo_masks import centre_weight
 
 Validation = Callable[[nn.Module, int], dict[str, float]]
@@ -123,37 +126,113 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
     return validate
 
 
-def matching_validation(
-    csv_path: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
+def _readable(option: str, path: str, records: Iterable[Record], sides: Sequence[str]) -> list[Record]:
+    """The records, with every image and mask decoded once, so that a damaged file ends a run before its first step.
+
+    Raises:
+        DataError: naming the option, if a record, an image or a mask cannot be used.
+    """
+    checked: set[str] = set()
+    try:
+        found = list(records)
+        for record in found:
+            for side in sides:
+                if record[f"{side}_id"] not in checked:
+                    open_image(record[f"{side}_image"], record["id"])
+                    checked.add(record[f"{side}_id"])
+    except DataError as error:
+        raise DataError(f"{option} {path} cannot be used: {error}") from error
+    return found
+
+
+def keypoint_validation(
+    csv_path: str, processor: MaCoSNetImageProcessor, figures: Sequence[str] = ("affine", "cascade")
 ) -> Validation:
-    """PCK `image` at 0.05, 0.1 and 0.15 on pairs with keypoints: `pck_transform` of the transform alone
-    (fitted, where the configuration has `mutual_fit`), `pck_local` with the model's local matching around it.
+    """PCK `image` at 0.05, 0.1 and 0.15, as `macosnet evaluate pairs` measures it, as `pck_<figure>@<alpha>`.
 
     Args:
-        csv_path: list of pairs, see [`read_keypoint_pairs`](pretraining.py).
-        model: whose way of transferring points is used, with the weights of the objective that is judged.
+        csv_path: list of pairs with keypoints in PF-WILLOW's columns.
+        processor: of the model.
+        figures: ways to transfer a point: `affine`, `cascade` (affine and TPS), `transform` (the same, fitted where
+            the configuration has `mutual_fit`), `local` (local matching around `transform`).
 
     Raises:
         DataError: if the list, one of its numbers or one of its images cannot be used.
     """
-    images, points = read_keypoint_pairs(csv_path, processor)
-    # Points are in [0, 1], which is what pixels of an image of two by two are.
-    sizes = torch.full((1, 2, 2), 2)
+    protocol = PROTOCOLS["pairs"]
+    try:
+        listed, _ = open_records("pairs", None, pairs=csv_path)
+    except DataError as error:
+        raise DataError(f"--validation_pairs {csv_path} cannot be used: {error}") from error
+    records = _readable("--validation_pairs", csv_path, listed, ("source", "target"))
 
-    @torch.no_grad()
     def validate(objective: Any, step: int) -> dict[str, float]:
-        matcher = copy.copy(model)
-        matcher._modules = {**model._modules, "macosnet": objective.model}
-        hits: dict[str, list[float]] = {}
-        for pixels, (in_source, in_target) in zip(images, points, strict=True):
-            outputs = matcher(pixels[None].to(objective.mean.device))
-            start = in_target[None].to(outputs.affine)
-            for name, local in (("transform", False), ("local", True)):
-                found = matcher.transfer_points(outputs, start, sizes, "target_to_source", local_matching=local)
-                error = (found[0].cpu() - in_source).norm(dim=-1)
-                for alpha in (0.05, 0.1, 0.15):
-                    hits.setdefault(f"pck_{name}@{alpha}", []).append((error <= alpha).float().mean().item())
-        return {name: sum(values) / len(values) for name, values in hits.items()}
+        predictor = ModelPredictor(objective.model, processor, masks=False)
+        smooth = "fitted" if "fitted" in predictor.variants else "transform"
+        variants = {name: {"cascade": "transform", "transform": smooth}.get(name, name) for name in figures}
+        predictor.variants = tuple(dict.fromkeys(variants.values()))
+        result = evaluate(records, protocol, predictor)
+        return {
+            f"pck_{name}@{alpha}": result.variants[variant].overall()[f"pck.image.{alpha:g}"]
+            for name, variant in variants.items()
+            for alpha in protocol.alphas
+        }
+
+    return validate
+
+
+class _AreaPredictor(ModelPredictor):
+    """The model, and the share of each image that its masks cover, which shows a collapse to nothing or everything."""
+
+    def __init__(self, model: Any, processor: MaCoSNetImageProcessor):
+        super().__init__(model, processor)
+        self.gives_points = False
+        self.areas: list[float] = []
+
+    def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
+        masks = super().predict_masks(images, partners)
+        self.areas += (masks >= 0.5).mean(axis=(1, 2)).tolist()
+        return masks
+
+
+def mask_validation(folder: str, processor: MaCoSNetImageProcessor, per_class: int) -> Validation:
+    """`jaccard` and `precision` of soft masks, as `macosnet evaluate coseg --refine none` measures them, and `area`.
+
+    Args:
+        folder: `images/<class>/*` with `masks/<class>/*.png`.
+        processor: of the model.
+        per_class: the first images of each class; at least two of each are needed.
+
+    Raises:
+        DataError: if the folder or one of its files cannot be used.
+    """
+    try:
+        listed, _ = open_records("coseg", folder)
+        classes: dict[str, list[Record]] = {}
+        for record in listed:
+            classes.setdefault(record["class_name"], []).append(record)
+        records = [record for members in classes.values() for record in members[:per_class]]
+        for name, members in classes.items():
+            if len(members[:per_class]) < 2:
+                raise DataError(f"two images of the class {name!r} are needed.")
+        for record in records:
+            if record["source_mask"] is None:
+                raise DataError("there is no folder masks.")
+            size = image_size(record["source_image"], record["id"])
+            mask_from_image(record["source_mask"], record["id"], size)
+    except DataError as error:
+        raise DataError(f"--validation_masks {folder} cannot be used: {error}") from error
+    records = _readable("--validation_masks", folder, records, ("source",))
+
+    def validate(objective: Any, step: int) -> dict[str, float]:
+        predictor = _AreaPredictor(objective.model, processor)
+        result = evaluate(records, PROTOCOLS["coseg"], predictor, Options(refine="none"))
+        figures = result.variants["masks"].overall()
+        return {
+            "jaccard": figures["jaccard"],
+            "precision": figures["precision"],
+            "area": float(np.mean(predictor.areas)),
+        }
 
     return validate
 
@@ -243,11 +322,12 @@ def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModel
 
 __all__ = [
     "SampleImages",
+    "keypoint_validation",
     "label_free_validation",
     "labelled_validation",
     "mask_agreement",
     "mask_separation",
+    "mask_validation",
     "match_rank",
-    "matching_validation",
     "sheet_rows",
 ]
