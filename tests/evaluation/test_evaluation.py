@@ -576,7 +576,7 @@ def test_stored_predictions_give_the_same_figures_without_inference(tmp_path, ch
         raise AssertionError("inference ran again")
 
     monkeypatch.setattr(ModelPredictor, "predict_pairs", forbidden)
-    monkeypatch.setattr(ModelPredictor, "predict_pictures", forbidden)
+    monkeypatch.setattr(ModelPredictor, "predict_images", forbidden)
     monkeypatch.setattr(ModelPredictor, "encode", forbidden)
     again = run(*arguments, json_file=tmp_path / "b.json")
     assert again["metrics"] == first["metrics"]
