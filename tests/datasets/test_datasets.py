@@ -369,7 +369,7 @@ def test_a_damaged_or_wrongly_sized_mask_or_picture_is_named(tmp_path):
         ({"source_box": [5.0, 1.0, 5.0, 9.0]}, "no extent"),
         ({"flow": [0.0] * 5, "flow_size": [1, 2]}, "flow"),
         ({"colour": 1}, "colour"),
-        ({"source_image": None}, "picture"),
+        ({"source_image": None}, "an image"),
     ],
 )
 def test_a_record_that_cannot_be(values, text):
