@@ -31,8 +31,8 @@ from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
 from macosnet_hf.demo.result_store import KeptResults
 from macosnet_hf.demo.viewer_page import PASTE, SCRIPT, STYLE, TEMPLATE
 from macosnet_hf.drawing import cutout, overlay_mask
-from macosnet_hf.io.allocator import give_memory_back, trim
 from macosnet_hf.io.checkpoints import load_model_and_processor
+from macosnet_hf.io.memory import give_memory_back, trim
 from macosnet_hf.io.working_copy import for_browser
 
 logger = logging.getLogger("macosnet_hf.app")

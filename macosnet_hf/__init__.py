@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, DataError, ImageError, InputError, MaCoSNetError, OutputError
-from .io.collector import collector_paused
+from .io.memory import collector_paused
 from .io.moved import keep_old_names
 from .io.package import DEFAULT_CHECKPOINT, VERSION
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import MaCoSNetError
-from ..io.collector import no_collection_at_exit
+from ..io.memory import no_collection_at_exit
 from ..io.package import VERSION
 
 # One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.

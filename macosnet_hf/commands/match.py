@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..io.allocator import give_memory_back
-from ..io.collector import collector_paused
+from ..io.memory import collector_paused, give_memory_back
 from .arguments import add_model_arguments, model_name, save_mask, write_json
 
 if TYPE_CHECKING:

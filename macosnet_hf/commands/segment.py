@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ImageError, InputError
-from ..io.allocator import give_memory_back
-from ..io.collector import collector_paused
+from ..io.memory import collector_paused, give_memory_back
 from .arguments import add_model_arguments, model_name, save_mask, write_json
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     copies, kept, skipped = _read_copies(paths, skip_damaged=from_folder)
     if len(kept) < 2:
         raise InputError(
-            f"Co-segmentation needs two or more images; of the {len(paths)} in {args.images[0]} {len(kept)} can "
+            f"Co-segmentation needs two or more images; of the {len(paths)} in {args.photos[0]} {len(kept)} can "
             f"be read ({skipped[0][1].rstrip('.')})."
         )
     names = _distinct_names(kept)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError
-from .collector import collector_paused
+from .memory import collector_paused
 from .package import DEFAULT_CHECKPOINT
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Outcome:
     def json(self, name):
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
-    def picture(self, name):
+    def image(self, name):
         return np.asarray(Image.open(self.folder / name))
 
     def names(self):
@@ -499,9 +499,9 @@ def test_segment_too_few_photographs(run, tmp_path):
     assert_refused(run("segment", CHEETAH), "two or more")
     assert_refused(run("segment", tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "photos").mkdir()
-    assert_refused(run("segment", tmp_path / "photos"), "images holds none")
+    assert_refused(run("segment", tmp_path / "photos"), "photos holds none")
     shutil.copy(CHEETAH, tmp_path / "photos")
-    assert_refused(run("segment", tmp_path / "photos"), "images holds 1")
+    assert_refused(run("segment", tmp_path / "photos"), "photos holds 1")
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
     assert_refused(run("segment", tmp_path / "photos"), "1 can be read", "broken.jpg")
     assert_refused(run("segment", tmp_path / "photos", CHEETAH), "is a folder")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from macosnet_hf.io.collector import collector_paused
+from macosnet_hf.io.memory import collector_paused
 
 ROOT = Path(__file__).resolve().parents[2]
 

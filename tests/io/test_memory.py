@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import ctypes
-from macosnet_hf.io.allocator import give_memory_back, trim
+from macosnet_hf.io.memory import give_memory_back, trim
 
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -64,8 +64,8 @@ def test_trim_gives_back_what_lies_between_the_pieces_that_stay():
 
 
 def test_where_the_c_library_is_another_nothing_happens(monkeypatch):
-    from macosnet_hf.io import allocator
+    from macosnet_hf.io import memory
 
-    monkeypatch.setattr(allocator, "_C_LIBRARY", "libc.of.nobody")
-    allocator.give_memory_back()
-    allocator.trim()
+    monkeypatch.setattr(memory, "_C_LIBRARY", "libc.of.nobody")
+    memory.give_memory_back()
+    memory.trim()
