@@ -1,50 +1,39 @@
-"""Any image of PIL as an upright RGB image, and the formats and sizes that are read.
+"""Images of any mode to upright RGB, and the formats and sizes that are read.
 
-The module travels with the model to the Hub: its imports are relative, and it needs PIL and numpy only.
+The module travels with the model to the Hub and needs PIL and numpy only.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
-# Ghostscript on a stranger's file) and formats without a signature (TGA, PCX), which take random bytes for an image.
+# Ghostscript on an untrusted file) and formats without a signature (TGA, PCX), which read random bytes as an image.
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none, or none that makes sense."""
+    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it makes no sense."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # The block beside the pixels is damaged, and PIL raises many kinds of errors on that (struct.error,
-        # SyntaxError, ...). The pixels are not affected, and a viewer would show the image as it is: so do we.
+        # A damaged block, on which PIL raises many kinds of errors (struct.error, SyntaxError, ...). The pixels are
+        # sound, and any viewer would show them.
         return 1
-    return orientation if isinstance(orientation, int) and orientation in _ORIENTATIONS else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as a new, upright image of mode "RGB" without EXIF (so it is not turned a second time).
+    """An image of any mode as a new, upright image of mode "RGB" without EXIF, so that it is not turned twice.
 
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers
     are taken as 8-bit or 16-bit where they fit and are stretched from their smallest to their largest value
     otherwise; floating-point images are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
     """
-    image.load()  # before the orientation is asked for: TIFF turns its pixels itself while loading
+    image.load()  # before the orientation is read: TIFF turns its pixels itself while loading
     orientation = exif_orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         upright = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
@@ -52,16 +41,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         upright = _on_white(image)
     else:
         upright = image.convert("RGB")  # a copy, also of an RGB image
-    if orientation in _ORIENTATIONS:
-        upright = upright.transpose(_ORIENTATIONS[orientation])
     upright.info = {}
+    if orientation > 1:
+        # The tag alone: `exif_transpose` writes the block again, which fails where it is damaged.
+        upright.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(upright, in_place=True)
     return upright
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:
-    """The image itself where it is upright and RGB already, else as [`upright_rgb`]: for those who only look at it.
+    """The image itself where it is upright RGB already, else [`upright_rgb`] of it: for callers that do not change it.
 
-    An image of 12 megapixels takes 48 MB, and a copy of it takes them again.
+    A copy of 12 megapixels takes 48 MB.
     """
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1:

@@ -276,6 +276,14 @@ def test_a_meaningless_orientation_is_ignored(photo, orientation):
     assert load_image(with_orientation(photo, "JPEG", orientation)).size == photo.size
 
 
+def test_an_orientation_beside_a_damaged_tag_is_applied(photo):
+    """The resolution is text here, on which `PIL.ImageOps.exif_transpose` fails when it writes the block again."""
+    tags = struct.pack("<HHIHHHHI4sI", 0x0112, 3, 1, 6, 0, 0x011A, 2, 4, b"abc\0", 0)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags
+    data = encoded(photo, "JPEG", quality=95, exif=block)
+    assert load_image(data).size == photo.size[::-1]
+
+
 def test_a_damaged_exif_block_does_not_spoil_the_picture(photo):
     data = encoded(photo, "JPEG", quality=95, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x00\x99garbage")
     with warnings.catch_warnings():
