@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .configuration_macosnet import MaCoSNetConfig
 from .drawing import draw_matches
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, normalize_points
@@ -75,11 +76,9 @@ class MaCoSNetImageProcessor(PilBackend):
         Raises:
             InputError: if there is no such preset.
         """
-        if name == "lite":
-            return cls()
-        if name in ("paper", "vgg16"):
-            return cls(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
-        raise InputError(f"There is no preset {name!r}; choose one of lite, paper, vgg16.")
+        side = MaCoSNetConfig.from_preset(name).image_size
+        imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        return cls(size={"height": side, "width": side}, **(imagenet if name in ("paper", "vgg16") else {}))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before the network

@@ -13,17 +13,24 @@ IMAGE_SIZE = 96
 GRID_SIZE = IMAGE_SIZE // 16
 
 
-def small_config(**kwargs) -> MaCoSNetConfig:
-    """ResNet with strides 4, 8, 16 and 96x96 pixels: a feature grid of 6x6."""
-    backbone = ResNetConfig(
+def _small_backbone(last_stage: int) -> ResNetConfig:
+    return ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 12, 16, 24],
         depths=[1, 1, 1, 1],
         layer_type="basic",
-        out_features=["stage1", "stage2", "stage3"],
+        out_features=[f"stage{number}" for number in range(1, last_stage + 1)],
     )
+
+
+# Settings of a small network whose features are those of strides 16 and 32.
+FUSED = {"backbone_config": _small_backbone(4), "fused_strides": [16, 32]}
+
+
+def small_config(**kwargs) -> MaCoSNetConfig:
+    """ResNet with strides 4, 8, 16 and 96x96 pixels: a feature grid of 6x6."""
     arguments = {
-        "backbone_config": backbone,
+        "backbone_config": _small_backbone(3),
         "image_size": IMAGE_SIZE,
         "predictor_channels": [16, 12],
         "predictor_kernel_sizes": [3, 3],

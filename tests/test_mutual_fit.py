@@ -197,13 +197,13 @@ def test_half_precision_fits_alike(dtype):
 def test_an_older_configuration_does_not_fit():
     document = small_config(mutual_fit=True).to_dict()
     assert document["mutual_fit"] is True
-    assert document["config_version"] == 2
+    assert document["config_version"] == 3
     del document["mutual_fit"]
     document["config_version"] = 1
     older = type(small_config())(**document)
     assert older.mutual_fit is False
     older.mutual_fit = True
-    assert older.to_dict()["config_version"] == 2  # or an older package would read it and not fit
+    assert older.to_dict()["config_version"] == 3  # or an older package would read it and not fit
 
 
 def test_asking_for_a_fit_that_the_model_does_not_make(start_model, tmp_path, capsys):

@@ -103,13 +103,21 @@ def _flush_denormal():
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("case", ["MaCoSNetModel, transformers backbone", "MaCoSNetForKeypointMatching, timm backbone"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "MaCoSNetModel, transformers backbone",
+        "MaCoSNetForKeypointMatching, timm backbone",
+        "MaCoSNetForKeypointMatching, timm backbone, fused",
+    ],
+)
 def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_path):
     if case.startswith("MaCoSNetModel"):
         saved, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
     else:
         torch.manual_seed(0)
-        saved, pictures = MaCoSNetForKeypointMatching(MaCoSNetConfig()).eval(), torch.randn(1, 2, 3, 240, 240)
+        config = MaCoSNetConfig.from_preset("lite-fused" if "fused" in case else "lite")
+        saved, pictures = MaCoSNetForKeypointMatching(config).eval(), torch.randn(1, 2, 3, 240, 240)
     folder = tmp_path / "model"
     saved.save_pretrained(folder)
     results = run_elsewhere(folder, pictures, tmp_path)

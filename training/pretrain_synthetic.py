@@ -32,7 +32,7 @@ from macosnet_hf.training.validation import keypoint_validation
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    parser.add_argument("--preset", default="lite", help="paper, lite or vgg16")
+    parser.add_argument("--preset", default="lite", help="paper, vgg16, lite, lite-fused or base")
     parser.add_argument("--model_name_or_path", default=None, help="go on from this model instead of a fresh preset")
     parser.add_argument("--background_swap", type=float, default=0.5)
     parser.add_argument("--feature_noise", type=float, default=0.7)

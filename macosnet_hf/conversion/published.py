@@ -379,11 +379,11 @@ def original_state_dict(model: MaCoSNetForKeypointMatching | MaCoSNetModel) -> d
     `TwoStageCNNGeometric` and of MaCoSNet's `WeakMatchNet`. The decoder stays here.
 
     Raises:
-        InputError: if the encoder is no ResNet-101 of timm.
+        InputError: if the encoder is no ResNet-101 of timm, or its features are not those of stride 16 alone.
     """
     base: Any = getattr(model, "macosnet", model)
-    if getattr(model.config.backbone_config, "backbone", None) != "resnet101":
-        raise InputError("Only a model with the paper's encoder, timm's resnet101, has original names.")
+    if getattr(model.config.backbone_config, "backbone", None) != "resnet101" or model.config.fused_strides != [16]:
+        raise InputError("Only a model with the paper's encoder, timm's resnet101 to stride 16, has original names.")
     theirs = {}
     for name, tensor in base.state_dict().items():
         if name.startswith("decoder."):

@@ -18,6 +18,7 @@ TIMM_CHECKPOINTS = {
     "resnet50": "resnet50.tv_in1k",
     "vgg16": "vgg16.tv_in1k",
     "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k",
+    "tf_efficientnet_lite2": "tf_efficientnet_lite2.in1k",
 }
 
 # Architectures whose ImageNet weights also come inside a package of the package index, so that no hub is needed.

@@ -332,7 +332,7 @@ def feature_statistics(
     """
     size, device = model.config.image_size, model.device
     centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    channels = model.encoder.channels[-1]
+    channels = model.encoder.feature_channels
     total, squares = torch.zeros(2, channels, dtype=torch.float64, device=device)
     cells = 0
     for start in range(0, count, 16):

@@ -135,7 +135,7 @@ DEEP_FAULTS = {
     "image_size is no number": (lambda d: change(d / "config.json", image_size="big"), "image_size"),
     "unknown encoder": (lambda d: change(d / "config.json", backbone_config={"model_type": "nosuch"}), "nosuch"),
     "another image_size": (lambda d: change(d / "config.json", image_size=320), "have another shape for"),
-    "a later version": (lambda d: change(d / "config.json", config_version=3), "version 3, but only versions up to 2"),
+    "a later version": (lambda d: change(d / "config.json", config_version=4), "version 4, but only versions up to 3"),
     "other widths": (lambda d: change(d / "config.json", decoder_widths=[8, 8, 8, 8]), "have another shape for"),
     "a weight is missing": (lambda d: change_weights(d, pop), r"lack macosnet\.affine_head\.linear\.weight"),
     "a weight of another shape": (
