@@ -1,7 +1,6 @@
-"""N images of the same kind of object at once: each is encoded once, whatever is then asked of the collection.
-(Only refined masks look at small objects a second time, from near.)
+"""Collections: N images of the same kind of object, each encoded once for masks and transforms of all pairs.
 
-The module travels with the model to the Hub. What relates images by transforms is in `collection_matching.py`.
+The module travels with the model to the Hub. `inference/collection_transforms.py` holds the transforms of a collection.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from .errors import InputError
 from .mask_sharing import NetworkMasks, drop_small_components, propagate_refined, refine_masks, similar_cells
 from .matching import correlate
-from .refinement import REFINEMENT_METHODS, refine_mask
+from .refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-# What the maps for the decoder's skip connections may take, in bytes: 1,300 images with the lite model, 330 with
-# ResNet-101. Those of further images are made again when they are needed, by a second pass of the encoder.
-# a second pass on crops at small objects may take as much again while it lasts.
+# Bytes for the maps of the decoder's skip connections: 1,300 images with the lite model, 330 with ResNet-101. Maps of
+# further images are computed again when they are needed, by another encoder pass. The crops of the second pass may take
+# as much again while it lasts.
 _SKIP_MEMORY = 1 << 30
-_REFINED_PIXELS = 4_000_000
-# How many of the most alike say whether an image belongs.
+_ENLARGED_PIXELS = 4_000_000
+# The number of most similar images whose similarity is an image's agreement.
 _AGREEMENT_PARTNERS = 4
 # The second pass on crops: the object's box, wider by this share of its sides on each side, is cropped where it covers
 # no more than that share of the image; no side of it is shorter than 0.4 of the image's. Chosen on msrc-coseg.
@@ -48,7 +47,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask;
 
 
 def _accept_old_keywords(**renamed: str) -> Callable[[_Function], _Function]:
-    """Lets a function take arguments by their names of version 0.1, with a warning."""
+    """Lets a function accept keyword arguments by their names of version 0.1, with a warning."""
 
     def decorate(function: _Function) -> _Function:
         @wraps(function)
@@ -69,11 +68,10 @@ class CollectionResult:
 
     Attributes:
         probabilities: `(N, S, S)` float32 soft masks at the network's resolution.
-        partners: the indices of each image's partners, most alike first. (Of whole images: a second pass on crops may
-            compare others.)
-        agreement: `(N,)` mean cosine similarity of each image's pooled feature to those of the four most alike, in
+        partners: the indices of each image's partners, most similar first. (Of whole images: crops may have others.)
+        agreement: `(N,)` mean cosine similarity of each image's pooled feature to the four most similar ones, in
             [-1, 1]; the odd one out has the smallest.
-        collection: the encoded images, for further questions.
+        collection: the encoded images.
     """
 
     probabilities: np.ndarray
@@ -82,21 +80,20 @@ class CollectionResult:
     collection: Collection | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass
-class _Encoded:
-    """What is kept of an image: its stride-16 map `(C, h, w)`, and the projected skips `(c, H/s, W/s)` if kept."""
+class _Encoded(NamedTuple):
+    """An image's stride-16 map `(C, h, w)` and its projected skips `(c, H/s, W/s)`, or None where memory is short."""
 
     last: Tensor
     skips: tuple[Tensor, ...] | None
 
 
 class Crops(NamedTuple):
-    """What N images show to the refinement.
+    """N images of which those with small objects are cropped.
 
     Attributes:
-        images: the images, those with small objects cropped to a box.
-        boxes: these boxes; None where an image is whole.
-        masks: of these images.
+        images: crops and whole images.
+        boxes: where the crops lie; None for a whole image.
+        masks: of `images`.
     """
 
     images: Sequence[Image.Image]
@@ -107,21 +104,21 @@ class Crops(NamedTuple):
 class Collection:
     """Images of the same kind of object, each encoded once (see [`segment`] for the one exception).
 
-    Images may be added at any time; one whose content is there already costs no encoder pass. Answers about a
-    image do not depend on the order in which they were added.
+    Images may be added at any time; one with the content of another costs no encoder pass. Results do not depend on the
+    order of the images.
 
     ```python
     >>> collection = Collection(model, processor)
     >>> collection.add(images)
     >>> result = collection.segment()           # masks
-    >>> matches = match_collection(collection)  # transforms of all pairs, see `collection_matching.py`
+    >>> matches = match_collection(collection)  # transforms of all pairs, see `collection_transforms.py`
     ```
 
     Args:
         model: a [`MaCoSNetForKeypointMatching`], in evaluation mode.
         processor: its image processor.
-        batch_size: images in one pass of the encoder; one on the CPU, where more are no faster, else 16.
-        skip_memory: bytes that the maps for the skip connections may take altogether.
+        batch_size: images in one encoder pass; by default one on the CPU, where more are no faster, else 16.
+        skip_memory: bytes for the maps of the skip connections.
 
     Raises:
         InputError: if `batch_size` is not positive.
@@ -149,12 +146,12 @@ class Collection:
         return len(self.images)
 
     def add(self, images: Sequence[Image.Image], *, progress: Progress | None = None) -> list[int]:
-        """Takes in images; returns their numbers.
+        """Adds images and returns their numbers.
 
         Args:
-            images: upright RGB images. The network sees them at its own resolution, so copies that are a few times
-                larger than that do as well as the originals.
-            progress: called with (done, total) after each.
+            images: upright RGB images. The network works at its own resolution, so copies a few times larger than that
+                serve as well as the originals.
+            progress: called with (done, total) after each batch.
         """
         numbers = list(range(len(self), len(self) + len(images)))
         for start in range(0, len(images), self._batch_size):
@@ -171,7 +168,7 @@ class Collection:
         return numbers
 
     def subset(self, numbers: Sequence[int]) -> Collection:
-        """Some of the images as a collection of their own; nothing is encoded again."""
+        """A collection of some of the images; none is encoded again."""
         part = Collection(self.model, self.processor, batch_size=self._batch_size, skip_memory=self._skip_memory)
         part.images, part.keys = [self.images[number] for number in numbers], [self.keys[number] for number in numbers]
         part._encoded, part._skip_bytes = dict(self._encoded), self._skip_bytes
@@ -183,7 +180,7 @@ class Collection:
         return self.model.macosnet.features_from_map(last)
 
     def pixel_values(self, numbers: Sequence[int]) -> Tensor:
-        """`(n, 3, S, S)` as the encoder sees them, on the model's device."""
+        """`(n, 3, S, S)` input of the encoder, on the model's device."""
         return self._pixels([self.images[number] for number in numbers]).to(self.model.device)
 
     @_accept_old_keywords(common="propagate", closer="second_pass")
@@ -287,7 +284,7 @@ class Collection:
         return both.subset(numbers)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
-        """`(S, S)` soft mask of one image: the mean over its K partners, all given by their numbers."""
+        """`(S, S)` soft mask of an image: the mean over its K partners, all given by their numbers."""
         own, source = self.features([number]), self.features(partners).normalized
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
@@ -428,7 +425,7 @@ def crop_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
 def paste_masks(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
     """Masks of cropped images as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
 
-    The cells of a mask are areas here, as the processor reduces images.
+    The cells of a mask are areas here, as in the processor's resizing.
     """
     if not any(boxes):
         return masks
@@ -444,22 +441,21 @@ def paste_masks(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
 
 
 def spread_ranks(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` places in a row, evenly spread from the first on; all if there are fewer.
+    """`wanted` of `count` ranks, evenly spread from the first on; all if there are fewer.
 
-    The most alike often share the background too, and then confirm it: on msrc-coseg the first and the middle one
-    together make better masks than the first two, the last two, or two in between.
+    The most similar images often share the background too and confirm it: on msrc-coseg the first and the middle one
+    give better masks than the first two, the last two, or two in between.
     """
     wanted = min(wanted, count)
     return [number * count // wanted for number in range(wanted)]
 
 
 def odd_ones_out(agreement: np.ndarray) -> list[int]:
-    """The images that agree much less than the rest, the oddest first; none of fewer than four.
+    """The numbers of images that agree much less than the others, the oddest first; none of fewer than four images.
 
-    Each is compared with the median of the *others*, and is odd if it lies below that by more than 0.15 and by more
-    than three times their spread (their median distance from it, as a standard deviation): of 12 collections of
-    msrc-coseg, seven images of one class and one of another, with the embedded checkpoint, the other one was
-    named first in 11.
+    An image is odd if its agreement lies below the median of the *others* by more than 0.15 and by more than three
+    times their spread (median absolute deviation, scaled to a standard deviation). In 11 of 12 collections of
+    msrc-coseg, seven images of one class and one of another, the embedded checkpoint names the other one first.
 
     Args:
         agreement: `(N,)`, as of a [`CollectionResult`].
@@ -478,17 +474,17 @@ def odd_ones_out(agreement: np.ndarray) -> list[int]:
 
 
 def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For each of N images the `count` others that are most alike in their pooled features.
+    """For each of N images the `count` others with the most similar pooled features.
 
     Args:
         features: `(N, C, h, w)`.
         count: partners of each, at least 1; with fewer others than that, all of them.
 
     Returns:
-        indices `(N, min(count, N - 1))`, most alike first, and cosine similarities of the same shape.
+        indices `(N, min(count, N - 1))`, most similar first, and cosine similarities of the same shape.
     """
-    # In double precision the similarity of two images hardly depends on where they stand among the others. A few at a
-    # time: all features in it take as much as everything else that a collection holds.
+    # In double precision a similarity hardly depends on the position of the two images among the others. A few at
+    # once: all features in double precision take as much memory as all else that a collection holds.
     pooled = F.normalize(torch.cat([part.double().mean(dim=(2, 3)) for part in features.split(16)]), dim=1)
     similarity = pooled @ pooled.t()
     similarity.fill_diagonal_(-2)
@@ -496,27 +492,20 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best.indices, best.values
 
 
-def refined_mask(image: Image.Image, probability: np.ndarray, refine: str = "grabcut") -> np.ndarray:
-    """Hard mask `(H, W)` bool of an image in its own size, from its soft mask `(S, S)` in [0, 1].
+def hard_mask(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Hard mask `(H, W)` bool of an image of `size` (height, width), from its soft mask `(S, S)` in [0, 1].
 
-    As the image processor's `post_process_cosegmentation`; only that an image of more than 4 megapixels is
-    refined at that size, which bounds the memory. (GrabCut itself works at 320 pixels a side.)
-
-    Raises:
-        InputError: as [`refine_mask`].
+    As `post_process_cosegmentation` of the image processor. Beyond 4 megapixels the soft mask is enlarged to these and
+    the hard mask to the image, which bounds the memory.
     """
-    full_size = image.size
-    scale = (_REFINED_PIXELS / (image.width * image.height)) ** 0.5
-    if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in full_size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    del image  # nothing of this size is held longer than it is needed: two images are refined at a time
+    height, width = size
+    scale = min(1.0, (_ENLARGED_PIXELS / (height * width)) ** 0.5)
+    working_size = (max(1, round(height * scale)), max(1, round(width * scale)))
     soft = F.interpolate(
-        torch.from_numpy(probability)[None, None], size=pixels.shape[:2], mode="bilinear", align_corners=True
+        torch.from_numpy(probability)[None, None], size=working_size, mode="bilinear", align_corners=True
     )
-    mask = refine_mask(pixels, soft[0, 0].clamp_(0, 1).numpy(), refine)
-    if scale >= 1:
+    mask: np.ndarray = soft[0, 0].numpy() >= 0.5
+    if scale == 1:
         return mask
-    del pixels, soft
-    return np.asarray(Image.fromarray(mask * np.uint8(255)).resize(full_size, Image.Resampling.BILINEAR)) >= 128
+    enlarged = Image.fromarray(mask * np.uint8(255)).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(enlarged) >= 128

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
-from .collection import refined_mask, segment_collection
+from .collection import hard_mask, segment_collection
 from .errors import InputError
 from .image_processing_macosnet import read_image
 from .refinement import REFINEMENT_METHODS
@@ -158,7 +158,7 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         """Hard masks in the images' own sizes."""
         results = []
         for image, probability, agreement in zip(*model_outputs.values(), strict=True):
-            mask = refined_mask(image, probability, "none")
+            mask = hard_mask(probability, (image.height, image.width))
             inside = np.asarray(Image.fromarray(mask).resize(probability.shape[::-1], Image.Resampling.NEAREST))
             results.append(
                 {

@@ -15,14 +15,15 @@ from macosnet_hf.collection import (
     Collection,
     choose_partners,
     crop_to_box,
+    hard_mask,
     object_boxes,
     paste_masks,
-    refined_mask,
     segment_collection,
     spread_ranks,
 )
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.mask_sharing import drop_small_components, propagate_masks, refine_masks, similar_cells
+from macosnet_hf.refinement import refine_mask
 
 IMAGES = os.path.join(os.path.dirname(gradio.__file__), "media_assets", "images")
 NAMES = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg", "bus.png")
@@ -136,7 +137,8 @@ def test_the_three_steps_of_a_mask(network, photos, count):
         if max(photo.size) > 320:
             scale = 320 / max(photo.size)
             small = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BOX)
-        hard = refined_mask(small, mask.numpy(), "grabcut")
+        enlarged = F.interpolate(mask[None, None], small.size[::-1], mode="bilinear", align_corners=True)[0, 0]
+        hard = refine_mask(small, enlarged.clamp(0, 1).numpy(), "grabcut")
         soft = F.interpolate(
             torch.from_numpy(hard)[None, None].float(), mask.shape, mode="bilinear", align_corners=True
         )
@@ -354,35 +356,30 @@ def test_partners_are_the_most_alike():
     assert choose_partners(features, 100)[0].shape == (6, 5)
 
 
-def test_hard_masks_have_the_size_of_the_photograph():
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3)).astype(np.uint8))
+def test_hard_masks_have_the_size_of_the_image():
     probability = np.zeros((24, 24), dtype=np.float32)
     probability[:, 12:] = 1  # the right half
-    mask = refined_mask(photo, probability, "none")
+    mask = hard_mask(probability, (50, 90))
     assert mask.shape == (50, 90)
     assert mask.dtype == bool
     assert not mask[:, :44].any()
     assert mask[:, 47:].all()
-    with pytest.raises(InputError, match="Unknown refinement"):
-        refined_mask(photo, probability, "magic")
 
 
-@pytest.mark.parametrize("refine", ["none", "grabcut"])
-def test_hard_masks_are_those_of_the_image_processor(network, photos, refine):
+def test_hard_masks_are_those_of_the_image_processor(network, photos):
     pair = [photos[0], photos[2]]
     with torch.inference_mode():
         outputs = network["model"](network["processor"](pair, return_tensors="pt")["pixel_values"])
-    expected = network["processor"].post_process_cosegmentation(outputs, images=pair, refine=refine)[0]
+    expected = network["processor"].post_process_cosegmentation(outputs, images=pair)[0]
     for photo, logits, mask in zip(pair, outputs.mask_logits[0], expected, strict=True):
-        np.testing.assert_array_equal(refined_mask(photo, logits.sigmoid().numpy(), refine), mask.numpy())
+        np.testing.assert_array_equal(hard_mask(logits.sigmoid().numpy(), photo.size[::-1]), mask.numpy())
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (9000, 40), (20_000, 400)])
-def test_large_photographs_get_the_same_mask_in_their_own_size(photos, size):
+def test_large_images_get_the_same_mask_in_their_own_size(size):
     rows, columns = np.mgrid[0:60, 0:60]
     probability = (1 / (1 + np.exp((np.hypot((rows - 30) / 1.3, columns - 26) - 16) / 2))).astype(np.float32)
-    photo = photos[0].resize(size)
-    mask = refined_mask(photo, probability, "none")
+    mask = hard_mask(probability, size[::-1])
     assert mask.shape == size[::-1]
     # The plain way: the soft mask at full size, then the threshold.
     soft = torch.nn.functional.interpolate(

@@ -15,7 +15,7 @@ from transformers import SuperGlueConfig, SuperGlueForKeypointMatching, SuperGlu
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
 from macosnet_hf import DEFAULT_CHECKPOINT, ImageError, InputError, MaCoSNetForKeypointMatching, match_pair
-from macosnet_hf.collection import refined_mask, segment_collection
+from macosnet_hf.collection import hard_mask, segment_collection
 from macosnet_hf.pipeline_macosnet import CUSTOM_PIPELINES, MaCoSNetCosegmentationPipeline
 
 
@@ -108,7 +108,7 @@ def test_masks_are_those_of_segment(segmenter, photos):
     for number, (result, picture) in enumerate(zip(found, pictures, strict=True)):
         assert set(result) == {"label", "score", "agreement", "mask"}
         assert (result["mask"].mode, result["mask"].size) == ("L", picture.size)
-        hard = refined_mask(picture, expected.probabilities[number], "none")
+        hard = hard_mask(expected.probabilities[number], picture.size[::-1])
         assert np.array_equal(np.asarray(result["mask"]), hard * np.uint8(255))
         assert result["agreement"] == pytest.approx(expected.agreement[number], abs=1e-5)
         assert 0.5 <= result["score"] <= 1  # the mean of what lies above one half

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     quiet = not sys.stderr.isatty()
     with output_folder(args.output_dir) as folder:
         with collector_paused():
-            from ..collection import odd_ones_out, refined_mask, segment_collection
+            from ..collection import hard_mask, odd_ones_out, segment_collection
             from ..drawing import cutout, overview
             from ..io.checkpoints import load_model_and_processor
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
         def cut_out(number: int) -> tuple[dict[str, Any], np.ndarray]:
             image = load_image(kept[number])  # again, so that few images are in memory in full size
-            mask = refined_mask(image, result.probabilities[number], "none")
+            mask = hard_mask(result.probabilities[number], (image.height, image.width))
             save_mask(mask, folder / f"{names[number]}_mask.png")
             cutout(image, mask).save(folder / f"{names[number]}_cutout.png", compress_level=1)
             copies[number].thumbnail((_OVERVIEW_SIDE, _OVERVIEW_SIDE))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..collection import Box, Collection, Crops, crop_to_box, crop_to_objects, refine_crops, refined_mask
+from ..collection import Box, Collection, Crops, crop_to_box, crop_to_objects, hard_mask, refine_crops
 from ..drawing import draw_matches
 from ..errors import InputError
 from ..geometry import denormalize_points, sampling_grid, warp
@@ -365,7 +365,7 @@ def _result(
         if candidates.crops is None:
             candidates.crops = _second_pass(images, model, processor, outputs.features[0], probabilities)
         probabilities = refine_crops(candidates.crops, refine).numpy()
-    masks = [refined_mask(image, mask, "none") for image, mask in zip(images, probabilities, strict=True)]
+    masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, probabilities, strict=True)]
     points, scores = candidates.points, candidates.scores
     keep = _on_masks(points, masks)
     agreement = object_agreement(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..collection import CollectionResult, odd_ones_out, refined_mask, segment_collection
+from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_collection
 from ..drawing import cutout, overview
 from ..errors import ImageError, InputError
 from ..geometry import apply_cascade, denormalize_points, make_grid
@@ -305,7 +305,7 @@ def segment_files(
     masks = []
     for number, (image, probability) in enumerate(zip(images, result.probabilities, strict=True)):
         progress(0.65 + 0.1 * number / count, f"Cutting out {number + 1} of {count}")
-        masks.append(refined_mask(image, probability, "none"))
+        masks.append(hard_mask(probability, (image.height, image.width)))
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
     belonging = [number for number in range(count) if number not in odd]

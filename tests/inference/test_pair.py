@@ -8,7 +8,7 @@ from real_photos import CHEETAH, LION, TOWER
 
 import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
-from macosnet_hf.collection import Collection, refined_mask
+from macosnet_hf.collection import Collection, hard_mask
 from macosnet_hf.geometry import apply_cascade, denormalize_points, identity_tps, normalize_points
 from macosnet_hf.inference.pair import _as_array, check_points, match_images, object_agreement, quality_in_words
 
@@ -215,7 +215,7 @@ def test_refined_masks_are_those_of_a_collection_of_two(network, small):
     assert (np.abs(soft - whole).max() > 0.2) == small
     result = match_pair(*photos, **network)
     for mask, photo, probability in zip((result.source_mask, result.target_mask), photos, soft, strict=True):
-        assert (mask == refined_mask(photo, probability, "none")).mean() > 0.999
+        assert (mask == hard_mask(probability, photo.size[::-1])).mean() > 0.999
         assert mask.any()
 
 
