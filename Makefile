@@ -42,7 +42,7 @@ benchmark: $(dev_stamp) ## Print the speed of pairs, collections and training be
 	@set -e; for script in $(BENCHMARKS); do echo "== benchmarks/$$script.py"; $(python) "benchmarks/$$script.py"; done
 
 clean: ## Remove caches and build products
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## The same, and remove the environment too

