@@ -9,6 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..datasets import BENCHMARK_NAMES
 from ..errors import InputError
 from ..io.output_folder import check_writable, write_file
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ..evaluation.predictors import Predictor
     from ..evaluation.protocols import Evaluation, Options, Protocol
 
-BENCHMARKS = ("pf-willow", "pf-pascal", "spair-71k", "tss", "internet", "coseg", "pairs")
 BASELINES = ("identity", "nearest-neighbour", "nearest-neighbour-prior", "centre-grabcut")
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet evaluate`."""
     parser.description = "Measure a model, or what one gets without one, on a benchmark of the paper."
     parser.add_argument(
-        "benchmark", choices=BENCHMARKS, help="which protocol; coseg is images/ and masks/ class folders"
+        "benchmark", choices=BENCHMARK_NAMES, help="which protocol; coseg is images/ and masks/ class folders"
     )
     parser.add_argument(
         "--data",
@@ -139,7 +139,7 @@ def choose(args: argparse.Namespace) -> tuple[Protocol, Options]:
         raise InputError("Say where the data is with --data (or --pairs, for a pair list).")
     if args.data is None and args.benchmark != "pairs":
         raise InputError(f"{args.benchmark} needs --data.")
-    if args.masks != "pairs" and PROTOCOLS[args.benchmark].kind != "pictures":
+    if args.masks != "pairs" and PROTOCOLS[args.benchmark].kind != "images":
         raise InputError(f"--masks collection is for single images in classes; {args.benchmark} is a list of pairs.")
     options = Options(
         refine=args.refine,
@@ -196,8 +196,8 @@ def evaluate_share(
     """One process's share of the evaluation, with a progress bar in the first process."""
     from tqdm import tqdm
 
+    from ..datasets.benchmarks import Problems
     from ..datasets.prepare import open_records
-    from ..datasets.readers import Problems
     from ..evaluation.protocols import evaluate
 
     reading, treating = Problems(skip=args.skip_invalid), Problems(skip=args.skip_invalid)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-BENCHMARKS = ("pf-willow", "pf-pascal", "spair-71k", "tss", "internet", "coseg", "pairs")
+from ..datasets import BENCHMARK_NAMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet prepare`."""
     parser.description = "Turn a benchmark's original archive into Parquet that `datasets.load_dataset` reads."
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="layout of the archive; coseg is class folders of images")
+    parser.add_argument(
+        "benchmark", choices=BENCHMARK_NAMES, help="layout of the archive; coseg is class folders of images"
+    )
     parser.add_argument("source", help="folder of the original archive")
     parser.add_argument("output", help="folder to make")
     parser.add_argument(
@@ -32,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
+    from ..datasets.benchmarks import Problems
     from ..datasets.prepare import prepare
-    from ..datasets.readers import Problems
     from ..io.hub import push
 
     problems = Problems(skip=args.skip_invalid)

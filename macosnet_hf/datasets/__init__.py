@@ -1,4 +1,4 @@
-"""Readers of the benchmarks, one record schema, preparation as Parquet, and pair sampling. See `docs/data.md`.
+"""Readers of the benchmarks, one record schema, preparation as Parquet, and groups for training. See `docs/data.md`.
 
 Names are imported on first use, so that importing this package stays cheap. The function `prepare` is not among them:
 the name belongs to its module, `macosnet_hf.datasets.prepare`.
@@ -8,49 +8,40 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .prepare import open_records
-    from .readers import BENCHMARKS, Problems, iter_records, load_records
-    from .sampling import Group, GroupSampler, stream_groups
-    from .schema import features, flow_array, keypoint_array, mask_from_image, open_image
+    from .benchmarks import BENCHMARKS as BENCHMARKS
+    from .benchmarks import Problems as Problems
+    from .benchmarks import iter_records as iter_records
+    from .images import mask_from_image as mask_from_image
+    from .images import open_image as open_image
+    from .prepare import open_records as open_records
+    from .sampling import Group as Group
+    from .sampling import GroupSampler as GroupSampler
+    from .schema import features as features
+    from .schema import flow_array as flow_array
+    from .schema import keypoint_array as keypoint_array
 
-_LAZY_NAMES = {
-    "BENCHMARKS": ".readers",
-    "Group": ".sampling",
-    "GroupSampler": ".sampling",
-    "Problems": ".readers",
-    "features": ".schema",
-    "flow_array": ".schema",
-    "iter_records": ".readers",
-    "keypoint_array": ".schema",
-    "load_records": ".readers",
-    "mask_from_image": ".schema",
-    "open_image": ".schema",
-    "open_records": ".prepare",
-    "stream_groups": ".sampling",
+BENCHMARK_NAMES = ("pf-willow", "pf-pascal", "spair-71k", "tss", "internet", "coseg", "pairs")
+"""The keys of `BENCHMARKS`, for command lines, which do not import the readers before they have read their words."""
+
+_MODULES = {
+    "benchmarks": ("BENCHMARKS", "Problems", "iter_records"),
+    "images": ("mask_from_image", "open_image"),
+    "prepare": ("open_records",),
+    "sampling": ("Group", "GroupSampler"),
+    "schema": ("features", "flow_array", "keypoint_array"),
 }
+_OLD_NAMES = {"mask_from_picture": "mask_from_image", "open_picture": "open_image"}  # of version 0.1
 
-__all__ = [
-    "BENCHMARKS",
-    "Group",
-    "GroupSampler",
-    "Problems",
-    "features",
-    "flow_array",
-    "iter_records",
-    "keypoint_array",
-    "load_records",
-    "mask_from_image",
-    "open_image",
-    "open_records",
-    "stream_groups",
-]
+__all__ = [name for names in _MODULES.values() for name in names]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Imports the module that holds `name`."""
-        if name not in _LAZY_NAMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value: object = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
-        globals()[name] = value
-        return value
+        wanted = _OLD_NAMES.get(name, name)
+        for module, names in _MODULES.items():
+            if wanted in names:
+                value: object = getattr(importlib.import_module(f".{module}", __name__), wanted)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

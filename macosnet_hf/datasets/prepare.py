@@ -23,8 +23,9 @@ import numpy as np
 
 from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
-from .readers import Benchmark, Problems, available_splits, get_benchmark, iter_records
-from .schema import IMAGE_COLUMNS, Record, check_record, features, mask_from_image, open_image
+from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
+from .images import mask_from_image, open_image
+from .schema import IMAGE_COLUMNS, Record, check_record, features
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -436,7 +437,7 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, dige
     `datasets` keeps what it has loaded under a key made of the folder's name and the card's settings, not of the files:
     without the digest, another data set in a folder of the same name would come back as the old one.
     """
-    tasks = ["image-segmentation"] if entry.kind == "pictures" else ["keypoint-detection"]
+    tasks = ["image-segmentation"] if entry.kind == "images" else ["keypoint-detection"]
     configs = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in counts)
     lines = [
         "---",

@@ -27,42 +27,40 @@ Absent values are `None`. Images in a record are `{"path": ..., "bytes": ...}`, 
 from __future__ import annotations
 
 import math
-import os
-import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from ..errors import DataError, ImageError
+from ..errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Features
 
 Record = dict[str, Any]
 
-IMAGE_COLUMNS = ("source_image", "target_image", "source_mask", "target_mask")
-COLUMNS = (
-    "id",
-    "split",
-    "class_name",
-    "source_id",
-    "target_id",
-    "source_image",
-    "target_image",
-    "source_keypoints",
-    "target_keypoints",
-    "keypoint_ids",
-    "source_box",
-    "target_box",
-    "source_mask",
-    "target_mask",
-    "mirror_source",
-    "flip_both",
-    "flow",
-    "flow_size",
-    "difficulty",
-)
+_KINDS = {
+    "id": "string",
+    "split": "string",
+    "class_name": "string",
+    "source_id": "string",
+    "target_id": "string",
+    "source_image": "image",
+    "target_image": "image",
+    "source_keypoints": "points",
+    "target_keypoints": "points",
+    "keypoint_ids": "integers",
+    "source_box": "box",
+    "target_box": "box",
+    "source_mask": "image",
+    "target_mask": "image",
+    "mirror_source": "flag",
+    "flip_both": "flag",
+    "flow": "flow",
+    "flow_size": "integers",
+    "difficulty": "levels",
+}
+COLUMNS = tuple(_KINDS)
+IMAGE_COLUMNS = tuple(name for name, kind in _KINDS.items() if kind == "image")
 DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion", "mirror")
 
 INVALID_FLOW = 1e9
@@ -73,30 +71,17 @@ def features() -> Features:
     """The declared `datasets.Features` of every data set here (see the module's table)."""
     from datasets import Features, Image, List, Value
 
-    point_list = List(List(Value("float64"), length=2))
-    return Features(
-        {
-            "id": Value("string"),
-            "split": Value("string"),
-            "class_name": Value("string"),
-            "source_id": Value("string"),
-            "target_id": Value("string"),
-            "source_image": Image(),
-            "target_image": Image(),
-            "source_keypoints": point_list,
-            "target_keypoints": point_list,
-            "keypoint_ids": List(Value("int32")),
-            "source_box": List(Value("float64")),
-            "target_box": List(Value("float64")),
-            "source_mask": Image(),
-            "target_mask": Image(),
-            "mirror_source": Value("bool"),
-            "flip_both": Value("bool"),
-            "flow": List(Value("float32")),
-            "flow_size": List(Value("int32")),
-            "difficulty": {name: Value("int8") for name in DIFFICULTIES},
-        }
-    )
+    types = {
+        "string": Value("string"),
+        "image": Image(),
+        "points": List(List(Value("float64"), length=2)),
+        "integers": List(Value("int32")),
+        "box": List(Value("float64")),
+        "flag": Value("bool"),
+        "flow": List(Value("float32")),
+        "levels": {name: Value("int8") for name in DIFFICULTIES},
+    }
+    return Features({name: types[kind] for name, kind in _KINDS.items()})
 
 
 def make_record(where: str, **values: Any) -> Record:
@@ -165,97 +150,6 @@ def check_record(record: Record, where: str) -> None:
         size = record.get("flow_size")
         if size is None or len(size) != 2 or len(flow) != 2 * size[0] * size[1]:
             raise DataError(f"{where}: the flow does not have two numbers for each pixel of {size}.")
-
-
-def image_name(image: Any) -> str:
-    """How to call an image in an error: its path, or that it is embedded."""
-    if isinstance(image, dict):
-        return str(image.get("path") or "embedded image")
-    if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image)
-    return str(getattr(image, "filename", "") or "picture")
-
-
-def _source(image: Any) -> Any:
-    """What [`load_image`] takes, of a record's image."""
-    if not isinstance(image, dict):
-        return image
-    return image["bytes"] if image.get("bytes") is not None else image["path"]
-
-
-def open_image(image: Any, where: str) -> Image.Image:
-    """Decodes a record's image to upright RGB.
-
-    Args:
-        image: `{"path", "bytes"}`, an image, or a path.
-        where: record and column, for the error's text.
-
-    Raises:
-        DataError: if the image is missing or damaged; the text names the record and the file.
-    """
-    from ..io.image_files import load_image
-
-    try:
-        return load_image(_source(image))
-    except ImageError as error:
-        raise DataError(f"{where}: {image_name(image)}: {error}") from error
-
-
-def image_size(image: Any, where: str) -> tuple[int, int]:
-    """(height, width) of a record's image, upright, from its header.
-
-    Raises:
-        DataError: if the header cannot be read.
-    """
-    from ..io.image_files import image_size
-
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    try:
-        return image_size(_source(image))
-    except ImageError as error:
-        raise DataError(f"{where}: {image_name(image)}: {error}") from error
-
-
-def mask_from_image(image: Any, where: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes an object mask.
-
-    A mask is object where its value is not zero (1-bit, palette and label images), except for grey-scale images
-    that use the upper half of the range: there 128 and more is object, so that an anti-aliased border is split in the
-    middle.
-
-    Args:
-        image: `{"path", "bytes"}`, an image, or a path.
-        where: record and column, for the error's text.
-        size: `(height, width)` of the image that the mask belongs to; checked when given.
-
-    Returns:
-        bool `(height, width)`.
-
-    Raises:
-        DataError: if the mask is missing, damaged, or of another size than its image.
-    """
-    from ..io.image_files import load_as_stored
-
-    try:
-        opened = image if isinstance(image, Image.Image) else load_as_stored(_source(image))
-        if opened.mode in ("RGBA", "LA", "RGB", "CMYK"):
-            array = np.asarray(opened.convert("RGB")).max(axis=-1)
-        else:
-            array = np.asarray(opened)
-    except (ImageError, OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        # Of an image that a caller has opened, this is the first that its pixels are looked at.
-        raise DataError(f"{where}: {image_name(image)} cannot be read as a mask.") from error
-    if array.ndim != 2:
-        raise DataError(f"{where}: {image_name(image)} is not a mask of one value a pixel.")
-    if size is not None and array.shape != tuple(size):
-        raise DataError(
-            f"{where}: the mask {image_name(image)} is {array.shape[1]}x{array.shape[0]} pixels, "
-            f"its image {size[1]}x{size[0]}."
-        )
-    if array.dtype == np.bool_ or opened.mode == "P" or array.max(initial=0) < 128:
-        return array > 0
-    return array >= 128
 
 
 def flow_array(record: Record) -> np.ndarray | None:

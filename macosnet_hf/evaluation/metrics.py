@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..datasets.schema import INVALID_FLOW
 from ..errors import DataError, InputError
 
 SCNET_SIDE = 224
 """Side to which the `image` protocol scales both images (SCNet, Han et al., ICCV 2017)."""
-
-INVALID_FLOW = 1e9
 
 PCK_PROTOCOLS = ("bbox", "image")
 

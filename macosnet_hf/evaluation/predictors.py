@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..datasets.schema import Record, keypoint_array, open_image
+from ..datasets.images import open_image
+from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
 
 if TYPE_CHECKING:

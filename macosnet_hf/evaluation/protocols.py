@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets.readers import Problems
-from ..datasets.schema import Record, flow_array, keypoint_array, mask_from_image, open_image
+from ..datasets.benchmarks import Problems
+from ..datasets.images import mask_from_image, open_image
+from ..datasets.schema import Record, flow_array, keypoint_array
 from ..errors import DataError, InputError
 from . import metrics
 from .predictions import (
@@ -102,12 +103,12 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "internet",
-            "pictures",
+            "images",
             _MASK_TEXT + " Images without the object are left out of J.",
             masks=True,
             label_transfer=True,
         ),
-        Protocol("coseg", "pictures", _MASK_TEXT, masks=True, label_transfer=True),
+        Protocol("coseg", "images", _MASK_TEXT, masks=True, label_transfer=True),
     )
 }
 
@@ -426,7 +427,7 @@ def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Opti
         "split": split,
         "model or configuration": predictor.fingerprint(),
     }
-    if protocol.kind == "pictures":
+    if protocol.kind == "images":
         manifest["choice of partners"] = [options.partners, options.seed]
         if options.masks != "pairs":
             manifest["masks"] = [options.masks, options.refine]
@@ -490,12 +491,12 @@ def evaluate(
                 barrier()
         writer = PredictionWriter(predictions, rank)
     start = time.monotonic()
-    parts = class_groups(records) if protocol.kind == "pictures" else batches(records, options.batch_size)
+    parts = class_groups(records) if protocol.kind == "images" else batches(records, options.batch_size)
     try:
         for number, part in enumerate(parts):
             if number % world_size != rank:
                 continue
-            if protocol.kind == "pictures":
+            if protocol.kind == "images":
                 _treat_images(part, protocol, predictor, options, problems, reader, writer, result)
             else:
                 _treat_pairs(part, protocol, predictor, options, problems, reader, writer, result)
@@ -681,7 +682,7 @@ class _NoEncoding(Predictor):
 
 def _with_masks(records: list[Record], problems: Problems) -> list[Record]:
     """The records with a mask of the image's own size; the others are reported, before they are anyone's partner."""
-    from ..datasets.schema import image_size
+    from ..datasets.images import image_size
 
     good = []
     for record in records:

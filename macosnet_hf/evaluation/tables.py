@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..datasets.readers import VOC_CLASSES
+from ..datasets.benchmarks.common import VOC_CLASSES
 from .protocols import Evaluation, Options, Protocol, Tally
 
 OVERALL = "all"
@@ -182,7 +182,7 @@ def json_report(
         "model": model,
         "matching": variant,
         "refine": options.refine if protocol.masks else None,
-        "masks": options.masks if protocol.kind == "pictures" else None,
+        "masks": options.masks if protocol.kind == "images" else None,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
         "per_class": {

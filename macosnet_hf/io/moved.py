@@ -26,6 +26,7 @@ MOVED = {
     "losses": "training.losses",
     "output_folder": "io.output_folder",
     "pair": "inference.pair",
+    "datasets.readers": "datasets.benchmarks",
     "evaluation.inference": "evaluation.predictors",
 }
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..datasets.images import image_size, mask_from_image, open_image
 from ..datasets.prepare import open_records
-from ..datasets.schema import Record, image_size, mask_from_image, open_image
+from ..datasets.schema import Record
 from ..drawing import overlay_mask
 from ..errors import DataError
 from ..evaluation.predictors import EncodedImage, ModelPredictor

@@ -21,16 +21,13 @@ from archives import (
     write_image,
 )
 
-from macosnet_hf.datasets.readers import BENCHMARKS, VOC_CLASSES, Problems, iter_records, load_records, read_flow
-from macosnet_hf.datasets.schema import (
-    COLUMNS,
-    features,
-    flow_array,
-    keypoint_array,
-    make_record,
-    mask_from_image,
-    open_image,
-)
+from macosnet_hf.datasets import BENCHMARK_NAMES
+from macosnet_hf.datasets.benchmarks import BENCHMARKS, Problems, iter_records
+from macosnet_hf.datasets.benchmarks.common import VOC_CLASSES
+from macosnet_hf.datasets.benchmarks.pf_willow import read_mat_files
+from macosnet_hf.datasets.benchmarks.tss import read_flow
+from macosnet_hf.datasets.images import mask_from_image, open_image
+from macosnet_hf.datasets.schema import COLUMNS, features, flow_array, keypoint_array, make_record
 from macosnet_hf.errors import DataError, InputError
 
 
@@ -183,7 +180,9 @@ def test_masks_of_every_mode_mean_the_same(tmp_path, mode):
 
 
 def test_a_dataset_decodes_and_has_the_declared_features(tmp_path):
-    dataset = load_records("spair-71k", spair(tmp_path))
+    from datasets import Dataset
+
+    dataset = Dataset.from_list(list(iter_records("spair-71k", spair(tmp_path))), features=features())
     assert dataset.features == features()
     row = dataset[1]
     assert row["source_image"].size == (60, 50)
@@ -192,17 +191,16 @@ def test_a_dataset_decodes_and_has_the_declared_features(tmp_path):
     assert row["flow"] is None
 
 
-def test_the_tss_dataset_follows_a_changed_file(tmp_path):
-    root = tss(tmp_path / "a")
-    first = load_records("tss", root, cache_dir=tmp_path / "cache")
-    assert first.features == features()
-    np.testing.assert_array_equal(
-        flow_array(first.with_format("numpy")[0]), flow_array(next(iter(iter_records("tss", root))))
-    )
-    path = root / "TSS_CVPR2016" / "FG3DCar" / "car_01_02" / "flow1.flo"
-    write_flow(path, np.zeros((48, 64, 2), np.float32))
-    again = load_records("tss", root, cache_dir=tmp_path / "cache")
-    assert not np.any(again[0]["flow"])
+def test_names_of_version_0_1_and_of_the_command_line():
+    import macosnet_hf.datasets as public
+
+    assert public.mask_from_picture is mask_from_image
+    assert public.open_picture is open_image
+    assert tuple(BENCHMARKS) == BENCHMARK_NAMES
+    for name in public.__all__:
+        assert getattr(public, name) is not None
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = public.nothing_such
 
 
 # -- bad data ---
@@ -396,9 +394,7 @@ def test_the_real_pf_willow_list_agrees_with_its_mat_files():
     assert len(records) == 450
     listed = {(record["source_id"], record["target_id"]): record for record in records}
     found = 0
-    from macosnet_hf.datasets.readers import _willow_from_mat
-
-    for record in _willow_from_mat(root, "test", Problems()):
+    for record in read_mat_files(root, "test", Problems()):
         key = (record["source_id"], record["target_id"])
         turned = key not in listed
         other = listed[key[::-1] if turned else key]

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from archives import coseg, internet, pf_pascal, pf_willow, spair, tss
 
+from macosnet_hf.datasets.benchmarks import Problems, iter_records
+from macosnet_hf.datasets.images import mask_from_image, open_image
 from macosnet_hf.datasets.prepare import is_prepared, open_records, prepare
-from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array, mask_from_image, open_image
+from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array
 from macosnet_hf.errors import DataError, InputError, OutputError
 from macosnet_hf.io.hub import push
 

@@ -1,14 +1,13 @@
-"""Pairs and triplets: balanced, seeded, the same however many workers and processes there are."""
+"""Pairs and triplets: balanced, seeded, the same for any number of workers."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 from archives import coseg
-from PIL import Image
 
-from macosnet_hf.datasets.readers import iter_records
-from macosnet_hf.datasets.sampling import GroupSampler, augment, class_names_of, stream_groups
+from macosnet_hf.datasets.benchmarks import iter_records
+from macosnet_hf.datasets.sampling import GroupSampler
 from macosnet_hf.errors import DataError, InputError
 
 NAMES = ["cat"] * 50 + ["dog"] * 5 + ["owl"] * 3
@@ -76,13 +75,6 @@ def test_flips_are_common_to_a_group_and_crops_are_inside():
     assert plain.crops == ((0, 0, 1, 1), (0, 0, 1, 1))
 
 
-def test_augmenting_crops_first_and_then_mirrors():
-    pixels = np.arange(10 * 20 * 3, dtype=np.uint8).reshape(10, 20, 3)
-    result = np.asarray(augment(Image.fromarray(pixels), True, (0.25, 0.1, 0.75, 0.6)))
-    np.testing.assert_array_equal(result, pixels[1:6, 5:15][:, ::-1])
-    assert augment(Image.fromarray(pixels[:3, :3]), False, (0.9, 0.9, 1.0, 1.0)).size == (2, 2)
-
-
 def test_what_cannot_be_sampled():
     with pytest.raises(DataError, match="owl"):
         GroupSampler(["cat", "cat", "owl"], 2)
@@ -92,67 +84,13 @@ def test_what_cannot_be_sampled():
         GroupSampler(NAMES, 4)
     with pytest.raises(InputError, match="smallest_crop"):
         GroupSampler(NAMES, 2, smallest_crop=0)
-    with pytest.raises(DataError, match="No class"):
-        list(stream_groups(records(["a", "b"]), 2))
     with pytest.raises(IndexError):
         GroupSampler(NAMES, 2)[len(NAMES)]
 
 
-def records(names):
-    return ({"id": f"{index}", "class_name": name} for index, name in enumerate(names))
-
-
-def ids(groups):
-    return [
-        (group.class_name, tuple(record["id"] for record in group.members), group.flip, group.crops) for group in groups
-    ]
-
-
-def test_a_stream_gives_one_group_a_record_balanced_and_of_one_class():
-    names = [str(name) for name in np.random.default_rng(0).permutation(["cat"] * 400 + ["dog"] * 150 + ["owl"] * 50)]
-    groups = list(stream_groups(records(names), 2, seed=1, warm_up=60))
-    assert len(groups) == 600
-    counts = Counter(group.class_name for group in groups)
-    assert max(counts.values()) - min(counts.values()) <= 1
-    for group in groups:
-        assert {record["class_name"] for record in group.members} == {group.class_name}
-        assert group.members[0]["id"] != group.members[1]["id"]
-
-
-def test_every_process_gets_its_share_of_one_sequence():
-    names = ["cat", "dog", "cat", "owl", "dog"] * 30
-    whole = ids(stream_groups(records(names), 3, seed=4, warm_up=20))
-    shares = [ids(stream_groups(records(names), 3, seed=4, warm_up=20, rank=rank, world_size=4)) for rank in range(4)]
-    assert [shares[number % 4][number // 4] for number in range(len(whole))] == whole
-    assert ids(stream_groups(records(names), 3, seed=5, warm_up=20)) != whole
-
-
-def test_a_stream_holds_no_more_than_its_buffers():
-    alive = 0
-
-    class Counted(dict):
-        def __init__(self, **values):
-            nonlocal alive
-            super().__init__(values)
-            alive += 1
-
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    def endless():
-        for index in range(5000):
-            yield Counted(id=str(index), class_name=("cat", "dog")[index % 2])
-
-    most = 0
-    for _ in stream_groups(endless(), 2, buffer_per_class=8, warm_up=32):
-        most = max(most, alive)
-    assert most <= 2 * 8 + 4
-
-
 def test_groups_of_a_real_folder(tmp_path):
     found = list(iter_records("coseg", coseg(tmp_path)))
-    groups = list(GroupSampler(class_names_of(found), 2))
+    groups = list(GroupSampler([record["class_name"] for record in found], 2))
     assert len(groups) == len(found) > 0
     for group in groups:
         assert {found[index]["class_name"] for index in group.members} == {group.class_name}

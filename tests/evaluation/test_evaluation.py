@@ -12,9 +12,10 @@ from small_models import save_small_checkpoint, small_model, small_processor
 
 from macosnet_hf.collection import Collection
 from macosnet_hf.commands import evaluate as command
+from macosnet_hf.datasets.benchmarks import Problems, iter_records
+from macosnet_hf.datasets.images import image_size, mask_from_image, open_image
 from macosnet_hf.datasets.prepare import open_records, prepare
-from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import flow_array, image_size, keypoint_array, mask_from_image, open_image
+from macosnet_hf.datasets.schema import flow_array, keypoint_array
 from macosnet_hf.errors import DataError, InputError, OutputError
 from macosnet_hf.evaluation import metrics
 from macosnet_hf.evaluation.baselines import BASELINES, centre_ellipse, make_baseline

@@ -57,7 +57,7 @@ class Kind:
 
 def _image(files: list[bytes], mutation: damage.Damage) -> Kind:
     """Through `load_image`, `image_size` and `mask_from_image`, from memory and from a file."""
-    from macosnet_hf.datasets.schema import mask_from_image
+    from macosnet_hf.datasets.images import mask_from_image
     from macosnet_hf.io.image_files import image_size, load_image
 
     def place(rng: random.Random, folder: Path) -> Read:
@@ -90,7 +90,7 @@ def _archive(
         build: makes the sound archive.
         files: what may be damaged: its place in the archive, sound contents, how to damage it.
     """
-    from macosnet_hf.datasets.readers import Problems, iter_records
+    from macosnet_hf.datasets.benchmarks import Problems, iter_records
 
     def place(rng: random.Random, folder: Path) -> Read:
         root = folder / benchmark
@@ -109,7 +109,7 @@ def _archive(
 
 def _pair_list() -> Kind:
     """A list of pairs in PF's columns, given by itself."""
-    from macosnet_hf.datasets.readers import iter_records
+    from macosnet_hf.datasets.benchmarks import iter_records
 
     def place(rng: random.Random, folder: Path) -> Read:
         if not (folder / "p").exists():

@@ -22,9 +22,10 @@ from small_models import small_model, small_processor
 from training_runs import environment
 
 from macosnet_hf import DataError, ImageError, InputError, MaCoSNetError, load_image
-from macosnet_hf.datasets.mat import read_matrix
-from macosnet_hf.datasets.readers import Problems, iter_records, read_flow
-from macosnet_hf.datasets.schema import mask_from_image
+from macosnet_hf.datasets.benchmarks import Problems, iter_records
+from macosnet_hf.datasets.benchmarks.mat import read_matrix
+from macosnet_hf.datasets.benchmarks.tss import read_flow
+from macosnet_hf.datasets.images import mask_from_image
 from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
 from macosnet_hf.inference.pair import check_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching

@@ -30,9 +30,9 @@ import macosnet_hf
 from macosnet_hf import CheckpointError, DataError, ImageError, InputError, OutputError
 from macosnet_hf.commands.main import main
 from macosnet_hf.conversion.published import read_state_dict
+from macosnet_hf.datasets.benchmarks import Problems, iter_records
+from macosnet_hf.datasets.images import mask_from_image
 from macosnet_hf.datasets.prepare import open_records, prepare
-from macosnet_hf.datasets.readers import Problems, iter_records
-from macosnet_hf.datasets.schema import mask_from_image
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.io.image_files import image_size, load_image
 from macosnet_hf.io.output_folder import output_folder, write_file

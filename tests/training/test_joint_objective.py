@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from small_models import IMAGE_SIZE, seeded, small_model
 from training_runs import TRAINING, Runs, environment, log, photographs
 
-from macosnet_hf.datasets.sampling import augment
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.geometry import identity_tps, sampling_grid, warp
 from macosnet_hf.modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput
@@ -58,7 +57,9 @@ def test_a_crop_on_the_device_is_the_crop_of_the_picture(flip):
     smooth = torch.nn.functional.interpolate(coarse, size=(101, 101), mode="bicubic", align_corners=True).clamp(0, 1)
     crop = (0.1, 0.3, 0.7, 0.9)
     picture = Image.fromarray((smooth[0].permute(1, 2, 0) * 255).byte().numpy())
-    expected = torch.from_numpy(np.array(augment(picture, flip, crop))).permute(2, 0, 1).float() / 255
+    cropped = picture.crop((10, 30, 71, 91))
+    cropped = ImageOps.mirror(cropped) if flip else cropped
+    expected = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
     # Pixels 10 to 69 of 101 are 1 - 2 / 101 of what lies between the centres of pixels 10 and 70.
     found = warp(smooth, sampling_grid(view_of(crop, flip)[None], size=(61, 61)))[0]
     assert tuple(expected.shape) == (3, 61, 61)
