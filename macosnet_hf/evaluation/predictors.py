@@ -427,10 +427,17 @@ class ModelPredictor(FeaturePredictor):
         return found
 
     def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
-        own, other = self.batch(images).features, self.batch(partners).features
         with torch.inference_mode():
-            # A mask is decoded from S_BA: the layout of the segmented image A, one channel per position of B.
-            logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
+            if self.model.config.decoder_inputs == "paper":
+                own, other = self.batch(images).features, self.batch(partners).features
+                # A mask is decoded from S_BA: the layout of the segmented image A, one channel per position of B.
+                logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
+            else:
+                features = self.batch([*images, *partners]).features
+                # Every pair is followed by its reverse.
+                rows = torch.arange(2 * len(images), device=features.last.device).view(2, -1)
+                source, target = rows.t().flatten(), rows.flip(0).t().flatten()
+                logits = self.model.predict_masks_of_pairs(features, source, target)[::2]
         return logits.float().sigmoid().cpu().numpy()
 
     def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
