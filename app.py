@@ -31,8 +31,19 @@ from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetError
 from macosnet_hf.demo.result_store import KeptResults
 from macosnet_hf.demo.viewer_page import PASTE, SCRIPT, STYLE, TEMPLATE
 from macosnet_hf.drawing import cutout, overlay_mask
+from macosnet_hf.inference.result_files import (
+    COLLECTION_ARCHIVE,
+    VIEWS,
+    pair_document,
+    pair_file_names,
+    save_mask,
+    write_collection,
+    write_pair,
+    zip_folder,
+)
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.io.memory import give_memory_back, trim
+from macosnet_hf.io.package import checkpoint_name
 from macosnet_hf.io.working_copy import for_browser
 
 logger = logging.getLogger("macosnet_hf.app")
@@ -176,24 +187,24 @@ class Matcher:
                 model, processor = load_model_and_processor(self.checkpoint)
                 # The import belongs under the lock as well: two threads that import torch and transformers from
                 # different ends at the same time can meet a module that is only half there.
-                importlib.import_module("macosnet_hf.inference.result_files")
+                importlib.import_module("macosnet_hf.inference.files")
                 self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
     def pair(self, source: str, target: str, refine: str) -> Any:
-        """A [`~macosnet_hf.inference.result_files.PairWork`]."""
+        """A [`~macosnet_hf.inference.files.MatchedPair`]."""
         loaded = self.load()
         try:
-            return workbench().match_files(source, target, refine=refine, **loaded)
+            return inference_of_files().match_files(source, target, refine=refine, **loaded)
         finally:
             self._tidy_up()
 
     def collection(self, paths: list[str], refine: str, progress: Any) -> Any:
-        """A [`~macosnet_hf.inference.result_files.CollectionWork`]."""
+        """A [`~macosnet_hf.inference.files.SegmentedCollection`]."""
         loaded = self.load()
         names = [os.path.basename(path) for path in paths]
         try:
-            return workbench().segment_files(paths, names, refine=refine, progress=progress, **loaded)
+            return inference_of_files().segment_files(paths, names, refine=refine, progress=progress, **loaded)
         finally:
             self._tidy_up()
 
@@ -205,9 +216,9 @@ class Matcher:
             trim()
 
 
-def workbench() -> Any:
-    """`inference.result_files`, imported when the first image comes: it needs torch, the page does not."""
-    return importlib.import_module("macosnet_hf.inference.result_files")
+def inference_of_files() -> Any:
+    """`inference.files`, imported when the first image comes: it needs torch, the page does not."""
+    return importlib.import_module("macosnet_hf.inference.files")
 
 
 def viewer() -> Any:
@@ -315,7 +326,7 @@ def annotated(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, list[t
 def verdict(work: Any) -> str:
     """One line: how far the result of a pair can be trusted, and how many matches there are."""
     count = len(work.result.matches)
-    if work.same_photograph:
+    if work.same_image:
         return "This is the same photo twice, so every point should find itself."
     words = VERDICTS[work.result.quality]
     if work.result.quality == "poor":
@@ -471,7 +482,7 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
             as_mark(result.quality, result.quality, verdict(work)),
             gr.HTML(
                 value=viewer().viewer_lines(result, threshold, count),
-                photos=viewer().viewer_photos(key, (result.source, result.target), names),
+                photos=viewer().viewer_images(key, (result.source, result.target), names),
             ),
             annotated(result.source, result.source_mask),
             annotated(result.target, result.target_mask),
@@ -507,7 +518,9 @@ def pair_tab(desk: Desk, demo: gr.Blocks) -> None:
 
     def write_files(key: str | None, threshold: float) -> list[str]:
         with in_plain_words(), tempfile.TemporaryDirectory() as folder:
-            return into_cache(files, workbench().write_pair_files(desk.pairs.get(key), Path(folder), threshold))
+            model = checkpoint_name(desk.matcher.checkpoint)
+            write_pair(desk.pairs.get(key), Path(folder), threshold, model=model, flow=True)
+            return into_cache(files, [Path(folder) / name for name in pair_file_names(flow=True)])
 
     def viewer_transfer(question: Any) -> dict[str, Any]:
         """Where one point of the small copies lies in the other photo."""
@@ -692,9 +705,9 @@ def collection_tab(desk: Desk, tab: gr.Tab) -> None:
             tempfile.TemporaryDirectory() as folder,
             desk.stoppable(request.session_hash, progress) as report,
         ):
-            path = Path(folder) / "collection.zip"
-            workbench().write_collection_zip(desk.collections.get(key), path, report)
-            return into_cache(archive, [path])[0]
+            model = checkpoint_name(desk.matcher.checkpoint)
+            write_collection(desk.collections.get(key), Path(folder), model=model, progress=report)
+            return into_cache(archive, [zip_folder(Path(folder), COLLECTION_ARCHIVE, remove=True)])[0]
 
     key = gr.State()
     gr.Markdown(
@@ -789,15 +802,13 @@ def public_api(desk: Desk) -> None:
         with in_plain_words(), tempfile.TemporaryDirectory() as folder:
             work = desk.matcher.pair(*checked_pair(source, target), refine)
             paths = []
-            for role, copy, mask in zip(
-                ("source", "target"), work.copies, (work.result.source_mask, work.result.target_mask), strict=True
-            ):
+            for view, role in enumerate(VIEWS):
                 paths.append(Path(folder) / f"{role}_mask.png")
-                workbench().save_mask(copy.to_original_mask(mask), paths[-1])
+                save_mask(work.original_mask(view), paths[-1])
             report = {
                 "result": desk.pairs.keep(work, request.session_hash),
                 "words": verdict(work),
-                **workbench().pair_document(work, threshold),
+                **pair_document(work, threshold, model=checkpoint_name(desk.matcher.checkpoint)),
             }
             return (report, work.result.draw_matches(), *into_cache(drawing, paths), work.result.warped_source())
 
@@ -828,14 +839,10 @@ def public_api(desk: Desk) -> None:
             desk.stoppable(request.session_hash, lambda share, desc: None) as report,
         ):
             work = desk.matcher.collection(photographs or [], refine, report)
-            path = Path(folder) / "collection.zip"
-            workbench().write_collection_zip(work, path, report)
-            return (
-                workbench().collection_document(work),
-                work.sheet(),
-                work.average,
-                into_cache(archive, [path])[0],
-            )
+            model = checkpoint_name(desk.matcher.checkpoint)
+            document = write_collection(work, Path(folder), model=model, progress=report)
+            path = zip_folder(Path(folder), COLLECTION_ARCHIVE, remove=True)
+            return (document, work.sheet(), work.average, into_cache(archive, [path])[0])
 
     choices = [value for _, value in REFINEMENTS]
     with gr.Row(visible=False):

@@ -45,3 +45,25 @@ def network() -> dict[str, Any]:
 
     model, processor = load_model_and_processor(device="cpu")
     return {"model": model, "processor": processor}
+
+
+@pytest.fixture(scope="session")
+def large_lion(tmp_path_factory) -> str:
+    """The path of an image that is larger than a working copy."""
+    from PIL import Image
+    from real_photos import LION
+
+    path = tmp_path_factory.mktemp("photos") / "large lion.jpg"
+    with Image.open(LION) as photo:
+        photo.resize((2001, 1501)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pair(network, large_lion) -> Any:
+    """Two image files, matched: neither square nor of the same size, and one processed as a smaller copy."""
+    from real_photos import TOWER
+
+    from macosnet_hf.inference.files import match_files
+
+    return match_files(TOWER, large_lion, **network, refine="none")

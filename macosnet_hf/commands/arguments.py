@@ -1,43 +1,56 @@
-"""Options and small writers that `macosnet match` and `macosnet segment` share."""
+"""What `macosnet match` and `macosnet segment` share: options, the network, the progress bar."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
+from ..refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
-    import numpy as np
-
-REFINEMENTS = ("grabcut", "otsu", "crf", "none")
+    from ..inference.files import Progress
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--output-dir`, `--model`, `--refine` and `--device`."""
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="where the results go; created if need be")
+def add_model_arguments(parser: argparse.ArgumentParser, archive: str) -> None:
+    """Adds `--output-dir`, `--model`, `--refine`, `--device` and `--zip`, whose archive has the given name."""
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the results; created if need be")
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, metavar="ID_OR_DIR", help="checkpoint (default: the embedded one)"
     )
     parser.add_argument(
-        "--refine", choices=REFINEMENTS, default="grabcut", help="how soft masks become hard ones (default grabcut)"
+        "--refine", choices=REFINEMENT_METHODS, default="grabcut", help="how masks are refined (default: grabcut)"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is one"
     )
+    parser.add_argument("--zip", action="store_true", help=f"also write all results into one file, {archive}")
 
 
-def model_name(model: str) -> str:
-    return "macosnet-lite" if model == DEFAULT_CHECKPOINT else str(model)
+def load_network(args: argparse.Namespace) -> dict[str, Any]:
+    """Loads `--model` on `--device`; returns the arguments `model` and `processor` of functions that use them."""
+    with collector_paused():
+        from ..inference import files  # noqa: F401  # imports what every command needs next
+        from ..io.checkpoints import load_model_and_processor
+
+        model, processor = load_model_and_processor(args.model, args.device)
+    return {"model": model, "processor": processor}
 
 
-def write_json(document: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yields a progress callback that shows share and step on a terminal, and nothing elsewhere."""
+    from tqdm import tqdm
 
+    form = "{desc:<32}{percentage:3.0f}%|{bar}| {elapsed}"
+    with tqdm(total=1.0, bar_format=form, leave=False, disable=not sys.stderr.isatty()) as bar:
 
-def save_mask(mask: np.ndarray, path: Path) -> None:
-    from PIL import Image
+        def show(share: float, text: str) -> None:
+            bar.n = share
+            bar.set_description_str(text)
 
-    Image.fromarray(mask.astype("uint8") * 255).save(path, compress_level=4)
+        yield show

@@ -1,4 +1,4 @@
-"""`macosnet match`: two images matched, the object cut out of both."""
+"""`macosnet match`: matches of two images, and masks of the object in both."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..io.memory import collector_paused, give_memory_back
-from .arguments import add_model_arguments, model_name, save_mask, write_json
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-MATCH_RESULTS = ("matches.json", "matches.png", "source_mask.png", "target_mask.png", "source_warped.png")
+from ..inference.result_files import PAIR_ARCHIVE, pair_file_names, write_pair, zip_folder
+from ..io.memory import give_memory_back
+from ..io.package import checkpoint_name
+from .arguments import add_model_arguments, load_network, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet match`."""
-    parser.description = "Writes matches.json, matches.png, source_mask.png, target_mask.png and source_warped.png."
+    parser.description = (
+        "Match two images of the same kind of object and segment the object in both.\n\n"
+        "Writes matches.json and matches.csv (points in pixels), matches.png (a drawing), and for source and target\n"
+        "mask and cutout; source_warped.png is the source warped onto the target."
+    )
     parser.add_argument("source", metavar="SOURCE", help="an image")
     parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")
-    add_model_arguments(parser)
+    add_model_arguments(parser, PAIR_ARCHIVE)
+    parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
     points = parser.add_mutually_exclusive_group()
     points.add_argument("--points", metavar='"x,y;x,y"', help="points of the source, in pixels, to find in the target")
     points.add_argument(
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="T",
-        help="drop matches with a score below T, 0 to 1 (default 0)",
+        help="drop matches with a score of T or less, 0 to 1 (default: 0)",
     )
 
 
@@ -46,59 +47,38 @@ def run(args: argparse.Namespace) -> int:
         MaCoSNetError: for anything that cannot be done, in one sentence.
     """
     from ..io.checkpoints import check_checkpoint
-    from ..io.image_files import load_image
     from ..io.output_folder import output_folder, refuse_to_overwrite
+    from ..io.working_copy import open_working_copy
 
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold must lie between 0 and 1; got {args.threshold:g}.")
     points = _read_points(args)
     check_checkpoint(args.model)
     give_memory_back()
-    images = (load_image(args.source), load_image(args.target))
+    source, target = (open_working_copy(path, path, side=None) for path in (args.source, args.target))
     if points is not None:
-        _check_inside(points, images[0])
-    refuse_to_overwrite(args.output_dir, MATCH_RESULTS, (args.source, args.target))
+        _check_inside(points, source.size)
+    refuse_to_overwrite(args.output_dir, pair_file_names(flow=args.flow, archive=args.zip), (args.source, args.target))
+    with output_folder(args.output_dir) as folder, progress_bar() as progress:
+        progress(0.0, "Loading the network")
+        network = load_network(args)
+        from ..inference.files import match_copies
 
-    with output_folder(args.output_dir) as folder:
-        with collector_paused():
-            from ..inference.pair import match_images
-            from ..io.checkpoints import load_model_and_processor
-
-            model, processor = load_model_and_processor(args.model, args.device)
-        result = match_images(images, model=model, processor=processor, refine=args.refine, threshold=args.threshold)
-        document: dict[str, Any] = {
-            "source": {"file": str(args.source), "width": result.source.width, "height": result.source.height},
-            "target": {"file": str(args.target), "width": result.target.width, "height": result.target.height},
-            "quality": result.quality,
-            "matches": [
-                {
-                    "source": _rounded(match["source"]),
-                    "target": _rounded(match["target"]),
-                    "score": round(match["score"], 4),
-                }
-                for match in result.matches
-            ],
-            # T_AB in normalised coordinates: takes points of the target to the source; `reverse` the other way.
-            "affine": result.affine[0].tolist(),
-            "tps": result.tps[0].tolist(),
-            "reverse": {"affine": result.affine[1].tolist(), "tps": result.tps[1].tolist()},
-            "model": model_name(args.model),
-            "refine": args.refine,
-            "threshold": args.threshold,
-        }
-        if points is not None:
-            places = [point for _, point in points]
-            document["points"] = [
-                {"source": list(point), "target": _rounded(found)}
-                for point, found in zip(places, result.transfer(places), strict=True)
-            ]
-        write_json(document, folder / "matches.json")
-        result.draw_matches().save(folder / "matches.png", compress_level=4)
-        save_mask(result.source_mask, folder / "source_mask.png")
-        save_mask(result.target_mask, folder / "target_mask.png")
-        result.warped_source().save(folder / "source_warped.png", compress_level=1)
-    count = len(result.keypoints)
-    words = f"{count} {'match' if count == 1 else 'matches'}, quality {result.quality}"
+        progress(0.4, "Matching and segmenting")
+        pair = match_copies((source, target), refine=args.refine, **network)
+        progress(0.8, "Writing the results")
+        document = write_pair(
+            pair,
+            folder,
+            args.threshold,
+            model=checkpoint_name(args.model),
+            points=None if points is None else [point for _, point in points],
+            flow=args.flow,
+        )
+        if args.zip:
+            zip_folder(folder, PAIR_ARCHIVE)
+    count = len(document["matches"])
+    words = f"{count} {'match' if count == 1 else 'matches'}, quality {document['quality']}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
     for pair in document.get("points", []):
         print("source {:g},{:g} lies at target {:g},{:g}".format(*pair["source"], *pair["target"]))
@@ -154,13 +134,7 @@ def _points_file_rows(path: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _check_inside(points: Sequence[_NamedPoint], image: Image.Image) -> None:
+def _check_inside(points: Sequence[_NamedPoint], size: tuple[int, int]) -> None:
     for where, (x, y) in points:
-        if not (0 <= x <= image.width - 1 and 0 <= y <= image.height - 1):
-            raise InputError(
-                f"{where}: {x:g},{y:g} lies outside of the source, which is {image.width}x{image.height} pixels."
-            )
-
-
-def _rounded(point: Sequence[float]) -> list[float]:
-    return [round(float(value), 2) for value in point]
+        if not (0 <= x <= size[0] - 1 and 0 <= y <= size[1] - 1):
+            raise InputError(f"{where}: {x:g},{y:g} lies outside of the source, which is {size[0]}x{size[1]} pixels.")

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..datasets.benchmarks.common import VOC_CLASSES
-from .protocols import Options, Protocol
-from .scoring import Evaluation, Tally
+from .protocols import Evaluation, Options, Protocol, Tally
 
 OVERALL = "all"
 

@@ -60,6 +60,7 @@ class PairResult:
         keypoints: `(N, 2, 2)`, matched points: `[:, 0]` on the source, `[:, 1]` on the target, best first.
         scores: `(N,)` in [0, 1].
         source_mask, target_mask: `(H, W)` bool, in each image's own size.
+        soft_masks: `(2, S, S)` float32, refined; the object is where they are 0.5 or more.
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
         quality: how far the result can be trusted: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; whatever
@@ -72,6 +73,7 @@ class PairResult:
     scores: np.ndarray
     source_mask: np.ndarray
     target_mask: np.ndarray
+    soft_masks: np.ndarray
     affine: np.ndarray
     tps: np.ndarray
     quality: str
@@ -149,28 +151,33 @@ class PairResult:
             self.source, self.target, self.keypoints[:, 0], self.keypoints[:, 1], self.scores, max_matches=max_matches
         )
 
-    def warped_source(self) -> Image.Image:
-        """The source warped onto the target, in the target's size; black outside of the source."""
+    def warped_source(self, source: Image.Image | None = None, size: tuple[int, int] | None = None) -> Image.Image:
+        """The source warped onto the target, in the target's size; black outside of the source.
+
+        Args:
+            source: the same image at another size, to be warped instead of `source`.
+            size: (width, height) of the target at another size, for the result.
+        """
         import cv2
 
-        source = self.source
+        source = source or self.source
         if max(source.size) > _MAX_REMAP_SIDE:
             source = source.copy()
             source.thumbnail((_MAX_REMAP_SIDE, _MAX_REMAP_SIDE))
-        width, height = self.target.size
+        width, height = size or self.target.size
         # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
-        size = (min(height, 512), min(width, 512))
+        coarse = (min(height, 512), min(width, 512))
         with torch.inference_mode():
             grid = sampling_grid(
                 torch.from_numpy(self.affine[:1]),
                 torch.from_numpy(self.tps[:1]),
-                size=size,
+                size=coarse,
                 regularization=self._model.config.tps_regularization,
             )
             places = denormalize_points(grid, (source.height, source.width))[0].permute(2, 0, 1).float()
         pixels = _as_array(source)
         warped = Image.new("RGB", (width, height))
-        rows, columns = _between(height, size[0]), _between(width, size[1])
+        rows, columns = _between(height, coarse[0]), _between(width, coarse[1])
         for top in range(0, height, _TILE):  # in tiles: the places of all pixels at once take more than the image
             across = slice(top, min(top + _TILE, height))
             strip = _interpolate(places, 1, rows, across)
@@ -386,6 +393,7 @@ def _result(
         scores=scores[order].astype(np.float64),
         source_mask=masks[0],
         target_mask=masks[1],
+        soft_masks=probabilities,
         affine=outputs.affine[0].float().cpu().numpy(),
         tps=outputs.tps[0].float().cpu().numpy(),
         quality=quality,

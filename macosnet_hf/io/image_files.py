@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -27,8 +28,18 @@ ImageSource: TypeAlias = (
 
 MIN_SIDE = 2
 
+# Of the files of a folder, those with these suffixes are images (a file that is named may have any).
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif")
+)
+
 # `warnings.catch_warnings` changes the state of the whole process, so two threads must not be inside it at once.
 _WARNINGS_LOCK = threading.Lock()
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file of a folder is an image by its name; hidden files are none, such as the `._name.jpg` of a Mac."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def load_image(

@@ -17,12 +17,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..errors import DataError, ImageError, InputError
-from ..io.image_files import load_image
+from ..io.image_files import is_image_file, load_image
 
 if TYPE_CHECKING:  # `macosnet adapt` looks for images before it asks for accelerate
     from accelerate import Accelerator
-
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
@@ -39,7 +37,7 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
         raise DataError(f"{folder} is not a folder.")
     if (root / "images").is_dir():
         root = root / "images"
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    paths = sorted(filter(is_image_file, root.rglob("*")))
     if not paths:
         raise DataError(f"{folder} holds no images.")
     return paths, [path.parent.name for path in paths]

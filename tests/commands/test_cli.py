@@ -17,8 +17,8 @@ from PIL import Image
 
 from macosnet_hf import DEFAULT_CHECKPOINT, match_pair
 from macosnet_hf.commands.main import main
-from macosnet_hf.commands.match import MATCH_RESULTS
 from macosnet_hf.geometry import apply_cascade, denormalize_points, normalize_points
+from macosnet_hf.inference.result_files import pair_file_names
 
 IMAGES = Path(gradio.__file__).parent / "media_assets" / "images"
 CHEETAH, LION, RUNNER, TOWER = (IMAGES / name for name in ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg"))
@@ -80,13 +80,23 @@ def test_match_writes_what_match_pair_finds(run):
     outcome = run("match", RUNNER, LION, refine="grabcut")
     assert outcome.code == 0
     assert outcome.err == ""
-    assert outcome.names() == sorted(MATCH_RESULTS)
+    assert outcome.names() == sorted(pair_file_names())
     assert "matches.png" in outcome.out
 
     expected = match_pair(RUNNER, LION, device="cpu")
     document = outcome.json("matches.json")
-    assert document["source"] == {"file": str(RUNNER), "width": expected.source.width, "height": expected.source.height}
-    assert document["target"] == {"file": str(LION), "width": expected.target.width, "height": expected.target.height}
+    for view, path, image, mask in (
+        ("source", RUNNER, expected.source, expected.source_mask),
+        ("target", LION, expected.target, expected.target_mask),
+    ):
+        share = round(float(mask.mean()), 4)
+        entry = {"file": str(path), "width": image.width, "height": image.height, "object_share": share}
+        assert document[view] == entry
+        cutout = outcome.image(f"{view}_cutout.png")
+        np.testing.assert_array_equal(cutout[..., 3] > 0, mask)
+        np.testing.assert_array_equal(cutout[mask][:, :3], np.asarray(image)[mask])
+    rows = (outcome.folder / "matches.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(document["matches"])
     assert document["quality"] == expected.quality
     found = np.array([[match["source"], match["target"]] for match in document["matches"]]).reshape(-1, 2, 2)
     np.testing.assert_allclose(found, expected.keypoints, atol=0.0051)
@@ -110,7 +120,7 @@ def test_match_writes_what_match_pair_finds(run):
 
 def test_match_again_gives_the_same_bytes(run, tmp_path):
     first, second = (run("match", CHEETAH, LION, refine="grabcut", folder=tmp_path / name) for name in ("a", "b"))
-    for name in MATCH_RESULTS:
+    for name in pair_file_names():
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
 
 
@@ -251,7 +261,7 @@ def test_strange_photographs_work(run, tmp_path, name):
         size = (300, 200) if name == "rotated.jpg" else photo.size
     assert (document["source"]["width"], document["source"]["height"]) == size
     assert outcome.image("source_mask.png").shape == size[::-1]
-    assert outcome.names() == sorted(MATCH_RESULTS)
+    assert outcome.names() == sorted(pair_file_names())
 
 
 def test_coordinates_are_those_of_the_upright_picture(run, tmp_path):
@@ -626,8 +636,8 @@ def test_many_large_photographs_are_not_all_in_memory(tmp_path):
         "paths = sorted(Path(sys.argv[1]).glob('*.jpg'))\n"
         "_read_copies(paths[:1], skip_damaged=False)\n"
         "before = peak()\n"
-        "copies, kept, skipped = _read_copies(paths, skip_damaged=False)\n"
-        "assert len(copies) == 12 and {copy.size for copy in copies} == {(640, 480)}\n"
+        "copies, skipped = _read_copies(paths, skip_damaged=False)\n"
+        "assert len(copies) == 12 and {copy.image.size for copy in copies} == {(640, 480)}\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=ROOT)
@@ -687,7 +697,7 @@ def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     done = len(summary["photos"])
     assert 1 <= done < 12
     assert len(summary["not_done"]) == 12 - done
-    assert f"interrupted; {done} of 12 images were cut out and kept" in err
+    assert f"interrupted; {done} of 12 images were segmented and written" in err
     for entry in summary["photos"]:
         for kind in ("mask", "cutout"):
             with Image.open(output / entry[kind]) as picture:

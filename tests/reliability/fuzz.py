@@ -284,7 +284,7 @@ def _requests(scratch: Path) -> Kind:
     """What a matched pair is asked by the app: points, a direction, a refinement."""
     from PIL import Image
 
-    from macosnet_hf.inference.result_files import match_files
+    from macosnet_hf.inference.files import match_files
     from macosnet_hf.io.checkpoints import load_model_and_processor
 
     folder = scratch / "photographs"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import DataError
+from ...io.image_files import is_image_file
 from ..schema import Record, make_record
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -137,7 +136,7 @@ def images_in(folder: Path) -> list[Path]:
     """The image files directly in a folder, sorted; none if the folder is missing."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(filter(is_image_file, folder.iterdir()))
 
 
 def subfolders(folder: Path) -> list[Path]:

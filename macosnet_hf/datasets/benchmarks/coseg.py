@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataError
+from ...io.image_files import IMAGE_SUFFIXES
 from ..schema import Record, make_record
 from .common import (
-    IMAGE_SUFFIXES,
     Benchmark,
     Problems,
     each,

@@ -1,0 +1,332 @@
+"""Pairs and collections of image files: processed as working copies, answered in pixels of the originals.
+
+Points are (x, y) in pixels of the *original* images; `original_mask` gives masks of their size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_collection
+from ..drawing import overview
+from ..errors import ImageError, InputError
+from ..geometry import apply_cascade, denormalize_points, make_grid
+from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
+from .average import aligned_average
+from .pair import DIRECTIONS, PairResult, check_points, match_images
+
+if TYPE_CHECKING:
+    from ..image_processing_macosnet import MaCoSNetImageProcessor
+    from ..modeling_macosnet import MaCoSNetForKeypointMatching
+
+Progress = Callable[[float, str], None]
+"""Called often with the share that is done, 0 to 1, and the current step in words; may raise to stop the work."""
+
+# Longer side of the demo's working copies of a collection, many of which are held at once. (The crop of a small object
+# has 205 pixels of it, a little less than the network's input.)
+COLLECTION_SIDE = 512
+SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
+
+_FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation
+_SHEET_SIDE = 400
+_STEPS = ("Segmented", "Second pass on crops:", "Refined")  # of `Collection.segment`
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """Two image files and their matches.
+
+    Attributes:
+        copies: working copies of source and target.
+        result: of these copies.
+        refine: how the masks were refined.
+    """
+
+    copies: tuple[WorkingCopy, WorkingCopy]
+    result: PairResult
+    refine: str
+
+    @property
+    def same_image(self) -> bool:
+        """Whether both files show the same pixels."""
+        first, second = (np.asarray(copy.image) for copy in self.copies)
+        return first.shape == second.shape and bool((first == second).all())
+
+    @property
+    def keypoints(self) -> np.ndarray:
+        """`(N, 2, 2)` matched points of the originals: `[:, 0]` on the source, `[:, 1]` on the target, best first."""
+        ends = [copy.to_original(self.result.keypoints[:, view]) for view, copy in enumerate(self.copies)]
+        return np.stack(ends, axis=1)
+
+    def refined(self, refine: str) -> MatchedPair:
+        """The same pair with masks refined in another way; the pair is not matched again."""
+        return (
+            self if refine == self.refine else MatchedPair(self.copies, self.result.with_options(refine=refine), refine)
+        )
+
+    def above(self, threshold: float) -> MatchedPair:
+        """The same pair without the matches whose score is not above the threshold."""
+        chosen = self.result.scores > threshold
+        result = replace(self.result, keypoints=self.result.keypoints[chosen], scores=self.result.scores[chosen])
+        return replace(self, result=result)
+
+    def transfer(self, points: Any, direction: str = DIRECTIONS[0]) -> np.ndarray:
+        """Where points `(N, 2)` of one original lie in the other: `(N, 2)`.
+
+        Raises:
+            InputError: as [`PairResult.transfer`].
+        """
+        if direction not in DIRECTIONS:
+            raise InputError(f"direction must be one of {' and '.join(DIRECTIONS)}; got {direction!r}.")
+        here, there = self.copies if direction == DIRECTIONS[0] else self.copies[::-1]
+        inside = here.from_original(check_points(points, here.size)).clip(0, np.array(here.image.size) - 1)
+        return there.to_original(self.result.transfer(inside, direction))
+
+    def original_mask(self, view: int) -> np.ndarray:
+        """Mask `(H, W)` bool of the original source (view 0) or target (1)."""
+        if self.copies[view].is_whole:
+            return (self.result.source_mask, self.result.target_mask)[view]
+        return hard_mask(self.result.soft_masks[view], self.copies[view].size[::-1])
+
+    def warped_source(self) -> Image.Image:
+        """The original source warped onto the target, in the original target's size; black outside of the source.
+
+        Raises:
+            ImageError: if the source's file has gone.
+        """
+        return self.result.warped_source(self.copies[0].open_original(), self.copies[1].size)
+
+    def flow(self, side: int = _FLOW_SIDE) -> dict[str, np.ndarray]:
+        """Dense flow between the originals, from the transforms, sampled on a regular grid.
+
+        The grid runs from corner pixel to corner pixel; each pixel is sampled where an image is no longer than `side`.
+
+        Returns:
+            `source_to_target (h, w, 2)` and `target_to_source (h', w', 2)` float32 displacements (x, y) in pixels: the
+            place `(column * (W - 1) / (w - 1), row * (H - 1) / (h - 1))` of the first-named image lies that much
+            further in the other; `source_size` and `target_size` are (height, width) of the originals.
+        """
+        found: dict[str, np.ndarray] = {}
+        for name, row in zip(DIRECTIONS, (1, 0), strict=True):
+            here, there = self.copies if row == 1 else self.copies[::-1]
+            (width, height), (other_width, other_height) = here.size, there.size
+            scale = min(1.0, side / max(width, height))
+            rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+            grid = make_grid(rows, columns).reshape(1, -1, 2)
+            with torch.inference_mode():
+                moved = apply_cascade(
+                    grid,
+                    torch.from_numpy(self.result.affine[row : row + 1]),
+                    torch.from_numpy(self.result.tps[row : row + 1]),
+                    regularization=self.result.tps_regularization,
+                )
+            flow = denormalize_points(moved, (other_height, other_width)) - denormalize_points(grid, (height, width))
+            found[name] = flow.reshape(rows, columns, 2).numpy().astype(np.float32)
+        for name, copy in zip(("source_size", "target_size"), self.copies, strict=True):
+            found[name] = np.array(copy.size[::-1])
+        return found
+
+
+def match_files(
+    source: str,
+    target: str,
+    names: tuple[str, str] | None = None,
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    refine: str = "grabcut",
+) -> MatchedPair:
+    """Matches two image files.
+
+    Args:
+        source, target: paths.
+        names: what messages and results call them; by default the files' names.
+        model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+
+    Raises:
+        ImageError: if one cannot be read; the text says whether it is the source or the target.
+        InputError: for an unknown refinement.
+    """
+    copies = []
+    for index, (role, path) in enumerate((("Source", source), ("Target", target))):
+        try:
+            copies.append(open_working_copy(path, names[index] if names else None))
+        except ImageError as error:
+            raise ImageError(f"{role}: {error}") from error
+    return match_copies((copies[0], copies[1]), model=model, processor=processor, refine=refine)
+
+
+def match_copies(
+    copies: tuple[WorkingCopy, WorkingCopy],
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    refine: str = "grabcut",
+) -> MatchedPair:
+    """[`match_files`] for files that are open already."""
+    images = (copies[0].image, copies[1].image)
+    return MatchedPair(copies, match_images(images, model=model, processor=processor, refine=refine), refine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentedCollection:
+    """Image files and the object that they have in common, in the order of the images.
+
+    Attributes:
+        copies: N working copies.
+        names: N distinct names for result files, without suffix.
+        result: soft masks, partners, agreement.
+        masks: N bool masks of the copies' sizes.
+        odd: numbers of the images that do not seem to belong, the oddest first.
+        reference: number of the image that agrees best.
+        average: the images that belong, warped onto the reference; None if it was not asked for.
+        refine: how the masks were refined.
+    """
+
+    copies: Sequence[WorkingCopy]
+    names: Sequence[str]
+    result: CollectionResult
+    masks: Sequence[np.ndarray]
+    odd: list[int]
+    reference: int
+    average: Image.Image | None
+    refine: str
+
+    def original_mask(self, number: int) -> np.ndarray:
+        """Mask `(H, W)` bool of an original."""
+        return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])
+
+    def sheet(self, numbers: Sequence[int] | None = None) -> Image.Image:
+        """The contact sheet of all images or some: each with its object outlined, and the cutout below it."""
+        images, masks, names = [], [], []
+        for number in range(len(self.copies)) if numbers is None else numbers:
+            image = self.copies[number].image.copy()
+            image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+            mask = Image.fromarray(self.masks[number].astype(np.uint8) * 255)
+            images.append(image)
+            masks.append(np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR)) >= 128)
+            names.append(os.path.basename(self.copies[number].name))
+        return overview(images, masks, names)
+
+
+def check_collection_size(count: int) -> None:
+    """Raises `InputError` unless the demo accepts a collection of that many images."""
+    if count < SMALLEST_COLLECTION:
+        raise InputError("Choose two or more images of the same kind of object.")
+    if count > LARGEST_COLLECTION:
+        raise InputError(f"Choose at most {LARGEST_COLLECTION} images; these are {count}.")
+
+
+def segment_files(
+    paths: Sequence[str],
+    names: Sequence[str],
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    refine: str = "grabcut",
+    progress: Progress | None = None,
+) -> SegmentedCollection:
+    """Segments the object that 2 to 30 image files have in common, and averages it.
+
+    Args:
+        paths, names: N files and what messages and results call them.
+        model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        progress: see [`Progress`].
+
+    Raises:
+        ImageError: if an image cannot be read.
+        InputError: for too few or too many images, or an unknown refinement.
+    """
+    check_collection_size(len(paths))
+    report = progress or (lambda share, text: None)
+    copies = []
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        report(0.15 * number / len(paths), f"Reading {name}")
+        copies.append(open_working_copy(path, name, COLLECTION_SIDE))
+    return segment_copies(
+        copies,
+        distinct_names(names),
+        model=model,
+        processor=processor,
+        refine=refine,
+        progress=lambda share, text: report(0.15 + 0.85 * share, text),
+    )
+
+
+def segment_copies(
+    copies: Sequence[WorkingCopy],
+    names: Sequence[str],
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    refine: str = "grabcut",
+    partners: int = 2,
+    average: bool = True,
+    progress: Progress | None = None,
+) -> SegmentedCollection:
+    """[`segment_files`] for any number of files that are open already.
+
+    Args:
+        copies: N working copies.
+        names: N distinct names for result files, without suffix.
+        model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        partners: as in [`~macosnet_hf.collection.Collection.segment`].
+        average: whether to average the images that belong, which takes transforms of all pairs.
+        progress: see [`Progress`].
+
+    Raises:
+        InputError: for fewer than two images, no partner, or an unknown refinement.
+    """
+    report = progress or (lambda share, text: None)
+    count, images = len(copies), [copy.image for copy in copies]
+    first = 0.7 if average else 1.0  # share of the segmentation
+
+    def segmented(done: int, total: int) -> None:
+        step, number = divmod(done - 1, count)
+        report(first * done / total, f"{_STEPS[step]} {number + 1} of {count}")
+
+    report(0.0, "Encoding all images")
+    result = segment_collection(
+        images, model=model, processor=processor, partners=partners, refine=refine, progress=segmented
+    )
+    odd = odd_ones_out(result.agreement)
+    reference = int(np.argmax(result.agreement))
+    mean = None
+    if average:
+        belonging = [number for number in range(count) if number not in odd]
+        mean = aligned_average(
+            [images[number] for number in belonging],
+            result.probabilities[belonging],
+            belonging.index(reference),
+            model=model,
+            processor=processor,
+            collection=result.collection.subset(belonging) if result.collection is not None else None,
+            progress=lambda done, total: report(first + (1 - first) * done / total, f"Averaged {done} of {total}"),
+        )
+    return SegmentedCollection(
+        copies=copies,
+        names=names,
+        result=replace(result, collection=None),  # a server stores results; nothing asks for their features again
+        masks=[hard_mask(soft, image.size[::-1]) for soft, image in zip(result.probabilities, images, strict=True)],
+        odd=odd,
+        reference=reference,
+        average=mean,
+        refine=refine,
+    )

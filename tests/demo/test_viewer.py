@@ -1,0 +1,74 @@
+"""The interactive drawing of a pair: lines, grid, tint and warp."""
+
+import json
+
+import numpy as np
+import pytest
+
+from macosnet_hf.demo.viewer import grid_document, object_grid, source_on_target, tint, viewer_images, viewer_lines
+
+
+def test_lines_are_the_matches_above_the_threshold(pair):
+    result = pair.result
+    threshold = float(np.median(result.scores))
+    told = json.loads(viewer_lines(result, threshold, 10))
+    assert told["all"] == len(result.scores)
+    assert told["above"] == (result.scores > threshold).sum()
+    assert len(told["lines"]) == min(10, told["above"])
+    every = {
+        tuple(np.round(ends.ravel(), 1)): score for ends, score in zip(result.keypoints, result.scores, strict=True)
+    }
+    for *ends, color, score in told["lines"]:
+        assert every[tuple(ends)] == pytest.approx(score, abs=6e-4)
+        assert score > threshold - 6e-4
+        assert color.startswith("#")
+        assert len(color) == 7
+    everything = json.loads(viewer_lines(result, 0, 1000))
+    assert len(everything["lines"]) == everything["all"]
+    colors = {tuple(line[:4]): line[4] for line in everything["lines"]}
+    assert all(colors[tuple(line[:4])] == line[4] for line in told["lines"])  # a line keeps its colour
+    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": told["all"]}
+
+
+def test_photographs_travel_inside_the_page(pair):
+    told = json.loads(viewer_images("key", (pair.result.source, pair.result.target), ("a", "b")))
+    assert told["id"] == "key"
+    assert [(side["w"], side["h"], side["name"]) for side in told["sides"]] == [(377, 600, "a"), (960, 720, "b")]
+    assert all(side["src"].startswith("data:image/jpeg;base64,") for side in told["sides"])
+
+
+def test_grid_lies_on_the_object():
+    mask = np.zeros((50, 90), bool)
+    mask[10:30, 20:80] = True
+    mask[10:20, 20:50] = False
+    grid = object_grid(mask, 6)
+    assert len(grid) == 2 * 6 - 3
+    assert all(mask[round(y), round(x)] for x, y in grid)
+    assert len(object_grid(np.zeros((30, 30), bool), 5)) == 25
+    assert object_grid(np.ones((1, 1), bool)).tolist() == [[0, 0]]
+
+
+def test_grid_document_pairs_each_point_with_its_place(pair):
+    told = grid_document(pair.result)["points"]
+    assert len(told) > 10
+    moved = pair.result.transfer([point[:2] for point in told])
+    np.testing.assert_allclose([point[2:4] for point in told], moved, atol=1.5)
+
+
+def test_tint_outlines_the_object():
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 20:50] = True
+    opacity = tint(mask, 0.3)
+    assert (opacity[~mask] == 0).all()
+    assert (opacity[11:29, 21:49] == 0.3).all()
+    assert (opacity[mask] == 1).sum() == 20 * 30 - 18 * 28
+
+
+def test_source_on_target_is_the_warp_where_there_is_one(pair):
+    shown = np.asarray(source_on_target(pair.result, 960), float)
+    warped = np.asarray(pair.result.warped_source(), float)
+    assert shown.shape == warped.shape
+    covered = warped.sum(2) > 60
+    assert np.median(np.abs(shown - warped)[covered]) == 0
+    assert max(source_on_target(pair.result, 200).size) == 200
+    assert shown[warped.sum(2) == 0].mean() > 60  # not black
