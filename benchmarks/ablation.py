@@ -37,7 +37,9 @@ from macosnet_hf.datasets.prepare import open_records
 from macosnet_hf.datasets.schema import Record
 from macosnet_hf.errors import CheckpointError, DataError, InputError, OutputError
 from macosnet_hf.evaluation.predictors import ImageCache, ModelPredictor, weights_hash
-from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol, Tally, evaluate, finish
+from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol
+from macosnet_hf.evaluation.runner import evaluate, finish
+from macosnet_hf.evaluation.scoring import Tally
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training import joint_run
 from macosnet_hf.training.decoder_start import encode_all, load_masks, save_masks

@@ -15,7 +15,8 @@ import torch
 from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetForKeypointMatching
 from macosnet_hf.datasets import open_records
 from macosnet_hf.evaluation.predictors import ModelPredictor
-from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, evaluate
+from macosnet_hf.evaluation.protocols import PROTOCOLS, Options
+from macosnet_hf.evaluation.runner import evaluate
 from macosnet_hf.io.checkpoints import load_model_and_processor, pick_device
 
 ALLOWED = 0.01  # difference from float32, relative

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .common_object import object_weights
 from .errors import InputError
 from .mask_sharing import NetworkMasks, drop_small_components, propagate_refined, refine_masks, similar_cells
 from .matching import correlate
@@ -263,12 +264,8 @@ class Collection:
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, similarity = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)].tolist()
-        own = []
-        for number, several in enumerate(chosen):
-            own.append(self.mean_mask(number, several))
-            if progress is not None:
-                progress(number + 1)
-        masks = NetworkMasks.of(torch.stack(own), similar_cells(last, others) if propagate else None)
+        own = self._decoded_masks(chosen, progress)
+        masks = NetworkMasks.of(own, similar_cells(last, others) if propagate else None)
         return masks, chosen, similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
 
     def _cropped(self, boxes: Sequence[Box | None], progress: Callable[[], None]) -> Collection:
@@ -283,16 +280,55 @@ class Collection:
             numbers[row] = number
         return both.subset(numbers)
 
+    def _decoded_masks(self, chosen: Sequence[Sequence[int]], progress: Callable[[int], None] | None) -> Tensor:
+        """The decoder's soft masks `(N, S, S)` of all images, each given its partners."""
+        config = self.model.config
+        rounds = 1 if config.decoder_inputs == "paper" else config.decoder_rounds
+        weights = None
+        for step in range(rounds):
+            masks = []
+            for number, several in enumerate(chosen):
+                if config.decoder_inputs == "paper":
+                    masks.append(self.mean_mask(number, several))
+                else:
+                    masks.append(self.common_mask(number, several, weights))
+                if progress is not None:
+                    progress((step * len(self) + number + 1) // rounds)
+            found = torch.stack(masks)
+            weights = object_weights(found)
+        return found
+
+    def common_mask(self, number: int, partners: Sequence[int], weights: Tensor | None = None) -> Tensor:
+        """`(S, S)` soft mask of what an image has in common with its partners together, all given by their numbers.
+
+        Args:
+            weights: `(N, h, w)`, where the object of each image is assumed; the middle of the images if not given.
+        """
+        seen = [number, *partners]
+        others = torch.arange(1, len(seen), device=self.model.device).unsqueeze(0)
+        logits = self.model.macosnet.predict_common_masks(
+            self.features(seen),
+            others,
+            index=torch.zeros(1, dtype=torch.long, device=self.model.device),
+            own_weights=None if weights is None else weights[seen[:1]],
+            partner_weights=None if weights is None else weights[seen[1:]].unsqueeze(0),
+            projected=self._skips(number),
+        )
+        return logits[0].float().sigmoid()
+
+    def _skips(self, number: int) -> tuple[Tensor, ...]:
+        """Projected maps `(1, c, H/s, W/s)` of an image; made again where there was no room for them."""
+        skips = self._encoded[self.keys[number]].skips
+        if skips is None:
+            skips = self._project(self.pixel_values([number]))[1][0]
+        return tuple(skip.unsqueeze(0) for skip in skips)
+
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
         """`(S, S)` soft mask of an image: the mean over its K partners, all given by their numbers."""
         own, source = self.features([number]), self.features(partners).normalized
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
-        skips = self._encoded[self.keys[number]].skips
-        if skips is None:
-            skips = self._project(self.pixel_values([number]))[1][0]
-        decoder = self.model.macosnet.decoder
-        logits: Tensor = decoder(own, correlation, index, tuple(skip.unsqueeze(0) for skip in skips))
+        logits: Tensor = self.model.macosnet.decoder(own, correlation, index, self._skips(number))
         return logits.float().sigmoid().mean(dim=0)
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:

@@ -71,6 +71,13 @@ class MaCoSNetConfig(PretrainedConfig):
             paper), `"features"` warps its feature map (no further encoder pass).
         padding_mode (`str`, defaults to `"zeros"`): what the warped source shows outside its frame.
         decoder_widths (`list[int]`): channels of the four blocks of the decoder D.
+        decoder_inputs (`str`, defaults to `"paper"`):
+            what the decoder sees beside the features: `"paper"`, the correlation map; `"common"`, cues that do not
+            depend on the partner's layout, over all partners together (see `common_object.py`).
+        decoder_input_width (`int`, defaults to 96): channels to which `"common"` reduces the features.
+        decoder_rounds (`int`, defaults to 1):
+            with `"common"`: 1, the partner's object is assumed in its middle; 2, the masks found so are looked up once
+            more, as the place of the partner's object.
         local_matching (`bool`, defaults to `True`):
             let a transferred point land on the best feature match near the place where the transform sends it.
         local_matching_sigmas (`list[float]`):
@@ -112,6 +119,9 @@ class MaCoSNetConfig(PretrainedConfig):
         cascade: str = "exact",
         padding_mode: str = "zeros",
         decoder_widths: list[int] | None = None,
+        decoder_inputs: str = "paper",
+        decoder_input_width: int = 96,
+        decoder_rounds: int = 1,
         local_matching: bool = True,
         local_matching_sigmas: list[float] | None = None,
         local_matching_windows: list[float] | None = None,
@@ -149,6 +159,9 @@ class MaCoSNetConfig(PretrainedConfig):
         self.cascade = cascade
         self.padding_mode = padding_mode
         self.decoder_widths = list(decoder_widths or [64, 32, 24, 16])
+        self.decoder_inputs = decoder_inputs
+        self.decoder_input_width = decoder_input_width
+        self.decoder_rounds = decoder_rounds
         self.local_matching = local_matching
         self.local_matching_sigmas = [0.3, 0.15] if local_matching_sigmas is None else list(local_matching_sigmas)
         self.local_matching_windows = [0.4, 0.25] if local_matching_windows is None else list(local_matching_windows)
@@ -192,6 +205,12 @@ class MaCoSNetConfig(PretrainedConfig):
             raise InputError(f"decoder_widths needs four numbers, one a block; got {self.decoder_widths}.")
         if self.cascade not in ("exact", "features"):
             raise InputError(f"cascade must be 'exact' or 'features'; got {self.cascade!r}.")
+        if self.decoder_inputs not in ("paper", "common"):
+            raise InputError(f"decoder_inputs must be 'paper' or 'common'; got {self.decoder_inputs!r}.")
+        if self.decoder_rounds not in (1, 2):
+            raise InputError(f"decoder_rounds must be 1 or 2; got {self.decoder_rounds!r}.")
+        if not isinstance(self.decoder_input_width, int) or self.decoder_input_width < 1:
+            raise InputError(f"decoder_input_width must be a positive whole number; got {self.decoder_input_width!r}.")
         if len(self.local_matching_sigmas) != len(self.local_matching_windows):
             raise InputError("local_matching_sigmas and local_matching_windows need one number a pass, both as many.")
         if not all(width > 0 for width in (*self.local_matching_sigmas, *self.local_matching_windows)):

@@ -1,8 +1,7 @@
-"""Images for people: matches side by side, masks laid over images, cutouts, contact sheets.
+"""Drawings: matches of two images side by side, masks laid over images, cutouts, contact sheets.
 
-Everything here takes and returns PIL images and needs PIL and numpy only. The module travels with the model to the
-Hub (the image processor draws with it), so its imports are relative. Points are (x, y) in pixels, 0 is the centre of
-the first pixel, as everywhere in this package.
+All functions take and return PIL images. The module travels with the model to the Hub, where the image processor draws
+matches with it. Points are (x, y) in pixels, 0 is the centre of the first pixel.
 """
 
 from __future__ import annotations
@@ -22,24 +21,31 @@ ImageLike: TypeAlias = "Image.Image | np.ndarray"
 Color: TypeAlias = tuple[int, int, int]
 
 OBJECT_COLOR: Color = (255, 176, 0)
+_MAX_WIDTH = 1600
+# Matches
+_GAP = 16  # between the images
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
-_MAX_ASPECT = 3.0  # an image that is wider than this is shown at full width, not at full height
+_MAX_ASPECT = 3.0  # a wider image is shown at full width, not at full height
+# Contact sheets
+_CELL = 300  # largest side of an image
+_MARGIN = 14  # between cells
+_SHEET_COLOR: Color = (250, 250, 250)
 
 
-def _as_rgb(image: ImageLike, what: str) -> Image.Image:
-    """To be looked at, not changed: it may be the image itself."""
+def _as_rgb(image: ImageLike) -> Image.Image:
+    """Upright RGB; it may be the image itself, which must not be changed."""
     if isinstance(image, Image.Image):
         return as_upright_rgb(image)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(
-            f"The {what} must be an image or a uint8 array (height, width, 3), not {array.dtype} {array.shape}."
+            f"An image must be a PIL image or a uint8 array (height, width, 3), not {array.dtype} {array.shape}."
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """A bool mask `(H, W)` of an image of PIL size (W, H)."""
+def _as_stencil(mask: Any, size: tuple[int, int]) -> Image.Image:
+    """A bool mask `(H, W)` of an image of PIL size (W, H) as a greyscale image, 255 on the object."""
     array = np.asarray(mask)
     if array.shape != (size[1], size[0]):
         raise InputError(
@@ -47,7 +53,7 @@ def _as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
         )
     if array.dtype != np.bool_:
         raise InputError(f"A mask must be bool, not {array.dtype}; compare it with a threshold first.")
-    return array
+    return Image.fromarray(np.where(array, np.uint8(255), np.uint8(0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,31 +69,25 @@ def draw_matches(
     scores: Any = None,
     *,
     max_matches: int | None = 40,
-    max_width: int = 1600,
-    gap: int = 16,
-    background: Color = (255, 255, 255),
+    max_width: int = _MAX_WIDTH,
 ) -> Image.Image:
     """Two images side by side at the same height, with a line from each point to its partner.
 
-    The colour tells where on the object a point lies: the hue is its direction from the middle of the source points,
-    so that neighbours look alike and a line can be followed to its end. Lines of low score are fainter. Pairs with a
-    point outside its image are not drawn.
+    The hue of a line is the direction of its point from the middle of the source points, so that neighbours look alike
+    and a line can be followed to its end. Lines of low score are fainter. Matches with a point outside its image are
+    left out.
 
     Args:
-        source: left image.
-        target: right image.
-        source_points: `(N, 2)` points of the left image, (x, y) in its pixels.
-        target_points: `(N, 2)` their partners in the right image, (x, y) in its pixels.
-        scores: `(N,)` non-negative, optional; the better a match the likelier and the stronger it is drawn.
+        source, target: left and right image.
+        source_points, target_points: `(N, 2)` points of both images, partners row by row, (x, y) in pixels.
+        scores: `(N,)` non-negative, optional. A better match is drawn more likely and stronger.
         max_matches: draw at most so many, spread over the object; `None` for all.
         max_width: largest width of the result in pixels.
-        gap: width of the strip between the images.
-        background: colour of the strip.
 
     Raises:
         InputError: images, points or scores of the wrong shape.
     """
-    left, right = _as_rgb(source, "source"), _as_rgb(target, "target")
+    left, right = _as_rgb(source), _as_rgb(target)
     starts, partners = _points_array(source_points, "source"), _points_array(target_points, "target")
     if len(starts) != len(partners):
         raise InputError(
@@ -95,7 +95,7 @@ def draw_matches(
         )
     points = np.stack((starts, partners))
     weights = _scores_array(scores, points.shape[1])
-    canvas, boxes = _side_by_side(left, right, max_width, gap, background)
+    canvas, boxes = _side_by_side(left, right, max_width)
 
     sizes = np.array([left.size, right.size], dtype=np.float64)[:, None]
     with np.errstate(invalid="ignore"):
@@ -105,11 +105,10 @@ def draw_matches(
     points, weights = points[:, chosen], weights[chosen]
     if not len(weights):
         return canvas
-
-    colors = position_colors(points[0])
-    ends = np.stack([_onto_canvas(points[side], sizes[side, 0], boxes[side]) for side in range(2)])
+    # On the canvas pixel k covers [k, k+1].
+    ends = (points + 0.5) * (np.array(boxes)[:, None, 2:] / sizes) + np.array(boxes)[:, None, :2]
     strength = 0.5 + 0.5 * weights / max(float(weights.max()), 1e-12)
-    return _draw_lines(canvas, ends, colors, strength)
+    return _draw_lines(canvas, ends, position_colors(points[0]), strength)
 
 
 def position_colors(points: np.ndarray) -> list[Color]:
@@ -137,17 +136,17 @@ def _points_array(points: Any, what: str) -> np.ndarray:
 
 
 def _scores_array(scores: Any, count: int) -> np.ndarray:
-    if scores is None:
-        return np.ones(count)
-    array = np.asarray(scores, dtype=np.float64)
+    array = np.ones(count) if scores is None else np.asarray(scores, dtype=np.float64)
     if array.shape != (count,) or not np.isfinite(array).all() or (array < 0).any():
         raise InputError(f"scores must be {count} finite numbers of at least 0, one for each match.")
     return array
 
 
 def spread_over_object(points: np.ndarray, weights: np.ndarray, count: int | None) -> np.ndarray:
-    """Indices of at most `count` points: the best one, then again and again the one farthest from the chosen, times
-    its score."""
+    """Indices of at most `count` of the points `(N, 2)`, spread over all of them.
+
+    The best point comes first, then always the one with the largest distance from the chosen ones times its weight.
+    """
     if count is None or len(points) <= count:
         return np.arange(len(points))
     if count < 1:
@@ -163,34 +162,27 @@ def spread_over_object(points: np.ndarray, weights: np.ndarray, count: int | Non
 
 
 def _side_by_side(
-    left: Image.Image, right: Image.Image, max_width: int, gap: int, background: Color
+    left: Image.Image, right: Image.Image, max_width: int
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """Canvas with both images, and the box (x, y, width, height) of each."""
+    """White canvas with both images, and the box (x, y, width, height) of each."""
     aspects = [min(max(p.width / p.height, 1 / _MAX_ASPECT), _MAX_ASPECT) for p in (left, right)]
     height = min(max(left.height, right.height, 480), 720)
-    height = max(1, min(height, int((max_width - gap) / sum(aspects))))
+    height = max(1, min(height, int((max_width - _GAP) / sum(aspects))))
     boxes, x = [], 0
     for image, aspect in zip((left, right), aspects, strict=True):
         cell = max(1, round(height * aspect))
         scale = min(cell / image.width, height / image.height)
         size = (max(1, min(cell, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
         boxes.append((x + (cell - size[0]) // 2, (height - size[1]) // 2, *size))
-        x += cell + gap
-    canvas = Image.new("RGB", (x - gap, height), background)
-    for image, (left_edge, top, width, tall) in zip((left, right), boxes, strict=True):
-        canvas.paste(_resized(image, (width, tall)), (left_edge, top))
+        x += cell + _GAP
+    canvas = Image.new("RGB", (x - _GAP, height), "white")
+    for image, box in zip((left, right), boxes, strict=True):
+        canvas.paste(_resized(image, box[2:]), box[:2])
     return canvas, boxes
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def _onto_canvas(points: np.ndarray, size: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Points in an image's pixels to places on the canvas, where the pixel k covers [k, k+1]."""
-    return (points + 0.5) * (np.array(box[2:]) / size) + np.array(box[:2])
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], strength: np.ndarray) -> Image.Image:
@@ -198,7 +190,7 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
 
     Args:
         canvas: RGB.
-        ends: `(2, N, 2)` places of the line ends on the canvas.
+        ends: `(2, N, 2)` ends of the lines on the canvas.
         colors: N colours.
         strength: `(N,)` opacity of the lines, 0 to 1.
     """
@@ -247,18 +239,17 @@ def overlay_mask(
     Raises:
         InputError: a mask that does not fit its image, or is not bool.
     """
-    rgb = _as_rgb(image, "picture")
-    inside = _as_mask(mask, rgb.size)
+    rgb = _as_rgb(image)
+    stencil = _as_stencil(mask, rgb.size)
     if not (0 <= alpha <= 1 and 0 <= fade <= 1):
         raise InputError("alpha and fade must lie between 0 and 1.")
-    stencil = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
     tinted = Image.blend(rgb, Image.new("RGB", rgb.size, color), alpha)
     faded = rgb
     if fade:
-        grey = Image.blend(rgb.convert("L").convert("RGB"), Image.new("RGB", rgb.size, (255, 255, 255)), 0.55)
+        grey = Image.blend(rgb.convert("L").convert("RGB"), Image.new("RGB", rgb.size, "white"), 0.55)
         faded = Image.blend(rgb, grey, fade)
     result = Image.composite(tinted, faded, stencil)
-    if contour and inside.any() and not inside.all():
+    if contour and stencil.getextrema() == (0, 255):
         width = max(1.0, max(rgb.size) / 320)
         result.paste((255, 255, 255), mask=_outline(stencil, 2.2 * width))
         result.paste(color, mask=_outline(stencil, 1.2 * width))
@@ -266,32 +257,31 @@ def overlay_mask(
 
 
 def _outline(stencil: Image.Image, width: float) -> Image.Image:
-    """Soft line of about `width` pixels along a 0/255 mask's edge: where the blurred mask is about one half."""
+    """Soft line of about `width` pixels along a mask's edge: where the blurred mask is about one half."""
     blurred = stencil.filter(ImageFilter.GaussianBlur(width))
     # At a straight edge the blurred value falls by 1 / (sqrt(2 pi) width) a pixel; the ramp is one pixel wide at each
     # side.
     slope = 1 / (math.sqrt(2 * math.pi) * width)
-    table = [round(255 * min(1.0, max(0.0, width / 2 + 0.5 - abs(v / 255 - 0.5) / slope))) for v in range(256)]
-    return blurred.point(table)
+    return blurred.point(
+        [round(255 * min(1.0, max(0.0, width / 2 + 0.5 - abs(v / 255 - 0.5) / slope))) for v in range(256)]
+    )
 
 
 def cutout(image: ImageLike, mask: Any, *, feather: float = 0.7) -> Image.Image:
-    """The object alone: RGBA, transparent outside the mask, with a soft edge inside it.
+    """The object alone: RGBA of the image's size, transparent outside the mask, with a soft edge inside it.
+
+    Transparent pixels are white, so that no background stays in the file.
 
     Args:
         image: image `(H, W)`.
         mask: bool `(H, W)`, true on the object.
-        feather: width of the soft edge in pixels; 0 for a hard one. It never adds background.
-
-    Returns:
-        RGBA of the image's size. Transparent pixels are white, so nothing of the background stays in the file.
+        feather: width of the soft edge in pixels; 0 for a hard one.
 
     Raises:
         InputError: a mask that does not fit its image, or is not bool.
     """
-    rgb = _as_rgb(image, "picture")
-    inside = _as_mask(mask, rgb.size)
-    alpha = Image.fromarray(np.where(inside, np.uint8(255), np.uint8(0)))
+    rgb = _as_rgb(image)
+    alpha = _as_stencil(mask, rgb.size)
     if feather > 0:
         # Just inside a straight edge the blurred mask is at least 0.7, so only that pixel is softened, and thin parts
         # stay visible.
@@ -303,39 +293,24 @@ def cutout(image: ImageLike, mask: Any, *, feather: float = 0.7) -> Image.Image:
     return result
 
 
-def on_checkerboard(cut: Image.Image, *, square: int | None = None) -> Image.Image:
-    """An RGBA cutout on the usual light checkerboard, as RGB."""
-    square = square or max(4, max(cut.size) // 40)
-    rows = np.arange(cut.height)[:, None] // square
-    columns = np.arange(cut.width)[None] // square
-    board = np.where((rows + columns) % 2, np.uint8(255), np.uint8(226))
+def on_checkerboard(cut: Image.Image, *, square: int = 8) -> Image.Image:
+    """An RGBA cutout on a light checkerboard with squares of so many pixels, as RGB."""
+    rows, columns = np.ogrid[: cut.height, : cut.width]
+    board = np.where((rows // square + columns // square) % 2, np.uint8(255), np.uint8(226))
     result = Image.fromarray(board).convert("RGB")
     result.paste(cut, mask=cut.getchannel("A"))
     return result
 
 
 def overview(
-    images: Sequence[ImageLike],
-    masks: Sequence[Any] | None = None,
-    labels: Sequence[str] | None = None,
-    *,
-    columns: int | None = None,
-    cell: int = 300,
-    max_width: int = 1600,
-    margin: int = 14,
-    background: Color = (250, 250, 250),
+    images: Sequence[ImageLike], masks: Sequence[Any] | None = None, labels: Sequence[str] | None = None
 ) -> Image.Image:
     """A contact sheet: each image with its object outlined, below it the cutout, below that its label.
 
     Args:
         images: N images of any sizes.
-        masks: N bool masks, each of its image's size; `None` shows the images alone.
+        masks: N bool masks, each of its image's size; without them the sheet shows the images alone.
         labels: N short texts.
-        columns: number of columns; by default chosen for a sheet of about 3:2.
-        cell: largest side of one image on the sheet, in pixels.
-        max_width: largest width of the sheet; cells shrink to keep it.
-        margin: space between cells.
-        background: colour of the sheet.
 
     Raises:
         InputError: no images, or lists of different lengths, or masks that do not fit.
@@ -347,55 +322,44 @@ def overview(
         if values is not None and len(values) != count:
             raise InputError(f"{count} images need {count} {what}, not {len(values)}.")
     parts = 1 if masks is None else 2
-    if columns is None:
-        rows_wanted = math.ceil(count / max(1, round(math.sqrt(1.5 * count * parts))))
-        columns = math.ceil(count / rows_wanted)  # no single image alone in the last row
-    cell = max(48, min(cell, (max_width - margin) // columns - margin))
-    tiles = []
-    for index, image in enumerate(images):
-        rgb = _as_rgb(image, "picture")
-        small = _resized(rgb, _fitted(rgb.size, cell))
-        if masks is None:
-            tiles.append([small])
-            continue
-        full = Image.fromarray(np.where(_as_mask(masks[index], rgb.size), np.uint8(255), np.uint8(0)))
-        soft = full.resize(small.size, Image.Resampling.BILINEAR)
-        cut = small.copy()
-        cut.putalpha(soft)
-        outlined = overlay_mask(small, np.asarray(soft) >= 128, alpha=0.12, fade=0.55)
-        tiles.append([outlined, on_checkerboard(cut, square=8)])
+    row_count = math.ceil(count / max(1, round(math.sqrt(1.5 * count * parts))))  # a sheet of about 3:2
+    columns = math.ceil(count / row_count)  # no single image alone in the last row
+    cell = max(48, min(_CELL, (_MAX_WIDTH - _MARGIN) // columns - _MARGIN))
+    tiles = [_tile(image, None if masks is None else masks[number], cell) for number, image in enumerate(images)]
 
     font_size = max(11, cell // 18)
     font = ImageFont.load_default(font_size)
     label_height = 0 if labels is None else round(font_size * 1.9)
-    rows = [tiles[start : start + columns] for start in range(0, count, columns)]
-    heights = [max(tile[0].height for tile in row) for row in rows]
-    inner = margin // 3
-    row_heights = [height * parts + inner * (parts - 1) + label_height for height in heights]
-    sheet = Image.new(
-        "RGB", (columns * (cell + margin) + margin, sum(row_heights) + margin * (len(rows) + 1)), background
-    )
+    inner = _MARGIN // 3
+    heights = [max(tile[0].height for tile in tiles[start : start + columns]) for start in range(0, count, columns)]
+    row_heights = [height * parts + inner * (parts - 1) + label_height + _MARGIN for height in heights]
+    sheet = Image.new("RGB", (columns * (cell + _MARGIN) + _MARGIN, sum(row_heights) + _MARGIN), _SHEET_COLOR)
     draw = ImageDraw.Draw(sheet)
-    top = margin
-    for number, (row, height, row_height) in enumerate(zip(rows, heights, row_heights, strict=True)):
-        for column, tile in enumerate(row):
-            left = margin + column * (cell + margin)
-            for part, part_image in enumerate(tile):
-                part_top = top + part * (height + inner)
-                # Images stand on a common line, cutouts hang from it.
-                offset = height - part_image.height if part == 0 and parts == 2 else 0
-                sheet.paste(part_image, (left + (cell - part_image.width) // 2, part_top + offset))
-            if labels is not None:
-                text = _shortened(str(labels[number * columns + column]), font, cell)
-                place = (left + cell / 2, top + row_height - label_height / 2)
-                draw.text(place, text, fill=(60, 60, 60), font=font, anchor="mm")
-        top += row_height + margin
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        left, top = _MARGIN + column * (cell + _MARGIN), _MARGIN + sum(row_heights[:row])
+        for part, image in enumerate(tile):
+            # Images stand on a common line, cutouts hang from it.
+            offset = heights[row] - image.height if part == 0 and parts == 2 else 0
+            place = (left + (cell - image.width) // 2, top + part * (heights[row] + inner) + offset)
+            sheet.paste(image, place)
+        if labels is not None:
+            middle = (left + cell / 2, top + row_heights[row] - _MARGIN - label_height / 2)
+            draw.text(middle, _shortened(str(labels[number]), font, cell), fill=(60, 60, 60), font=font, anchor="mm")
     return sheet
 
 
-def _fitted(size: tuple[int, int], cell: int) -> tuple[int, int]:
-    scale = cell / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def _tile(image: ImageLike, mask: Any, cell: int) -> list[Image.Image]:
+    """An image at most `cell` pixels a side; with a mask, the image with its object outlined and the cutout."""
+    rgb = _as_rgb(image)
+    scale = cell / max(rgb.size)
+    small = _resized(rgb, (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))))
+    if mask is None:
+        return [small]
+    soft = _as_stencil(mask, rgb.size).resize(small.size, Image.Resampling.BILINEAR)
+    cut = small.copy()
+    cut.putalpha(soft)
+    return [overlay_mask(small, np.asarray(soft) >= 128, alpha=0.12, fade=0.55), on_checkerboard(cut)]
 
 
 def _shortened(text: str, font: Any, width: int) -> str:

@@ -28,10 +28,10 @@ _POINTS_PER_CHUNK = 1 << 16  # bounds the memory of the spline, some 200 bytes a
 
 
 class MaCoSNetImageProcessor(PilBackend):
-    r"""Prepares pairs (or triplets) of images and turns the network's outputs back into pixels of the originals.
+    r"""Prepares pairs or triplets of images, and converts the network's outputs to pixels of the original images.
 
-    Every image is resized to `size` without keeping its aspect (bilinear, antialiased), scaled to [0, 1] and
-    normalised. The defaults belong to the `lite` preset; the `paper` preset has ImageNet's mean and standard deviation.
+    Every image is resized to `size` whatever its aspect ratio (bilinear, antialiased), scaled to [0, 1] and normalised.
+    The defaults belong to the `lite` preset; the `paper` preset has ImageNet's mean and standard deviation.
 
     Args:
         do_resize (`bool`, defaults to `True`): whether to resize to `size`.
@@ -43,8 +43,8 @@ class MaCoSNetImageProcessor(PilBackend):
         image_mean (`list[float]`, defaults to `[0.5, 0.5, 0.5]`), image_std (`list[float]`, defaults to `[0.5, 0.5,
         0.5]`).
 
-    An image may be an image of any mode (turned upright by its EXIF orientation, transparency laid on white), a
-    numpy array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays hold 0..255; a
+    An image is a PIL image of any mode (turned upright by its EXIF orientation, transparency laid on white), a numpy
+    array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays hold 0..255; a
     floating-point array in which no value exceeds 1 is taken as 0..1.
 
     ```python
@@ -71,7 +71,7 @@ class MaCoSNetImageProcessor(PilBackend):
 
     @classmethod
     def from_preset(cls, name: str) -> MaCoSNetImageProcessor:
-        """The processor that goes with `MaCoSNetConfig.from_preset(name)`: the statistics its encoder was trained with.
+        """The processor for `MaCoSNetConfig.from_preset(name)`, with the statistics that its encoder was trained with.
 
         Raises:
             InputError: if there is no such preset.
@@ -93,15 +93,15 @@ class MaCoSNetImageProcessor(PilBackend):
                 if not given).
 
         Raises:
-            InputError: not pairs or triplets, or arrays that are no images, or settings that make no sense here.
+            InputError: not pairs or triplets, arrays that are no images, or settings that cannot be used.
             ImageError: a path that cannot be read.
         """
         return super().preprocess(_as_groups(images), **kwargs)
 
     def preprocess_views(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
-        """N single images to `pixel_values` `(N, 3, H, W)`: for encoding each image of a collection once.
+        """N single images to `pixel_values` `(N, 3, H, W)`, for encoding each image of a collection once.
 
-        `preprocess([a, b])["pixel_values"][0]` equals `preprocess_views([a, b])["pixel_values"]`.
+        `preprocess_views([a, b])["pixel_values"]` equals `preprocess([a, b])["pixel_values"][0]`.
 
         Args:
             images: one image or a list of images.
@@ -118,11 +118,11 @@ class MaCoSNetImageProcessor(PilBackend):
         return features
 
     def _prepare_images_structure(self, images: Any, **kwargs: Any) -> list[list[Any]]:
-        """The groups made by `preprocess`, with images in the place of paths."""
+        """The groups of `preprocess` with paths replaced by images."""
         return self.fetch_images(images)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """As in the library, but an image that cannot be read ends in an [`ImageError`]."""
+        """As in transformers, but an image that cannot be read raises [`ImageError`]."""
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
         return read_image(image_url_or_urls)
@@ -172,7 +172,10 @@ class MaCoSNetImageProcessor(PilBackend):
             raise InputError("pixel_values are always channels first; data_format='channels_last' cannot be used.")
         groups = []
         for group in images:
-            arrays = [self._resized(image, size, resample) if do_resize else _float_array(image) for image in group]
+            arrays = [
+                self._resized(image, size, resample) if do_resize else np.asarray(image, dtype=np.float32)
+                for image in group
+            ]
             if do_rescale:
                 arrays = [array * np.float32(rescale_factor) for array in arrays]
             if do_normalize:
@@ -219,7 +222,7 @@ class MaCoSNetImageProcessor(PilBackend):
         Args:
             outputs: of [`MaCoSNetForKeypointMatching`].
             target_sizes: `(B, 2, 2)`, a tensor or nested lists: (height, width) of both original images of each pair.
-            threshold: only matches with a score above this are kept.
+            threshold: matches with this score or less are left out.
 
         Returns:
             For each pair a dict of `keypoints0` and `keypoints1`, `(M, 2)` float32 (x, y) in pixels of the first and of
@@ -235,12 +238,12 @@ class MaCoSNetImageProcessor(PilBackend):
         results = []
         for row in range(keypoints.shape[0]):
             partner = matches[row, 0]
-            kept = (partner >= 0) & (partner < keypoints.shape[2]) & (scores[row, 0] > threshold)
+            matched = (partner >= 0) & (partner < keypoints.shape[2]) & (scores[row, 0] > threshold)
             results.append(
                 {
-                    "keypoints0": pixels[0][row][kept],
-                    "keypoints1": pixels[1][row][partner[kept]],
-                    "matching_scores": scores[row, 0][kept],
+                    "keypoints0": pixels[0][row][matched],
+                    "keypoints1": pixels[1][row][partner[matched]],
+                    "matching_scores": scores[row, 0][matched],
                 }
             )
         return results
@@ -256,14 +259,14 @@ class MaCoSNetImageProcessor(PilBackend):
     ) -> list[list[Tensor]]:
         """Hard masks of both images of every pair, each in its own image's size.
 
-        The soft masks (sigmoid of the logits) are enlarged bilinearly with `align_corners=True`, then made hard.
+        The soft masks (sigmoid of the logits) are enlarged bilinearly with `align_corners=True` before the threshold or
+        refinement.
 
         Args:
             outputs: of either model, for pairs; `mask_logits` `(B, 2, h, w)`.
             target_sizes: `(B, 2, 2)` as (height, width) of the original images. Taken from `images` if not given;
                 without both, masks have the network's size.
-            images: one pair or a list of pairs, as given to [`preprocess`]. Needed by every `refine` that looks at
-                colours.
+            images: one pair or a list of pairs, as given to [`preprocess`]; needed by every `refine` but `"none"`.
             refine: `"none"`, `"grabcut"`, `"otsu"` or `"crf"`, see [`refinement.refine_mask`].
             threshold: soft mask value at which the object begins.
             **refine_options: further arguments of `refine_mask`, such as `working_size`.
@@ -289,6 +292,13 @@ class MaCoSNetImageProcessor(PilBackend):
             ]
             for pair in zip(rgb_pairs, soft, strict=True)
         ]
+
+    def post_process_semantic_segmentation(self, outputs: Any, target_sizes: Any = None) -> list[list[Tensor]]:
+        """Label maps of both images of every pair, int64 `(height, width)`: 1 on the object, 0 on the background.
+
+        The masks of [`post_process_cosegmentation`] at 0.5, in the form of transformers' segmentation models.
+        """
+        return [[mask.long() for mask in pair] for pair in self.post_process_cosegmentation(outputs, target_sizes)]
 
     def post_process_soft_masks(self, outputs: Any, target_sizes: Any = None, images: Any = None) -> list[list[Tensor]]:
         """Soft masks in [0, 1], float32 `(height, width)`; arguments and errors as [`post_process_cosegmentation`]."""
@@ -361,7 +371,7 @@ class MaCoSNetImageProcessor(PilBackend):
         keypoint_matching_output: list[dict[str, Tensor]],
         max_matches: int | None = 40,
     ) -> list[Image.Image]:
-        """Each pair side by side, with coloured lines between the matches.
+        """Drawings of each pair side by side, with coloured lines between the matches.
 
         Args:
             images: one pair or a list of pairs, as given to [`preprocess`].
@@ -387,7 +397,7 @@ class MaCoSNetImageProcessor(PilBackend):
         return drawings
 
     def _rgb_array(self, image: Any) -> np.ndarray:
-        """Any accepted image as uint8 `(H, W, 3)`, upright, in its own size."""
+        """Any accepted image as upright uint8 `(H, W, 3)` in its own size."""
         processed = self.process_image(image)
         if isinstance(processed, Image.Image):
             return np.asarray(processed)
@@ -400,10 +410,10 @@ class MaCoSNetImageProcessor(PilBackend):
 
 
 def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.Image:
-    """A path, a URL, base64 or an image as the library's `load_image` gives it: upright, RGB.
+    """The upright RGB image at a path or URL, in base64, or of a PIL image, by transformers' `load_image`.
 
     Args:
-        image: see above.
+        image: path, URL, base64 or PIL image.
         timeout: seconds to wait for an image from the web.
 
     Raises:
@@ -428,7 +438,7 @@ def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.
 
 
 def _decoded(image: Image.Image) -> Image.Image:
-    """Upright RGB of an image, whose file may be read only now; the image itself if it is that already."""
+    """Upright RGB of an image, whose file may be read only now; the image itself if it is upright RGB already."""
     try:
         return as_upright_rgb(image)
     except Exception as error:  # PIL raises many kinds on damaged bytes
@@ -452,7 +462,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_groups(images: Any, views: tuple[int, ...] = _VIEWS) -> list[list[Any]]:
-    """One pair or triplet, or a list of them, to a list of lists of images that all have the same length."""
+    """One pair or triplet, or a list of them, as a list of lists of images, all of the same length."""
     outer = _as_list(images)
     groups = [outer] if outer and all(_is_image(item) for item in outer) else [_as_list(item) for item in outer]
     lengths = {len(group) for group in groups}
@@ -471,7 +481,7 @@ def _channels_last(image: Any, input_data_format: Any) -> np.ndarray:
     elif isinstance(image, np.ndarray):
         array = image
     else:
-        raise InputError(f"An image must be an image, a numpy array or a torch tensor, not {type(image).__name__}.")
+        raise InputError(f"An image must be a PIL image, a numpy array or a torch tensor, not {type(image).__name__}.")
     layout = getattr(input_data_format, "value", input_data_format)
     if array.ndim == 2:
         array = array[:, :, None]
@@ -505,10 +515,6 @@ def _on_three_channels(array: np.ndarray) -> np.ndarray:
         alpha = array[:, :, 3:] / white
         return array[:, :, :3] * alpha + white * (1 - alpha)
     return array
-
-
-def _float_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    return np.asarray(image, dtype=np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
+from .common_object import CONTEXT_CHANNELS, centre_prior, common_context, object_weights
 from .configuration_macosnet import MaCoSNetConfig
 from .errors import InputError
 from .geometry import (
@@ -289,14 +290,23 @@ class MaCoSNetDecoderBlock(nn.Module):
 
 
 class MaCoSNetDecoder(nn.Module):
-    """D: four blocks from stride 16 to every pixel, one logit each. Shared by both images (siamese)."""
+    """D: four blocks from stride 16 to every pixel, one logit each. Shared by both images (siamese).
+
+    Its input is `C_A = [f_A, S]` in the paper, S the correlation map in A's layout. With `decoder_inputs="common"` the
+    context beside the features is what A has in common with its partners (`common_object.py`), and two convolutions
+    read both before the blocks.
+    """
 
     def __init__(self, config: MaCoSNetConfig, feature_channels: int, skip_channels: dict[int, int]):
         super().__init__()
-        in_channels = feature_channels + config.grid_size**2
-        # Features and correlations differ in scale by orders of magnitude; this puts them on a common footing.
+        width = config.decoder_input_width
+        common = config.decoder_inputs == "common"
+        self.reduce = nn.Conv2d(feature_channels, width, 1) if common else None
+        in_channels = width + CONTEXT_CHANNELS if common else feature_channels + config.grid_size**2
+        # Features and context differ in scale by orders of magnitude; this puts them on a common footing.
         self.input_norm = nn.BatchNorm2d(in_channels)
-        widths = [in_channels, *config.decoder_widths]
+        self.mix = nn.Sequential(*_convolutions(in_channels, width), *_convolutions(width, width)) if common else None
+        widths = [width if common else in_channels, *config.decoder_widths]
         self.blocks = nn.ModuleList(
             MaCoSNetDecoderBlock(widths[k], skip_channels.get(stride, 0), widths[k + 1])
             for k, stride in enumerate((8, 4, 2, 1))
@@ -312,34 +322,44 @@ class MaCoSNetDecoder(nn.Module):
     def forward(
         self,
         features: MaCoSNetFeatures,
-        correlation: Tensor,
+        context: Tensor,
         index: Tensor | None = None,
         projected: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Mask logits from `C_A = [f_A, S]`.
+        """Mask logits of images, each given its partners.
 
         Args:
             features: of N images; `skips` is not looked at where `projected` is given.
-            correlation: `(P, h*w, h, w)`, spatial layout of the image that is segmented, one channel per position
-                of its partner (that is S_BA for A).
+            context: `(P, c, h, w)`, spatial layout of the image that is segmented: the correlation map with one channel
+                per position of its partner (that is S_BA for A), or [`common_context`].
             index: `(P,)` the image of each row; `None` when P = N in the same order.
             projected: what [`project_skips`] made of the skips, for those who keep it.
 
         Returns:
             `(P, H, W)` logits.
         """
-        last = features.last if index is None else features.last[index]
-        correlation = correlation.to(last.dtype)
-        hidden = self.input_norm(torch.cat((last, correlation), dim=1))
+        if self.reduce is None:
+            last = features.last
+        else:  # unit length, times a constant that makes a channel's values of the order of 1
+            last = self.reduce(features.normalized * features.normalized.shape[1] ** 0.5)
+        if index is not None:
+            last = last[index]
+        hidden = self.input_norm(torch.cat((last, context.to(last.dtype)), dim=1))
         if hidden.device.type == "cpu" or _is_channels_last(last):
             # On a CPU convolutions of few channels are up to 20 times faster so; elsewhere the features decide, for two
             # layouts together take the slow path.
             hidden = hidden.contiguous(memory_format=torch.channels_last)
+        if self.mix is not None:
+            hidden = self.mix(hidden)
         maps = self.project_skips(features.skips) if projected is None else projected
         skips = dict(zip(self.strides, maps, strict=True))
         for block, stride in zip(self.blocks, (8, 4, 2, 1), strict=True):
             hidden = block(hidden, skips.get(stride), index)
         return self.classifier(hidden).squeeze(1)
+
+
+def _convolutions(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
 def _is_channels_last(maps: Tensor) -> bool:
@@ -479,9 +499,64 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         warped = (torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)).to(similarity.dtype)
         return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
 
-    def predict_masks(self, features: MaCoSNetFeatures, correlation: Tensor, index: Tensor | None = None) -> Tensor:
-        """Mask logits `(P, H, W)`; `correlation` has the layout of the image that is segmented (S_BA for A)."""
-        return self.decoder(features, correlation, index)
+    def predict_masks(self, features: MaCoSNetFeatures, context: Tensor, index: Tensor | None = None) -> Tensor:
+        """Mask logits `(P, H, W)`; see [`MaCoSNetDecoder.forward`]."""
+        return self.decoder(features, context, index)
+
+    def predict_common_masks(
+        self,
+        features: MaCoSNetFeatures,
+        partners: Tensor,
+        index: Tensor | None = None,
+        own_weights: Tensor | None = None,
+        partner_weights: Tensor | None = None,
+        present: Tensor | None = None,
+        projected: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Mask logits `(P, H, W)` of what an image has in common with its K partners together, in one round.
+
+        Args:
+            features: of N images.
+            partners: `(P, K)` numbers of the partners' images.
+            index: `(P,)` the image of each row; `None` when P = N in the same order.
+            own_weights, partner_weights: `(P, h, w)` and `(P, K, h, w)`, where the object of the image and those of
+                its partners are assumed; the middle of the images if not given.
+            present: `(P, K)` bool, which partners count; all if not given.
+            projected: as in [`MaCoSNetDecoder.forward`].
+        """
+        maps = features.normalized
+        own = maps if index is None else maps[index]
+        middle = centre_prior(*maps.shape[-2:], device=maps.device)
+        if own_weights is None:
+            own_weights = middle.expand(partners.shape[0], -1, -1)
+        if partner_weights is None:
+            partner_weights = middle.expand(*partners.shape, -1, -1)
+        context = common_context(own, maps[partners], own_weights, partner_weights, present)
+        return self.decoder(features, context, index, projected)
+
+    def predict_masks_of_pairs(
+        self, features: MaCoSNetFeatures, source: Tensor, target: Tensor, correlation: Tensor | None = None
+    ) -> Tensor:
+        """Mask logits `(P, H, W)` of the sources of ordered pairs, each given its target, in all rounds.
+
+        Args:
+            features: of N images.
+            source, target: `(P,)` numbers of images; every pair is followed by its reverse.
+            correlation: `(P, h*w, h, w)` S of these pairs, where it is known already.
+        """
+        reverse = torch.arange(source.shape[0], device=source.device) ^ 1
+        if self.config.decoder_inputs == "paper":
+            if correlation is None:
+                correlation = correlate(features.normalized[source], features.normalized[target])
+            # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
+            return self.predict_masks(features, correlation[reverse], source)
+        projected = self.decoder.project_skips(features.skips)
+        partners, weights, theirs = target.unsqueeze(1), None, None
+        for _ in range(self.config.decoder_rounds):
+            logits = self.predict_common_masks(features, partners, source, weights, theirs, projected=projected)
+            weights = object_weights(logits.float().sigmoid())
+            theirs = weights[reverse].unsqueeze(1)
+        return logits
 
     def forward(
         self,
@@ -553,9 +628,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         )
         masks = None
         if output_masks:
-            # The mask of view i given j needs S_ji: the layout of i, one channel per position of j.
-            reverse = torch.arange(source.shape[0], device=device) ^ 1
-            masks = self.predict_masks(features, correlation[reverse], source).unflatten(0, (batch, len(pairs)))
+            masks = self.predict_masks_of_pairs(features, source, target, correlation).unflatten(0, (batch, len(pairs)))
         return MaCoSNetModelOutput(
             affine=affine.unflatten(0, (batch, len(pairs))),
             tps=tps.unflatten(0, (batch, len(pairs))),

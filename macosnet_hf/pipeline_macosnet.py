@@ -1,4 +1,4 @@
-"""Pipelines of MaCoSNet: matches of pairs, and masks of what two or more images have in common.
+"""Pipelines of MaCoSNet: matches of pairs, and masks of the object that two or more images have in common.
 
 Both come with every saved model: `pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)`. Where
 this package is installed and one of its classes was imported, `trust_remote_code` is not needed.
@@ -7,6 +7,7 @@ this package is installed and one of its classes was imported, `trust_remote_cod
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from .refinement import REFINEMENT_METHODS
 
 
 class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
-    """Task `"keypoint-matching"`: where points of one image lie in another of the same kind of object.
+    """Task `"keypoint-matching"`: matching points of two images of the same kind of object.
 
-    The library's own pipeline passes (width, height) where post-processing wants (height, width), which puts the points
-    of images that are not square in wrong places. This one does not, and it also takes `batch_size`.
+    The pipeline of transformers passes (width, height) where post-processing expects (height, width), which misplaces
+    the points of images that are not square. This one does not, and it accepts `batch_size`.
 
     ```python
     >>> matcher = pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)
@@ -33,18 +34,17 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
     {'keypoint_image_0': {'x': 100.4, 'y': 81.9}, 'keypoint_image_1': {'x': 97.2, 'y': 104.6}, 'score': 0.81}
     ```
 
-    Points are (x, y) in pixels of the images as they were given, best match first. A list of pairs gives a list of
-    such lists.
+    Points are (x, y) in pixels of the given images, best match first. A list of pairs gives a list of such lists.
     """
 
-    _load_video_processor = False  # the library would take the image processor's code for one
+    _load_video_processor = False  # transformers would take the image processor's code for one
 
     def __call__(self, inputs: Any, threshold: float | None = None, **kwargs: Any) -> Any:
-        """Matches of one pair of images (paths, URLs, PIL images), or of each of several.
+        """Matches of a pair of images (paths, URLs, PIL images), or of each pair in a list.
 
         Args:
             inputs: a pair, or a list of pairs; a list gives a list, also of one pair.
-            threshold: smallest score of a match, 0 to 1; by default what `pipeline` was given, else 0.
+            threshold: matches with this score or less are left out; by default what `pipeline` was given, else 0.
             kwargs: `timeout` (seconds to wait for an image from the web), `batch_size`.
 
         Raises:
@@ -61,26 +61,22 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
         return results[0] if _is_pair(inputs) else results
 
     def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, torch.Tensor]:
-        """One pair to `pixel_values` `(1, 2, 3, H, W)` and `target_sizes` `(1, 2, 2)` as (height, width)."""
+        """`pixel_values` `(1, 2, 3, H, W)` of a pair and `target_sizes` `(1, 2, 2)` as (height, width)."""
         opened = [read_image(image, timeout) for image in images]
         pixel_values = self.image_processor(opened, return_tensors="pt")["pixel_values"]
         sizes = torch.tensor([[[each.height, each.width] for each in opened]])
         return {"pixel_values": pixel_values, "target_sizes": sizes}
 
     def _forward(self, preprocess_outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch of pairs; plain tensors come back, so that the library can take the batch apart again."""
+        """Outputs of a batch of pairs as plain tensors, which transformers can split again."""
         outputs = self.model(preprocess_outputs["pixel_values"])
-        return {
-            "keypoints": outputs.keypoints,
-            "matches": outputs.matches,
-            "matching_scores": outputs.matching_scores,
-            "target_sizes": preprocess_outputs["target_sizes"],
-        }
+        fields = ("keypoints", "matches", "matching_scores")
+        return {**{name: outputs[name] for name in fields}, "target_sizes": preprocess_outputs["target_sizes"]}
 
     def postprocess(self, forward_outputs: dict[str, torch.Tensor], threshold: float = 0.0) -> list[dict[str, Any]]:
-        """One pair's matches, best first; those whose score is not above `threshold` are left out."""
-        sizes = forward_outputs["target_sizes"]
-        found = self.image_processor.post_process_keypoint_matching(_Fields(forward_outputs), sizes, threshold)[0]
+        """A pair's matches with a score above `threshold`, best first."""
+        outputs, sizes = SimpleNamespace(**forward_outputs), forward_outputs["target_sizes"]
+        found = self.image_processor.post_process_keypoint_matching(outputs, sizes, threshold)[0]
         order = found["matching_scores"].argsort(descending=True, stable=True)
         columns = (found[name][order].tolist() for name in ("keypoints0", "keypoints1", "matching_scores"))
         return [
@@ -90,7 +86,7 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
 
 
 class MaCoSNetCosegmentationPipeline(Pipeline):
-    """Task `"image-co-segmentation"`: the object that two or more images have in common, cut out of each.
+    """Task `"image-co-segmentation"`: masks of the object that two or more images have in common.
 
     ```python
     >>> segmenter = pipeline("image-co-segmentation", model=FOLDER_OR_ID, trust_remote_code=True)
@@ -98,15 +94,9 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
     >>> results[0]["mask"].save("horse1_mask.png")
     ```
 
-    One dict an image, in their order: `mask`, an image of mode "L" in the image's own size, 255 on the
-    object; `score`, the mean probability within it (0 if it is empty); `agreement`, how much the image is like
-    its partners (cosine, the odd one out has the smallest); `label`, always "object". A list of such lists gives a
-    list of results.
-
-    Args of a call:
-        partners (`int`, defaults to 2): how many others each image is compared with.
-        refine (`str`, defaults to `"grabcut"`): soft to hard masks: `"grabcut"`, `"otsu"`, `"crf"` or `"none"`.
-        timeout (`float`, *optional*): seconds to wait for an image from the web.
+    One dict an image, in their order: `mask`, a PIL image of mode "L" in the image's own size, 255 on the object;
+    `score`, the mean probability within the mask (0 if it is empty); `agreement`, the cosine similarity to the most
+    similar images (the odd one out has the smallest); `label`, always "object".
     """
 
     _load_processor = False
@@ -121,10 +111,17 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         return _given(timeout=timeout), _given(partners=partners, refine=refine), {}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Masks of one collection of images (paths, URLs, PIL images), or of each of several.
+        """Masks of a collection of images (paths, URLs, PIL images), or of each collection in a list.
+
+        Args:
+            inputs: a list of images, or a list of such lists, which gives a list of results.
+            kwargs: `partners` (defaults to 2), how many others each image is compared with; `refine` (defaults to
+                `"grabcut"`), one of `refinement.REFINEMENT_METHODS`; `timeout`, seconds to wait for an image from the
+                web.
 
         Raises:
-            InputError: for fewer than two images, or something that is none.
+            InputError: for anything else, or fewer than two images.
+            ImageError: for an image that cannot be read.
         """
         inputs = _with_strings(inputs)
         several = _is_list(inputs) and len(inputs) > 0 and all(_is_list(item) for item in inputs)
@@ -139,20 +136,20 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
             raise InputError(f"partners must be a whole number from 1; got {partners!r}.")
         if refine is not None and refine not in REFINEMENT_METHODS:  # before the network runs
             raise InputError(f"Unknown refinement {refine!r}; choose one of {', '.join(REFINEMENT_METHODS)}.")
-        # Images of a collection go through the network one after another, whatever their number.
+        # A collection's images go through the network one after another, whatever their number.
         results = super().__call__(collections, **{**kwargs, "batch_size": 1})
         return results if several else results[0]
 
     def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, Any]:
-        """Upright RGB images; the collection's own code resizes them."""
-        return {"photos": [read_image(image, timeout) for image in images]}
+        """Upright RGB images; the collection resizes them."""
+        return {"images": [read_image(image, timeout) for image in images]}
 
     def _forward(self, model_inputs: dict[str, Any], partners: int = 2, refine: str = "grabcut") -> dict[str, Any]:
-        images = model_inputs["photos"]
+        images = model_inputs["images"]
         result = segment_collection(
             images, model=self.model, processor=self.image_processor, partners=partners, refine=refine
         )
-        return {"photos": images, "probabilities": result.probabilities, "agreement": result.agreement}
+        return {"images": images, "probabilities": result.probabilities, "agreement": result.agreement}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Hard masks in the images' own sizes."""
@@ -171,13 +168,6 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         return results
 
 
-class _Fields:
-    """The entries of a dict as attributes, which is how post-processing reads a model's output."""
-
-    def __init__(self, fields: dict[str, torch.Tensor]):
-        self.__dict__.update(fields)
-
-
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -187,7 +177,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _with_strings(value: Any) -> Any:
-    """The same, in lists, with strings for paths: the library takes tuples apart in its own way."""
+    """The same with lists for tuples, which transformers would take apart, and strings for paths."""
     if _is_list(value):
         return [_with_strings(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -201,18 +191,13 @@ def _is_pair(value: Any) -> bool:
     return _is_list(value) and len(value) == 2 and all(map(_is_image, value))
 
 
-# What a saved configuration says, so that `pipeline` finds these classes in the folder beside it.
+# Saved in the configuration, so that `pipeline` finds these classes in the model's folder.
 CUSTOM_PIPELINES = {
-    "keypoint-matching": {
-        "impl": "pipeline_macosnet.MaCoSNetKeypointMatchingPipeline",
-        "pt": ["AutoModelForKeypointMatching"],
-        "type": "image",
-    },
-    "image-co-segmentation": {
-        "impl": "pipeline_macosnet.MaCoSNetCosegmentationPipeline",
-        "pt": ["AutoModelForKeypointMatching"],
-        "type": "image",
-    },
+    task: {"impl": f"pipeline_macosnet.{name}", "pt": ["AutoModelForKeypointMatching"], "type": "image"}
+    for task, name in (
+        ("keypoint-matching", "MaCoSNetKeypointMatchingPipeline"),
+        ("image-co-segmentation", "MaCoSNetCosegmentationPipeline"),
+    )
 }
 
 __all__ = ["CUSTOM_PIPELINES", "MaCoSNetCosegmentationPipeline", "MaCoSNetKeypointMatchingPipeline"]

@@ -285,9 +285,9 @@ def test_overview_of_any_number(cheetah, tower, count):
 
 def test_overview_shows_photo_cutout_and_label(cheetah):
     mask = ellipse(cheetah)
-    photo_only = overview([cheetah], columns=1)
-    with_mask = overview([cheetah], [mask], columns=1)
-    with_label = overview([cheetah], [mask], ["cheetah.jpg"], columns=1)
+    photo_only = overview([cheetah])
+    with_mask = overview([cheetah], [mask])
+    with_label = overview([cheetah], [mask], ["cheetah.jpg"])
     assert photo_only.height < with_mask.height < with_label.height
     label = np.asarray(with_label)[with_mask.height - 10 :]
     assert (label < 120).any(), "there is dark text below the images"

@@ -508,6 +508,16 @@ def test_sizes_come_from_the_pictures(processor, mask_outputs, pair):
         processor.post_process_cosegmentation(mask_outputs, [[SIZES[0][0][::-1], SIZES[0][1]]], images=pair)
 
 
+def test_label_maps_are_the_masks_as_numbers(processor, mask_outputs):
+    for sizes in (None, SIZES):
+        maps = processor.post_process_semantic_segmentation(mask_outputs, target_sizes=sizes)
+        masks = processor.post_process_cosegmentation(mask_outputs, sizes)
+        for found, expected in zip(maps[0], masks[0], strict=True):
+            assert found.dtype == torch.int64
+            assert torch.equal(found, expected.long())
+            assert set(found.unique().tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("refine", ["grabcut", "otsu"])
 def test_refinement_gets_each_picture_with_its_own_mask(processor, refine):
     """A red disc on green, left in one image and low in the other, under a vague soft mask."""

@@ -151,6 +151,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
     saved = sorted(path.name for path in tmp_path.glob("*.py"))
     assert saved == [
         "collection.py",
+        "common_object.py",
         "configuration_macosnet.py",
         "drawing.py",
         "errors.py",

@@ -15,7 +15,8 @@ from ..io.output_folder import check_writable, write_file
 
 if TYPE_CHECKING:
     from ..evaluation.predictors import Predictor
-    from ..evaluation.protocols import Evaluation, Options, Protocol
+    from ..evaluation.protocols import Options, Protocol
+    from ..evaluation.scoring import Evaluation
 
 BASELINES = ("identity", "nearest-neighbour", "nearest-neighbour-prior", "centre-grabcut")
 REFINEMENTS = ("grabcut", "otsu", "crf", "none")
@@ -198,7 +199,7 @@ def evaluate_share(
 
     from ..datasets.benchmarks import Problems
     from ..datasets.prepare import open_records
-    from ..evaluation.protocols import evaluate
+    from ..evaluation.runner import evaluate
 
     reading, treating = Problems(skip=args.skip_invalid), Problems(skip=args.skip_invalid)
     records, total = open_records(args.benchmark, args.data, args.split, pairs=args.pairs, problems=reading)
@@ -236,7 +237,7 @@ def report(
         DataError: if nothing was scored.
         OutputError: if a file cannot be written.
     """
-    from ..evaluation.protocols import finish
+    from ..evaluation.runner import finish
     from ..evaluation.tables import json_report, markdown_table
 
     finish(result, protocol, predictor, options, split=args.split, predictions=args.predictions)

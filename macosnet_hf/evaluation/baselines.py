@@ -13,8 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from ..errors import InputError
+from ..geometry import make_grid, sample_at
 from .predictors import MASK_SIDE, EncodedImage, FeaturePredictor, Predictor
 
 if TYPE_CHECKING:
@@ -63,11 +66,6 @@ class NearestNeighbourPredictor(FeaturePredictor):
         return {"baseline": self.name, **super().describe()}
 
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
-        import torch
-        import torch.nn.functional as F
-
-        from ..geometry import make_grid, sample_at
-
         descriptors = F.normalize(sample_at(start.features.normalized.float(), points), dim=-1)
         target = end.features.normalized.float()
         height, width = target.shape[-2:]

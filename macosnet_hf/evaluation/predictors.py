@@ -26,16 +26,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..datasets.images import open_image
 from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
+from ..geometry import apply_cascade, denormalize_points, make_grid, normalize_points
+from ..matching import correlate, fit_mutually, match_locally
+from ..modeling_macosnet import MaCoSNetFeatures
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
-
-    from ..modeling_macosnet import MaCoSNetFeatures
 
 Prediction = dict[str, np.ndarray]
 
@@ -267,8 +269,6 @@ class Predictor:
         mirrored: list[bool],
         direction: str,
     ) -> None:
-        import torch
-
         forward = direction == "source_to_target"
         start, end = (sources, targets) if forward else (targets, sources)
         side = "source" if forward else "target"
@@ -301,10 +301,6 @@ class Predictor:
         targets: list[EncodedImage],
         mirrored: list[bool],
     ) -> None:
-        import torch
-
-        from ..geometry import make_grid
-
         grid = make_grid(FIELD_SIDE, FIELD_SIDE, device=self.device).reshape(1, -1, 2).expand(len(sources), -1, -1)
         with torch.inference_mode():
             mapped = self.map_points(self.batch(targets), self.batch(sources), grid)
@@ -345,10 +341,6 @@ class FeaturePredictor(Predictor):
         return {"weights": self._weights, "config": config, "processor": processor}
 
     def encode(self, image: Image.Image) -> EncodedImage:
-        import torch
-
-        from ..modeling_macosnet import MaCoSNetFeatures
-
         pixel_values = self.processor.preprocess_views(image, return_tensors="pt")["pixel_values"].to(self.device)
         # One image at a time: on a CPU a batch is no faster, and features must not depend on which images were
         # encoded together, or several processes would not give the same figures.
@@ -363,10 +355,6 @@ class FeaturePredictor(Predictor):
         )
 
     def batch(self, images: list[EncodedImage]) -> EncodedImage:
-        import torch
-
-        from ..modeling_macosnet import MaCoSNetFeatures
-
         features = [image.features for image in images]
         skips = tuple(
             torch.cat([feature.skips[level] for feature in features]) for level in range(len(features[0].skips or ()))
@@ -406,11 +394,6 @@ class ModelPredictor(FeaturePredictor):
         self.variants = ("local", *smooth) if self.model.config.local_matching else (*smooth, "local")
 
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
-        import torch
-
-        from ..geometry import apply_cascade
-        from ..matching import fit_mutually, match_locally
-
         config = self.model.config
         # T_ij maps points of j into i: the image where the points end is the transform's source.
         affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
@@ -444,14 +427,17 @@ class ModelPredictor(FeaturePredictor):
         return found
 
     def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
-        import torch
-
-        from ..matching import correlate
-
-        own, other = self.batch(images).features, self.batch(partners).features
         with torch.inference_mode():
-            # A mask is decoded from S_BA: the layout of the segmented image A, one channel per position of B.
-            logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
+            if self.model.config.decoder_inputs == "paper":
+                own, other = self.batch(images).features, self.batch(partners).features
+                # A mask is decoded from S_BA: the layout of the segmented image A, one channel per position of B.
+                logits = self.model.predict_masks(own, correlate(other.normalized, own.normalized))
+            else:
+                features = self.batch([*images, *partners]).features
+                # Every pair is followed by its reverse.
+                rows = torch.arange(2 * len(images), device=features.last.device).view(2, -1)
+                source, target = rows.t().flatten(), rows.flip(0).t().flatten()
+                logits = self.model.predict_masks_of_pairs(features, source, target)[::2]
         return logits.float().sigmoid().cpu().numpy()
 
     def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
@@ -467,8 +453,6 @@ class ModelPredictor(FeaturePredictor):
 
 def weights_hash(model: Any) -> str:
     """SHA-256 over the names, types, shapes and values of a model's parameters and buffers."""
-    import torch
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -482,17 +466,12 @@ def quantize(probabilities: np.ndarray) -> np.ndarray:
     return np.floor(np.clip(probabilities, 0, 1).astype(np.float64) * 255 + 0.5).astype(np.uint8)
 
 
-def _half(size: tuple[int, int]) -> np.ndarray:
-    height, width = size
-    return np.maximum(np.asarray([width - 1, height - 1], dtype=np.float64), 1) / 2
-
-
 def _normalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return points / _half(size) - 1
+    return normalize_points(torch.from_numpy(points), size).numpy()
 
 
 def _denormalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return (points + 1) * _half(size)
+    return denormalize_points(torch.from_numpy(points), size).numpy()
 
 
 def _mirror_x(points: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..datasets.benchmarks.common import VOC_CLASSES
-from .protocols import Evaluation, Options, Protocol, Tally
+from .protocols import Options, Protocol
+from .scoring import Evaluation, Tally
 
 OVERALL = "all"
 

@@ -2,7 +2,8 @@
 images.
 
 Everything is batched tensor code that runs on the device of its input, and all randomness comes from the generator
-that is passed in, so that a run can be resumed at any step with the same images.
+that is passed in, so that a run can be resumed at any step with the same images. Numbers are drawn on the generator's
+device: one of the CPU gives a CPU and a GPU the same warps, one of the GPU is many times faster there.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class WarpRange:
 
 
 def _uniform(generator: torch.Generator, *shape: int, device: torch.device) -> Tensor:
-    """Uniform numbers in [-1, 1); drawn on the generator's device, so that CPU and GPU runs see the same warps."""
-    return (torch.rand(*shape, generator=generator) * 2 - 1).to(device)
+    """Uniform numbers in [-1, 1)."""
+    return (torch.rand(*shape, generator=generator, device=generator.device) * 2 - 1).to(device)
 
 
 def random_affine(batch: int, limits: WarpRange, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -82,7 +83,7 @@ def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
     images = images * (draw[:, 5:8].squeeze(2) * 0.15).exp()
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
     images = torch.where(draw[:, 8] > 0.6, blurred, images)
-    noise = torch.randn(images.shape, generator=generator).to(device)
+    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(device)
     return (images + noise * 0.03 * (draw[:, 9] + 1) / 2).clamp(0, 1)
 
 
@@ -138,7 +139,9 @@ def make_pairs(
     other = warp(images.roll(1, dims=0), sampling_grid(other_view, size=(size, size)), padding_mode="reflection")
     ellipse = soft_ellipse(batch, size, generator, device)
     kept = warp(ellipse, sampling_grid(affine, tps, size=(size, size)))
-    swap = (torch.rand(batch, 1, 1, 1, generator=generator).to(device) < background_swap).float()
+    swap = (
+        torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(device) < background_swap
+    ).float()
     kept = 1 - swap * (1 - kept)
     target = kept * target + (1 - kept) * other
 
@@ -177,7 +180,8 @@ def paste_on_others(
     count, device, size = len(images), images.device, tuple(images.shape[-2:])
     groups = count // group_size
     draw = _uniform(generator, count, 4, device=device)
-    chosen = (torch.rand(groups, generator=generator).to(device) < share).repeat_interleave(group_size)
+    chosen = torch.rand(groups, generator=generator, device=generator.device).to(device) < share
+    chosen = chosen.repeat_interleave(group_size)
     if groups <= group_size or share <= 0:
         return images, masks
     area = masks.mean(dim=(1, 2)).clamp(min=0.01)

@@ -20,7 +20,8 @@ from ..datasets.schema import Record
 from ..drawing import overlay_mask
 from ..errors import DataError
 from ..evaluation.predictors import EncodedImage, ModelPredictor
-from ..evaluation.protocols import PROTOCOLS, Options, evaluate
+from ..evaluation.protocols import PROTOCOLS, Options
+from ..evaluation.runner import evaluate
 from ..geometry import inside, sample_at, sampling_grid, warp
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs

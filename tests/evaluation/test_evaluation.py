@@ -20,17 +20,9 @@ from macosnet_hf.errors import DataError, InputError, OutputError
 from macosnet_hf.evaluation import metrics
 from macosnet_hf.evaluation.baselines import BASELINES, centre_ellipse, make_baseline
 from macosnet_hf.evaluation.predictors import EncodedImage, ImageCache, ModelPredictor, Predictor, field_to_places
-from macosnet_hf.evaluation.protocols import (
-    PROTOCOLS,
-    Options,
-    Tally,
-    choose_partners,
-    class_groups,
-    evaluate,
-    finish,
-    mask_scores,
-    resize_probability,
-)
+from macosnet_hf.evaluation.protocols import PROTOCOLS, Options
+from macosnet_hf.evaluation.runner import choose_partners, class_groups, evaluate, finish
+from macosnet_hf.evaluation.scoring import Tally, mask_scores, resize_probability
 from macosnet_hf.evaluation.tables import PAPER, markdown_table, nested
 from macosnet_hf.geometry import denormalize_points, sampling_grid
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
@@ -690,3 +682,12 @@ def test_shares_of_several_processes_merge_to_the_whole(tmp_path, processor):
         assert tally.overall()
         for name, value in tally.overall().items():
             assert total.variants[variant].overall()[name] == pytest.approx(value, abs=1e-9)
+
+
+def test_names_of_version_0_1_import_from_where_they_stood():
+    from macosnet_hf.evaluation import protocols, runner
+
+    assert protocols.evaluate is runner.evaluate
+    assert protocols.finish is runner.finish
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = protocols.nothing_such

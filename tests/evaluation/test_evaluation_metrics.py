@@ -8,7 +8,7 @@ import pytest
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.evaluation import metrics
 from macosnet_hf.evaluation.predictors import field_to_places, quantize
-from macosnet_hf.evaluation.protocols import resize_probability
+from macosnet_hf.evaluation.scoring import resize_probability
 
 
 def test_pck_bbox_by_hand():

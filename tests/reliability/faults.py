@@ -754,7 +754,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import macosnet_hf.collection
     import macosnet_hf.datasets.prepare
-    import macosnet_hf.evaluation.protocols
+    import macosnet_hf.evaluation.runner
     import macosnet_hf.io.checkpoints
     import macosnet_hf.training.loop  # noqa: F401
 

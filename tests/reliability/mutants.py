@@ -226,7 +226,7 @@ MUTANTS = (
     ),
     Mutant(
         "a class that forgets its earlier samples",
-        "evaluation.protocols:Tally.add",
+        "evaluation.scoring:Tally.add",
         "$cell[1] += $count",
         "$cell[1] = $count",
         **MEANS,

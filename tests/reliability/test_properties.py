@@ -20,7 +20,7 @@ from small_models import random_pictures, small_model
 from macosnet_hf import DEFAULT_CHECKPOINT, geometry
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.evaluation import metrics
-from macosnet_hf.evaluation.protocols import Tally
+from macosnet_hf.evaluation.scoring import Tally
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.matching import match_locally
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs

@@ -5,9 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import seeded
+from small_models import IMAGE_SIZE, seeded, small_model
 
-from macosnet_hf.geometry import apply_cascade, identity_affine, identity_tps, make_grid
+from macosnet_hf.geometry import (
+    apply_cascade,
+    identity_affine,
+    identity_tps,
+    invert_affine,
+    make_grid,
+    sampling_grid,
+    warp,
+)
+from macosnet_hf.matching import correlate
+from macosnet_hf.modeling_macosnet import MaCoSNetModel
+from macosnet_hf.training.pretraining import SyntheticObjective
 from macosnet_hf.training.synthetic import (
     WarpRange,
     clean_cutouts,
@@ -244,30 +255,24 @@ def test_grid_loss_against_loops():
     assert torch.isfinite(same.grad).all()
 
 
+class Told(torch.nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, correlation):
+        self.correlation = correlation
+        return self.answer.clone()
+
+
 def test_the_objective_is_smallest_at_the_true_transforms():
     """Both rows of the batch, (A, B) and (B, A): heads that know the answer have no loss but the epsilon."""
-    from small_models import IMAGE_SIZE, small_model
-
-    from macosnet_hf.geometry import invert_affine, sampling_grid, warp
-    from macosnet_hf.matching import correlate
-    from macosnet_hf.modeling_macosnet import MaCoSNetModel
-    from macosnet_hf.training.pretraining import SyntheticObjective
-
     limits = WarpRange(tps_jitter=0)  # an affine way back exists only without bending
     model = small_model(MaCoSNetModel)
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits, exact_share=1.0, feature_noise=0).eval()
     photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
     pairs = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11))
     affine = pairs.affine
-
-    class Told(torch.nn.Module):
-        def __init__(self, answer):
-            super().__init__()
-            self.answer = answer
-
-        def forward(self, correlation):
-            self.correlation = correlation
-            return self.answer.clone()
 
     model.tps_head = Told(identity_tps(6))
     losses = {}
@@ -291,6 +296,30 @@ def test_the_objective_is_smallest_at_the_true_transforms():
         for shown, source in ((model.affine_head, torch.cat((a, b))), (model.tps_head, again)):
             expected = correlate(source, torch.cat((b, a)))
             assert torch.allclose(shown.correlation, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_coordinates_are_exact_where_the_network_is_autocast(precision):
+    model, limits = small_model(MaCoSNetModel), WarpRange(tps_jitter=0)
+    objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits).eval()
+    photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
+    affine = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11)).affine
+    model.affine_head, model.tps_head = Told(torch.cat((affine, invert_affine(affine)))), Told(identity_tps(6))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        losses = objective(photographs, seeded(11))
+    assert model.tps_head.correlation.dtype == getattr(torch, precision)  # autocast was at work
+    assert losses["total"].item() == pytest.approx(0.02, abs=1e-4)
+
+
+def test_numbers_drawn_on_the_device_are_those_of_the_seed():
+    """On a CPU both ways draw the same."""
+    photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
+    losses = []
+    for draw_on_device in (False, True):
+        model = small_model(MaCoSNetModel)
+        objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, WarpRange(), draw_on_device=draw_on_device)
+        losses.append(objective(photographs, seeded(7))["total"])
+    assert torch.equal(*losses)
 
 
 # --- pasted objects ---
