@@ -1,0 +1,172 @@
+"""Composites: images with objects of two classes, of which partners say which one is meant.
+
+Objects stand side by side, or one is cut out by its mask and pasted beside the other, which stays where it is or is
+pasted onto a background too. Training and the protocol `which-object` make their images here.
+
+Everything is batched tensor code on the device of its input; all randomness comes from the generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..geometry import sampling_grid, warp
+
+_SIDE_BY_SIDE_SHARE = 0.55
+_VERTICAL_CUT_SHARE = 0.75
+_CUT_REACH = 0.3  # the cut between two halves lies within this distance of the middle, normalised coordinates
+_WINDOW = (0.5, 0.85)  # what a half shows of its image, as a share of the side across the cut
+_IN_PLACE_SHARE = 0.5  # of the pasted composites, how many leave the first object in its own image
+_OBJECT_SIZE = (0.25, 0.55)  # half the longer side of a pasted object, normalised coordinates
+_OBJECT_PLACE = (0.25, 0.6)  # its distance from the middle, to the left or to the right
+_SEAM = (0.3, 0.7)  # a pasted object is opaque where its mask exceeds the second, transparent below the first
+
+
+@dataclass
+class Composites:
+    """Images with two objects each.
+
+    Attributes:
+        images: `(B, 3, H, W)` in [0, 1].
+        first, second: `(B, H, W)` soft masks of what is visible of either object.
+    """
+
+    images: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def uniform(generator: torch.Generator, count: int, limits: tuple[float, float], device: torch.device) -> Tensor:
+    """`(count,)` numbers, drawn on the generator's device, so that runs on CPU and GPU make the same composites."""
+    low, high = limits
+    return (torch.rand(count, generator=generator, device=generator.device) * (high - low) + low).to(device)
+
+
+def _chance(generator: torch.Generator, count: int, share: float, device: torch.device) -> Tensor:
+    return uniform(generator, count, (0, 1), device) < share
+
+
+def _sign(generator: torch.Generator, count: int, device: torch.device) -> Tensor:
+    return torch.where(_chance(generator, count, 0.5, device), 1.0, -1.0)
+
+
+def object_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and half sides, `(B, 2)` each as (x, y) in normalised coordinates, of the boxes around objects.
+
+    Args:
+        masks: `(B, H, W)`; the object is where they exceed 0.5. An empty mask has the whole image as its box.
+    """
+    inside = masks > 0.5
+    lows, highs = [], []
+    for present in (inside.any(dim=1), inside.any(dim=2)):  # columns, rows
+        count = present.shape[1]
+        place = torch.linspace(-1, 1, count, device=masks.device).expand_as(present)
+        found = present.any(dim=1)
+        low = torch.where(present, place, 2.0).amin(dim=1)
+        high = torch.where(present, place, -2.0).amax(dim=1)
+        lows.append(torch.where(found, low, -1.0))
+        highs.append(torch.where(found, high, 1.0))
+    low, high = torch.stack(lows, dim=1), torch.stack(highs, dim=1)
+    return (low + high) / 2, (high - low) / 2
+
+
+def _moved(images: Tensor, masks: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and masks after `old = scale * new + shift`, `(B, 2)` both as (x, y) in normalised coordinates."""
+    zero = torch.zeros_like(scale[:, 0])
+    affine = torch.stack((scale[:, 0], zero, shift[:, 0], zero, scale[:, 1], shift[:, 1]), dim=1)
+    grid = sampling_grid(affine, size=tuple(images.shape[-2:]))
+    moved = warp(masks.unsqueeze(1), grid)
+    return warp(images, grid, padding_mode="reflection"), moved.squeeze(1)
+
+
+def side_by_side(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], generator: torch.Generator) -> Composites:
+    """Two windows, each around the object of its image, on both sides of a cut through the middle.
+
+    Args:
+        first, second: images `(B, 3, H, W)` in [0, 1] and soft masks `(B, H, W)`.
+    """
+    images = first[0]
+    count, device = len(images), images.device
+    vertical = _chance(generator, count, _VERTICAL_CUT_SHARE, device)
+    before = _chance(generator, count, 0.5, device)  # whether the first image lies to the left of the cut, or above it
+    cut = uniform(generator, count, (-_CUT_REACH, _CUT_REACH), device)
+    across = torch.stack((vertical, ~vertical), dim=1)  # of x and y: the one that the cut divides
+    halves = []
+    for (pixels, masks), low, high in (
+        (first, torch.where(before, -1.0, cut), torch.where(before, cut, 1.0)),
+        (second, torch.where(before, cut, -1.0), torch.where(before, 1.0, cut)),
+    ):
+        centre, _ = object_boxes(masks)
+        window = uniform(generator, count, _WINDOW, device).unsqueeze(1)
+        middle, half = ((low + high) / 2).unsqueeze(1), ((high - low) / 2).unsqueeze(1)
+        scale = torch.where(across, window / half, 1.0)
+        scale = scale * torch.stack((_sign(generator, count, device), torch.ones(count, device=device)), dim=1)
+        target = torch.where(across, centre.clamp(-1, 1).clamp(window - 1, 1 - window), 0.0)
+        halves.append(_moved(pixels, masks, scale, target - scale * torch.where(across, middle, 0.0)))
+    height, width = images.shape[-2:]
+    x, y = torch.linspace(-1, 1, width, device=device), torch.linspace(-1, 1, height, device=device)
+    place = torch.where(vertical[:, None, None], x[None, None, :], y[None, :, None])
+    own = ((place < cut[:, None, None]) == before[:, None, None]).float()
+    (a, a_mask), (b, b_mask) = halves
+    return Composites(a * own.unsqueeze(1) + b * (1 - own.unsqueeze(1)), a_mask * own, b_mask * (1 - own))
+
+
+def pasted(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], backgrounds: Tensor, generator: torch.Generator
+) -> Composites:
+    """The second object pasted beside the first, which stays in its image or is pasted onto a background as well.
+
+    Args:
+        first, second: as in [`side_by_side`].
+        backgrounds: `(B, 3, H, W)` in [0, 1].
+    """
+    images, masks = first
+    count, device = len(images), images.device
+    side = _sign(generator, count, device)
+    in_place = _chance(generator, count, _IN_PLACE_SHARE, device)[:, None, None]
+    view = torch.stack((_sign(generator, count, device), torch.ones(count, device=device)), dim=1)
+    base, base_mask = _moved(images, masks, view, torch.zeros_like(view))
+    cut, cut_mask = _object_at(first, side, generator)
+    other, other_mask = _object_at(second, -side, generator)
+    soft, other_soft = _opacity(cut_mask).unsqueeze(1), _opacity(other_mask).unsqueeze(1)
+    scene = torch.where(in_place.unsqueeze(1), base, backgrounds * (1 - soft) + cut * soft)
+    scene = scene * (1 - other_soft) + other * other_soft
+    own_mask = torch.where(in_place, base_mask, cut_mask) * (1 - other_soft.squeeze(1))
+    return Composites(scene, own_mask, other_mask)
+
+
+def _object_at(given: tuple[Tensor, Tensor], side: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images moved so that their object has a random size and lies to the left (-1) or to the right (1)."""
+    images, masks = given
+    count, device = len(images), images.device
+    centre, half = object_boxes(masks)
+    zoom = half.amax(dim=1).clamp(min=0.1) / uniform(generator, count, _OBJECT_SIZE, device)
+    goal = torch.stack(
+        (side * uniform(generator, count, _OBJECT_PLACE, device), uniform(generator, count, (-0.4, 0.4), device)), dim=1
+    )
+    scale = torch.stack((zoom * _sign(generator, count, device), zoom), dim=1)
+    return _moved(images, masks, scale, centre - scale * goal)
+
+
+def _opacity(masks: Tensor) -> Tensor:
+    return ((masks - _SEAM[0]) / (_SEAM[1] - _SEAM[0])).clamp(0, 1)
+
+
+def compose(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], backgrounds: Tensor, generator: torch.Generator
+) -> Composites:
+    """Composites of both kinds, chosen at random for each row; arguments as in [`pasted`]."""
+    beside, onto = side_by_side(first, second, generator), pasted(first, second, backgrounds, generator)
+    choice = _chance(generator, len(first[0]), _SIDE_BY_SIDE_SHARE, first[0].device)
+    rows = choice[:, None, None]
+    return Composites(
+        torch.where(rows.unsqueeze(1), beside.images, onto.images),
+        torch.where(rows, beside.first, onto.first),
+        torch.where(rows, beside.second, onto.second),
+    )
+
+
+__all__ = ["Composites", "compose", "object_boxes", "pasted", "side_by_side"]

@@ -1,0 +1,222 @@
+"""Second stage for `decoder_inputs="common"`: the decoder learns to cut out what a group of images has in common.
+
+The only label is the class of an image. Most groups hold images of one class; many of these are composites with an
+object of another class, which is background then: the partners say whose pseudo-mask is the answer. In some groups one
+image does not belong, and some have nothing in common; the answer to those is an empty mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..common_object import centre_prior, object_weights
+from ..datasets.composites import compose, uniform
+from ..errors import DataError, InputError
+from ..geometry import identity_affine, sampling_grid, warp
+from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
+from .images import TrainingImages
+from .synthetic import photometric, random_view
+
+_UNRELATED_SHARE = 0.15  # of the groups
+_ODD_SHARE = 0.15
+_DICE_WEIGHT = 0.4
+_SMALLEST_OBJECT = 60  # pixels at half the network's resolution; smaller ones have no overlap to speak of
+_DROPPED_PARTNERS = 0.8  # at most so large is the share of partners that a group goes without
+
+
+class CompositeGroups(Dataset):
+    """Groups of images with their pseudo-masks, and as many images of other classes to compose them with.
+
+    A pure function of seed and number. Item: uint8 images `(2 n, 3, H, W)` and bool masks `(2 n, H, W)`, the n members
+    first; bool `(n,)`, which members share their class with the group.
+
+    Raises:
+        DataError: for fewer than two classes.
+        InputError: for groups of fewer than two images.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        masks: Tensor,
+        *,
+        group_size: int = 4,
+        length: int | None = None,
+        seed: int = 0,
+    ):
+        self.images, self.masks, self.group_size, self.seed = images, masks, group_size, seed
+        self.members = list(images.classes().values())
+        if len(self.members) < 2:
+            raise DataError("Composites need images of two or more classes, each in a folder of its own.")
+        if group_size < 2:
+            raise InputError(f"A group has two or more images; got {group_size}.")
+        self.length = length or len(images)
+        # Between the same chance for each image and the same for each class.
+        shares = np.sqrt([len(rows) for rows in self.members])
+        self.shares = shares / shares.sum()
+
+    def fingerprint(self) -> str:
+        """Of images and masks; the groups follow from the settings."""
+        masks = hashlib.sha256(np.packbits(self.masks.numpy() > 0).tobytes()).hexdigest()[:16]
+        return f"{self.images.fingerprint()}, masks {masks}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def rows(self, number: int) -> tuple[list[int], list[int], list[bool]]:
+        """Indices of the members of a group and of the images beside them, and which members belong."""
+        draw = np.random.default_rng((self.seed, number))
+        count, size = len(self.members), self.group_size
+        chosen = int(draw.choice(count, p=self.shares))
+
+        def other_class(than: int) -> int:
+            return int((than + 1 + draw.integers(count - 1)) % count)
+
+        classes, common = [chosen] * size, [True] * size
+        chance = draw.random()
+        if chance < _UNRELATED_SHARE:
+            classes = [int(k) for k in draw.choice(count, size, replace=count < size)]
+            common = [False] * size
+        elif chance < _UNRELATED_SHARE + _ODD_SHARE and size > 2:
+            classes[-1], common[-1] = other_class(chosen), False
+        own: list[int] = []
+        for k in range(size):
+            pool = [row for row in self.members[classes[k]] if row not in own] or self.members[classes[k]]
+            own.append(int(draw.choice(pool)))
+        beside = [int(draw.choice(self.members[other_class(k)])) for k in classes]
+        return own, beside, common
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        own, beside, common = self.rows(number)
+        seen = [*own, *beside]
+        return torch.stack([self.images[row] for row in seen]), self.masks[seen], torch.tensor(common)
+
+
+class CommonObjective(nn.Module):
+    """Cross-entropy and Dice loss of the masks of all members of a group, each given some of the others.
+
+    Args:
+        model: with `decoder_inputs="common"`; all but its decoder stays as it is.
+        mean, std: of the processor.
+        composite_share: of the members that are composed with an object of another class.
+        second_round_share: of the groups whose partners' objects are where the model's own masks say, as in the second
+            round of a model with `decoder_rounds=2`; for the others they are assumed in the middle.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: MaCoSNetModel,
+        mean: list[float],
+        std: list[float],
+        *,
+        composite_share: float = 0.45,
+        second_round_share: float = 0.5,
+    ):
+        super().__init__()
+        if model.config.decoder_inputs != "common":
+            raise InputError("Composites teach a decoder with decoder_inputs='common'; this model has 'paper'.")
+        self.model, self.composite_share, self.second_round_share = model, composite_share, second_round_share
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        model.requires_grad_(False)
+        model.decoder.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> CommonObjective:
+        """Encoder and predictor keep their statistics."""
+        super().train(mode)
+        for part in (self.model.encoder, self.model.affine_head, self.model.tps_head):
+            part.eval()
+        return self
+
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Items of [`CompositeGroups`], batched, to the loss and the share of the object."""
+        groups, members = batch[2].shape
+        with torch.no_grad():
+            images, labels = self.make_images(batch, generator)
+            features = self.model.encoder(((images - self.mean) / self.std).to(memory_format=torch.channels_last))
+            partners, present = self._choose_partners(groups, members, generator, images.device)
+            own_weights, partner_weights = self._weights(features, partners, present, groups, generator)
+        logits = self.model.predict_common_masks(
+            features, partners, own_weights=own_weights, partner_weights=partner_weights, present=present
+        ).float()
+        # At half resolution: the pseudo-masks are no sharper than that.
+        labels, logits = (F.avg_pool2d(maps.unsqueeze(1), 2).squeeze(1) for maps in (labels, logits))
+        loss = F.binary_cross_entropy_with_logits(logits, labels) + _DICE_WEIGHT * dice_loss(logits, labels)
+        return {"total": loss, "area": logits.detach().sigmoid().mean()}
+
+    def make_images(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`(B n, 3, S, S)` images in [0, 1], some of them composites, and the masks `(B n, S, S)` to be found."""
+        size = (self.model.config.image_size,) * 2
+        own = batch[0].shape[1] // 2
+        pixels, masks = batch[0].float() / 255, batch[1].float()
+        first, second = (
+            (pixels[:, part].flatten(0, 1), masks[:, part].flatten(0, 1)) for part in (slice(own), slice(own, None))
+        )
+        count, device = len(first[0]), pixels.device
+        whole = identity_affine(count, device=device)
+        single = _viewed(*first, random_view(count, generator, device), size)
+        first, second = _viewed(*first, whole, size), _viewed(*second, whole, size)
+        made = compose(first, second, second[0].roll(own, dims=0), generator)
+        composed = uniform(generator, count, (0, 1), device) < self.composite_share
+        rows = composed[:, None, None]
+        images = torch.where(rows.unsqueeze(1), made.images, single[0])
+        labels = torch.where(rows, made.first, single[1]) * batch[2].flatten().to(device)[:, None, None]
+        return photometric(images, generator), labels
+
+    @staticmethod
+    def _choose_partners(
+        groups: int, members: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers `(B n, n - 1)` of the others of each member's group, and which of them count: one at least."""
+        order = torch.arange(members)
+        others = torch.stack([order[order != k] for k in range(members)])
+        partners = (torch.arange(groups).view(-1, 1, 1) * members + others).flatten(0, 1).to(device)
+        count = groups * members
+        dropped = uniform(generator, groups, (0, _DROPPED_PARTNERS), device).repeat_interleave(members).unsqueeze(1)
+        chance = uniform(generator, count * (members - 1), (0, 1), device).view(count, -1)
+        return partners, (chance >= dropped) | (chance == chance.amax(dim=1, keepdim=True))
+
+    def _weights(
+        self, features: MaCoSNetFeatures, partners: Tensor, present: Tensor, groups: int, generator: torch.Generator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where objects are assumed: in the middle, or where the masks of the first round are."""
+        if not self.second_round_share:
+            return None, None
+        decoder, training = self.model.decoder, self.model.decoder.training
+        decoder.eval()
+        found = object_weights(self.model.predict_common_masks(features, partners, present=present).float().sigmoid())
+        decoder.train(training)
+        middle = centre_prior(*found.shape[-2:], device=found.device)
+        again = uniform(generator, groups, (0, 1), found.device) < self.second_round_share
+        rows = again.repeat_interleave(len(found) // groups)[:, None, None]
+        weights = torch.where(rows, found, middle)
+        return weights, weights[partners]
+
+
+def _viewed(images: Tensor, masks: Tensor, affine: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    grid = sampling_grid(affine, size=size)
+    moved = warp(masks.unsqueeze(1), grid, padding_mode="reflection")
+    return warp(images, grid, padding_mode="reflection"), moved.squeeze(1).clamp(0, 1)
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of `1 - (2 |p m| + 1) / (|p| + |m| + 1)` over the masks `(N, h, w)` that have an object.
+
+    The soft Dice coefficient of Milletari et al., "V-Net" (2016).
+    """
+    chances = logits.sigmoid()
+    both, total = (chances * labels).sum(dim=(1, 2)), (chances + labels).sum(dim=(1, 2))
+    present = (labels.sum(dim=(1, 2)) > _SMALLEST_OBJECT).float()
+    return (present * (1 - (2 * both + 1) / (total + 1))).sum() / present.sum().clamp(min=1)
+
+
+__all__ = ["CommonObjective", "CompositeGroups", "dice_loss"]

@@ -1,0 +1,185 @@
+"""Composites, groups of images, and the objective that teaches the decoder what they have in common."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from small_models import small_model
+
+from macosnet_hf import DataError, InputError, MaCoSNetModel
+from macosnet_hf.datasets.composites import compose, object_boxes, pasted, side_by_side
+from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, dice_loss
+
+
+class Images:
+    """Images of three classes; each image holds a rectangle of its class's colour on noise."""
+
+    def __init__(self, size=96, per_class=5):
+        draw = np.random.default_rng(0)
+        self.size, self.names = size, [name for name in ("red", "green", "blue") for _ in range(per_class)]
+        self.pixels, self.masks = [], []
+        for name in self.names:
+            image = draw.integers(0, 60, (3, size, size), dtype=np.uint8)
+            top, left = draw.integers(10, size // 2, 2)
+            mask = np.zeros((size, size), bool)
+            mask[top : top + 30, left : left + 24] = True
+            image[["red", "green", "blue"].index(name)][mask] = 255
+            self.pixels.append(torch.from_numpy(image))
+            self.masks.append(torch.from_numpy(mask))
+        self.masks = torch.stack(self.masks)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.pixels[index]
+
+    def classes(self):
+        return {name: [k for k, other in enumerate(self.names) if other == name] for name in dict.fromkeys(self.names)}
+
+    def fingerprint(self):
+        return "coloured rectangles"
+
+
+def both_objects(count=12):
+    images = Images()
+    red, green = (torch.tensor([rows[k % 5] for k in range(count)]) for rows in list(images.classes().values())[:2])
+    pixels = torch.stack(images.pixels).float() / 255
+    return (pixels[red], images.masks[red].float()), (pixels[green], images.masks[green].float())
+
+
+@pytest.mark.parametrize("make", ["side", "paste", "both"])
+def test_a_mask_lies_on_its_object_and_on_nothing_else(make):
+    first, second = both_objects()
+    generator, backgrounds = torch.Generator().manual_seed(3), torch.zeros_like(first[0])
+    if make == "side":
+        made = side_by_side(first, second, generator)
+    else:
+        made = (pasted if make == "paste" else compose)(first, second, backgrounds, generator)
+    red, green = made.images[:, 0], made.images[:, 1]
+    for row in range(len(red)):
+        for mask, colour, other in ((made.first[row], red[row], green[row]), (made.second[row], green[row], red[row])):
+            sure = mask > 0.95
+            if not sure.any():  # the other object covers it, or the window shows none of it
+                continue
+            assert (colour - other)[sure].min() > 0.2, (make, row)
+        unmasked = (made.first[row] + made.second[row]) < 0.02
+        strong = (red[row] > 0.8) ^ (green[row] > 0.8)
+        assert float((strong & unmasked).sum()) < 0.02 * unmasked.numel()  # reflected borders may repeat a piece
+    assert float((made.first * made.second).max()) < 0.6
+
+
+def test_composites_follow_the_seed_alone():
+    first, second = both_objects(4)
+    again = [
+        compose(first, second, first[0].roll(1, 0), torch.Generator().manual_seed(seed)).images for seed in (1, 1, 2)
+    ]
+    assert torch.equal(again[0], again[1])
+    assert not torch.equal(again[0], again[2])
+
+
+def test_boxes_are_those_of_the_objects():
+    masks = torch.zeros(2, 11, 21)
+    masks[0, 3:6, 10:17] = 1
+    centre, half = object_boxes(masks)
+    # Columns 10 to 16 of 21 lie from 0 to 0.6, rows 3 to 5 of 11 from -0.4 to 0.
+    torch.testing.assert_close(centre[0], torch.tensor([0.3, -0.2]))
+    torch.testing.assert_close(half[0], torch.tensor([0.3, 0.2]))
+    torch.testing.assert_close(torch.stack((centre[1], half[1])), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_groups_are_of_one_class_but_for_the_odd_ones():
+    images = Images()
+    groups = CompositeGroups(images, images.masks, length=300, seed=4)
+    kinds = []
+    for number in range(len(groups)):
+        own, beside, common = groups.rows(number)
+        names = [images.names[row] for row in own]
+        kinds.append("".join("x" if belongs else "-" for belongs in common))
+        assert len({name for name, belongs in zip(names, common, strict=True) if belongs}) <= 1
+        assert all(images.names[a] != images.names[b] for a, b in zip(own, beside, strict=True))
+        assert groups.rows(number) == (own, beside, common)
+    shares = {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)}
+    assert set(shares) == {"xxxx", "xxx-", "----"}
+    assert 0.6 < shares["xxxx"] < 0.8
+    assert min(shares["xxx-"], shares["----"]) > 0.08
+    pixels, masks, common = groups[0]
+    assert pixels.shape == (8, 3, 96, 96)
+    assert masks.dtype == common.dtype == torch.bool
+
+
+def test_one_class_or_a_group_of_one_is_refused():
+    images = Images()
+    images.names = ["red"] * len(images.names)
+    with pytest.raises(DataError, match="two or more classes"):
+        CompositeGroups(images, images.masks)
+    with pytest.raises(InputError, match="two or more images"):
+        CompositeGroups(Images(), Images().masks, group_size=1)
+
+
+def test_dice_is_that_of_a_slow_reference():
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 20, 24, generator=draw)
+    labels = (torch.rand(3, 20, 24, generator=draw) < 0.4).float()
+    labels[2] = 0  # has no object and does not count
+    total = 0.0
+    for number in range(2):
+        p, m = logits[number].double().sigmoid(), labels[number].double()
+        both = sum(float(p[y, x] * m[y, x]) for y in range(20) for x in range(24))
+        total += 1 - (2 * both + 1) / (float(p.sum()) + float(m.sum()) + 1)
+    assert float(dice_loss(logits, labels)) == pytest.approx(total / 2, abs=1e-5)
+
+
+def small_common_model(**settings):
+    return small_model(MaCoSNetModel, decoder_inputs="common", decoder_input_width=16, **settings)
+
+
+def batch_of(groups, numbers):
+    return tuple(torch.stack(parts) for parts in zip(*(groups[number] for number in numbers), strict=True))
+
+
+def test_only_the_decoder_learns_and_it_learns_to_follow_the_partners():
+    images = Images()
+    model = small_common_model(decoder_rounds=2)
+    before = copy.deepcopy(model.state_dict())
+    objective = CommonObjective(model, [0.5] * 3, [0.5] * 3)
+    groups = CompositeGroups(images, images.masks, length=200)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-2)
+    objective.train()
+    generator, losses = torch.Generator().manual_seed(0), []
+    for step in range(30):
+        loss = objective(batch_of(groups, range(4 * step, 4 * step + 4)), generator)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    for name, value in model.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(value, before[name]), name
+
+
+def test_members_that_do_not_belong_are_taught_an_empty_mask():
+    images = Images()
+    objective = CommonObjective(small_common_model(), [0.5] * 3, [0.5] * 3)
+    groups = CompositeGroups(images, images.masks, length=100)
+    odd = next(number for number in range(100) if groups.rows(number)[2] == [True, True, True, False])
+    _, labels = objective.make_images(batch_of(groups, [odd, odd]), torch.Generator().manual_seed(0))
+    areas = labels.unflatten(0, (2, 4)).mean(dim=(2, 3))
+    assert areas[:, :3].min() > 0
+    assert areas[:, 3].max() == 0
+
+
+def test_every_member_has_a_partner_of_its_own_group_that_counts():
+    partners, present = CommonObjective._choose_partners(5, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert present.any(dim=1).all()
+    assert not present.all()
+    rows = torch.arange(20).unsqueeze(1)
+    assert torch.equal(partners // 4, (rows // 4).expand_as(partners))
+    assert (partners != rows).all()
+    assert all(len(set(row)) == 3 for row in partners.tolist())
+
+
+def test_the_paper_s_decoder_is_refused():
+    with pytest.raises(InputError, match="decoder_inputs"):
+        CommonObjective(small_model(MaCoSNetModel), [0.5] * 3, [0.5] * 3)
