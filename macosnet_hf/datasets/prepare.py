@@ -10,27 +10,23 @@ class, so PF-WILLOW's 450 pairs take little more room than its 100 images.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
+from ..io.output_folder import release_folder, start_folder
 from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .images import mask_from_image, open_image
-from .schema import IMAGE_COLUMNS, Record, check_record, features
+from .schema import IMAGE_COLUMNS, MEANINGS, Record, check_record, features
 
-if TYPE_CHECKING:
-    from filelock import FileLock
-
-MARKER = ".macosnet-partial"
+MARKER = ".macosnet-partial"  # in unfinished outputs of version 0.1
 CARD_MARK = "Prepared by `macosnet prepare "
 ROW_GROUP_BYTES = 48 * 2**20
 """Images and flows of one row group, decoded; what a reader of the stream holds at a time."""
@@ -44,15 +40,6 @@ _SORTED = ("pf-willow", "pf-pascal", "pairs")
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _is_own_output(folder: Path) -> bool:
-    """Whether [`prepare`] made everything that is in the folder, so that it may be replaced."""
-    if not is_prepared(folder) or {path.name for path in folder.iterdir()} - {MARKER} != {"README.md", "data"}:
-        return False
-    if any(path.suffix != ".parquet" for path in (folder / "data").iterdir()):
-        return False
-    return CARD_MARK in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
 
 
 def open_records(
@@ -202,9 +189,10 @@ def prepare(
     """
     entry = get_benchmark(benchmark)
     problems = problems if problems is not None else Problems()
-    folder, partial = Path(output), _partial(output)
-    if folder.exists() and not (overwrite and _is_own_output(folder)):
-        own = _is_own_output(folder)
+    folder = Path(os.path.abspath(output))
+    partial, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
+    if folder.exists() and not (overwrite and _is_complete_output(folder)):
+        own = _is_complete_output(folder)
         state = "exists already" if own or folder.is_file() else "exists and holds what was not made by prepare"
         raise OutputError(f"{folder} {state}; choose another name{' or --overwrite' if own else ''}.")
     chosen = list(dict.fromkeys(splits)) if splits is not None else available_splits(benchmark, source)
@@ -212,10 +200,13 @@ def prepare(
         raise DataError(f"{source}: no split of {entry.title} was found.")
     if benchmark in ("coseg", "pairs") and len(chosen) > 1:
         raise InputError(f"{entry.title} has no splits of its own, so only one can be made of it at a time.")
-    lock = _start(partial, _replaced(folder))
+    held = start_folder(partial, _holds_output, f"this output ({folder})")
     root = _data_root(Path(source))
+    counts = {}
     try:
-        counts = {}
+        if replaced.is_dir() and _holds_output(replaced):
+            shutil.rmtree(replaced)
+        (partial / "data").mkdir()
         for split in chosen:
             records, _ = open_records(benchmark, source, split, pairs=pairs, problems=problems)
             counts[split] = _write_split(
@@ -225,85 +216,37 @@ def prepare(
                 raise DataError(f"{source}: no valid record is left in the split {split!r}.")
         card = data_card(entry, counts, problems, _digest(partial / "data"))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        (partial / MARKER).unlink(missing_ok=True)
-        _put_in_place(partial, folder)
+        _put_in_place(partial, folder, replaced)
     except OSError as error:
-        _discard_quietly(partial)
         raise OutputError(f"{folder} cannot be written: {error}.") from error
-    except BaseException:
-        _discard_quietly(partial)
-        raise
     finally:
-        lock.release()
+        shutil.rmtree(partial, ignore_errors=True)
+        release_folder(held)
     return counts
 
 
-def _partial(output: str | os.PathLike[str]) -> Path:
-    folder = Path(os.path.abspath(output))
-    return folder.with_name(f".{folder.name}.partial")
+def _holds_output(folder: Path) -> bool:
+    """Whether a folder holds nothing but what [`prepare`] writes, complete or not, so that it may be removed."""
+    if {path.name for path in folder.iterdir()} - {"README.md", "data", MARKER}:
+        return False
+    data = folder / "data"
+    return not data.exists() or (data.is_dir() and all(path.suffix == ".parquet" for path in data.iterdir()))
 
 
-def _replaced(folder: Path) -> Path:
-    """Where an older output stands for the moment in which the new one takes its name."""
-    return folder.with_name(f".{folder.name}.replaced")
+def _is_complete_output(folder: Path) -> bool:
+    """Whether [`prepare`] made the folder, as a whole."""
+    if not is_prepared(folder) or not _holds_output(folder):
+        return False
+    return CARD_MARK in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
+def _put_in_place(partial: Path, folder: Path, replaced: Path) -> None:
     """Gives the finished folder its name. An older output goes as a whole first: were it removed under its name, a
     kill would leave some of its shards there, which `datasets` would load as if they were all."""
-    old = _replaced(folder)
     if folder.exists():
-        (folder / MARKER).touch()  # it is ours, and may be removed
-        os.replace(folder, old)
+        os.replace(folder, replaced)
     os.replace(partial, folder)
-    if old.exists():
-        _discard(old)
-
-
-def _discard(folder: Path) -> None:
-    """Removes a folder of ours. The marker goes last, so that a removal that is cut off can be told and repeated."""
-    marker = folder / MARKER
-    marker.touch()
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARKER:
-            path.unlink()
-    marker.unlink()
-    folder.rmdir()
-
-
-def _discard_quietly(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        _discard(folder)
-
-
-def _start(partial: Path, old: Path) -> FileLock:
-    """Makes the partial folder; the rest of a run that was cut off is removed. The marker stays locked while a run is
-    alive (the system unlocks it when the run dies), so that two runs never write into one folder."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(partial / MARKER)
-    try:
-        if partial.exists():
-            # Without the marker it is complete, or empty: the run was cut off between the last file and the renaming,
-            # or before the first file.
-            ours = (partial / MARKER).is_file() or is_prepared(partial) or not any(partial.iterdir())
-            if not ours:
-                raise OutputError(f"{partial} is in the way; remove it.")
-            with FileLock(partial / MARKER).acquire(timeout=0):
-                _discard(partial)
-        if (old / MARKER).is_file() or (old.is_dir() and not any(old.iterdir())):
-            _discard(old)
-        partial.mkdir(parents=True)
-        # The marker is the first file: whatever bears it is ours, unfinished, and may be removed.
-        lock.acquire(timeout=0)
-        (partial / "data").mkdir()
-    except (Timeout, FileExistsError) as error:
-        raise OutputError(f"Another run is writing this output just now ({partial}).") from error
-    except OSError as error:
-        raise OutputError(f"The folder {partial.parent} cannot be written to: {error}.") from error
-    return lock
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _data_root(source: Path) -> str:
@@ -358,6 +301,22 @@ def _record_bytes(record: Record) -> int:
     return images + (4 * len(record["flow"]) if record["flow"] is not None else 0) + 256
 
 
+def _row_groups(records: Iterable[Record], limit: int) -> Iterator[list[Record]]:
+    """Records in groups of about `limit` bytes."""
+    rows: list[Record] = []
+    size = 0
+    for record in records:
+        images = sum(len(record[column]["bytes"]) for column in IMAGE_COLUMNS if record[column] is not None)
+        flow = None if record["flow"] is None else np.asarray(record["flow"], np.float32)
+        rows.append({**record, "flow": flow})
+        size += images + (0 if flow is None else flow.nbytes) + 256
+        if size >= limit:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
 def _write_split(
     records: Iterable[Record],
     folder: Path,
@@ -366,53 +325,34 @@ def _write_split(
     row_group_bytes: int,
     progress: Callable[[int], None] | None,
 ) -> int:
+    """Writes the shards of a split; returns the number of records."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    declared = features()
-    schema = declared.arrow_schema
+    schema = features().arrow_schema
     writer: pq.ParquetWriter | None = None
     shards: list[Path] = []
     count = 0
-    waiting: list[Record] = []
-    waiting_bytes = 0
-
-    def flush() -> None:
-        nonlocal writer, waiting, waiting_bytes
-        if not waiting:
-            return
-        if writer is None:
-            shards.append(folder / f"{split}-{len(shards):05d}.parquet")
-            writer = pq.ParquetWriter(
-                shards[-1],
-                schema,
-                compression="zstd",
-                use_dictionary=True,
-                # Above this size Parquet gives the dictionary up and repeats every image in full.
-                dictionary_pagesize_limit=2 * row_group_bytes,
-                write_page_index=True,
-            )
-        columns = {
-            name: pa.array([row[name] for row in waiting], type=schema.field(name).type) for name in schema.names
-        }
-        writer.write_table(pa.table(columns, schema=schema))
-        waiting, waiting_bytes = [], 0
-        if shards[-1].stat().st_size >= shard_bytes:
-            writer.close()
-            writer = None
-
     try:
-        for record in records:
-            waiting.append(
-                {**record, "flow": None if record["flow"] is None else np.asarray(record["flow"], np.float32)}
-            )
-            waiting_bytes += _record_bytes(record)
-            count += 1
-            if waiting_bytes >= row_group_bytes:
-                flush()
+        for rows in _row_groups(records, row_group_bytes):
+            if writer is None:
+                shards.append(folder / f"{split}-{len(shards):05d}.parquet")
+                writer = pq.ParquetWriter(
+                    shards[-1],
+                    schema,
+                    compression="zstd",
+                    use_dictionary=True,
+                    # Above this size Parquet gives the dictionary up and repeats every image in full.
+                    dictionary_pagesize_limit=2 * row_group_bytes,
+                    write_page_index=True,
+                )
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+            if shards[-1].stat().st_size >= shard_bytes:
+                writer.close()
+                writer = None
             if progress is not None:
-                progress(1)
-        flush()
+                progress(len(rows))
     finally:
         if writer is not None:
             writer.close()
@@ -437,59 +377,33 @@ def data_card(entry: Benchmark, counts: dict[str, int], problems: Problems, dige
     `datasets` keeps what it has loaded under a key made of the folder's name and the card's settings, not of the files:
     without the digest, another data set in a folder of the same name would come back as the old one.
     """
-    tasks = ["image-segmentation"] if entry.kind == "images" else ["keypoint-detection"]
-    configs = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in counts)
+    from huggingface_hub import DatasetCardData
+
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in counts]
+    settings = DatasetCardData(
+        pretty_name=entry.title,
+        license=entry.licence,
+        task_categories=["image-segmentation" if entry.kind == "images" else "keypoint-detection"],
+        tags=["semantic-correspondence", "object-co-segmentation", "macosnet"],
+        configs=[{"config_name": "default", "description": f"content {digest}", "data_files": files}],
+    )
+    # A message begins with the file, or the record, that was left out; folders of this machine are not published.
+    left_out = [os.path.basename(message.split(",")[0].split(":")[0]) for message in problems.messages]
     lines = [
-        "---",
-        f"pretty_name: {json.dumps(entry.title)}",
-        f"license: {entry.licence}",
-        "task_categories:",
-        *(f"- {task}" for task in tasks),
-        "tags:",
-        "- semantic-correspondence",
-        "- object-co-segmentation",
-        "- macosnet",
-        "configs:",
-        "- config_name: default",
-        f"  description: content {digest}",
-        "  data_files:",
-        configs,
-        "---",
-        "",
-        f"# {entry.title}",
-        "",
+        f"---\n{settings.to_yaml()}\n---\n",
+        f"# {entry.title}\n",
         f"{CARD_MARK}{entry.name}` with the images' original bytes inside.",
-        "The terms of the original archive hold; check them before sharing this data set.",
-        "",
-    ]
-    if entry.homepage:
-        lines += [f"Original archive: {entry.homepage}", ""]
-    lines += ["| split | records |", "|---|---|", *(f"| {split} | {count} |" for split, count in counts.items()), ""]
-    if problems.messages:
-        lines += [f"Left out as invalid ({len(problems.messages)}):", ""]
-        lines += [f"- {os.path.basename(message.split(',')[0].split(':')[0])}" for message in problems.messages] + [""]
-    lines += [
-        "## Columns",
-        "",
+        "The terms of the original archive hold; check them before sharing this data set.\n",
+        f"Original archive: {entry.homepage}\n" if entry.homepage else "",
+        "| split | records |\n|---|---|",
+        *(f"| {split} | {count} |" for split, count in counts.items()),
+        *([f"\nLeft out as invalid ({len(left_out)}):\n", *(f"- {name}" for name in left_out)] if left_out else []),
+        "\n## Columns\n",
         "Coordinates are (x, y) in pixels of the image, 0 the centre of the first pixel; boxes are [x0, y0, x1, y1].",
-        "",
-        "| column | meaning |",
-        "|---|---|",
-        "| `id`, `split`, `class_name` | identity and class (the group, for TSS) |",
-        "| `source_image`, `target_image` | the images; a single image has no target |",
-        "| `source_id`, `target_id` | equal ids mean the same image |",
-        "| `source_keypoints`, `target_keypoints` | row i of both correspond; `keypoint_ids` names the part |",
-        "| `source_box`, `target_box` | annotated boxes |",
-        "| `source_mask`, `target_mask` | object masks of the images' own size; object is what is not zero, in "
-        "grey images that use the upper half of the range what is 128 and more |",
-        "| `mirror_source` | mirror the source left-right before matching; annotations are not mirrored |",
-        "| `flip_both` | training: mirror both images |",
-        "| `flow`, `flow_size` | (dx, dy) of each target pixel to its place in the source, row by row, [h, w]; "
-        "1e9 and more is invalid |",
-        "| `difficulty` | viewpoint, scale, truncation, occlusion, mirror |",
-        "",
-        "## Citation",
-        "",
+        "Absent values are null.\n",
+        "| column | meaning |\n|---|---|",
+        *(f"| `{name}` | {meaning} |" for name, meaning in MEANINGS.items()),
+        "\n## Citation\n",
+        f"```bibtex\n{entry.citation}\n```\n" if entry.citation else "Not stated by the archive.\n",
     ]
-    lines += ["```bibtex", entry.citation, "```", ""] if entry.citation else ["Not stated by the archive.", ""]
     return "\n".join(lines)

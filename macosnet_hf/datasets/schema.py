@@ -1,26 +1,8 @@
 """The one record that every data set of this project becomes, and the checks that a record must pass.
 
-A record is a *pair* (both `source_*` and `target_*` filled) or a *single image* (`target_image` is `None`). Columns:
-
-* `id` (string): unique in its split.
-* `split` (string): `train`, `validation` or `test`.
-* `class_name` (string): object class; for TSS the group (FG3DCar, JODS, PASCAL), by which the paper reports.
-* `source_id`, `target_id` (string): id of each image; equal ids mean the same image.
-* `source_image`, `target_image` (image): the image as in the original archive, bytes unchanged.
-* `source_keypoints`, `target_keypoints` (list of [x, y]): in pixels of the original image, 0 is the centre of the
-  first pixel; row i of both correspond; there is no padding.
-* `keypoint_ids` (list of int): which part each keypoint is, where the data set says so.
-* `source_box`, `target_box` ([x0, y0, x1, y1]): annotated box in pixels, where the data set has one.
-* `source_mask`, `target_mask` (image): object mask of the image's own size; see [`mask_from_image`].
-* `mirror_source` (bool): the source has to be mirrored left-right before matching (TSS `flip_gt.txt`); the annotations
-  are
-  *not* mirrored.
-* `flip_both` (bool): training only: mirror both images (the `flip` column of PF-PASCAL's training list).
-* `flow` (list of float), `flow_size` ([h, w]): for each pixel of the target, row by row, (dx, dy) in pixels to its
-  place in the source; invalid is >= 1e9 or not finite.
-* `difficulty` (struct of int): SPair-71k's `viewpoint`, `scale`, `truncation`, `occlusion`, `mirror`.
-
-Absent values are `None`. Images in a record are `{"path": ..., "bytes": ...}`, the undecoded form of
+A record is a *pair* (both `source_*` and `target_*` filled) or a *single image* (`target_image` is `None`); `_COLUMNS`
+says what each column means. Coordinates are (x, y) in pixels of the original image, 0 is the centre of the first pixel;
+boxes are [x0, y0, x1, y1]. Absent values are `None`. Images are `{"path": ..., "bytes": ...}`, the undecoded form of
 `datasets.Image`.
 """
 
@@ -38,29 +20,30 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-_KINDS = {
-    "id": "string",
-    "split": "string",
-    "class_name": "string",
-    "source_id": "string",
-    "target_id": "string",
-    "source_image": "image",
-    "target_image": "image",
-    "source_keypoints": "points",
-    "target_keypoints": "points",
-    "keypoint_ids": "integers",
-    "source_box": "box",
-    "target_box": "box",
-    "source_mask": "image",
-    "target_mask": "image",
-    "mirror_source": "flag",
-    "flip_both": "flag",
-    "flow": "flow",
-    "flow_size": "integers",
-    "difficulty": "levels",
+_COLUMNS = {
+    "id": ("string", "unique in its split"),
+    "split": ("string", "`train`, `validation` or `test`"),
+    "class_name": ("string", "object class; for TSS the group, by which the paper reports"),
+    "source_id": ("string", "id of the source's image; equal ids mean the same image"),
+    "target_id": ("string", "id of the target's image"),
+    "source_image": ("image", "the image as in the original archive, bytes unchanged"),
+    "target_image": ("image", "the other image of a pair; a single image has none"),
+    "source_keypoints": ("points", "(x, y) of each keypoint; there is no padding"),
+    "target_keypoints": ("points", "row i corresponds to row i of the source"),
+    "keypoint_ids": ("integers", "which part each keypoint is, where the data set says so"),
+    "source_box": ("box", "annotated box, where the data set has one"),
+    "target_box": ("box", "the same of the target"),
+    "source_mask": ("image", "object mask of the image's own size, see docs/data.md"),
+    "target_mask": ("image", "the same of the target"),
+    "mirror_source": ("flag", "mirror the source left-right before matching; the annotations are not mirrored"),
+    "flip_both": ("flag", "training only: mirror both images"),
+    "flow": ("flow", "for each target pixel, row by row, (dx, dy) to its place in the source; 1e9 and more is invalid"),
+    "flow_size": ("integers", "[height, width] of the flow"),
+    "difficulty": ("levels", "SPair-71k's viewpoint, scale, truncation, occlusion, mirror"),
 }
-COLUMNS = tuple(_KINDS)
-IMAGE_COLUMNS = tuple(name for name, kind in _KINDS.items() if kind == "image")
+COLUMNS = tuple(_COLUMNS)
+MEANINGS = {name: meaning for name, (_, meaning) in _COLUMNS.items()}
+IMAGE_COLUMNS = tuple(name for name, (kind, _) in _COLUMNS.items() if kind == "image")
 DIFFICULTIES = ("viewpoint", "scale", "truncation", "occlusion", "mirror")
 
 INVALID_FLOW = 1e9
@@ -68,7 +51,7 @@ INVALID_FLOW = 1e9
 
 
 def features() -> Features:
-    """The declared `datasets.Features` of every data set here (see the module's table)."""
+    """The declared `datasets.Features` of every data set here (see `_COLUMNS`)."""
     from datasets import Features, Image, List, Value
 
     types = {
@@ -81,7 +64,7 @@ def features() -> Features:
         "flow": List(Value("float32")),
         "levels": {name: Value("int8") for name in DIFFICULTIES},
     }
-    return Features({name: types[kind] for name, kind in _KINDS.items()})
+    return Features({name: types[kind] for name, (kind, _) in _COLUMNS.items()})
 
 
 def make_record(where: str, **values: Any) -> Record:

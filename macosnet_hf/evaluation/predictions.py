@@ -19,7 +19,7 @@ import numpy as np
 
 from ..datasets.schema import Record
 from ..errors import DataError, InputError, OutputError
-from ..io.output_folder import hold_folder, release_folder
+from ..io.output_folder import release_folder, start_folder
 from .predictors import Prediction
 
 FORMAT = 2
@@ -121,20 +121,12 @@ def start_predictions(folder: str | os.PathLike[str]) -> None:
         raise OutputError(
             f"{folder} exists and is not a complete set of predictions; remove it or choose another name."
         )
-    try:
-        if partial.is_dir():
-            strange = [path.name for path in partial.iterdir() if not path.name.startswith("samples-")]
-            if [name for name in strange if name != "manifest.json"]:
-                raise OutputError(f"{partial} holds other files than predictions; remove it or choose another name.")
-            held = hold_folder(partial)
-            shutil.rmtree(partial)
-            release_folder(held)
-        partial.mkdir(parents=True)
-        _held[os.path.abspath(partial)] = hold_folder(partial)
-    except BlockingIOError as error:
-        raise OutputError(f"Another run is writing the predictions {folder} just now; choose another name.") from error
-    except OSError as error:
-        raise OutputError(f"The folder {partial} cannot be made: {error}.") from error
+    held = start_folder(partial, _holds_predictions, f"the predictions {folder}")
+    _held[os.path.abspath(partial)] = held
+
+
+def _holds_predictions(partial: Path) -> bool:
+    return all(path.name.startswith("samples-") or path.name == "manifest.json" for path in partial.iterdir())
 
 
 def abandon_predictions(folder: str | os.PathLike[str]) -> None:

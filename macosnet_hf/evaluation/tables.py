@@ -15,27 +15,9 @@ from .scoring import Evaluation, Tally
 OVERALL = "all"
 
 _TABLE_4 = (
-    83.4,
-    87.4,
-    85.3,
-    72.2,
-    76.6,
-    94.6,
-    94.7,
-    86.6,
-    54.9,
-    89.6,
-    52.6,
-    80.2,
-    70.6,
-    79.2,
-    73.3,
-    70.5,
-    100.0,
-    63.0,
-    66.3,
+    83.4, 87.4, 85.3, 72.2, 76.6, 94.6, 94.7, 86.6, 54.9, 89.6, 52.6, 80.2, 70.6, 79.2, 73.3, 70.5, 100.0, 63.0, 66.3,
     64.4,
-)
+)  # fmt: skip
 
 PAPER: dict[str, dict[str, dict[str, float]]] = {
     # Table 5
@@ -122,6 +104,7 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
             if column.metric in paper:
                 row.append(_figure(paper[column.metric].get(class_name)))
         rows.append(row)
+    # `tabulate` would pad every column by two more unless a constant of its module were changed.
     widths = [max(len(row[index]) for row in rows) for index in range(len(header))]
     lines = [_line(rows[0], widths), "|" + "|".join(_rule(index, width) for index, width in enumerate(widths)) + "|"]
     lines += [_line(row, widths) for row in rows[1:]]

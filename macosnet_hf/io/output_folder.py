@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -132,6 +132,36 @@ def release_folder(held: int | None) -> None:
     if held is not None:
         _held_here.pop(held, None)
         os.close(held)
+
+
+def start_folder(folder: Path, ours: Callable[[Path], bool], what: str) -> int | None:
+    """Makes an empty folder for results that get their name when they are complete, and marks it as [`hold_folder`]
+    does. What a killed run left under its name is removed.
+
+    Args:
+        folder: its temporary name, the same in every run.
+        ours: whether an older folder of that name is the rest of a run, and nothing else.
+        what: the results, for the error's text.
+
+    Returns:
+        what [`release_folder`] takes.
+
+    Raises:
+        OutputError: if another process is writing it, something else has its name, or it cannot be made.
+    """
+    try:
+        if folder.is_dir():
+            if not ours(folder):
+                raise OutputError(f"{folder} is in the way, with files of another kind; remove it.")
+            held = hold_folder(folder)
+            shutil.rmtree(folder)
+            release_folder(held)
+        folder.mkdir(parents=True)
+        return hold_folder(folder)
+    except (BlockingIOError, FileExistsError) as error:
+        raise OutputError(f"Another run is writing {what} just now; choose another name.") from error
+    except OSError as error:
+        raise OutputError(f"The folder {folder} cannot be made ({_reason(error)}).") from error
 
 
 @contextlib.contextmanager
