@@ -22,7 +22,7 @@ from .common_object import object_weights
 from .errors import InputError
 from .mask_sharing import NetworkMasks, drop_small_components, propagate_refined, refine_masks, similar_cells
 from .matching import correlate
-from .refinement import REFINEMENT_METHODS
+from .refinement import check_method
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
@@ -112,7 +112,7 @@ class Collection:
     >>> collection = Collection(model, processor)
     >>> collection.add(images)
     >>> result = collection.segment()           # masks
-    >>> matches = match_collection(collection)  # transforms of all pairs, see `collection_transforms.py`
+    >>> matches = match_collection(collection)  # transforms of all pairs
     ```
 
     Args:
@@ -220,12 +220,7 @@ class Collection:
         Raises:
             InputError: for fewer than two images, no partner, or an unknown refinement.
         """
-        if len(self) < 2:
-            raise InputError("Co-segmentation needs two or more images.")
-        if partners < 1:
-            raise InputError(f"partners must be at least 1, not {partners}.")
-        if refine not in REFINEMENT_METHODS:
-            raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+        check_options(len(self), partners, refine)
         steps = 1 if refine == "none" else 2 + second_pass
 
         def report(step: int, done: int) -> None:
@@ -269,16 +264,13 @@ class Collection:
         return masks, chosen, similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
 
     def _cropped(self, boxes: Sequence[Box | None], progress: Callable[[], None]) -> Collection:
-        """The same images, cropped where there is a box; `progress` is called after each crop."""
-        both = self.subset(range(len(self)))
-        both._skip_bytes = 0  # the crops may hold as many maps as the images do
+        """The same images, cropped where there is a box; whole ones are not encoded again."""
+        cropped = self.subset([])
+        cropped._skip_bytes = 0  # the crops may hold as many maps as the images do
         side = self.model.config.image_size
-        numbers = list(range(len(self)))
-        rows = [number for number in numbers if boxes[number] is not None]
-        crops = [crop_to_box(self.images[number], boxes[number], side) for number in rows]
-        for row, number in zip(rows, both.add(crops, progress=lambda *_: progress()), strict=True):
-            numbers[row] = number
-        return both.subset(numbers)
+        crops = [crop_to_box(image, box, side) for image, box in zip(self.images, boxes, strict=True)]
+        cropped.add(crops, progress=lambda *_: progress())
+        return cropped
 
     def _decoded_masks(self, chosen: Sequence[Sequence[int]], progress: Callable[[int], None] | None) -> Tensor:
         """The decoder's soft masks `(N, S, S)` of all images, each given its partners."""
@@ -374,13 +366,19 @@ def segment_collection(
     Raises:
         InputError: for fewer than two images, or options that cannot be used.
     """
-    if len(images) < 2:
-        raise InputError("Co-segmentation needs two or more images.")
-    if partners < 1:
-        raise InputError(f"partners must be at least 1, not {partners}.")
+    check_options(len(images), partners, refine)
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
     collection.add(images)
     return collection.segment(partners=partners, refine=refine, second_pass=second_pass, progress=progress)
+
+
+def check_options(count: int, partners: int = 2, refine: str = "none") -> None:
+    """Raises `InputError` for fewer than two images, no partner, or an unknown refinement."""
+    if count < 2:
+        raise InputError("Co-segmentation needs two or more images.")
+    if not isinstance(partners, int) or partners < 1:
+        raise InputError(f"partners must be a whole number of at least 1; got {partners!r}.")
+    check_method(refine)
 
 
 def crop_to_objects(

@@ -56,11 +56,6 @@ def _as_stencil(mask: Any, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.where(array, np.uint8(255), np.uint8(0)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Matches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def draw_matches(
     source: ImageLike,
     target: ImageLike,
@@ -210,11 +205,6 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
             for size, fill in ((radius * 1.55, (0, 0, 0)), (radius * 1.3, (255, 255, 255)), (radius, color)):
                 draw.ellipse((x - size, y - size, x + size, y + size), fill=(*fill, 255))
     return Image.alpha_composite(canvas.convert("RGBA"), layer.reduce(k)).convert("RGB")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def overlay_mask(

@@ -21,7 +21,7 @@ from .drawing import draw_matches
 from .errors import ImageError, InputError
 from .geometry import apply_cascade, denormalize_points, normalize_points
 from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb
-from .refinement import REFINEMENT_METHODS, refine_mask
+from .refinement import check_method, refine_mask
 
 _VIEWS = (2, 3)  # pairs and triplets
 _POINTS_PER_CHUNK = 1 << 16  # bounds the memory of the spline, some 200 bytes a point
@@ -79,10 +79,6 @@ class MaCoSNetImageProcessor(PilBackend):
         side = MaCoSNetConfig.from_preset(name).image_size
         imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         return cls(size={"height": side, "width": side}, **(imagenet if name in ("paper", "vgg16") else {}))
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Before the network
-    # -----------------------------------------------------------------------------------------------------------------
 
     def preprocess(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Pairs or triplets of images to `pixel_values` `(B, V, 3, H, W)`, float32, V = 2 or 3.
@@ -207,10 +203,6 @@ class MaCoSNetImageProcessor(PilBackend):
         resized = [np.asarray(Image.fromarray(channel).resize((width, height), resample)) for channel in channels]
         return np.stack(resized, axis=-1)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # After the network
-    # -----------------------------------------------------------------------------------------------------------------
-
     def post_process_keypoint_matching(
         self, outputs: Any, target_sizes: Any, threshold: float = 0.0
     ) -> list[dict[str, Tensor]]:
@@ -277,8 +269,7 @@ class MaCoSNetImageProcessor(PilBackend):
         Raises:
             InputError: sizes or images that do not fit, or a refinement without images.
         """
-        if refine not in REFINEMENT_METHODS:
-            raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+        check_method(refine)
         soft = self.post_process_soft_masks(outputs, target_sizes, images)
         if refine == "none":
             return [[mask >= threshold for mask in pair] for pair in soft]
@@ -404,11 +395,6 @@ class MaCoSNetImageProcessor(PilBackend):
         return np.clip(np.round(processed), 0, 255).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images in
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.Image:
     """The upright RGB image at a path or URL, in base64, or of a PIL image, by transformers' `load_image`.
 
@@ -515,11 +501,6 @@ def _on_three_channels(array: np.ndarray) -> np.ndarray:
         alpha = array[:, :, 3:] / white
         return array[:, :, :3] * alpha + white * (1 - alpha)
     return array
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Outputs
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _field(outputs: Any, name: str) -> Tensor:

@@ -16,10 +16,9 @@ from PIL import Image
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
-from .collection import hard_mask, segment_collection
+from .collection import check_options, hard_mask, segment_collection
 from .errors import InputError
 from .image_processing_macosnet import read_image
-from .refinement import REFINEMENT_METHODS
 
 
 class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
@@ -129,13 +128,7 @@ class MaCoSNetCosegmentationPipeline(Pipeline):
         for images in collections:
             if not _is_list(images) or not all(map(_is_image, images)):
                 raise InputError("Co-segmentation takes a list of images: paths, URLs or PIL images.")
-            if len(images) < 2:
-                raise InputError("Co-segmentation needs two or more images.")
-        partners, refine = kwargs.get("partners"), kwargs.get("refine")
-        if partners is not None and (not isinstance(partners, int) or partners < 1):
-            raise InputError(f"partners must be a whole number from 1; got {partners!r}.")
-        if refine is not None and refine not in REFINEMENT_METHODS:  # before the network runs
-            raise InputError(f"Unknown refinement {refine!r}; choose one of {', '.join(REFINEMENT_METHODS)}.")
+            check_options(len(images), **_given(partners=kwargs.get("partners"), refine=kwargs.get("refine")))
         # A collection's images go through the network one after another, whatever their number.
         results = super().__call__(collections, **{**kwargs, "batch_size": 1})
         return results if several else results[0]

@@ -31,6 +31,12 @@ _MIN_CONTRAST = 0.1
 _MIN_REMAINING_AREA = 0.1  # share of the first guess; GrabCut's answer is refused where it has less
 
 
+def check_method(method: str) -> None:
+    """Raises `InputError` for a method that is not in `REFINEMENT_METHODS`."""
+    if method not in REFINEMENT_METHODS:
+        raise InputError(f"Unknown refinement {method!r}; choose one of {', '.join(REFINEMENT_METHODS)}.")
+
+
 def refine_mask(
     image: Any,
     probability: Any,
@@ -76,8 +82,7 @@ def refine_mask(
         InputError: wrong shapes or types, values that are not finite or not in [0, 1], an unknown method, or "crf"
             without its package.
     """
-    if method not in REFINEMENT_METHODS:
-        raise InputError(f"Unknown refinement '{method}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+    check_method(method)
     rgb = _as_rgb_array(image)
     soft = _as_probability(probability, rgb.shape[:2])
     if method == "none":
@@ -92,11 +97,6 @@ def refine_mask(
     if refined is None:
         return soft >= threshold
     return _smooth_upsample(refined, *soft.shape) >= 0.5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Input
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _as_rgb_array(image: Any) -> np.ndarray:
@@ -133,11 +133,6 @@ def _at_working_size(rgb: np.ndarray, soft: np.ndarray, working_size: int) -> tu
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # The mean over each pixel's area, for image and mask, keeps the two aligned.
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), cv2.resize(soft, size, interpolation=cv2.INTER_AREA)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float | None:
@@ -266,11 +261,6 @@ def _pydensecrf() -> Any:
             "The refinement 'crf' needs a package that is not installed: pip install macosnet-hf[crf]."
         ) from error
     return pydensecrf.densecrf
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Back to full size
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _smooth_upsample(small: np.ndarray, height: int, width: int) -> np.ndarray:

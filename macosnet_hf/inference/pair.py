@@ -20,7 +20,7 @@ from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
 from ..mask_sharing import NetworkMasks, reduce_for_refinement, similar_cells
-from ..refinement import REFINEMENT_METHODS
+from ..refinement import check_method
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -432,8 +432,7 @@ def _second_pass(
 
 
 def _check_options(refine: str, threshold: float) -> None:
-    if refine not in REFINEMENT_METHODS:
-        raise InputError(f"Unknown refinement '{refine}'; choose one of {', '.join(REFINEMENT_METHODS)}.")
+    check_method(refine)
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold must lie between 0 and 1; got {threshold}.")
 
