@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from macosnet_hf.commands.evaluate import add_arguments, check_outputs, choose, evaluate_share, make_predictor, report
+from macosnet_hf.commands.evaluate import EvaluationJob, add_arguments
 from macosnet_hf.errors import MaCoSNetError
 
 
@@ -29,24 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accelerator = Accelerator(cpu=args.device == "cpu")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     failure: MaCoSNetError | None = None
-    result = predictor = None
+    result = None
     try:
-        check_outputs(args)
-        protocol, options = choose(args)
-        predictor = make_predictor(args, protocol, accelerator.device)
+        job = EvaluationJob(args)
+        job.load(accelerator.device)
     except MaCoSNetError as error:
         failure = error
     if not _anyone(failure):
         try:
-            result = evaluate_share(
-                args,
-                protocol,
-                options,
-                predictor,
-                rank=rank,
-                world_size=world_size,
-                barrier=accelerator.wait_for_everyone,
-            )
+            result = job.evaluate(rank=rank, world_size=world_size, barrier=accelerator.wait_for_everyone)
         except MaCoSNetError as error:
             failure = error
     # A process that failed must not leave the others waiting: all of them meet here, whatever happened.
@@ -62,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _, other in results[1:]:
             total.merge(other)
         try:
-            report(args, protocol, options, predictor, total, time.monotonic() - start)
+            job.report(total, time.monotonic() - start)
         except MaCoSNetError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2

@@ -54,3 +54,9 @@ def progress_bar() -> Iterator[Progress]:
             bar.set_description_str(text)
 
         yield show
+
+
+def print_left_out(messages: list[str]) -> None:
+    """Prints what `--skip-invalid` left out, on standard error."""
+    if messages:
+        print("\n  ".join([f"{len(messages)} left out:", *messages]), file=sys.stderr)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from ..datasets import BENCHMARK_NAMES
+from ..datasets.benchmarks import BENCHMARKS
+from .arguments import print_left_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet prepare`."""
     parser.description = "Turn a benchmark's original archive into Parquet that `datasets.load_dataset` reads."
     parser.add_argument(
-        "benchmark", choices=BENCHMARK_NAMES, help="layout of the archive; coseg is class folders of images"
+        "benchmark", choices=tuple(BENCHMARKS), help="layout of the archive; coseg is class folders of images"
     )
     parser.add_argument("source", help="folder of the original archive")
     parser.add_argument("output", help="folder to make")
@@ -52,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for split, count in counts.items():
         print(f"{split}: {count} records")
-    if problems.messages:
-        print(f"{len(problems.messages)} left out:", file=sys.stderr)
-        for message in problems.messages:
-            print(f"  {message}", file=sys.stderr)
+    print_left_out(problems.messages)
     if args.push_to_hub:
         print(push("dataset", args.output, args.push_to_hub, private=args.private))
     return 0

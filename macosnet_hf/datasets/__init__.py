@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from .schema import flow_array as flow_array
     from .schema import keypoint_array as keypoint_array
 
-BENCHMARK_NAMES = ("pf-willow", "pf-pascal", "spair-71k", "tss", "internet", "coseg", "pairs")
-"""The keys of `BENCHMARKS`, for command lines, which do not import the readers before they have read their words."""
-
 _MODULES = {
     "benchmarks": ("BENCHMARKS", "Problems", "iter_records"),
     "images": ("mask_from_image", "open_image"),

@@ -67,27 +67,41 @@ def open_records(
         InputError: if `data` is neither a folder nor a Hub id.
     """
     problems = problems if problems is not None else Problems()
-    if data is None:
-        if pairs is None:
-            raise InputError("Either a data folder or a list of pairs is needed.")
-        data = Path(pairs).parent
-    folder = Path(data)
-    if folder.is_file() and folder.suffix.lower() == ".csv" and benchmark == "pairs":
-        data, pairs, folder = folder.parent, folder, folder.parent
+    source, pairs = locate(benchmark, data, pairs)
+    if isinstance(source, str) or is_prepared(source):
+        return stream_prepared(str(source), benchmark, split, problems), None
+    found = iter_records(benchmark, source, split, problems=problems, pairs=pairs)
+    if benchmark == "tss":
+        return found, None
+    records = list(found)
+    if benchmark in _SORTED:
+        records.sort(key=lambda record: record["class_name"])
+    return records, len(records)
+
+
+def locate(
+    benchmark: str, data: str | os.PathLike[str] | None, pairs: str | os.PathLike[str] | None
+) -> tuple[Path | str, str | os.PathLike[str] | None]:
+    """The folder, or the Hub id, that is meant, and the list of pairs; looks no further than whether they are there.
+
+    Raises:
+        DataError: if `data` is neither a folder nor a Hub id, or the list is missing.
+        InputError: if nothing is named.
+    """
+    if data is None and pairs is None:
+        raise InputError("Either a data folder or a list of pairs is needed.")
+    folder = Path(data) if data is not None else Path(pairs).parent
+    if benchmark == "pairs" and folder.suffix.lower() == ".csv" and folder.is_file():
+        return folder.parent, folder
+    if pairs is not None and not Path(pairs).exists():
+        raise DataError(f"{pairs}: the pair list is missing.")
+    if folder.is_dir():
+        return folder, pairs
     if folder.exists():
-        if is_prepared(folder):
-            return stream_prepared(str(folder), benchmark, split, problems), None
-        if not folder.is_dir():
-            raise DataError(f"{folder} is a file; a folder is needed.")
-        if benchmark == "tss":
-            return iter_records(benchmark, folder, split, problems=problems, pairs=pairs), None
-        records = list(iter_records(benchmark, folder, split, problems=problems, pairs=pairs))
-        if benchmark in _SORTED:
-            records.sort(key=lambda record: record["class_name"])
-        return records, len(records)
+        raise DataError(f"{folder} is a file; a folder is needed.")
     name = str(data)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return stream_prepared(name, benchmark, split, problems), None
+        return name, pairs
     raise DataError(f"{name}: there is no such folder, and it is not the id of a data set on the Hub (owner/name).")
 
 

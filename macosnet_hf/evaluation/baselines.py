@@ -18,12 +18,11 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..geometry import make_grid, sample_at
+from . import BASELINES
 from .predictors import MASK_SIDE, EncodedImage, FeaturePredictor, Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BASELINES = ("identity", "nearest-neighbour", "nearest-neighbour-prior", "centre-grabcut")
 
 PRIOR_SIGMA = 0.3
 """Width of the prior around the identity position, normalised coordinates (the image is 2 wide)."""

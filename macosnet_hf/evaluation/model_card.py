@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
 
 from ..errors import DataError, MaCoSNetError
 from ..io.output_folder import write_file
@@ -31,12 +34,12 @@ _NAMES = {
     "msrc-coseg": "MSRC co-segmentation",
 }
 _ALPHAS = ("0.05", "0.1", "0.15")
-# (type, dotted place in `metrics`, name); what a benchmark does not measure is left out.
+# (type, place in `metrics`, name); what a benchmark does not measure is left out.
 _MATCHING = [
-    *(("pck", f"pck.{kind}.{alpha}", f"PCK {kind} @{alpha}") for kind in ("image", "bbox") for alpha in _ALPHAS),
-    ("flow_pck", "flow_pck.0.05", "flow PCK @0.05"),
+    *(("pck", ("pck", kind, alpha), f"PCK {kind} @{alpha}") for kind in ("image", "bbox") for alpha in _ALPHAS),
+    ("flow_pck", ("flow_pck", "0.05"), "flow PCK @0.05"),
 ]
-_MASKS = [("jaccard", "jaccard", "Jaccard index"), ("precision", "precision", "Precision")]
+_MASKS = [("jaccard", ("jaccard",), "Jaccard index"), ("precision", ("precision",), "Precision")]
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,45 +59,37 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     return kept
 
 
-def model_index(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The `results` of a card's model-index.
+def eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """The figures of a card's model-index.
 
     Args:
         reports: of each data set, by its name, as [`read_report`] gives them.
     """
-    results = []
-    for dataset, report in reports.items():
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=title,
+            dataset_type=dataset,
+            dataset_name=_NAMES.get(dataset, dataset),
+            dataset_split=report.get("split", "test"),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(value), 3),
+        )
+        for dataset, report in reports.items()
         for task, title, wanted in (
             ("keypoint-matching", "Semantic matching", _MATCHING),
             ("image-segmentation", "Object co-segmentation", _MASKS),
-        ):
-            metrics = [
-                {"type": kind, "name": name, "value": round(float(value), 3)}
-                for kind, place, name in wanted
-                if (value := _look_up(report["metrics"], place)) is not None
-            ]
-            if metrics:
-                name = _NAMES.get(dataset, dataset)
-                results.append(
-                    {
-                        "task": {"type": task, "name": title},
-                        "dataset": {"type": dataset, "name": name, "split": report.get("split", "test")},
-                        "metrics": metrics,
-                    }
-                )
-    return results
+        )
+        for kind, place, name in wanted
+        if (value := _look_up(report["metrics"], place)) is not None
+    ]
 
 
-def _look_up(metrics: dict[str, Any], place: str) -> float | None:
-    """`pck.image.0.1` names three levels, the last of them with a point in it."""
-    head, _, rest = place.partition(".")
-    value = metrics.get(head)
-    if not rest or value is None:
-        return value
-    if head == "pck":
-        kind, _, alpha = rest.partition(".")
-        return value.get(kind, {}).get(alpha)
-    return value.get(rest)
+def _look_up(metrics: Any, place: Sequence[str]) -> float | None:
+    for name in place:
+        metrics = (metrics or {}).get(name)
+    return metrics
 
 
 def fill(card: str | os.PathLike[str], reports: dict[str, dict[str, Any]]) -> None:
@@ -104,18 +99,13 @@ def fill(card: str | os.PathLike[str], reports: dict[str, dict[str, Any]]) -> No
         DataError: if the card has no head of settings.
         OutputError: if it cannot be written.
     """
-    import yaml
-
     path = Path(card)
-    text = path.read_text(encoding="utf-8")
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
+    if not re.match(r"\s*---\n.*?\n---\n", path.read_text(encoding="utf-8"), re.DOTALL):
         raise DataError(f"{path} does not begin with settings between two lines of ---.")
-    settings = yaml.safe_load(parts[1])
-    known = settings.get("model-index") or [{"name": path.stem}]
-    settings["model-index"] = [{"name": known[0]["name"], "results": model_index(reports)}]
-    head = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    write_file(path, f"---\n{head}---\n{parts[2]}")
+    filled = ModelCard.load(path)
+    filled.data.model_name = filled.data.model_name or path.stem
+    filled.data.eval_results = eval_results(reports)
+    write_file(path, str(filled))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

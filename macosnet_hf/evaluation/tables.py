@@ -5,7 +5,6 @@ The paper's figures are those of "Ours, ResNet-101" in Tables 1 to 6 of "Show, M
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..datasets.benchmarks.common import VOC_CLASSES
@@ -49,32 +48,23 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric's dotted name and its heading."""
-
-    metric: str
-    heading: str
-
-
-def columns_of(protocol: Protocol, tally: Tally, options: Options) -> list[Column]:
-    """Columns of the table: the metrics that were measured, in the protocol's order."""
+def columns_of(protocol: Protocol, tally: Tally, options: Options) -> dict[str, str]:
+    """Headings of the metrics that were measured, by their dotted names, in the protocol's order."""
     alphas = options.alphas or protocol.alphas
-    columns = [Column(f"pck.{name}.{alpha:g}", f"PCK {name} @{alpha:g}") for name in protocol.pck for alpha in alphas]
-    columns += [Column(f"flow_pck.{alpha:g}", f"flow PCK @{alpha:g}") for alpha in alphas if protocol.flow]
-    refined = "" if options.refine == "none" else f" {options.refine}"
-    columns += [
-        Column("before_refinement.precision", "P soft"),
-        Column("before_refinement.jaccard", "J soft"),
-        Column("precision", f"P{refined}"),
-        Column("jaccard", f"J{refined}"),
-        Column("label_transfer.accuracy", "label transfer accuracy"),
-        Column("label_transfer.iou", "label transfer IoU"),
-    ]
-    if options.refine == "none":
-        columns = [column for column in columns if not column.metric.startswith("before_refinement.")]
+    columns = {f"pck.{name}.{alpha:g}": f"PCK {name} @{alpha:g}" for name in protocol.pck for alpha in alphas}
+    columns |= {f"flow_pck.{alpha:g}": f"flow PCK @{alpha:g}" for alpha in alphas}
+    refined = ""
+    if options.refine != "none":
+        refined = f" {options.refine}"
+        columns |= {"before_refinement.precision": "P soft", "before_refinement.jaccard": "J soft"}
+    columns |= {
+        "precision": f"P{refined}",
+        "jaccard": f"J{refined}",
+        "label_transfer.accuracy": "label transfer accuracy",
+        "label_transfer.iou": "label transfer IoU",
+    }
     measured = tally.overall()
-    return [column for column in columns if column.metric in measured]
+    return {metric: heading for metric, heading in columns.items() if metric in measured}
 
 
 def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str) -> str:
@@ -86,28 +76,25 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
         options: of the evaluation.
         name: the predictor's name, for the title.
     """
-    columns = columns_of(protocol, tally, options)
     paper = PAPER.get(protocol.benchmark, {})
-    header = ["class", "samples"]
-    for column in columns:
-        header.append(column.heading)
-        if column.metric in paper:
-            header.append("paper")
-    rows = [header]
     means = tally.class_means()
-    for class_name in [*means, OVERALL]:
-        figures = tally.overall() if class_name == OVERALL else means[class_name]
-        count = tally.count() if class_name == OVERALL else int(tally.sums[class_name]["samples"][1])
-        row = [class_name, str(count)]
-        for column in columns:
-            row.append(_figure(figures.get(column.metric)))
-            if column.metric in paper:
-                row.append(_figure(paper[column.metric].get(class_name)))
-        rows.append(row)
+    figures = [*means.values(), tally.overall()]
+    header = ["class", "samples"]
+    rows = [[class_name, str(int(tally.sums[class_name]["samples"][1]))] for class_name in means]
+    rows.append([OVERALL, str(tally.count())])
+    for metric, heading in columns_of(protocol, tally, options).items():
+        header += [heading, "paper"] if metric in paper else [heading]
+        for row, values in zip(rows, figures, strict=True):
+            row.append(_figure(values.get(metric)))
+            if metric in paper:
+                row.append(_figure(paper[metric].get(row[0])))
     # `tabulate` would pad every column by two more unless a constant of its module were changed.
-    widths = [max(len(row[index]) for row in rows) for index in range(len(header))]
-    lines = [_line(rows[0], widths), "|" + "|".join(_rule(index, width) for index, width in enumerate(widths)) + "|"]
-    lines += [_line(row, widths) for row in rows[1:]]
+    first, *widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        f"| {label.ljust(first)} | " + " | ".join(map(str.rjust, cells, widths)) + " |"
+        for label, *cells in [header, *rows]
+    ]
+    lines.insert(1, f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths))
     if options.masks == "collection":
         name += ", each class as one collection"
     return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + f"\n\n{protocol.text}\n"
@@ -117,30 +104,26 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _line(row: list[str], widths: list[int]) -> str:
-    cells = [
-        cell.ljust(width) if index == 0 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rule(index: int, width: int) -> str:
-    return ":" + "-" * (width + 1) if index == 0 else "-" * (width + 1) + ":"
-
-
 def nested(figures: dict[str, float]) -> dict[str, Any]:
     """Dotted names to the JSON's nesting: `pck.image.0.1` becomes `{"pck": {"image": {"0.1": ...}}}`."""
     result: dict[str, Any] = {}
     for name, value in figures.items():
         if name == "samples":
             continue
-        head, *rest = name.split(".", 2 if name.startswith("pck") else 1)
+        *groups, last = name.split(".", 2 if name.startswith("pck") else 1)
         place = result
-        for part in [head, *rest][:-1]:
-            place = place.setdefault(part, {})
-        place[[head, *rest][-1]] = value
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
     return result
+
+
+def _by_class(tally: Tally) -> dict[str, Any]:
+    """Number of samples and figures of each class, or of each level of difficulty."""
+    return {
+        name: {"samples": int(tally.sums[name]["samples"][1]), **nested(figures)}
+        for name, figures in tally.class_means().items()
+    }
 
 
 def json_report(
@@ -169,10 +152,7 @@ def json_report(
         "masks": options.masks if protocol.kind == "images" else None,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
-        "per_class": {
-            name: {"samples": int(tally.sums[name]["samples"][1]), **nested(figures)}
-            for name, figures in tally.class_means().items()
-        },
+        "per_class": _by_class(tally),
         "paper": {name: dict(values) for name, values in PAPER.get(protocol.benchmark, {}).items()},
         "seconds": round(seconds, 3),
         "left_out": {"count": len(result.problems), "messages": result.problems},
@@ -180,18 +160,11 @@ def json_report(
     if protocol.masks and tally.count("jaccard"):
         report["samples_with_object"] = tally.count("jaccard")
     if protocol.direction:
-        report["points"] = _points(tally)
+        per_point = [name for row in tally.sums.values() for name in row if name.startswith("pck_per_point.")]
+        report["points"] = tally.count(per_point[0]) if per_point else 0
     others = {name: {"metrics": nested(other.overall())} for name, other in result.variants.items() if name != variant}
     if others:
         report["variants"] = others
     if variant in result.difficulty and result.difficulty[variant].sums:
-        report["by_difficulty"] = {
-            name: {"samples": int(result.difficulty[variant].sums[name]["samples"][1]), **nested(figures)}
-            for name, figures in result.difficulty[variant].class_means().items()
-        }
+        report["by_difficulty"] = _by_class(result.difficulty[variant])
     return report
-
-
-def _points(tally: Tally) -> int:
-    names = [name for row in tally.sums.values() for name in row if name.startswith("pck_per_point.")]
-    return tally.count(names[0]) if names else 0

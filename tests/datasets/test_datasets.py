@@ -21,7 +21,6 @@ from archives import (
     write_image,
 )
 
-from macosnet_hf.datasets import BENCHMARK_NAMES
 from macosnet_hf.datasets.benchmarks import BENCHMARKS, Problems, iter_records
 from macosnet_hf.datasets.benchmarks.common import VOC_CLASSES
 from macosnet_hf.datasets.benchmarks.pf_willow import read_mat_files
@@ -191,12 +190,11 @@ def test_a_dataset_decodes_and_has_the_declared_features(tmp_path):
     assert row["flow"] is None
 
 
-def test_names_of_version_0_1_and_of_the_command_line():
+def test_names_of_version_0_1():
     import macosnet_hf.datasets as public
 
     assert public.mask_from_picture is mask_from_image
     assert public.open_picture is open_image
-    assert tuple(BENCHMARKS) == BENCHMARK_NAMES
     for name in public.__all__:
         assert getattr(public, name) is not None
     with pytest.raises(AttributeError, match="nothing_such"):

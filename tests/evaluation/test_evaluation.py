@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from macosnet_hf.datasets.images import image_size, mask_from_image, open_image
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.datasets.schema import flow_array, keypoint_array
 from macosnet_hf.errors import DataError, InputError, OutputError
-from macosnet_hf.evaluation import metrics
-from macosnet_hf.evaluation.baselines import BASELINES, centre_ellipse, make_baseline
+from macosnet_hf.evaluation import BASELINES, metrics
+from macosnet_hf.evaluation.baselines import centre_ellipse, make_baseline
 from macosnet_hf.evaluation.predictors import EncodedImage, ImageCache, ModelPredictor, Predictor, field_to_places
 from macosnet_hf.evaluation.protocols import PROTOCOLS, Options
 from macosnet_hf.evaluation.runner import choose_partners, class_groups, evaluate, finish
@@ -691,3 +693,18 @@ def test_names_of_version_0_1_import_from_where_they_stood():
     assert protocols.finish is runner.finish
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = protocols.nothing_such
+
+
+def test_a_folder_that_does_not_exist_is_named_before_torch_is_imported(tmp_path):
+    program = (
+        "import sys; from macosnet_hf.commands.main import main; code = main(sys.argv[1:]); "
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
+    for words in (["coseg", "--data", tmp_path / "nowhere"], ["pairs", "--pairs", tmp_path / "nowhere.csv"]):
+        run = subprocess.run(
+            [sys.executable, "-c", program, "evaluate", *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 2
+        assert run.stdout == "False\n"
+        assert "nowhere" in run.stderr
+        assert len(run.stderr.splitlines()) == 1

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from macosnet_hf import DEFAULT_CHECKPOINT
-from macosnet_hf.evaluation.model_card import main, model_index, read_report
+from macosnet_hf.evaluation.model_card import eval_results, main, read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,17 +59,8 @@ def test_links_lead_somewhere(path):
 @pytest.mark.skipif(not list(RESULTS.glob("*.json")), reason="no evaluation is kept in benchmarks/results")
 def test_the_figures_are_those_of_the_last_evaluation():
     reports = {file.stem: read_report(file) for file in sorted(RESULTS.glob("*.json"))}
-    results = ModelCard.load(CARDS[0]).data.to_dict()["model-index"][0]["results"]
-    in_card = {
-        (result["dataset"]["type"], metric["name"]): metric["value"]
-        for result in results
-        for metric in result["metrics"]
-    }
-    measured = {
-        (result["dataset"]["type"], metric["name"]): metric["value"]
-        for result in model_index(reports)
-        for metric in result["metrics"]
-    }
+    in_card = {(r.dataset_type, r.metric_name): r.metric_value for r in ModelCard.load(CARDS[0]).data.eval_results}
+    measured = {(r.dataset_type, r.metric_name): r.metric_value for r in eval_results(reports)}
     assert in_card == measured
 
 
