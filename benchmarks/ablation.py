@@ -17,7 +17,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -41,12 +40,15 @@ from macosnet_hf.evaluation.protocols import PROTOCOLS, Options, Protocol
 from macosnet_hf.evaluation.runner import evaluate, finish
 from macosnet_hf.evaluation.scoring import Tally
 from macosnet_hf.io.checkpoints import load_model_and_processor
+from macosnet_hf.io.output_folder import write_file
 from macosnet_hf.training import joint_run
-from macosnet_hf.training.decoder_start import encode_all, load_masks, save_masks
+from macosnet_hf.training.checkpoints import writing
 from macosnet_hf.training.images import TrainingImages
-from macosnet_hf.training.loop import FREE_ARGUMENTS, NonFiniteLossError, run_script, writing
+from macosnet_hf.training.launch import run_script
+from macosnet_hf.training.loop import NonFiniteLossError
 from macosnet_hf.training.losses import PerceptualNetwork
-from macosnet_hf.training.pseudo_masks import pseudo_masks
+from macosnet_hf.training.pseudo_masks import load_masks, make_masks, save_masks
+from macosnet_hf.training.settings import JointSettings, parse_settings
 
 
 @dataclass(frozen=True)
@@ -250,10 +252,9 @@ def shared_masks(path: Path, photographs: TrainingImages, model: Any, processor:
         return
     print(f"Making pseudo-masks of {len(photographs)} images ...", flush=True)
     photographs.keep_in_memory(quiet=True)
-    pictures = torch.stack([photographs[index] for index in range(len(photographs))])
-    features = encode_all(model.macosnet, photographs, list(processor.image_mean), list(processor.image_std))
+    masks = make_masks(model.macosnet, processor, photographs)
     with writing(path):
-        save_masks(path, pseudo_masks(pictures, features, photographs.class_names), photographs.fingerprint())
+        save_masks(path, masks, photographs.fingerprint())
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -425,7 +426,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        write_text(self.path, json.dumps({"settings": self.settings, "variants": self.variants}, indent=1) + "\n")
+        write_file(self.path, json.dumps({"settings": self.settings, "variants": self.variants}, indent=1) + "\n")
 
 
 def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, Figures]]:
@@ -443,18 +444,6 @@ def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, Figures]]:
         return dict(settings), dict(variants)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}); move it away, or choose another --output_dir.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    partial = path.with_name(f"partial-{path.name}")
-    with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +465,7 @@ class Ablation:
         sources = [str(Path(args.data) / name) for name in args.photographs]
         # All command lines are read before the first run.
         for variant in self.chosen:
-            joint_run.check_arguments(self._parse(variant, sources))
+            self._parse(variant, sources)
         full = self._parse(BY_NAME["full"], sources)
         model, processor = load_model_and_processor(args.model)
         originals = TrainingImages(
@@ -503,9 +492,9 @@ class Ablation:
             shared_masks(self.masks, copied, model, processor)
         self.image_count, self.class_count = len(originals), len(originals.classes())
 
-    def _parse(self, variant: Variant, photographs: Sequence[str]) -> argparse.Namespace:
+    def _parse(self, variant: Variant, photographs: Sequence[str]) -> JointSettings:
         words = training_words(self.args, photographs, self.out / "runs" / variant.name) + list(variant.words or ())
-        return joint_run.parse_arguments(words)
+        return parse_settings(JointSettings, words)
 
     def _missing(self) -> list[Variant]:
         """Variants of which nothing is known, or that could not be had when they were tried last."""
@@ -522,14 +511,14 @@ class Ablation:
             figures = self._one(variant)
             figures["seconds"] = round(time.monotonic() - start, 1)
             self.results.add(variant.name, figures)
-            write_text(self.out / "ablation.md", self.report())
+            write_file(self.out / "ablation.md", self.report())
             if "trained" in figures:
                 spent.append(figures["seconds"])
             left = len(missing) - number - 1
             guess = f"; about {statistics.mean(spent) * left / 60:.0f} minutes left" if spent and left else ""
             print(f"== {variant.name}: {summary(figures)} ({figures['seconds']:.0f} s{guess})", flush=True)
         text = self.report()
-        write_text(self.out / "ablation.md", text)
+        write_file(self.out / "ablation.md", text)
         if not self._missing():
             shutil.rmtree(self.copies, ignore_errors=True)
         print(f"\n{text}")
@@ -540,27 +529,27 @@ class Ablation:
             refinements += ("otsu", "crf") if importlib.util.find_spec("pydensecrf") else ("otsu",)
         if variant.words is None:
             return self.judge.measure(self.args.model, refinements)
-        args = self._parse(variant, [str(self.copies)])
-        args.pseudo_masks = str(self.masks) if args.prior_weight else None
-        if args.contrastive_form == "pixels":
-            network, reason = perceptual_network(args.perceptual_network)
+        settings = self._parse(variant, [str(self.copies)])
+        settings = replace(settings, pseudo_masks=str(self.masks) if settings.prior_weight else None)
+        if settings.contrastive_form == "pixels":
+            network, reason = perceptual_network(settings.perceptual_network)
             if network is None:
                 return {"skipped": reason}
-            args.perceptual_network = network
-        settings = _digest([f"{name}={value}" for name, value in effective(args).items()])
+            settings = replace(settings, perceptual_network=network)
+        digest = _digest([f"{name}={value}" for name, value in effective(settings).items()])
         for name, known in self.results.variants.items():
-            if known.get("settings") == settings and set(refinements) <= set(known.get("masks", ())):
+            if known.get("settings") == digest and set(refinements) <= set(known.get("masks", ())):
                 return {"masks": known["masks"], "matching": known["matching"], "same_as": name}
         print(f"== {variant.name}: training", flush=True)
-        folder = Path(args.output_dir)
+        folder = Path(settings.output_dir)
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         try:
-            joint_run.run(args)
+            joint_run.run(settings)
         except NonFiniteLossError as error:
             return {"failed": str(error).partition(";")[0]}
-        figures = {**self.judge.measure(folder, refinements), "trained": True, "settings": settings}
-        if args.contrastive_form == "pixels":
-            figures["network"] = args.perceptual_network
+        figures = {**self.judge.measure(folder, refinements), "trained": True, "settings": digest}
+        if settings.contrastive_form == "pixels":
+            figures["network"] = settings.perceptual_network
         if not self.args.keep_models:
             shutil.rmtree(folder, ignore_errors=True)
         return figures
@@ -591,10 +580,10 @@ class Ablation:
         return "\n\n".join(lines) + "\n"
 
 
-def effective(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a run that touch its result; model and images are told by their content instead."""
-    left_out = FREE_ARGUMENTS | {"model_name_or_path", "pseudo_masks", "validation_groups"}
-    return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
+def effective(settings: JointSettings) -> dict[str, Any]:
+    """The settings of a run that touch its result; model and images are compared by their content instead."""
+    left_out = {"model_name_or_path", "pseudo_masks", "validation_groups"}
+    return {name: value for name, value in sorted(settings.of_result().items()) if name not in left_out}
 
 
 def perceptual_network(wanted: str) -> tuple[str | None, str]:

@@ -22,7 +22,7 @@ import json, os, resource, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import pretrain_synthetic, train, warm_start_decoder
 from macosnet_hf.commands import main as cli
-from macosnet_hf.training import loop
+from macosnet_hf.training import launch, loop
 scripts = {"pretrain": pretrain_synthetic.main, "decoder": warm_start_decoder.main, "train": train.main}
 scripts["adapt"] = lambda arguments: cli.main(["adapt", *arguments])
 
@@ -63,7 +63,7 @@ for job in json.loads(sys.stdin.read()):
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
         code = 1
         try:
-            loop.run_script(lambda: scripts[job["script"]](job["arguments"]))
+            launch.run_script(lambda: scripts[job["script"]](job["arguments"]))
         except SystemExit as error:
             code = error.code
         except BaseException:

@@ -1,6 +1,6 @@
 """First stage: the transformation predictor learns from synthetic warps of single images.
 
-    accelerate launch training/pretrain_synthetic.py --dataset_name PHOTOS --output_dir OUT
+    accelerate launch training/pretrain_synthetic.py --dataset_name IMAGES --output_dir OUT
 
 The encoder stays as ImageNet made it. Both heads of G (affine, then TPS) learn to undo random warps, in both
 directions of every pair; the loss is the distance between where the predicted and the true transform send a grid of
@@ -9,69 +9,45 @@ points (`macosnet_hf/training/pretraining.py`).
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
-from macosnet_hf.errors import InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.encoder_weights import load_imagenet_encoder
 from macosnet_hf.training.images import open_images, read_images
-from macosnet_hf.training.loop import (
-    check_enough,
-    make_accelerator,
-    parse_with_config,
-    run_script,
-    save_model,
-    script_parser,
-    train,
-)
+from macosnet_hf.training.launch import make_accelerator, run_script, save_model
+from macosnet_hf.training.loop import check_enough, train
 from macosnet_hf.training.pretraining import SyntheticObjective
-from macosnet_hf.training.synthetic import WarpRange
+from macosnet_hf.training.reports import Reports
+from macosnet_hf.training.settings import SyntheticSettings, parse_settings
 from macosnet_hf.training.validation import keypoint_validation
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    parser.add_argument("--preset", default="lite", help="paper, vgg16, lite, lite-fused or base")
-    parser.add_argument("--model_name_or_path", default=None, help="go on from this model instead of a fresh preset")
-    parser.add_argument("--background_swap", type=float, default=0.5)
-    parser.add_argument("--feature_noise", type=float, default=0.7)
-    parser.add_argument("--exact_share", type=float, default=0.5)
-    parser.add_argument("--validation_pairs", default=None, help="CSV of pairs with keypoints, in PF-WILLOW's columns")
-    for name, value in vars(WarpRange()).items():
-        parser.add_argument(f"--{name}", type=float, default=value, help="limit of the random warps")
-    return parse_with_config(parser, arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    accelerator = make_accelerator(args)
-    dataset = open_images(args)
-    check_enough(len(dataset), args, accelerator)
-    if args.per_device_train_batch_size < 2 and args.background_swap > 0:
-        raise InputError(
-            "--background_swap takes the other background from the batch: use a batch of at least 2, or 0."
-        )
-    if args.model_name_or_path:
-        model, processor = load_model_and_processor(args.model_name_or_path, "cpu")
+def main(words: Sequence[str] | None = None) -> int:
+    settings = parse_settings(SyntheticSettings, words, __doc__)
+    accelerator = make_accelerator(settings)
+    images = open_images(settings)
+    check_enough(len(images), settings, accelerator)
+    if settings.model_name_or_path:
+        model, processor = load_model_and_processor(settings.model_name_or_path, "cpu")
     else:
-        model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(args.preset))
-        processor = MaCoSNetImageProcessor.from_preset(args.preset)
+        model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(settings.preset))
+        processor = MaCoSNetImageProcessor.from_preset(settings.preset)
         load_imagenet_encoder(model)
-    validate = keypoint_validation(args.validation_pairs, processor) if args.validation_pairs else None
-    read_images(accelerator, args, dataset)
+    validate = keypoint_validation(settings.validation_pairs, processor) if settings.validation_pairs else None
+    read_images(accelerator, settings, images)
     objective = SyntheticObjective(
         model.macosnet,
         list(processor.image_mean),
         list(processor.image_std),
-        WarpRange(**{name: getattr(args, name) for name in vars(WarpRange())}),
-        background_swap=args.background_swap,
-        feature_noise=args.feature_noise,
-        exact_share=args.exact_share,
+        settings,
+        background_swap=settings.background_swap,
+        feature_noise=settings.feature_noise,
+        exact_share=settings.exact_share,
     )
-    trained = train(accelerator, objective, dataset, args, validate=validate)
-    model.macosnet.load_state_dict(trained.model.state_dict())
-    save_model(accelerator, args, model, processor)
+    trained = train(accelerator, objective, images, settings, Reports(accelerator, settings, validate))
+    model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
+    save_model(accelerator, settings, model, processor)
     return 0
 
 

@@ -8,18 +8,15 @@ The only label is which images show the same kind of thing. See `training/README
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 from macosnet_hf.training import joint_run
-from macosnet_hf.training.loop import run_script
+from macosnet_hf.training.launch import run_script
+from macosnet_hf.training.settings import JointSettings, parse_settings
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    return joint_run.parse_arguments(arguments, __doc__)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    joint_run.run(parse_arguments(arguments))
+def main(words: Sequence[str] | None = None) -> int:
+    joint_run.run(parse_settings(JointSettings, words, __doc__))
     return 0
 
 

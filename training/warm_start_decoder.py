@@ -1,74 +1,46 @@
 """Second stage: the decoder gets a sensible start from masks that nobody drew.
 
-    accelerate launch training/warm_start_decoder.py --model_name_or_path OUT_OF_STAGE_1 --dataset_name PHOTOS
+    accelerate launch training/warm_start_decoder.py --model_name_or_path OUT_OF_STAGE_1 --dataset_name CLASS_FOLDERS
     --output_dir OUT
 
 Needs images in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks
 (`macosnet_hf/training/pseudo_masks.py`) by cross-entropy, each image together with a partner of its class
-(`macosnet_hf/training/decoder_start.py`). The pseudo-masks are kept in the output folder.
+(`macosnet_hf/training/decoder_start.py`). The pseudo-masks are stored in the output folder.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 from macosnet_hf.io.checkpoints import load_model_and_processor
-from macosnet_hf.training.decoder_start import (
-    DecoderObjective,
-    MaskedPairs,
-    class_pairs,
-    kept_masks,
-    make_masks,
-)
+from macosnet_hf.training.decoder_start import DecoderObjective, MaskedPairs, class_pairs
 from macosnet_hf.training.images import open_images
-from macosnet_hf.training.loop import (
-    check_enough,
-    make_accelerator,
-    parse_with_config,
-    run_script,
-    save_model,
-    script_parser,
-    train,
-)
+from macosnet_hf.training.launch import make_accelerator, run_script, save_model
+from macosnet_hf.training.loop import check_enough, train
+from macosnet_hf.training.pseudo_masks import make_masks, masks_of_run
+from macosnet_hf.training.reports import Reports
+from macosnet_hf.training.settings import DecoderSettings, parse_settings
 from macosnet_hf.training.validation import mask_validation
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    parser.add_argument("--model_name_or_path", required=True, help="the model of the first stage")
-    parser.add_argument("--photos_per_class", type=int, default=None, help="use at most so many images of a class")
-    parser.add_argument("--partners", type=int, default=4, help="partners of each image")
-    parser.add_argument(
-        "--paste_share", type=float, default=0.4, help="share of pairs whose objects are pasted onto other images"
-    )
-    parser.add_argument("--validation_masks", default=None, help="folder with images/<class> and masks/<class>")
-    parser.add_argument("--validation_per_class", type=int, default=6)
-    return parse_with_config(parser, arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    accelerator = make_accelerator(args)
-    photographs = open_images(args, args.photos_per_class)
-    pairs = class_pairs(photographs, args.partners, args.seed)
-    check_enough(len(pairs), args, accelerator, "pairs")
-    model, processor = load_model_and_processor(args.model_name_or_path, accelerator.device)
+def main(words: Sequence[str] | None = None) -> int:
+    settings = parse_settings(DecoderSettings, words, __doc__)
+    accelerator = make_accelerator(settings)
+    images = open_images(settings, settings.photos_per_class)
+    pairs = class_pairs(images, settings.partners, settings.seed)
+    check_enough(len(pairs), settings, accelerator, "pairs")
+    model, processor = load_model_and_processor(settings.model_name_or_path, accelerator.device)
+    validate = None
+    if settings.validation_masks:
+        validate = mask_validation(settings.validation_masks, processor, settings.validation_per_class)
+    images.keep_in_memory(quiet=not accelerator.is_main_process)
+    masks = masks_of_run(accelerator, settings, images, lambda: make_masks(model.macosnet, processor, images))
     mean, std = list(processor.image_mean), list(processor.image_std)
-    validate = (
-        mask_validation(args.validation_masks, processor, args.validation_per_class) if args.validation_masks else None
-    )
-    photographs.keep_in_memory(quiet=not accelerator.is_main_process)
-    masks = kept_masks(accelerator, args, photographs, lambda: make_masks(model.macosnet, photographs, mean, std))
-    dataset = MaskedPairs(photographs, masks, pairs)
-    trained = train(
-        accelerator,
-        DecoderObjective(model.macosnet, mean, std, paste_share=args.paste_share),
-        dataset,
-        args,
-        validate=validate,
-    )
-    model.macosnet.load_state_dict(trained.model.state_dict())
-    save_model(accelerator, args, model, processor)
+    objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
+    dataset = MaskedPairs(images, masks, pairs)
+    trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate))
+    model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
+    save_model(accelerator, settings, model, processor)
     return 0
 
 

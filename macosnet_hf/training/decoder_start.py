@@ -6,24 +6,19 @@ with a partner of its class.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..errors import DataError, InputError
+from ..errors import DataError
 from ..geometry import sampling_grid, warp
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetModel
 from .images import TrainingImages
-from .pseudo_masks import pseudo_masks
 from .synthetic import paste_on_others, photometric, random_view
 
 
@@ -32,11 +27,8 @@ def class_pairs(images: TrainingImages, partners: int, seed: int) -> list[tuple[
 
     Raises:
         DataError: if a class has a single image.
-        InputError: if `partners` is not positive.
     """
     generator = torch.Generator().manual_seed(seed)
-    if partners < 1:
-        raise InputError("--partners must be at least 1.")
     pairs: list[tuple[int, int]] = []
     for name, members in images.classes().items():
         if len(members) < 2:
@@ -53,6 +45,8 @@ def class_pairs(images: TrainingImages, partners: int, seed: int) -> list[tuple[
 class MaskedPairs(Dataset):
     """Pairs of images with their pseudo-masks."""
 
+    fresh_epochs = False
+
     def __init__(self, images: TrainingImages, masks: Tensor, pairs: list[tuple[int, int]]):
         self.images, self.masks, self.pairs = images, masks, pairs
 
@@ -67,7 +61,7 @@ class MaskedPairs(Dataset):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         """uint8 images `(2, 3, S, S)` and masks `(2, S, S)`."""
         pair = list(self.pairs[number])
-        return torch.stack([self.images[index] for index in pair]), self.masks[pair]
+        return self.images.batch(pair), self.masks[pair]
 
 
 class DecoderObjective(nn.Module):
@@ -108,58 +102,3 @@ class DecoderObjective(nn.Module):
         logits = self.model.predict_masks(features, correlation).float()
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         return {"total": loss, "area": logits.detach().sigmoid().mean()}
-
-
-def encode_all(model: MaCoSNetModel, images: TrainingImages, mean: list[float], std: list[float]) -> Tensor:
-    """Stride-16 features of all images, `(N, C, h, w)` float32 on the CPU."""
-    size = model.config.image_size
-    centre, spread = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(images), 16):
-            stop = min(start + 16, len(images))
-            pixels = torch.stack([images[index] for index in range(start, stop)]).float() / 255
-            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=True)
-            parts.append(model.get_image_features(((pixels - centre) / spread).to(model.device)).last.float().cpu())
-    return torch.cat(parts).clone()
-
-
-def make_masks(model: MaCoSNetModel, images: TrainingImages, mean: list[float], std: list[float]) -> Tensor:
-    """Pseudo-masks `(N, S, S)` that need no trained model, from the encoder's features."""
-    pixels = torch.stack([images[index] for index in range(len(images))])
-    return pseudo_masks(pixels, encode_all(model, images, mean, std), images.class_names)
-
-
-def kept_masks(
-    accelerator: Accelerator, args: argparse.Namespace, images: TrainingImages, make: Callable[[], Tensor]
-) -> Tensor:
-    """What `make` gives, made once on the first process and kept in the output folder: it must not change between a
-    run and its resumption."""
-    path = Path(args.output_dir) / "pseudo_masks.npz"
-    with accelerator.main_process_first():
-        made_before = args.resume_from_checkpoint or not accelerator.is_main_process
-        masks = load_masks(path, images.fingerprint()) if made_before else None
-        if masks is None:
-            masks = make()
-            if accelerator.is_main_process:
-                save_masks(path, masks, images.fingerprint())
-    return masks
-
-
-def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:
-    """Packs bool masks `(N, S, S)` into a file that is there as a whole or not at all."""
-    partial = path.with_name(f"partial-{path.name}")
-    np.savez_compressed(partial, masks=np.packbits(masks.numpy()), shape=masks.shape, images=fingerprint)
-    partial.rename(path)
-
-
-def load_masks(path: Path, fingerprint: str) -> Tensor | None:
-    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other images."""
-    if not path.is_file():
-        return None
-    with np.load(path) as saved:
-        # Version 0.1 wrote the fingerprint of the images as `photographs`.
-        if str(saved["images" if "images" in saved else "photographs"]) != fingerprint:
-            return None
-        shape = tuple(saved["shape"].tolist())
-        return torch.from_numpy(np.unpackbits(saved["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool))

@@ -124,7 +124,7 @@ class GroupedImages(Dataset):
         group = self.sampler[number]
         members = [self.indices[member] for member in group.members]
         item = {
-            "images": torch.stack([self.images[index] for index in members]),
+            "images": self.images.batch(members),
             "views": torch.stack([view_of(crop, group.flip) for crop in group.crops]),
         }
         if self.masks is not None:
@@ -147,6 +147,3 @@ def fixed_groups(dataset: GroupedImages, count: int, batch_size: int = 8) -> lis
         {name: torch.stack([group[name] for group in groups[start : start + batch_size]]) for name in groups[0]}
         for start in range(0, count, batch_size)
     ]
-
-
-__all__ = ["GroupedImages", "check_classes", "fixed_groups", "hold_out", "view_of"]

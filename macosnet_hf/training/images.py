@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from ..io.image_files import is_image_file, load_image
 
 if TYPE_CHECKING:  # `macosnet adapt` looks for images before it asks for accelerate
     from accelerate import Accelerator
+
+    from .settings import TrainingSettings
 
 
 def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
@@ -60,6 +62,8 @@ class TrainingImages(Dataset):
         DataError: if a source cannot be found, or no image is left.
         InputError: if the size is too small.
     """
+
+    fresh_epochs = False
 
     def __init__(
         self,
@@ -104,6 +108,10 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self._read(index) if self._cache is None else self._cache[index]
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """uint8 `(N, 3, size, size)`, the images with these numbers."""
+        return torch.stack([self[index] for index in indices])
 
     def fingerprint(self) -> str:
         """Equal for equal images in equal order, wherever their folder lies: a digest of names, sizes, classes."""
@@ -277,30 +285,30 @@ def _dataset_images(source: str) -> tuple[list[tuple[Any, int, str]], list[str]]
     return items, names
 
 
-def open_images(args: argparse.Namespace, limit: int | None = None) -> TrainingImages:
-    """The images that a script's arguments name, at most `limit` of a class.
+def open_images(settings: TrainingSettings, limit: int | None = None) -> TrainingImages:
+    """The images that a script's settings name, at most `limit` of a class.
 
     Raises:
-        DataError, InputError: as [`Images`].
+        DataError, InputError: as [`TrainingImages`].
     """
     return TrainingImages(
-        args.dataset_name,
-        args.photo_size,
-        exclude=tuple(args.exclude_classes),
+        settings.dataset_name,
+        settings.photo_size,
+        exclude=tuple(settings.exclude_classes),
         limit=limit,
-        streaming=args.streaming,
+        streaming=settings.streaming,
     )
 
 
-def read_images(accelerator: Accelerator, args: argparse.Namespace, images: TrainingImages) -> None:
+def read_images(accelerator: Accelerator, settings: TrainingSettings, images: TrainingImages) -> None:
     """Keeps all images in memory, or tries to read each of them once.
 
     Raises:
         DataError: naming the first image that cannot be read.
     """
-    if args.keep_in_memory:
+    if settings.keep_in_memory:
         images.keep_in_memory(quiet=not accelerator.is_main_process)
-    elif not args.skip_data_check:
+    elif not settings.skip_data_check:
         with accelerator.main_process_first():
             if accelerator.is_main_process:
                 images.check()

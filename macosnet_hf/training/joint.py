@@ -321,32 +321,6 @@ def watch(outputs: MaCoSNetModelOutput, features: MaCoSNetFeatures) -> dict[str,
     return figures
 
 
-@torch.no_grad()
-def feature_statistics(
-    model: MaCoSNetModel, images: Callable[[int], Tensor], count: int, mean: list[float], std: list[float]
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(C,)` of the encoder's unit-length features, over `count` images.
-
-    Args:
-        images: `(3, S, S)` uint8, by number.
-    """
-    size, device = model.config.image_size, model.device
-    centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    channels = model.encoder.feature_channels
-    total, squares = torch.zeros(2, channels, dtype=torch.float64, device=device)
-    cells = 0
-    for start in range(0, count, 16):
-        batch = torch.stack([images(k) for k in range(start, min(start + 16, count))]).to(device).float() / 255
-        batch = F.interpolate(batch, size=(size, size), mode="bilinear", align_corners=True)
-        values = model.get_image_features((batch - centre) / spread).normalized.double()
-        total = total + values.sum(dim=(0, 2, 3))
-        squares = squares + values.square().sum(dim=(0, 2, 3))
-        cells += values.numel() // values.shape[1]
-    average = total / cells
-    variance = (squares / cells - average.square()).clamp(min=0)
-    return average.float(), variance.sqrt().float()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,6 +384,3 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
         for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(counter)
-
-
-__all__ = ["JointObjective", "checkpoint_activations", "feature_statistics", "pearson", "polarity", "watch"]

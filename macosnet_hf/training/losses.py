@@ -536,15 +536,15 @@ class MaCoSNetLossWeights:
         Raises:
             InputError: if there is no such benchmark.
         """
-        weights = _BENCHMARK_WEIGHTS.get(name.lower())
+        weights = BENCHMARK_WEIGHTS.get(name.lower())
         if weights is None:
-            known = ", ".join(sorted(_BENCHMARK_WEIGHTS))
+            known = ", ".join(sorted(BENCHMARK_WEIGHTS))
             raise InputError(f"There are no loss weights for {name!r}; choose one of {known}.")
         return cls(**{**dict(zip(("cycle", "trans", "contrast", "task"), weights, strict=True)), **options})
 
 
 # Section 3.4: lambda_cycle, lambda_trans, lambda_contrast, lambda_task.
-_BENCHMARK_WEIGHTS = {
+BENCHMARK_WEIGHTS = {
     "tss": (5.0, 5.0, 10.0, 10.0),
     "internet": (5.0, 5.0, 20.0, 10.0),
     "pf-pascal": (20.0, 10.0, 2.5, 2.5),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,11 +29,16 @@ from tqdm.auto import tqdm
 
 from ..collection import Collection
 from ..errors import DataError
+from ..image_processing_macosnet import MaCoSNetImageProcessor
+from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from ..refinement import otsu_threshold, refine_mask
+from .features import encode_all
+from .images import TrainingImages
 
 if TYPE_CHECKING:
-    from ..image_processing_macosnet import MaCoSNetImageProcessor
-    from ..modeling_macosnet import MaCoSNetForKeypointMatching
+    from accelerate import Accelerator
+
+    from .settings import TrainingSettings
 
 
 def centre_weight(side: int, sigma: float) -> Tensor:
@@ -194,3 +200,48 @@ def teacher_masks(
                 masks[index] = mask
             progress.update(len(members))
     return torch.stack([mask for mask in masks if mask is not None])
+
+
+def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: TrainingImages) -> Tensor:
+    """[`pseudo_masks`] `(N, S, S)` of all images, from the encoder's features."""
+    return pseudo_masks(images.batch(range(len(images))), encode_all(model, processor, images), images.class_names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masks_of_run(
+    accelerator: Accelerator, settings: TrainingSettings, images: TrainingImages, make: Callable[[], Tensor]
+) -> Tensor:
+    """What `make` gives, made once on the first process and stored in the output folder: it must not change between a
+    run and its continuation."""
+    path = Path(settings.output_dir) / "pseudo_masks.npz"
+    with accelerator.main_process_first():
+        made_before = settings.resume_from_checkpoint or not accelerator.is_main_process
+        masks = load_masks(path, images.fingerprint()) if made_before else None
+        if masks is None:
+            masks = make()
+            if accelerator.is_main_process:
+                save_masks(path, masks, images.fingerprint())
+    return masks
+
+
+def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:
+    """Packs bool masks `(N, S, S)` into a file that is there as a whole or not at all."""
+    partial = path.with_name(f"partial-{path.name}")
+    np.savez_compressed(partial, masks=np.packbits(masks.numpy()), shape=masks.shape, images=fingerprint)
+    partial.rename(path)
+
+
+def load_masks(path: Path, fingerprint: str) -> Tensor | None:
+    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other images."""
+    if not path.is_file():
+        return None
+    with np.load(path) as saved:
+        # Version 0.1 wrote the fingerprint of the images as `photographs`.
+        if str(saved["images" if "images" in saved else "photographs"]) != fingerprint:
+            return None
+        shape = tuple(saved["shape"].tolist())
+        return torch.from_numpy(np.unpackbits(saved["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool))

@@ -8,7 +8,7 @@ device: one of the CPU gives a CPU and a GPU the same warps, one of the GPU is m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,19 @@ from ..geometry import compose_affine, identity_tps, sampling_grid, warp
 
 @dataclass
 class WarpRange:
-    """How far random warps go. Angles in radians, lengths in normalised coordinates (the image is 2 wide)."""
+    """How far random warps go. Angles in radians, lengths in normalised coordinates (the image is 2 wide).
 
-    rotation: float = 0.30
-    log_scale: float = 0.45
-    log_aspect: float = 0.20
-    shear: float = 0.25
-    translation: float = 0.35
-    tps_jitter: float = 0.20
+    It is also a group of options of the first stage (`settings.py`), whose help is in the metadata.
+    """
+
+    _argument_group_name = "random warps"
+
+    rotation: float = field(default=0.30, metadata={"help": "largest angle, in radians"})
+    log_scale: float = field(default=0.45, metadata={"help": "largest logarithm of the scale"})
+    log_aspect: float = field(default=0.20, metadata={"help": "largest logarithm of the aspect"})
+    shear: float = field(default=0.25, metadata={"help": "largest shear"})
+    translation: float = field(default=0.35, metadata={"help": "largest shift; the image is 2 wide"})
+    tps_jitter: float = field(default=0.20, metadata={"help": "largest shift of a control point of the spline"})
 
 
 def _uniform(generator: torch.Generator, *shape: int, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ sample images."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from ..evaluation.runner import evaluate
 from ..geometry import inside, sample_at, sampling_grid, warp
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
+from .checkpoints import writing
 from .joint import JointObjective, pearson, watch
-from .loop import writing
 from .losses import cycle_loss, pooled_features
 from .pseudo_masks import centre_weight
-
-Validation = Callable[[nn.Module, int], dict[str, float]]
+from .reports import Validation
 
 # Forward-backward error, in normalised coordinates, at which the consistency falls to 1/e.
 CONSISTENCY_SCALE = 0.2

@@ -186,14 +186,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_figures(ablation, setting, 
 
 
 def test_every_variant_has_arguments_that_training_takes(ablation, setting):
-    from macosnet_hf.training import joint_run
+    from macosnet_hf.training.settings import JointSettings, parse_settings
 
     args = ablation.make_parser().parse_args([*setting, "--output_dir", "out"])
-    base = ablation.effective(joint_run.parse_arguments(ablation.training_words(args, ["photos"], Path("out"))))
+    base = ablation.effective(parse_settings(JointSettings, ablation.training_words(args, ["photos"], Path("out"))))
     for variant in ablation.VARIANTS[1:]:
         words = ablation.training_words(args, ["photos"], Path("out")) + list(variant.words)
-        parsed = joint_run.parse_arguments(words)
-        joint_run.check_arguments(parsed)
+        parsed = parse_settings(JointSettings, words)
         changed = {name for name, value in ablation.effective(parsed).items() if value != base[name]}
         # Off already in this small configuration, or equal to the full model.
         same = variant.name in ("full", "margin-2", "no-local", "no-synthetic")

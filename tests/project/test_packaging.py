@@ -85,13 +85,14 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def package_files() -> set[str]:
-    """What the package consists of: its modules, and the checkpoint with copies of those that travel with it."""
+    """What the package consists of: its modules, the checkpoint with copies of those that travel with it, and the
+    settings of `macosnet adapt`."""
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "macosnet_hf").rglob("*.py")}
     checkpoint = Path(macosnet_hf.DEFAULT_CHECKPOINT)
     return (
         modules
         | {path.relative_to(ROOT).as_posix() for path in checkpoint.iterdir() if path.is_file()}
-        | {"macosnet_hf/py.typed"}
+        | {"macosnet_hf/py.typed", "macosnet_hf/training/adapt.yaml"}
     )
 
 

@@ -405,7 +405,7 @@ def _train(bench: Bench, out: Path, kind: str) -> Work:
     def work() -> int:
         import pretrain_synthetic
 
-        from macosnet_hf.training.loop import run_script
+        from macosnet_hf.training.launch import run_script
 
         run_script(lambda: pretrain_synthetic.main([str(word) for word in words]))
         return 0
@@ -642,8 +642,7 @@ def _starving_workers(work: Work) -> Work:
 
         from macosnet_hf.training import loop as training
 
-        if hasattr(training, "WORKER_SECONDS"):
-            training.WORKER_SECONDS = 60  # instead of the many that a slow disk may need
+        training.WORKER_SECONDS = 60  # instead of the many that a slow disk may need
         original = _utils.worker._worker_loop
 
         def loop(*arguments: Any, **options: Any) -> Any:

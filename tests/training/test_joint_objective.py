@@ -264,27 +264,34 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(tmp_pa
         assert [path.name for path in (tmp_path / name).iterdir() if path.is_dir()] == []
 
 
+def launched(processes: int, option: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch OPTION --num_processes N training/train.py WORDS`."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), option]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", str(20000 + (os.getpid() + 13) % 20000)]
+    command = [*launcher, str(TRAINING / "train.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280, check=False)
+
+
+def test_processes_that_accelerate_does_not_start_are_missed_at_once(tmp_path, start_model):
+    """With `--cpu` accelerate starts a single process, whatever `--num_processes` says."""
+    words = (*arguments(tmp_path / "nowhere", start_model), "--output_dir", tmp_path / "out")
+    done = launched(2, "--cpu", *words)
+    assert done.returncode != 0
+    assert "use accelerate launch --multi_gpu --num_processes N" in done.stderr
+    assert "train.py ..., which on a machine without GPUs takes its CPUs." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--cpu", "--multi_gpu"])
-def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(tmp_path, start_model, option):
-    """With `--cpu` accelerate itself would start a single process."""
+def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(tmp_path, start_model):
     photos = photographs(tmp_path / "photos", 8)
     curves = []
-    for processes, batch in ((1, 4), (2, 2)):
+    for processes, batch, option in ((1, 4, "--cpu"), (2, 2, "--multi_gpu")):
         output = tmp_path / str(processes)
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", str(20000 + (os.getpid() + 13) % 20000)]
-        launcher += [option] if processes == 2 else ["--cpu"]
-        command = [
-            *launcher,
-            str(TRAINING / "train.py"),
-            *arguments(photos, start_model),
-            "--freeze_decoder_statistics",
-        ]
-        command += ["--per_device_train_batch_size", str(batch), "--checkpointing_steps", "3"]
-        command += ["--output_dir", str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280, check=False)
+        words = (*arguments(photos, start_model), "--freeze_decoder_statistics", "--output_dir", output)
+        words += ("--per_device_train_batch_size", batch, "--checkpointing_steps", 3)
+        done = launched(processes, option, *words)
         assert done.returncode == 0, done.stderr[-3000:]
         run = json.loads((output / "checkpoint-3" / "run.json").read_text())
         assert run["settings"]["num_processes"] == processes

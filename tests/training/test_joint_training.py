@@ -98,9 +98,8 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
 
 def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
     from macosnet_hf.io.checkpoints import load_model_and_processor
-    from macosnet_hf.training.decoder_start import load_masks
     from macosnet_hf.training.images import TrainingImages
-    from macosnet_hf.training.pseudo_masks import teacher_masks
+    from macosnet_hf.training.pseudo_masks import load_masks, teacher_masks
 
     runs.succeeded("taught")
     assert math.isfinite(log(runs.folder / "taught")[0]["prior"])
@@ -162,28 +161,37 @@ def test_what_cannot_work_is_refused_in_one_sentence(runs):
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_read_by_the_scripts_own_parser(preset):
-    from macosnet_hf.training.joint_run import check_arguments, loss_weights, parse_arguments
+    from macosnet_hf.training.settings import JointSettings, parse_settings
 
     required = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
-    args = parse_arguments(["--config", str(preset), *required])
-    check_arguments(args)
+    settings = parse_settings(JointSettings, ["--config", str(preset), *required])
     papers = {"tss": (5, 5, 10, 10), "internet": (5, 5, 20, 10), "pf-pascal": (20, 10, 2.5, 2.5)}
     papers["spair-71k"] = (20, 20, 1, 1)
     if preset.stem in papers:
-        found = loss_weights(args)
+        found = settings.loss_weights()
         assert (found.cycle, found.trans, found.contrast, found.task) == papers[preset.stem]
         assert found.matching == 1
-        assert args.learning_rate == 5e-8
+        assert settings.learning_rate == 5e-8
 
 
 def test_there_are_presets_for_every_benchmark():
     assert {"tss", "internet", "pf-pascal", "spair-71k", "lite", "my-photos"} <= {path.stem for path in PRESETS}
 
 
-def test_adapt_and_its_preset_say_the_same():
-    import yaml
+def test_adapt_trains_with_the_settings_of_its_preset(tmp_path):
+    """Images, model, folder and what follows from a short run apart."""
+    import argparse
 
-    from macosnet_hf.commands.adapt import SETTINGS
+    from macosnet_hf.commands.adapt import add_arguments, settings_of
+    from macosnet_hf.training.settings import JointSettings, parse_settings
 
-    preset = yaml.safe_load((ROOT / "training" / "configs" / "my-photos.yaml").read_text(encoding="utf-8"))
-    assert preset == SETTINGS
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["d", "--output-dir", "out", "--model", "m"]
+    found = vars(settings_of(parser.parse_args(words), tmp_path, ["small"]))
+    preset = str(ROOT / "training" / "configs" / "my-photos.yaml")
+    required = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path)]
+    expected = vars(parse_settings(JointSettings, ["--config", preset, *required, "--exclude_classes", "small"]))
+    assert found == expected | {"checkpointing_steps": 101}
+    shorter = settings_of(parser.parse_args([*words, "--max-train-steps", "3", "--seed", "5"]), tmp_path, [])
+    assert (shorter.max_train_steps, shorter.validation_steps, shorter.seed) == (3, 3, 5)

@@ -153,7 +153,7 @@ def test_obvious_objects_are_found_without_labels():
 
 
 def test_masks_survive_their_file(tmp_path):
-    from macosnet_hf.training.decoder_start import load_masks, save_masks
+    from macosnet_hf.training.pseudo_masks import load_masks, save_masks
 
     masks = torch.rand(3, 21, 21, generator=seeded()) > 0.6
     path = tmp_path / "masks.npz"
