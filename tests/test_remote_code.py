@@ -1,8 +1,10 @@
 """A saved folder serves every auto class with `trust_remote_code=True` where `macosnet_hf` cannot be imported."""
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,61 @@ def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_pat
     state, expected_state = again.macosnet.state_dict(), getattr(saved, "macosnet", saved).state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected_state.items())
     assert state.keys() == expected_state.keys()
+
+
+VERSION_0_1 = "4c9c3700e779fb867dbdef466f5bdb5681839860"
+SAVES_IN_0_1 = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor
+
+folder, images, outputs, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch.set_flush_denormal(True)
+model = MaCoSNetForKeypointMatching.from_pretrained(DEFAULT_CHECKPOINT).eval()
+model.save_pretrained(folder)
+MaCoSNetImageProcessor.from_pretrained(DEFAULT_CHECKPOINT).save_pretrained(folder)
+with torch.inference_mode():
+    found = model(load_file(images)["pixel_values"])
+save_file({name: value.contiguous() for name, value in found.items() if value is not None}, outputs)
+"""
+
+
+def test_a_folder_of_version_0_1_loads_with_its_own_code_and_with_the_package(tmp_path):
+    """Its modules have other names (agreement.py), and the classes of this version must not import them."""
+    root = Path(__file__).resolve().parents[1]
+    archive = subprocess.run(["git", "archive", VERSION_0_1, "macosnet_hf"], cwd=root, capture_output=True, check=False)
+    if archive.returncode != 0:
+        pytest.skip("the history of version 0.1 is not here")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(tmp_path / "old", filter="data")
+    torch.manual_seed(0)
+    images, folder, outputs = torch.randn(1, 2, 3, 240, 240), tmp_path / "model", tmp_path / "outputs.safetensors"
+    save_file({"pixel_values": images}, tmp_path / "images.safetensors")
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            SAVES_IN_0_1,
+            folder,
+            tmp_path / "images.safetensors",
+            outputs,
+            str(torch.get_num_threads()),
+        ],
+        cwd=tmp_path / "old",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "old"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=240,
+    )
+    expected = load_file(outputs)
+    assert (folder / "agreement.py").is_file()
+    with torch.inference_mode():
+        installed = MaCoSNetForKeypointMatching.from_pretrained(folder).eval()(images)
+    remote = load_file(run_elsewhere(folder, images, tmp_path) / "first-AutoModelForKeypointMatching.safetensors")
+    for name, value in expected.items():
+        assert torch.equal(installed[name], value), name
+        assert torch.equal(remote[name], value), name
 
 
 def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
