@@ -17,6 +17,7 @@ from macosnet_hf.training.encoder_weights import load_imagenet_encoder
 from macosnet_hf.training.images import open_images, read_images
 from macosnet_hf.training.launch import make_accelerator, run_script, save_model
 from macosnet_hf.training.loop import check_enough, train
+from macosnet_hf.training.packing import steps_within
 from macosnet_hf.training.pretraining import SyntheticObjective
 from macosnet_hf.training.reports import Reports
 from macosnet_hf.training.settings import SyntheticSettings, parse_settings
@@ -35,7 +36,10 @@ def main(words: Sequence[str] | None = None) -> int:
         processor = MaCoSNetImageProcessor.from_preset(settings.preset)
         load_imagenet_encoder(model)
     validate = keypoint_validation(settings.validation_pairs, processor) if settings.validation_pairs else None
-    read_images(accelerator, settings, images)
+    if settings.on_device:
+        images.keep_in_memory(quiet=not accelerator.is_main_process, workers=8, device=accelerator.device)
+    else:
+        read_images(accelerator, settings, images)
     objective = SyntheticObjective(
         model.macosnet,
         list(processor.image_mean),
@@ -44,7 +48,10 @@ def main(words: Sequence[str] | None = None) -> int:
         background_swap=settings.background_swap,
         feature_noise=settings.feature_noise,
         exact_share=settings.exact_share,
+        draw_on_device=settings.on_device,
     )
+    if settings.max_minutes is not None:
+        settings.max_train_steps = steps_within(settings.max_minutes, objective, images, settings, accelerator)
     trained = train(accelerator, objective, images, settings, Reports(accelerator, settings, validate))
     model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
     save_model(accelerator, settings, model, processor)

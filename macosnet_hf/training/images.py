@@ -125,15 +125,17 @@ class TrainingImages(Dataset):
             return _resized(load_image(item), self.size)
         return item[1] if isinstance(item[1], Tensor) else _resized(load_image(_cell(*item)), self.size)
 
-    def keep_in_memory(self, *, quiet: bool = False, workers: int = 2) -> None:
-        """Decodes everything once, in parallel.
+    def keep_in_memory(
+        self, *, quiet: bool = False, workers: int = 2, device: torch.device | str | None = None
+    ) -> None:
+        """Decodes everything once, in parallel, into the memory of the CPU or of another device.
 
         Raises:
             DataError: naming the first image that cannot be read.
         """
         cache = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         self._read_all(cache, quiet, workers)
-        self._cache = cache
+        self._cache = cache.to(device)
 
     def check(self, *, quiet: bool = False, workers: int = 2) -> None:
         """Tries to read every image, so that a damaged one is found before hours of training, not after.

@@ -1,0 +1,179 @@
+"""Training away from home: images and encoders in a few files for a machine that has a GPU and nothing else.
+
+`training/packed.py` is the script. A packed folder holds `images.zip` (class folders of WebP images at one size),
+`validation.zip` (a list of pairs with keypoints, and its images) and an encoder in float16 for each preset. What comes
+back are the heads of the transformation predictor, the configuration and the log.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..configuration_macosnet import MaCoSNetConfig
+from ..errors import DataError, InputError
+from ..image_processing_macosnet import MaCoSNetImageProcessor
+from ..io.image_files import load_image
+from ..modeling_macosnet import MaCoSNetForKeypointMatching
+from .encoder_weights import load_imagenet_encoder
+from .images import TrainingImages
+from .loop import TrainingData, moving_average
+from .settings import TrainingSettings
+
+HEADS = ("affine_head", "tps_head")
+_TRIAL_STEPS = 32
+_VALIDATION_QUALITY = 85
+
+
+def pack(
+    folder: str | Path,
+    images: TrainingImages,
+    presets: Sequence[str],
+    validation_pairs: str | None = None,
+    *,
+    quality: int = 40,
+) -> int:
+    """Writes a packed folder; returns its size in bytes.
+
+    Args:
+        images: at the size that they are stored with. (WebP, which takes 30 % less than JPEG of the same quality.)
+        presets: whose encoders to bring, with ImageNet weights.
+        validation_pairs: list of pairs with keypoints in PF-WILLOW's columns.
+        quality: of WebP; at 40 an image of 256 pixels takes 4.5 KB.
+
+    Raises:
+        DataError: if an image or the list cannot be read.
+        CheckpointError: if the weights of an encoder cannot be had.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for number, name in enumerate(images.class_names):
+            pixels = Image.fromarray(images[number].permute(1, 2, 0).numpy())
+            archive.writestr(f"{name}/{number:06d}.webp", _webp(pixels, quality))
+    if validation_pairs is not None:
+        _pack_pairs(Path(validation_pairs), folder / "validation.zip")
+    for preset in presets:
+        model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset))
+        load_imagenet_encoder(model)
+        halves = {name: value.half() for name, value in model.macosnet.encoder.state_dict().items()}
+        save_file(halves, folder / f"{preset}.safetensors")
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=6)
+    return buffer.getvalue()
+
+
+def _pack_pairs(table: Path, path: Path) -> None:
+    """Images keep their size, since keypoints are in their pixels, and their names, since the list has these."""
+    try:
+        text = table.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{table} cannot be read ({error.strerror}).") from error
+    names = {name for line in text.splitlines()[1:] for name in line.split(",", 2)[:2]}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pairs.csv", text)
+        for name in sorted(names):
+            archive.writestr(name, _webp(load_image(table.parent / name), _VALIDATION_QUALITY))
+
+
+def unpack(folder: str | Path, preset: str, into: str | Path) -> dict[str, str]:
+    """Arguments of `pretrain_synthetic.py` for what a packed folder holds, unpacked below another folder.
+
+    Raises:
+        InputError: if the folder was not packed, or not for this preset.
+    """
+    folder, into = Path(folder), Path(into)
+    encoder = folder / f"{preset}.safetensors"
+    if not (folder / "images.zip").is_file() or not encoder.is_file():
+        raise InputError(f"{folder} holds no images.zip and {encoder.name}: make it with `training/packed.py pack`.")
+    arguments = {"dataset_name": str(into / "images"), "model_name_or_path": str(into / "start")}
+    for name in ("images", "validation"):
+        if (folder / f"{name}.zip").is_file():
+            with zipfile.ZipFile(folder / f"{name}.zip") as archive:
+                archive.extractall(into / name)
+    if (into / "validation").is_dir():
+        arguments["validation_pairs"] = str(into / "validation" / "pairs.csv")
+    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset))
+    wanted = model.macosnet.encoder.state_dict()
+    state = {name: value.to(wanted[name].dtype) for name, value in load_file(encoder).items()}
+    model.macosnet.encoder.load_state_dict(state)
+    model.save_pretrained(into / "start")
+    MaCoSNetImageProcessor.from_preset(preset).save_pretrained(into / "start")
+    return arguments
+
+
+def write_results(trained: str | Path, folder: str | Path) -> None:
+    """Writes what has changed: each head `<head>.safetensors` in float32, `config.json` and `log.jsonl`."""
+    trained, folder = Path(trained), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = load_file(trained / "model.safetensors")
+    for head in HEADS:
+        prefix = f"macosnet.{head}."
+        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        save_file(part, folder / f"{head}.safetensors")
+    for name in ("config.json", "log.jsonl"):
+        shutil.copy(trained / name, folder / name)
+
+
+def join_results(results: str | Path, preset: str) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
+    """The trained model and its processor: the preset's encoder from ImageNet, and the heads that came back.
+
+    Raises:
+        InputError: if the heads are missing, or are not those of the preset.
+        CheckpointError: if the weights of the encoder cannot be had.
+    """
+    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset)).eval()
+    load_imagenet_encoder(model)
+    for head in HEADS:
+        path = Path(results) / f"{head}.safetensors"
+        try:
+            getattr(model.macosnet, head).load_state_dict(load_file(path))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path} does not hold that head of the preset {preset}.") from error
+    return model, MaCoSNetImageProcessor.from_preset(preset)
+
+
+def steps_within(
+    minutes: float, objective: nn.Module, images: TrainingData, settings: TrainingSettings, accelerator: Accelerator
+) -> int:
+    """How many training steps fit into a time, from the second half of 32 steps of a copy, which is thrown away.
+
+    The trial ends early where it takes a tenth of the time. A tenth of a step is added for what the loop does besides.
+
+    Args:
+        objective, images, settings, accelerator: as for `train`.
+    """
+    trial = copy.deepcopy(objective).to(accelerator.device).train()
+    average = moving_average(trial, 0.9)
+    optimizer = torch.optim.AdamW([parameter for parameter in trial.parameters() if parameter.requires_grad])
+    size = settings.per_device_train_batch_size
+    marks = [time.perf_counter()]
+    while len(marks) <= _TRIAL_STEPS and marks[-1] - marks[0] < 6 * minutes:
+        numbers = range(len(marks) * size, (len(marks) + 1) * size)
+        batch = torch.stack([images[number % len(images)] for number in numbers]).to(accelerator.device)
+        with accelerator.autocast():
+            loss: Tensor = trial(batch, torch.Generator().manual_seed(len(marks)))["total"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(trial)
+        loss.item()  # waits for the device
+        marks.append(time.perf_counter())
+    half = (len(marks) - 1) // 2
+    seconds = (marks[-1] - marks[half]) / (len(marks) - 1 - half)
+    return max(1, int(60 * minutes / (1.1 * seconds)) // settings.gradient_accumulation_steps)
