@@ -17,7 +17,7 @@ dev_stamp := $(VENV)/.installed-dev
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint typecheck benchmark clean distclean
+.PHONY: help demo install hooks test lint typecheck benchmark clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(demo_stamp) ## Install what the app needs and serve it on http://127.0.0
 	$(python) app.py --host $(HOST) --port $(PORT)
 
 install: $(dev_stamp) ## Install the package with everything for development
+
+hooks: $(dev_stamp) ## Run `make lint` on each git commit and `make typecheck` on each push
+	$(python) -m pre_commit install --hook-type pre-commit --hook-type pre-push
 
 test: lint typecheck ## Check style and types, then run the tests (PYTEST_ARGS="-k name" for some of them)
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) $(PYTEST_ARGS)
