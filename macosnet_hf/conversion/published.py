@@ -1,6 +1,6 @@
-"""Checkpoints of CNNGeometric, weakalign, WeakMatchNet and MaCoSNet (`.pth.tar`) to ours, and the way back.
+"""Converts published checkpoints (`.pth.tar`) of CNNGeometric, weakalign, WeakMatchNet and MaCoSNet, and back.
 
-The mapping, key by key, is in docs/converting.md.
+docs/converting.md lists the names.
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ if TYPE_CHECKING:
 
     from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
-# The published networks number the children of torchvision's ResNet-101; 2 and 3 are the ReLU and the pooling.
-_ENCODER = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
-_ENCODER_PREFIX = "FeatureExtraction.model."
-_OUR_ENCODER = "encoder.backbone._backbone."
-_HEADS = {"FeatureRegression.": "affine_head.", "FeatureRegression2.": "tps_head."}
-_PARAMETERS = {6: "affine_head.", 18: "tps_head."}
+# Beginnings of names in the published networks and in `MaCoSNetModel`. Theirs number the children of torchvision's
+# ResNet-101; 2 and 3 are the ReLU and the pooling.
+_ENCODER, _OUR_ENCODER = "FeatureExtraction.model.", "encoder.backbone._backbone."
+_AFFINE, _TPS = "FeatureRegression.", "FeatureRegression2."
+_HEADS = {_AFFINE: "affine_head.", _TPS: "tps_head."}
+_CHILDREN = {"0.": "conv1.", "1.": "bn1.", "4.": "layer1.", "5.": "layer2.", "6.": "layer3."}
+_OUR_PREFIXES = {**{_ENCODER + old: _OUR_ENCODER + new for old, new in _CHILDREN.items()}, **_HEADS}
+_THEIR_PREFIXES = {ours: theirs for theirs, ours in _OUR_PREFIXES.items()}
 # An untrained decoder says "object" everywhere, with this logit, so that matches depend on the transform alone.
 _OBJECT_EVERYWHERE = 6.0
 
 
 @dataclass
 class Conversion:
-    """A converted model and what was decided on the way.
+    """A converted model.
 
     Attributes:
         model: in evaluation mode, on the CPU. Its decoder is untrained and says "object" everywhere.
-        left_out: names of the file's weights that have no place here.
-        notes: sentences for a person.
+        left_out: names of the file's weights that the model does not have.
+        notes: what a user should know, one sentence each.
     """
 
     model: MaCoSNetForKeypointMatching
@@ -50,7 +52,7 @@ class Conversion:
 
 
 def convert(checkpoint: str | os.PathLike[str], second: str | os.PathLike[str] | None = None) -> Conversion:
-    """Reads a published checkpoint.
+    """Converts a published checkpoint.
 
     Args:
         checkpoint: a file with both stages, or with one of them.
@@ -104,14 +106,13 @@ def save(conversion: Conversion, folder: str | os.PathLike[str]) -> None:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a `.pth.tar` file; nothing in the file can run.
+    """The tensors of a `.pth.tar` file; no code in the file runs.
 
-    A leading `module.` (from `DataParallel`) is taken off the names, and `vgg`, the old name of the encoder whatever
-    it was, becomes `model`.
+    A leading `module.` (from `DataParallel`) is removed from the names, and `vgg`, an old name of any encoder, becomes
+    `model`.
 
     Raises:
-        CheckpointError: if the file is not there or damaged, needs more than tensors and plain settings, or holds no
-            state dict.
+        CheckpointError: if the file is missing or damaged, holds other things than tensors, or no state dict.
     """
     import torch
 
@@ -149,10 +150,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _check_kind(name: str) -> None:
-    """What a file is shows in its first bytes; what torch says about one that it did not write is no help to anybody.
+    """Refuses by its first bytes what torch.save has not written; torch's own messages about such files do not help.
 
     Raises:
-        CheckpointError: if it cannot be a file of torch.save.
+        CheckpointError: saying what the file is.
     """
     if os.path.isdir(name):
         raise CheckpointError(f"{name} is a folder; give the .pth.tar file itself.")
@@ -177,7 +178,7 @@ def _check_kind(name: str) -> None:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a pickled number of numpy needs, under the names of old and new versions; none of it can run code."""
+    """Classes of a pickled numpy number, under the names of old and new versions; none of them runs code."""
     import numpy as np
 
     current = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
@@ -191,65 +192,47 @@ def _numpy_scalars() -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _translate(theirs: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Their names to ours (those of `MaCoSNetModel`), and the names of what is left out: their decoder."""
-    ours: dict[str, Tensor] = {}
-    left_out, unknown = [], []
-    alone = not any(name.startswith("FeatureRegression2.") for name in theirs)
-    for name, tensor in theirs.items():
-        if name.startswith("Decoder."):
-            left_out.append(name)
-            continue
-        new = _our_name(name, theirs, alone)
-        if new is None:
-            unknown.append(name)
-        else:
-            ours[new] = tensor
-    if not any(name.startswith(_ENCODER_PREFIX) for name in theirs):
-        raise CheckpointError(
-            f"{where} is no CNNGeometric, weakalign or MaCoSNet checkpoint: none of its weights is called "
-            f"{_ENCODER_PREFIX}*; the first is {next(iter(theirs))}."
-        )
-    if unknown:
-        raise CheckpointError(
-            f"{where} holds weights that have no place in a ResNet-101 with transformation heads: {_names(unknown)}."
-        )
-    for prefix in _HEADS.values():
-        weight = ours.get(f"{prefix}conv.0.weight")
-        if weight is not None:
-            side = math.isqrt(weight.shape[1])
-            if weight.dim() != 4 or side**2 != weight.shape[1]:
-                raise CheckpointError(
-                    f"{where}: {_their_name(prefix + 'conv.0.weight')} has the shape {tuple(weight.shape)}, which fits "
-                    "no square feature map."
-                )
-            ours[f"{prefix}conv.0.weight"] = _transpose_channels(weight, side)
-    return ours, left_out
-
-
-def _our_name(name: str, theirs: dict[str, Tensor], alone: bool) -> str | None:
-    if name.startswith(_ENCODER_PREFIX):
-        number, _, rest = name.removeprefix(_ENCODER_PREFIX).partition(".")
-        return f"{_OUR_ENCODER}{_ENCODER[number]}.{rest}" if number in _ENCODER else None
-    for theirs_prefix, ours_prefix in _HEADS.items():
-        if name.startswith(theirs_prefix):
-            if alone:  # a file of one stage has one head, whose outputs tell which
-                bias = theirs.get("FeatureRegression.linear.bias")
-                ours_prefix = _PARAMETERS.get(-1 if bias is None else len(bias), ours_prefix)
-            return ours_prefix + name.removeprefix(theirs_prefix)
-    return None
+def _renamed(name: str, prefixes: dict[str, str]) -> str | None:
+    """A name with another beginning; None if it has none of these."""
+    old = next(filter(name.startswith, prefixes), None)
+    return None if old is None else prefixes[old] + name.removeprefix(old)
 
 
 def _their_name(name: str) -> str:
     """The name of a weight of ours in their two-stage networks."""
-    if name.startswith(_OUR_ENCODER):
-        child, _, rest = name.removeprefix(_OUR_ENCODER).partition(".")
-        number = next(number for number, ours in _ENCODER.items() if ours == child)
-        return f"{_ENCODER_PREFIX}{number}.{rest}"
-    for theirs_prefix, ours_prefix in _HEADS.items():
-        if name.startswith(ours_prefix):
-            return theirs_prefix + name.removeprefix(ours_prefix)
-    return name
+    return _renamed(name, _THEIR_PREFIXES) or name
+
+
+def _translate(theirs: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Their weights under the names of `MaCoSNetModel`, and the names of those that are left out: their decoder's."""
+    if not any(name.startswith(_ENCODER) for name in theirs):
+        raise CheckpointError(
+            f"{where} is no CNNGeometric, weakalign or MaCoSNet checkpoint: none of its weights is called {_ENCODER}*; "
+            f"the first is {next(iter(theirs))}."
+        )
+    left_out = [name for name in theirs if name.startswith("Decoder.")]
+    if not any(name.startswith(_TPS) for name in theirs) and len(theirs.get(_AFFINE + "linear.bias", ())) == 18:
+        # A file of the second stage alone calls its head as the first stage's.
+        theirs = {name.replace(_AFFINE, _TPS): tensor for name, tensor in theirs.items()}
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in theirs.items():
+        if new := _renamed(name, _OUR_PREFIXES):
+            ours[new] = tensor
+        elif not name.startswith("Decoder."):
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{where} holds weights that have no place in a ResNet-101 with transformation heads: {_names(unknown)}."
+        )
+    for name in ours.keys() & {f"{prefix}conv.0.weight" for prefix in _HEADS.values()}:
+        shape = tuple(ours[name].shape)
+        if len(shape) != 4 or math.isqrt(shape[1]) ** 2 != shape[1]:
+            raise CheckpointError(
+                f"{where}: {_their_name(name)} has the shape {shape}, which fits no square feature map."
+            )
+        ours[name] = _transpose_channels(ours[name], math.isqrt(shape[1]))
+    return ours, left_out
 
 
 def _transpose_channels(weight: Tensor, side: int) -> Tensor:
@@ -262,7 +245,7 @@ def _transpose_channels(weight: Tensor, side: int) -> Tensor:
 
 
 def _merge(into: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    """Adds the weights of a second file; both may hold the encoder, if it is the same."""
+    """Adds the weights of a second file, which may hold the same encoder."""
     import torch
 
     for name, tensor in found.items():
@@ -283,10 +266,10 @@ def _merge(into: dict[str, Tensor], found: dict[str, Tensor], where: str) -> Non
 
 
 def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
-    """The model with these weights; every one must have its place and its shape.
+    """The model with these weights, all of which must fit.
 
     Raises:
-        CheckpointError: naming the weights, as the file calls them, that do not fit.
+        CheckpointError: naming the weights that do not fit as the file does.
     """
     import torch
 
@@ -326,7 +309,7 @@ def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
 
 
 def _head_settings(ours: dict[str, Tensor], where: str) -> dict[str, Any]:
-    """Image size and convolutions of the heads, read off the shapes."""
+    """The configuration's image size and heads, from the shapes of the weights."""
     prefixes = [prefix for prefix in _HEADS.values() if f"{prefix}conv.0.weight" in ours]
     if not prefixes:
         raise CheckpointError(f"{where} lacks FeatureRegression.conv.0.weight: it holds no transformation head.")
@@ -373,10 +356,10 @@ def _names(names: Iterable[str]) -> str:
 
 
 def original_state_dict(model: MaCoSNetForKeypointMatching | MaCoSNetModel) -> dict[str, Tensor]:
-    """The weights of a model with the `paper` encoder under the names, and in the order, of the published networks.
+    """The weights of a model with the `paper` encoder, with names and order of the published networks.
 
-    `torch.save({"state_dict": original_state_dict(model)}, "model.pth.tar")` is a checkpoint of weakalign's
-    `TwoStageCNNGeometric` and of MaCoSNet's `WeakMatchNet`. The decoder stays here.
+    `torch.save({"state_dict": original_state_dict(model)}, "model.pth.tar")` writes a checkpoint for weakalign's
+    `TwoStageCNNGeometric` and MaCoSNet's `WeakMatchNet`, without a decoder.
 
     Raises:
         InputError: if the encoder is no ResNet-101 of timm, or its features are not those of stride 16 alone.

@@ -1,4 +1,4 @@
-"""From a checkpoint (folder or Hub id) to a model and its processor; every fault of it is said in one sentence."""
+"""Loads a model and its processor from a checkpoint (folder or Hub id); errors are one sentence each."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Finds what a person would have to mend in a checkpoint folder, quickly: torch is not imported.
-
-    A name that can only be the id of a Hub repository passes.
+    """Checks a checkpoint folder without importing torch; a name that can only be the id of a Hub repository passes.
 
     Raises:
         CheckpointError: if there is no such folder, one of its files is missing or damaged, its weights are a pickle,
@@ -68,7 +66,7 @@ def load_model_and_processor(
 ) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
     """Loads a model, in evaluation mode on a device, and its processor.
 
-    Only safetensors weights are read, and only this package's own classes run: a checkpoint's Python files are ignored.
+    Reads safetensors weights only and runs this package's classes only: a checkpoint's Python files are ignored.
 
     Args:
         checkpoint: a folder, or the id of a Hub repository.
@@ -103,11 +101,11 @@ def load_model_and_processor(
 def _from_hub(name: str) -> str:
     """The folder, in the Hub client's cache, with the files of a repository that a model is loaded from.
 
-    Only these files are fetched, whatever else is there. Without a network, what is in the cache is used, and nothing
-    is tried again and again: transformers alone takes half a minute to say that a mistyped folder name is no folder.
+    Only these files are fetched. Without a network the cache is used, and nothing is retried: transformers alone takes
+    half a minute to say that a mistyped folder name is no folder.
 
     Raises:
-        CheckpointError: naming the file that cannot be had, and what can be done.
+        CheckpointError: naming the file that is missing, and a remedy.
     """
     with _quiet_transformers():
         online = _hub_answers(name)
@@ -121,10 +119,7 @@ def _from_hub(name: str) -> str:
                 index = _hub_file(name, _INDEX, online, commit)
             except CheckpointError:
                 raise error from None
-            shards = _read_json(Path(index)).get("weight_map")
-            for shard in sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else ():
-                if os.path.basename(shard) != shard:
-                    raise CheckpointError(f"{_INDEX} of {name} is damaged: {shard!r} is no file beside it.") from None
+            for shard in _shards(Path(index)):
                 _hub_file(name, shard, online, commit)
     _check_folder(Path(folder))
     return folder
@@ -135,13 +130,13 @@ class _NotInRepository(CheckpointError):
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether there is a way to the Hub, asked once; the client itself asks six times, over 23 seconds."""
+    """Whether the Hub answers, asked once; the client itself asks six times, over 23 seconds."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
-    except HfHubHTTPError:  # no such repository, for instance, but somebody said so
+    except HfHubHTTPError:  # no such repository, for instance: an answer
         return True
     except Exception:  # the transport raises kinds of its own; offline mode is another
         return False
@@ -187,7 +182,7 @@ def _hub_file(name: str, file: str, online: bool, revision: str | None = None) -
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars, load report or retry lines (what is wrong is said in our own sentence)."""
+    """Silences progress bars, load report and retry lines; our own error says what is wrong."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -227,12 +222,7 @@ def _check_folder(folder: Path) -> None:
     if (folder / _WEIGHTS).is_file():
         _check_safetensors(folder / _WEIGHTS)
     elif (folder / _INDEX).is_file():
-        shards = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(f"{folder / _INDEX} is damaged: it names no weights.")
-        for shard in sorted(set(shards.values())):
-            if os.path.basename(shard) != shard:
-                raise CheckpointError(f"{folder / _INDEX} is damaged: {shard!r} is no file beside it.")
+        for shard in _shards(folder / _INDEX):
             if not os.path.isfile(folder / shard):  # pathlib raises for a name that is too long
                 raise CheckpointError(f"The checkpoint folder {folder} has no {shard}.")
             _check_safetensors(folder / shard)
@@ -241,6 +231,17 @@ def _check_folder(folder: Path) -> None:
         if pickles:
             raise _pickle_error(folder / pickles[0])
         raise CheckpointError(f"The checkpoint folder {folder} has no {_WEIGHTS}.")
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index of weights lists; they lie beside it."""
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index} is damaged: it names no weights.")
+    for shard in shards.values():
+        if os.path.basename(shard) != shard:
+            raise CheckpointError(f"{index} is damaged: {shard!r} is no file beside it.")
+    return sorted(set(shards.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Reads the header only; safetensors compares it with the length of the file."""
+    """Checks the header, which safetensors compares with the length of the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -280,7 +281,7 @@ def _pickle_error(path: Path) -> CheckpointError:
 
 
 def _check_weights(name: str, model: MaCoSNetForKeypointMatching, info: dict[str, Any]) -> None:
-    """Weights that were not in the file would be random numbers, and broken ones would end as a puzzle far away."""
+    """Refuses weights that were missing in the file, and would be random, or are not finite."""
     for kind, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
         # Mismatched ones come as (name, shape in the file, shape in the model).
         names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[kind])
@@ -295,7 +296,7 @@ def _check_weights(name: str, model: MaCoSNetForKeypointMatching, info: dict[str
 
 
 def _check_processor(name: str, model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor) -> None:
-    """One tiny image goes through: its settings are checked by nobody else before the first image."""
+    """Processes one tiny image: nothing else checks the settings before the first image."""
     import numpy as np
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""Uploads to the Hub: a model with its processor, a prepared data set, or the Space; and what would be uploaded.
+"""Uploads a model with its processor, a prepared data set, or the Space to the Hub, or lists what would be uploaded.
 
-Nothing here imports torch. The token comes from `hf auth login` or the variable HF_TOKEN, never from an argument, and
-is never printed.
+The token comes from `hf auth login` or the variable HF_TOKEN, never from an argument, and is never printed. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KINDS = ("model", "dataset", "space")
 
-# What of a training run's folder stays at home, and what never travels.
+# What is not uploaded of a training run's folder.
 _LEFT_OUT = ("checkpoint-*", "partial-*", "samples", "best", "macosnet", "runs", "log.jsonl", "*.npz", "__pycache__")
 # Of a checkout, the Space needs the app and what it shows, what it installs, and the package with its checkpoint.
 _SPACE_FILES = (
@@ -52,7 +52,7 @@ class Upload:
 
 
 def plan(kind: str, folder: str | os.PathLike[str]) -> list[Upload]:
-    """What [`push`] would upload, by name. Links are followed; hidden files and caches are left out.
+    """The files that [`push`] would upload, by name. Links are followed; hidden files and caches are left out.
 
     Args:
         kind: `"model"` (a folder for `from_pretrained`, such as a training run's output), `"dataset"` (made by
@@ -93,7 +93,7 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 
 
 def _files(start: Path, *, top: bool) -> Iterator[Path]:
-    """The files under a folder, or the file itself; the patterns that stay at home count in the top folder only."""
+    """The files under a folder, or the file itself; `_LEFT_OUT` holds for the top folder only."""
     if start.is_file():
         yield start
     elif start.is_dir():
@@ -114,11 +114,7 @@ def _check_space(root: Path) -> None:
 
 
 def check_name(repository: str) -> None:
-    """Refuses what cannot be the id of a repository.
-
-    Raises:
-        InputError: if it cannot.
-    """
+    """Raises `InputError` for a name that no repository can have."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not marked so
 
@@ -225,7 +221,7 @@ def _create(api: HfApi, kind: str, repository: str, private: bool) -> RepoUrl:
 
 
 def table(uploads: list[Upload]) -> str:
-    """Sizes and names, one file a line, and their sum."""
+    """Sizes and names as text, one file a line, and the total."""
     lines = [f"{_size(upload.size):>10}  {upload.name}" for upload in uploads]
     total = _size(sum(upload.size for upload in uploads))
     return "\n".join([*lines, f"{total:>10}  in {len(uploads)} files"])

@@ -1,6 +1,6 @@
-"""Reading images: anything a person may hand over, to an upright RGB image or one clear sentence.
+"""Reads images of any source and kind as upright RGB images; what cannot be read is an error of one sentence.
 
-This is the only place of the package where bytes from outside are decoded.
+Nowhere else in the package are bytes from outside decoded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import ImageError
 from ..images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray"
-)
+ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+ImageSource: TypeAlias = "ImageFile | Image.Image | np.ndarray"
 
 MIN_SIDE = 2
 
@@ -49,12 +48,11 @@ def load_image(
     min_side: int = MIN_SIDE,
     reduced_to: int | None = None,
 ) -> Image.Image:
-    """Read an image from anywhere, upright and in RGB.
+    """Reads an image of any source and kind, upright and in RGB.
 
-    The EXIF orientation is applied. Transparent images are laid on white; greyscale, palette, CMYK, 1-bit, 16-bit,
-    32-bit and floating-point images become 8-bit RGB (see [`~macosnet_hf.drawing.upright_rgb`]); of an animation
-    the first frame is taken. The size is checked in the header, before any pixel is decoded. The result carries no
-    EXIF block, so nothing can turn it twice.
+    Applies the EXIF orientation, lays transparent images on white, converts every other mode to 8-bit RGB (see
+    [`~macosnet_hf.images.upright_rgb`]), and takes the first frame of an animation. The size is checked in the header,
+    before any pixel is decoded. The result carries no EXIF block, so nothing can turn it twice.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its start, left open), an image (not
@@ -79,65 +77,65 @@ def load_image(
             return upright_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels, min_side)
-    with _stream(source, name) as stream:
-        image = _open_header(stream, name, max_pixels)
-        with _damage_as_image_error(name), image:
-            _check_size(image.size, name, max_pixels, min_side)
-            if reduced_to is not None:
-                image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
-            image.load()
-            _check_size(image.size, name, max_pixels, 1)  # some containers (ICO) tell the true size only now
-            return upright_rgb(image)
+    with _opened(source, max_pixels, min_side) as image:
+        if reduced_to is not None:
+            image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
+        _decode(image, name, max_pixels)
+        return upright_rgb(image)
 
 
-def load_as_stored(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image whose values have a meaning, such as a mask: decoded with the same care as [`load_image`], but not
-    turned and in its own mode.
+def load_as_stored(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads an image whose values have a meaning, such as a mask: not turned, in its own mode.
 
     Raises:
         ImageError: as [`load_image`]; one pixel is enough here.
     """
-    name = _name(source)
-    with _stream(source, name) as stream:
-        image = _open_header(stream, name, max_pixels)
-        with _damage_as_image_error(name):
-            _check_size(image.size, name, max_pixels, 1)
-            image.load()
-            _check_size(image.size, name, max_pixels, 1)
-            return image
+    with _opened(source, max_pixels, 1) as image:
+        _decode(image, _name(source), max_pixels)
+        return image
 
 
-def image_size(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """The size `(height, width)` that [`load_image`] would return for a file, read from its header without decoding it.
 
     Raises:
         ImageError: as [`load_image`], as far as the header shows.
     """
-    name = _name(source)
-    with _stream(source, name) as stream:
-        image = _open_header(stream, name, max_pixels)
-        with _damage_as_image_error(name), image:
-            _check_size(image.size, name, max_pixels, MIN_SIDE)
-            width, height = image.size
-            # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
-            sideways = image.format != "TIFF" and exif_orientation(image) >= 5
-            return (width, height) if sideways else (height, width)
+    with _opened(source, max_pixels) as image:
+        width, height = image.size
+        # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
+        sideways = image.format != "TIFF" and exif_orientation(image) >= 5
+        return (width, height) if sideways else (height, width)
 
 
-def image_format(source: str | os.PathLike[str] | bytes | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> str:
-    """What PIL calls the format of a file, such as "JPEG", read from its header.
+def image_format(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> str:
+    """PIL's name of a file's format, such as "JPEG", read from its header.
 
     Raises:
         ImageError: as [`load_image`], as far as the header shows.
     """
-    name = _name(source)
-    with _stream(source, name) as stream, _open_header(stream, name, max_pixels) as image:
-        _check_size(image.size, name, max_pixels, MIN_SIDE)
+    with _opened(source, max_pixels) as image:
         return image.format or ""
 
 
+@contextmanager
+def _opened(source: ImageFile, max_pixels: int, min_side: int = MIN_SIDE) -> Iterator[Image.Image]:
+    """An image file whose header is read and checked; nothing is decoded yet."""
+    name = _name(source)
+    with _stream(source, name) as stream:
+        image = _open_header(stream, name, max_pixels)
+        with _damage_as_image_error(name), image:
+            _check_size(image.size, name, max_pixels, min_side)
+            yield image
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> None:
+    image.load()
+    _check_size(image.size, name, max_pixels, 1)  # some containers (ICO) tell their true size only now
+
+
 def _name(source: object) -> str:
-    """What to call the source in an error: the path where there is one."""
+    """The source's name in errors: its path where there is one."""
     if isinstance(source, str | os.PathLike):
         return f"'{os.fspath(source)}'"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
@@ -146,8 +144,7 @@ def _name(source: object) -> str:
 
 @contextmanager
 def _stream(source: Any, name: str) -> Iterator[IO[bytes]]:
-    """A seekable binary stream over the source. Files opened here are closed here; a caller's file object stays
-    open."""
+    """A seekable binary stream over the source, closed at the end unless it is the caller's."""
     if isinstance(source, bytes | bytearray | memoryview):
         with io.BytesIO(source) as memory:
             _refuse_empty(memory, name)
@@ -188,7 +185,7 @@ def _open_file(path: str | os.PathLike[str], name: str) -> IO[bytes]:
 
 
 def _as_seekable(source: IO[bytes], name: str) -> IO[bytes]:
-    """The caller's file object itself where it can be searched, otherwise its bytes in memory."""
+    """The caller's file object where it is seekable, otherwise its bytes in memory."""
     try:
         if getattr(source, "seekable", lambda: False)():
             return source
@@ -211,10 +208,9 @@ def _refuse_empty(stream: IO[bytes], name: str) -> None:
 
 
 def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
-    """Open without decoding: PIL reads the header only."""
+    """Opens an image without decoding it."""
     with _damage_as_image_error(name), _WARNINGS_LOCK, warnings.catch_warnings():
-        # PIL warns from 89 megapixels on and says no to more than 179; we have a limit of our own and refuse in one
-        # sentence.
+        # PIL warns from 89 megapixels on and refuses more than 179; the limit here is `max_pixels`.
         warnings.simplefilter("ignore")
         try:
             try:
@@ -253,11 +249,10 @@ def _megapixels(pixels: int) -> str:
 
 @contextmanager
 def _damage_as_image_error(name: str) -> Iterator[None]:
-    """Turn whatever PIL raises on damaged bytes into an ImageError.
+    """Turns whatever PIL raises on damaged bytes into an ImageError.
 
-    Its decoders raise OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError,
-    struct.error, zlib.error, SystemError and more, depending on which byte is wrong. They all mean the same here, and
-    no list of them is complete.
+    Its decoders raise OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, SystemError and
+    more, depending on which byte is wrong; no list is complete.
     """
     try:
         yield
