@@ -6,6 +6,9 @@
 Needs images in class folders. Encoder and predictor stay as they are; the decoder learns the pseudo-masks
 (`macosnet_hf/training/pseudo_masks.py`) by cross-entropy, each image together with a partner of its class
 (`macosnet_hf/training/decoder_start.py`). The pseudo-masks are stored in the output folder.
+
+With `--decoder_inputs common` the decoder learns what a group of images has in common, from composites of two classes
+(`macosnet_hf/training/common_masks.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from macosnet_hf.io.checkpoints import load_model_and_processor
-from macosnet_hf.training.decoder_start import DecoderObjective, MaskedPairs, class_pairs
+from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, composable_classes
+from macosnet_hf.training.decoder_start import DecoderObjective, MaskedPairs, class_pairs, with_fresh_decoder
 from macosnet_hf.training.images import open_images
 from macosnet_hf.training.launch import make_accelerator, run_script, save_model
 from macosnet_hf.training.loop import check_enough, train
-from macosnet_hf.training.pseudo_masks import make_masks, masks_of_run
+from macosnet_hf.training.pseudo_masks import masks_of_run
 from macosnet_hf.training.reports import Reports
 from macosnet_hf.training.settings import DecoderSettings, parse_settings
 from macosnet_hf.training.validation import mask_validation
@@ -27,17 +31,28 @@ def main(words: Sequence[str] | None = None) -> int:
     settings = parse_settings(DecoderSettings, words, __doc__)
     accelerator = make_accelerator(settings)
     images = open_images(settings, settings.photos_per_class)
-    pairs = class_pairs(images, settings.partners, settings.seed)
-    check_enough(len(pairs), settings, accelerator, "pairs")
     model, processor = load_model_and_processor(settings.model_name_or_path, accelerator.device)
+    if settings.decoder_inputs is not None:
+        model = with_fresh_decoder(model, settings.decoder_inputs, settings.decoder_rounds).to(accelerator.device)
+    common = model.config.decoder_inputs == "common"
+    if common:
+        composable_classes(images)
+    pairs = [] if common else class_pairs(images, settings.partners, settings.seed)
+    check_enough(len(images) if common else len(pairs), settings, accelerator, "groups" if common else "pairs")
     validate = None
     if settings.validation_masks:
         validate = mask_validation(settings.validation_masks, processor, settings.validation_per_class)
     images.keep_in_memory(quiet=not accelerator.is_main_process)
-    masks = masks_of_run(accelerator, settings, images, lambda: make_masks(model.macosnet, processor, images))
+    masks = masks_of_run(accelerator, settings, images, model, processor)
     mean, std = list(processor.image_mean), list(processor.image_std)
-    objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
-    dataset = MaskedPairs(images, masks, pairs)
+    dataset: CompositeGroups | MaskedPairs
+    objective: CommonObjective | DecoderObjective
+    if common:
+        dataset = CompositeGroups(images, masks, group_size=settings.group_size, seed=settings.seed)
+        objective = CommonObjective(model.macosnet, mean, std, composite_share=settings.composite_share)
+    else:
+        dataset = MaskedPairs(images, masks, pairs)
+        objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
     trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate))
     model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
     save_model(accelerator, settings, model, processor)

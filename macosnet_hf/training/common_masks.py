@@ -30,6 +30,18 @@ _SMALLEST_OBJECT = 60  # pixels at half the network's resolution; smaller ones h
 _DROPPED_PARTNERS = 0.8  # at most so large is the share of partners that a group goes without
 
 
+def composable_classes(images: TrainingImages) -> list[list[int]]:
+    """The numbers of the images of each class.
+
+    Raises:
+        DataError: for fewer than two classes.
+    """
+    members = list(images.classes().values())
+    if len(members) < 2:
+        raise DataError("Composites need images of two or more classes, each in a folder of its own.")
+    return members
+
+
 class CompositeGroups(Dataset):
     """Groups of images with their pseudo-masks, and as many images of other classes to compose them with.
 
@@ -41,6 +53,8 @@ class CompositeGroups(Dataset):
         InputError: for groups of fewer than two images.
     """
 
+    fresh_epochs = True
+
     def __init__(
         self,
         images: TrainingImages,
@@ -51,9 +65,7 @@ class CompositeGroups(Dataset):
         seed: int = 0,
     ):
         self.images, self.masks, self.group_size, self.seed = images, masks, group_size, seed
-        self.members = list(images.classes().values())
-        if len(self.members) < 2:
-            raise DataError("Composites need images of two or more classes, each in a folder of its own.")
+        self.members = composable_classes(images)
         if group_size < 2:
             raise InputError(f"A group has two or more images; got {group_size}.")
         self.length = length or len(images)
@@ -219,4 +231,4 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (present * (1 - (2 * both + 1) / (total + 1))).sum() / present.sum().clamp(min=1)
 
 
-__all__ = ["CommonObjective", "CompositeGroups", "dice_loss"]
+__all__ = ["CommonObjective", "CompositeGroups", "composable_classes", "dice_loss"]

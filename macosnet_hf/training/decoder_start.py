@@ -6,6 +6,7 @@ with a partner of its class.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from ..geometry import sampling_grid, warp
 from ..matching import correlate
-from ..modeling_macosnet import MaCoSNetModel
+from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from .images import TrainingImages
 from .synthetic import paste_on_others, photometric, random_view
 
@@ -40,6 +41,16 @@ def class_pairs(images: TrainingImages, partners: int, seed: int) -> list[tuple[
             chosen = torch.randperm(len(others), generator=generator)[:partners].tolist()
             pairs += [(index, others[k]) for k in chosen]
     return pairs
+
+
+def with_fresh_decoder(model: MaCoSNetForKeypointMatching, inputs: str, rounds: int = 1) -> MaCoSNetForKeypointMatching:
+    """The same model with an untrained decoder of another kind, see `decoder_inputs` of the configuration."""
+    config = copy.deepcopy(model.config)
+    config.decoder_inputs, config.decoder_rounds = inputs, rounds
+    fresh = MaCoSNetForKeypointMatching(config)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("macosnet.decoder.")}
+    fresh.load_state_dict({**fresh.state_dict(), **state})
+    return fresh.eval()
 
 
 class MaskedPairs(Dataset):

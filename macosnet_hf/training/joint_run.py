@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import DataError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
@@ -27,7 +25,7 @@ from .launch import make_accelerator, save_model
 from .loop import ParameterGroup, train
 from .losses import MaCoSNetObjective, PerceptualNetwork
 from .pretraining import SyntheticObjective
-from .pseudo_masks import load_masks, make_masks, masks_of_run, teacher_masks
+from .pseudo_masks import masks_of_run
 from .reports import Reports, Validation
 from .settings import JointSettings
 from .synthetic import WarpRange
@@ -53,7 +51,7 @@ def run(settings: JointSettings) -> dict[str, Any]:
     model, processor = load_model_and_processor(settings.model_name_or_path, accelerator.device)
     labels = _labelled_validations(settings, processor)
     read_images(accelerator, settings, images)
-    masks = _masks(accelerator, settings, images, model, processor) if settings.prior_weight else None
+    masks = masks_of_run(accelerator, settings, images, model, processor) if settings.prior_weight else None
 
     used, held_out = list(range(len(images))), list[int]()
     if not labels:
@@ -195,26 +193,3 @@ def _labelled_validations(settings: JointSettings, processor: MaCoSNetImageProce
         masks = mask_validation(settings.validation_masks, processor, settings.validation_per_class)
         validations.append((masks, "jaccard"))
     return validations
-
-
-def _masks(
-    accelerator: Accelerator,
-    settings: JointSettings,
-    images: TrainingImages,
-    model: MaCoSNetForKeypointMatching,
-    processor: MaCoSNetImageProcessor,
-) -> Tensor:
-    """Pseudo-masks `(N, S, S)`: from a file, of a teacher, or made without a trained model."""
-    if settings.pseudo_masks is not None:
-        masks = load_masks(Path(settings.pseudo_masks), images.fingerprint())
-        if masks is None:
-            raise DataError(f"{settings.pseudo_masks} was made of other images; leave --pseudo_masks out to make some.")
-        return masks
-
-    def make() -> Tensor:
-        if settings.mask_teacher is None:
-            return make_masks(model.macosnet, processor, images)
-        teacher, its_processor = load_model_and_processor(settings.mask_teacher, model.device)
-        return teacher_masks(teacher.eval(), its_processor, images.batch, images.class_names)
-
-    return masks_of_run(accelerator, settings, images, make)

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from ..collection import Collection
 from ..errors import DataError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
+from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from ..refinement import otsu_threshold, refine_mask
 from .features import encode_all
@@ -38,7 +39,7 @@ from .images import TrainingImages
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .settings import TrainingSettings
+    from .settings import DecoderSettings, JointSettings
 
 
 def centre_weight(side: int, sigma: float) -> Tensor:
@@ -213,18 +214,39 @@ def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: 
 
 
 def masks_of_run(
-    accelerator: Accelerator, settings: TrainingSettings, images: TrainingImages, make: Callable[[], Tensor]
+    accelerator: Accelerator,
+    settings: DecoderSettings | JointSettings,
+    images: TrainingImages,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
 ) -> Tensor:
-    """What `make` gives, made once on the first process and stored in the output folder: it must not change between a
-    run and its continuation."""
+    """Pseudo-masks `(N, S, S)` of a run: from the file of `pseudo_masks`, of `mask_teacher`, or made without a trained
+    model.
+
+    Those that are made are made once, on the first process, and stored in the output folder: they must not change
+    between a run and its continuation.
+
+    Raises:
+        DataError: if the file was made of other images.
+    """
+    fingerprint = images.fingerprint()
+    if settings.pseudo_masks is not None:
+        masks = load_masks(Path(settings.pseudo_masks), fingerprint)
+        if masks is None:
+            raise DataError(f"{settings.pseudo_masks} was made of other images; leave --pseudo_masks out to make some.")
+        return masks
     path = Path(settings.output_dir) / "pseudo_masks.npz"
     with accelerator.main_process_first():
         made_before = settings.resume_from_checkpoint or not accelerator.is_main_process
-        masks = load_masks(path, images.fingerprint()) if made_before else None
+        masks = load_masks(path, fingerprint) if made_before else None
         if masks is None:
-            masks = make()
+            if settings.mask_teacher is None:
+                masks = make_masks(model.macosnet, processor, images)
+            else:
+                teacher, its_processor = load_model_and_processor(settings.mask_teacher, accelerator.device)
+                masks = teacher_masks(teacher, its_processor, images.batch, images.class_names)
             if accelerator.is_main_process:
-                save_masks(path, masks, images.fingerprint())
+                save_masks(path, masks, fingerprint)
     return masks
 
 

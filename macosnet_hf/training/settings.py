@@ -148,6 +148,16 @@ class DecoderOptions:
     photos_per_class: int | None = option("use at most N images of a class", None)
     partners: Count = option("partners of each image", 4)
     paste_share: float = option("share of pairs whose objects are pasted onto other images", 0.4)
+    decoder_inputs: str | None = option(
+        "give the model a fresh decoder of this kind: paper, or common, which is trained on composites of two classes",
+        None,
+        choices=("paper", "common"),
+    )
+    decoder_rounds: int = option("of the kind common", 2, choices=(1, 2))
+    group_size: Count = option("with the kind common: images in a group", 4)
+    composite_share: float = option("with the kind common: share of images that are composites", 0.45)
+    pseudo_masks: str | None = option("take the pseudo-masks from this pseudo_masks.npz", None, metavar="FILE")
+    mask_teacher: str | None = option("let this trained model make the pseudo-masks", None, metavar="MODEL")
     validation_masks: str | None = option("folder with images/<class> and masks/<class>", None, metavar="FOLDER")
     validation_per_class: Count = option("images of a class to validate on", 6)
 
@@ -268,9 +278,24 @@ class SyntheticSettings(TrainingSettings, SyntheticOptions, WarpRange):
             )
 
 
+def _check_pseudo_masks(file: str | None, teacher: str | None) -> None:
+    if file is not None and not Path(file).is_file():
+        raise InputError(f"There is no file {file} (--pseudo_masks).")
+    if file is not None and teacher is not None:
+        raise InputError("--mask_teacher makes pseudo-masks, and does not go with --pseudo_masks.")
+
+
 @dataclass(kw_only=True)
 class DecoderSettings(TrainingSettings, DecoderOptions):
     """Settings of `training/warm_start_decoder.py`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise InputError("--group_size must be at least 2.")
+        if not 0 <= self.composite_share <= 1:
+            raise InputError("--composite_share must lie in [0, 1].")
+        _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
 
 
 @dataclass(kw_only=True)
@@ -287,13 +312,11 @@ class JointSettings(TrainingSettings, GroupOptions, LossOptions, PartOptions, Va
             raise InputError(f"--photos_per_class must be at least {self.group_size}, the size of a group.")
         if not 0 <= self.flip_probability <= 1 or not 0 < self.smallest_crop <= 1:
             raise InputError("--flip_probability must lie in [0, 1] and --smallest_crop in (0, 1].")
-        if self.pseudo_masks is not None:
-            if not self.prior_weight:
-                raise InputError("--pseudo_masks is of no use without --prior_weight.")
-            if not Path(self.pseudo_masks).is_file():
-                raise InputError(f"There is no file {self.pseudo_masks} (--pseudo_masks).")
-        if self.mask_teacher is not None and (not self.prior_weight or self.pseudo_masks is not None):
-            raise InputError("--mask_teacher makes the masks of --prior_weight, and does not go with --pseudo_masks.")
+        if self.pseudo_masks is not None and not self.prior_weight:
+            raise InputError("--pseudo_masks is of no use without --prior_weight.")
+        if self.mask_teacher is not None and not self.prior_weight:
+            raise InputError("--mask_teacher makes the masks of --prior_weight, and is of no use without it.")
+        _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
         self.loss_weights()
 
     def loss_weights(self) -> MaCoSNetLossWeights:

@@ -60,6 +60,27 @@ def runs(tmp_path_factory, start_model) -> Runs:
     runs.add("decoder-killed", "decoder", *killed, kill=("batch", 3))
     runs.add("decoder-resumed", "decoder", *killed)
 
+    common = (
+        *base,
+        "--decoder_inputs",
+        "common",
+        "--group_size",
+        2,
+        "--max_train_steps",
+        4,
+        "--checkpointing_steps",
+        2,
+    )
+    masks = ("--pseudo_masks", root / "decoder" / "pseudo_masks.npz")
+    runs.add("common", "decoder", *common, *masks, "--output_dir", root / "common")
+    killed = (*common, *masks, *latest, "--output_dir", root / "common-killed")
+    runs.add("common-killed", "decoder", *killed, kill=("batch", 3))
+    runs.add("common-resumed", "decoder", *killed)
+    teacher = ("--mask_teacher", root / "common", "--output_dir", root / "taught", "--max_train_steps", 1)
+    runs.add("taught", "decoder", *common, *teacher)
+    runs.add("both-masks", "decoder", *common, *masks, "--mask_teacher", root / "common", "--output_dir", root / "both")
+    runs.add("group-of-one", "decoder", *common, "--group_size", 1, "--output_dir", root / "one")
+
     runs.add("nan", "pretrain", *base, "--learning_rate", 1e30, "--output_dir", root / "nan", "--max_train_steps", 9)
 
     lite = ("--dataset_name", photos, "--preset", "lite", "--output_dir", root / "lite", "--max_train_steps", 1)
@@ -190,6 +211,24 @@ def test_only_the_heads_change_in_the_first_stage(runs, start_model):
     assert equal(part(before, "encoder", "decoder"), part(after, "encoder", "decoder"))
     for name, value in part(before, "affine_head", "tps_head").items():
         assert not torch.equal(value, after[name]), name  # with the statistics of their batch norms
+
+
+def test_a_decoder_for_what_images_have_in_common_is_trained_and_resumed_exactly(runs, start_model):
+    for name in ("common", "common-resumed", "taught"):
+        runs.succeeded(name)
+    model = MaCoSNetForKeypointMatching.from_pretrained(runs.folder / "common")
+    assert (model.config.decoder_inputs, model.config.decoder_rounds) == ("common", 2)
+    assert equal(weights(runs.folder / "common"), weights(runs.folder / "common-killed"))
+    heads = [
+        part(weights(folder), "encoder", "affine_head", "tps_head") for folder in (start_model, runs.folder / "common")
+    ]
+    assert equal(*heads)
+    assert (runs.folder / "taught" / "pseudo_masks.npz").is_file()
+
+
+def test_masks_from_two_sources_and_groups_of_one_are_refused(runs):
+    runs.refused("both-masks", "--mask_teacher", "--pseudo_masks")
+    runs.refused("group-of-one", "--group_size")
 
 
 def test_only_the_decoder_changes_in_the_second_stage(runs, start_model):
