@@ -1,4 +1,4 @@
-"""Modules of version 0.1 that have moved: their old names still import, with a warning, and give the new module."""
+"""Old names of modules: they still import, with a warning, and give the module of the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Results appear in the output folder all together or not at all, and single files whole or not at all."""
+"""Writes results all together or not at all, and single files whole or not at all.
+
+Running processes mark their temporary folders and files with `flock`, which the system ends with the process. (The
+package `filelock` would need a lock file beside each, which a kill leaves behind.)
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,12 @@ _PREFIX = ".macosnet-"
 
 @contextlib.contextmanager
 def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder to write results into; when the block ends well its files move into `folder`, else they
-    vanish.
+    """A temporary folder whose files move into `folder` when the block ends without an error, and vanish otherwise.
 
-    The folder is created if need be, before the block runs, so that a long run does not end at a closed door. Files
-    of the same name are replaced, others stay. JSON files, which say what the other files are, come last, and older
-    ones of their names go first: also after a kill between two files, what is there beside such a file belongs to it.
-    What killed runs left in the folder is removed; two runs at a time do not mix their files.
+    The folder is created before the block runs, so that a long run does not fail at its end. Files of the same name are
+    replaced, others stay. JSON files, which describe the other files, move last, and older ones are removed first: even
+    after a kill between two files, what lies beside a JSON file belongs to it. What killed runs left in the folder is
+    removed. Two runs at a time do not mix their files.
 
     Raises:
         OutputError: if the folder cannot be created or written.
@@ -43,7 +46,9 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             with _alone_in(target):
-                _remove_left_over(target)
+                for path in target.glob(f"{_PREFIX}*"):
+                    if path.is_dir() and not path.is_symlink():
+                        _remove_left_over(path)
                 partial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
                 held = hold_folder(partial)
         except OSError as error:
@@ -75,31 +80,22 @@ def _move_all(partial: Path, target: Path) -> None:
         os.replace(path, target / path.name)
 
 
-def _remove_left_over(target: Path) -> None:
-    """Removes the temporary folders of runs that were killed; those of living runs are held."""
-    for path in target.glob(f"{_PREFIX}*"):
-        if path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(BlockingIOError):
-                held = hold_folder(path)
-                if held is not None:
-                    shutil.rmtree(path, ignore_errors=True)
-                    release_folder(held)
-
-
-def _remove_left_over_file(path: Path) -> None:
-    """The same for a file under its temporary name."""
-    with contextlib.suppress(OSError):  # held by a living writer, or gone
+def _remove_left_over(path: Path) -> None:
+    """Removes a temporary folder or file of a run that was killed; a living run holds its own."""
+    with contextlib.suppress(OSError):  # held, or gone
         held = hold_folder(path)
         if held is not None:
-            path.unlink()
-            release_folder(held)
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                release_folder(held)
 
 
 _held_here: dict[int, str] = {}  # what this process has marked, by descriptor
 
 
 def hold_folder(folder: Path) -> int | None:
-    """Marks a folder, or a file, as one that a living process writes; the system takes the mark away when that ends.
+    """Marks a folder or file as written by this process; the mark ends with the process at the latest.
 
     Returns:
         what [`release_folder`] takes, or `None` where there are no such marks: on Windows and some network drives.
@@ -123,7 +119,7 @@ def hold_folder(folder: Path) -> int | None:
 
 
 def held_by_this_process(folder: Path) -> bool:
-    """Whether [`hold_folder`] marked a folder here, so that marking it again would only meet ourselves."""
+    """Whether this process has marked a folder with [`hold_folder`]."""
     return os.path.realpath(folder) in _held_here.values()
 
 
@@ -135,8 +131,7 @@ def release_folder(held: int | None) -> None:
 
 
 def start_folder(folder: Path, ours: Callable[[Path], bool], what: str) -> int | None:
-    """Makes an empty folder for results that get their name when they are complete, and marks it as [`hold_folder`]
-    does. What a killed run left under its name is removed.
+    """Makes an empty temporary folder, after removing an older one of a killed run, and marks it with [`hold_folder`].
 
     Args:
         folder: its temporary name, the same in every run.
@@ -166,7 +161,7 @@ def start_folder(folder: Path, ours: Callable[[Path], bool], what: str) -> int |
 
 @contextlib.contextmanager
 def _alone_in(target: Path) -> Iterator[None]:
-    """Waits until no other process is inside such a block for the same folder; each lasts a moment only."""
+    """Excludes other processes that are inside such a block for the same folder; each lasts a moment only."""
     if fcntl is None:
         yield
         return
@@ -180,8 +175,7 @@ def _alone_in(target: Path) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all; text as UTF-8. An older file of the name stays until the new one is whole, and
-    what killed runs left of it is removed.
+    """Writes a file whole or not at all, text as UTF-8; an older one stays until then. Removes what killed runs left.
 
     Raises:
         OutputError: if it cannot be written.
@@ -191,7 +185,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         # A name of its own for each writer: several processes may write the same file.
         with _alone_in(path.parent):
             for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                _remove_left_over_file(left)
+                _remove_left_over(left)
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
             held = hold_folder(Path(name))
         try:
@@ -209,7 +203,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Finds out now whether [`write_file`] could write there later, by trying; leaves nothing behind.
+    """Checks, by trying, whether [`write_file`] can write there later; leaves nothing behind.
 
     Raises:
         OutputError: if the folder does not exist or takes no files, or the name is a folder's.
@@ -219,7 +213,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"{path} is a folder; a file name is needed.")
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist.")
-    try:  # permissions do not tell everything: to root all seems writable, read-only file systems included
+    try:  # permissions are not enough: to root everything seems writable, read-only file systems included
         with (
             _alone_in(path.parent),
             tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent),
@@ -232,32 +226,32 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def refuse_to_overwrite(
     folder: str | os.PathLike[str], names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
-    """Checks that no result would replace one of the images that it is made from.
+    """Checks that no result replaces an input.
 
     Args:
-        folder: where the results will go.
+        folder: of the results.
         names: file names of the results.
-        inputs: the images.
+        inputs: paths of the images.
 
     Raises:
-        OutputError: if one would.
+        OutputError: if one does.
     """
-    kept = {os.path.realpath(path) for path in inputs}
+    originals = {os.path.realpath(path) for path in inputs}
     for name in names:
         path = os.path.join(folder, name)
-        if os.path.realpath(path) in kept:
+        if os.path.realpath(path) in originals:
             raise OutputError(f"The result {path} would replace the image of that name; choose another folder.")
 
 
 def _umask() -> int:
-    """What `open` would take from a new file's permissions (a temporary file is its owner's alone)."""
+    """The process's mask of permissions, which temporary files do not follow."""
     current = os.umask(0o022)
     os.umask(current)
     return current
 
 
 def _create(target: Path) -> list[Path]:
-    """Makes the folder; returns the folders that were made, innermost first."""
+    """Creates the folder; returns all folders that were created, innermost first."""
     missing = [path for path in (target, *target.parents) if not os.path.lexists(path)]
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -270,7 +264,7 @@ def _create(target: Path) -> list[Path]:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Removes folders of our own making, innermost first, as far as they are there and nobody put anything in."""
+    """Removes folders, innermost first, as far as they exist and are empty."""
     for path in folders:
         with contextlib.suppress(OSError, ValueError):
             path.rmdir()

@@ -66,9 +66,7 @@ class WorkingCopy:
 
 
 def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
-    """An image as a file that a browser can show: a PNG of the same size in `folder`, or `None` if it is one.
-
-    Only the header of a file that can be shown is read.
+    """A PNG copy, in `folder`, of an image that browsers cannot show; None, after a look at the header, if they can.
 
     Raises:
         ImageError: as [`open_working_copy`].
