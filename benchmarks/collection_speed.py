@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetImageProcessor
 from macosnet_hf.collection import Collection
-from macosnet_hf.geometry import sampling_grid, warp
+from macosnet_hf.geometry import Transform, warp
 from macosnet_hf.inference.collection_transforms import match_collection
 from macosnet_hf.io.image_files import load_image
 from macosnet_hf.matching import correlate
@@ -50,7 +50,7 @@ def plain_pair(model: MaCoSNetModel, source: Tensor, target: Tensor) -> tuple[Te
     """The published flow for one ordered pair of images `(1, 3, S, S)`: affine, TPS, and the source's mask."""
     first, second = model.encoder(source), model.encoder(target)
     affine = model.affine_head(correlate(first.normalized, second.normalized))
-    warped = model.encoder(warp(source, sampling_grid(affine, size=source.shape[-2:])))
+    warped = model.encoder(warp(source, Transform(affine).grid(source.shape[-2:])))
     tps = model.tps_head(correlate(warped.normalized, second.normalized))
     first, second = model.encoder(source), model.encoder(target)
     return affine, tps, model.predict_masks(first, correlate(second.normalized, first.normalized))

@@ -18,6 +18,7 @@ import time
 import torch
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetModel
+from macosnet_hf.geometry import Transform
 from macosnet_hf.matching import correlate
 from macosnet_hf.modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from macosnet_hf.training.joint import JointObjective
@@ -28,19 +29,21 @@ WANTED = {"cpu": 2.0, "cuda": 3.0}  # what the project asks of itself
 
 def plain_outputs(model: MaCoSNetModel, pixels: torch.Tensor) -> MaCoSNetModelOutput:
     """Every ordered pair by itself: `(B, 3, 3, H, W)` to the outputs of six pairs."""
-    affines, splines, maps, masks = [], [], [], []
+    transforms, maps, masks = [], [], []
     for i, j in ordered_pairs(pixels.shape[1]):
         source, target = model.get_image_features(pixels[:, i]), model.get_image_features(pixels[:, j])
         correlation = correlate(source.normalized, target.normalized)
-        affine, tps = model.predict_transforms(source, target, pixels[:, i], correlation)
-        affines.append(affine)
-        splines.append(tps)
+        transforms.append(model.predict_transforms(source, target, pixels[:, i], correlation))
         maps.append(correlation)
         masks.append(model.predict_masks(source, correlate(target.normalized, source.normalized)))
     features = torch.stack([model.get_image_features(pixels[:, i]).normalized for i in range(pixels.shape[1])], dim=1)
-    stack = [torch.stack(values, dim=1) for values in (affines, splines, maps, masks)]
+    together = Transform.stack(transforms, dim=1)
     return MaCoSNetModelOutput(
-        affine=stack[0], tps=stack[1], correlation=stack[2], mask_logits=stack[3], features=features
+        affine=together.affine,
+        tps=together.tps,
+        correlation=torch.stack(maps, dim=1),
+        mask_logits=torch.stack(masks, dim=1),
+        features=features,
     )
 
 
@@ -73,7 +76,8 @@ def main() -> int:
 
     def plain_step() -> None:
         pixels, _ = plain.prepare_images(batch)
-        plain.losses.module(plain_outputs(plain.model, pixels), pixels)["total"].backward()
+        outputs = plain_outputs(plain.model, pixels)
+        plain.losses.module(outputs, plain.model.transforms(outputs), pixels)["total"].backward()
 
     def our_step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):

@@ -183,6 +183,15 @@ class MaCoSNetConfig(PretrainedConfig):
         """Side of the stride-16 feature grid: 15 for 240 pixels."""
         return self.image_size // 16
 
+    @property
+    def local_matching_options(self) -> dict[str, Any]:
+        """Keyword arguments of [`match_locally`](matching.py)."""
+        return {
+            "sigmas": self.local_matching_sigmas,
+            "windows": self.local_matching_windows,
+            "temperature": self.local_matching_temperature,
+        }
+
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MaCoSNetConfig:
         """Configuration by name: `"paper"` (ResNet-101), `"vgg16"`, `"lite"` (EfficientNet-Lite0), `"lite-fused"` (the

@@ -78,6 +78,16 @@ def denormalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
     return (points + 1) * _half_extent(size, points)
 
 
+def cell_centres(side: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Centres `(side**2, 2)` of the cells of a square grid over the image, row by row, normalised.
+
+    They stay clear of the image's corners, where no object's point is worth a match.
+    """
+    axis = (2 * torch.arange(side, device=device, dtype=dtype) + 1) / side - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack((x, y), dim=-1).reshape(-1, 2)
+
+
 def make_grid(
     height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -268,6 +278,16 @@ class Transform:
         """Batch dimensions."""
         return self.affine.shape[:-1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.affine.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which points are computed: float32, or float64 where the parameters have it."""
+        return self.affine.dtype if self.affine.dtype == torch.float64 else torch.float32
+
     def apply(self, points: Tensor) -> Tensor:
         """Points `(..., N, 2)` of B in A, normalised; batch dimensions broadcast."""
         if self.tps is not None:
@@ -277,7 +297,7 @@ class Transform:
     def grid(self, size: Sequence[int]) -> Tensor:
         """Where each pixel of B lies in A: `(..., height, width, 2)` for `size = (height, width)` of B, normalised."""
         height, width = int(size[0]), int(size[1])
-        pixels = make_grid(height, width, device=self.affine.device, dtype=_as_float(self.affine).dtype)
+        pixels = make_grid(height, width, device=self.device, dtype=self.dtype)
         # Batch dimensions of one, so that the spline's basis is computed once for all transforms.
         pixels = pixels.reshape(*[1] * len(self.shape), height * width, 2)
         return self.apply(pixels).unflatten(-2, (height, width))
@@ -306,7 +326,7 @@ class Transform:
             InputError: for an unknown name or side.
         """
         turn = symmetry_matrix(symmetry) if isinstance(symmetry, str) else symmetry
-        turn = turn.to(self.affine.device, _as_float(self.affine).dtype)
+        turn = turn.to(self.device, self.dtype)
         shape = torch.broadcast_shapes(self.shape, turn.shape[:-2])
         whole = self._each(lambda values: values.expand(*shape, values.shape[-1]))
         matrix = _affine_matrix(whole.affine)
@@ -320,7 +340,7 @@ class Transform:
             return Transform(torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2))
         grid_size = _grid_size(whole.tps)
         # Control point k takes the value of the one that rests at R^-1 c_k; with points as rows, R^-1 c is c R.
-        origins = control_points(grid_size, device=turn.device, dtype=turn.dtype) @ turn
+        origins = control_points(grid_size, device=self.device, dtype=self.dtype) @ turn
         column, row = ((origins + 1) * (grid_size - 1) / 2).round().long().unbind(-1)
         values = whole.tps.unflatten(-1, (2, -1))
         index = (column * grid_size + row).unsqueeze(-2).expand(values.shape)
@@ -451,6 +471,19 @@ def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: s
         _as_float(image), grid.to(_as_float(image).dtype), mode=mode, padding_mode=padding_mode, align_corners=True
     )
     return sampled.to(image.dtype)
+
+
+def dense_flow(transform: Transform, size: Sequence[int], source_size: Any, target_size: Any) -> Tensor:
+    """Where points of a regular grid over B lie in A minus where they lie in B, in pixels: `(..., height, width, 2)`.
+
+    Args:
+        transform: `(...)`, T_AB.
+        size: (height, width) of the grid, which runs from corner pixel to corner pixel.
+        source_size, target_size: (height, width) of A and B, or tensors `(..., 2)` of them: the unit of the flow.
+    """
+    there = transform.grid(size)
+    here = make_grid(*there.shape[-3:-1], device=there.device, dtype=there.dtype).expand_as(there)
+    return denormalize_points(there, source_size) - denormalize_points(here, target_size)
 
 
 def inside(points: Tensor, *, margin: float = 0.0) -> Tensor:

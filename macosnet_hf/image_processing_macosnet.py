@@ -19,7 +19,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .configuration_macosnet import MaCoSNetConfig
 from .drawing import draw_matches
 from .errors import ImageError, InputError
-from .geometry import apply_cascade, denormalize_points, normalize_points
+from .geometry import Transform, denormalize_points, normalize_points
 from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb
 from .refinement import check_method, refine_mask
 
@@ -315,17 +315,14 @@ class MaCoSNetImageProcessor(PilBackend):
             for pair, pair_sizes in zip(soft, sizes.tolist(), strict=True)
         ]
 
-    def post_process_dense_flow(
-        self, outputs: Any, target_sizes: Any, tps_regularization: float = 0.0
-    ) -> list[dict[str, Tensor]]:
+    def post_process_dense_flow(self, transforms: Transform, target_sizes: Any) -> list[dict[str, Tensor]]:
         """Where every pixel of one image lies in the other, as a displacement in pixels of the original images.
 
         Evaluated at every pixel from the transforms themselves (affine after TPS), not enlarged from a coarse field.
 
         Args:
-            outputs: of either model, for pairs: `affine` `(B, 2, 6)` and `tps` `(B, 2, 18)` or `None`.
+            transforms: of pairs, `(B, 2)`: `model.transforms(outputs)`.
             target_sizes: `(B, 2, 2)` as (height, width) of the original images.
-            tps_regularization: the configuration's `tps_regularization`.
 
         Returns:
             For each pair a dict of `source_to_target` `(H_source, W_source, 2)` and `target_to_source`
@@ -335,22 +332,17 @@ class MaCoSNetImageProcessor(PilBackend):
         Raises:
             InputError: outputs of triplets, or sizes that do not fit.
         """
-        affine = _field(outputs, "affine")
-        tps = None if getattr(outputs, "tps", None) is None else _field(outputs, "tps")
-        if affine.dim() != 3 or affine.shape[1] != 2:
-            raise InputError(f"Transforms of pairs are expected, (B, 2, 6); got {tuple(affine.shape)}.")
-        sizes = _as_sizes(target_sizes, affine.shape[0], affine.device)
+        if not hasattr(transforms, "apply"):
+            raise InputError("Outputs alone do not say how affine and tps are meant; pass model.transforms(outputs).")
+        if len(transforms.shape) != 2 or transforms.shape[1] != 2:
+            raise InputError(f"Transforms of pairs are expected, (B, 2); got {tuple(transforms.shape)}.")
+        sizes = _as_sizes(target_sizes, transforms.shape[0], transforms.device)
         results = []
         for row, (source_size, target_size) in enumerate(sizes.tolist()):
             # The transform of ordered pair (i, j) maps points of view j into view i: index 0 takes the target's
             # points to the source, index 1 the source's to the target.
             to_source, to_target = (
-                _dense_flow(
-                    affine[row, index : index + 1],
-                    None if tps is None else tps[row, index : index + 1],
-                    tps_regularization,
-                    *ends,
-                )
+                _dense_flow(transforms[row, index : index + 1], *ends)
                 for index, ends in enumerate(((target_size, source_size), (source_size, target_size)))
             )
             results.append({"source_to_target": to_target, "target_to_source": to_source})
@@ -525,24 +517,21 @@ def _as_sizes(target_sizes: Any, batch: int, device: torch.device) -> Tensor:
     return whole.to(device)
 
 
-def _dense_flow(
-    affine: Tensor, tps: Tensor | None, regularization: float, size: Sequence[int], other_size: Sequence[int]
-) -> Tensor:
+def _dense_flow(transform: Transform, size: Sequence[int], other_size: Sequence[int]) -> Tensor:
     """Displacement `(H, W, 2)` of every pixel of an image of `size` into one of `other_size`, in strips of rows.
 
     In float32: against float64 the difference on an image 4000 pixels wide stays below a hundredth of a pixel.
     """
     height, width = size
-    affine = affine.float()
-    columns = torch.arange(width, device=affine.device, dtype=affine.dtype)
-    flow = torch.empty(height, width, 2, device=affine.device, dtype=torch.float32)
+    transform = transform.to(torch.float32)
+    columns = torch.arange(width, device=transform.device, dtype=torch.float32)
+    flow = torch.empty(height, width, 2, device=transform.device, dtype=torch.float32)
     step = max(1, _POINTS_PER_CHUNK // width)
     for top in range(0, height, step):
-        rows = torch.arange(top, min(top + step, height), device=affine.device, dtype=affine.dtype)
+        rows = torch.arange(top, min(top + step, height), device=transform.device, dtype=torch.float32)
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         pixels = torch.stack((x, y), dim=-1).reshape(1, -1, 2)
-        mapped = apply_cascade(normalize_points(pixels, size), affine, tps, regularization=regularization)
-        moved = denormalize_points(mapped, other_size) - pixels
+        moved = denormalize_points(transform.apply(normalize_points(pixels, size)), other_size) - pixels
         flow[top : top + step] = moved.reshape(len(rows), width, 2)
     return flow
 

@@ -1,4 +1,4 @@
-"""Correlation maps, local matching and the mutual fit: what relates two feature maps, without a learnt weight.
+"""Correlation maps, local matching, the mutual fit, matches: what relates two feature maps without a learnt weight.
 
 The module travels with the model to the Hub. Transforms and coordinates are those of `geometry.py`.
 """
@@ -6,6 +6,7 @@ The module travels with the model to the Hub. Transforms and coordinates are tho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from .geometry import apply_cascade, corner_weights, identity_affine, inside, make_grid, sample_at, tps_basis
+from .configuration_macosnet import MaCoSNetConfig
+from .geometry import Transform, cell_centres, corner_weights, identity_affine, inside, make_grid, sample_at
 
 # Added under the root of every L2 normalisation, as in the published networks (converted weights depend on it).
 _NORM_EPSILON = 1e-6
@@ -72,6 +74,35 @@ def cell_products(last: Tensor) -> tuple[Tensor, Tensor]:
     return lengths, torch.bmm(cells.transpose(1, 2), cells)
 
 
+def warp_similarity(
+    similarity: Tensor, lengths: Tensor, gram: Tensor, grid: Tensor, maps: Tensor | None = None, *, padding_mode: str
+) -> Tensor:
+    """Inner products of A's map, once it is warped, with B's cells: from inner products alone, no feature is touched.
+
+    A feature of the warped map is a mixture of A's features, so its inner products with B's features are the same
+    mixture of inner products that are known already, and its length follows from those within A.
+
+    Args:
+        similarity: `(N, h*w, h, w)` of [`cell_similarity`], A's cells as channels, B's layout.
+        lengths: `(M, h*w)` and gram `(M, h*w, h*w)`: of M maps, see [`cell_products`].
+        grid: `(N, h, w, 2)`, where each cell of the warped map lies in A.
+        maps: `(N,)`, which of the M maps is A's; without it M = N and each pair has its own.
+        padding_mode: as in [`warp`](geometry.py).
+
+    Returns:
+        `(N, h*w, h, w)` as `similarity`, the warped map's cells as channels.
+    """
+    maps = torch.arange(similarity.shape[0], device=similarity.device) if maps is None else maps
+    height, width = similarity.shape[-2:]
+    index, weights = corner_weights(grid.flatten(1, 2), (height, width), padding_mode=padding_mode)
+    # What each cell of the warped map is made of: its share of A's cells, before they had unit length, (N, A', A).
+    scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)
+    shares = weights.new_zeros(grid.shape[0], height * width, height * width).scatter_add(2, index, scaled)
+    length = mixture_length(gram.to(weights), index, weights, maps)
+    warped = torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)
+    return warped.to(similarity.dtype).unflatten(-1, (height, width))
+
+
 def similarities(source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor) -> Tensor:
     """Cosine similarity `(B, N)` of features `(B, C, h, w)` at points `(B, N, 2)` of the one and of the other."""
     return F.cosine_similarity(sample_at(source, source_points), sample_at(target, target_points), dim=-1)
@@ -88,13 +119,11 @@ def match_locally(
     source: Tensor,
     target: Tensor,
     points: Tensor,
-    affine: Tensor,
-    tps: Tensor | None = None,
+    transform: Transform,
     *,
     sigmas: Sequence[float] = (0.3, 0.15),
     windows: Sequence[float] = (0.4, 0.25),
     temperature: float = 60.0,
-    regularization: float = 0.0,
 ) -> Tensor:
     """Moves transferred points to the best feature match near where the transform sent them.
 
@@ -107,20 +136,18 @@ def match_locally(
     Args:
         source, target: unit-length features `(B, C, h, w)` of the image that the points are on, and of the other.
         points: `(B, N, 2)` normalised points.
-        affine: `(B, 6)` of the transform that maps the points into the other image.
-        tps: `(B, 18)` of the same, or `None` for the affine alone.
+        transform: `(B)`, maps the points into the other image.
         sigmas: for each pass, the width of the prior on the offset, normalised coordinates.
         windows: for each pass, half the side of the window, normalised coordinates; it fades to its border as a
             Gaussian of half that width.
         temperature: factor on the averaged similarity.
-        regularization: regularisation factor of the TPS.
 
     Returns:
         `(B, N, 2)` normalised points of the other image.
     """
     source, target = source.float(), target.float()
     parts = [
-        _match_some_locally(source, target, some, affine, tps, sigmas, windows, temperature, regularization)
+        _match_some_locally(source, target, some, transform, sigmas, windows, temperature)
         for some in points.split(_POINTS_AT_ONCE, dim=1)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -130,12 +157,10 @@ def _match_some_locally(
     source: Tensor,
     target: Tensor,
     points: Tensor,
-    affine: Tensor,
-    tps: Tensor | None,
+    transform: Transform,
     sigmas: Sequence[float],
     windows: Sequence[float],
     temperature: float,
-    regularization: float,
 ) -> Tensor:
     """[`match_locally`] for as many points as memory bears."""
     batch, count = points.shape[:2]
@@ -147,7 +172,7 @@ def _match_some_locally(
     # mixtures of the cells', so their similarities are the same mixtures of these numbers: no descriptor is made.
     similarity = torch.bmm(target.flatten(2).transpose(1, 2), source.flatten(2)).unflatten(-1, source.shape[-2:])
     gram = torch.bmm(source.flatten(2).transpose(1, 2), source.flatten(2))
-    answer = apply_cascade(points, affine, tps, regularization=regularization)
+    answer = transform.apply(points)
     moved = torch.zeros_like(points)
     for sigma, half in zip(sigmas, windows, strict=True):
         around = (points.unsqueeze(2) + half * unit_window).flatten(1, 2)
@@ -155,7 +180,7 @@ def _match_some_locally(
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=_NORM_EPSILON)
         length = mixture_length(gram, *corner_weights(around, source.shape[-2:]))
         evidence_maps = (sample_at(similarity, around) / length.unsqueeze(-1)).unflatten(-1, target.shape[-2:])
-        mapped = apply_cascade(around, affine, tps, regularization=regularization)
+        mapped = transform.apply(around)
         mapped = mapped + moved.repeat_interleave(len(unit_window), dim=1)
         offsets = _OFFSET_REACH * sigma * unit_offsets
         places = mapped.unsqueeze(2) + offsets
@@ -172,6 +197,71 @@ def _match_some_locally(
     return answer + moved
 
 
+def map_points(
+    points: Tensor,
+    view: int,
+    features: Tensor,
+    transforms: Transform,
+    config: MaCoSNetConfig,
+    local_matching: bool | None = None,
+) -> Tensor:
+    """Normalised points `(B, N, 2)` of one view of a pair in the other view, as a model's configuration has it.
+
+    Args:
+        points: of the view.
+        view: 0 for the source, 1 for the target.
+        features: `(B, 2, C, h, w)`, unit length over channels.
+        transforms: `(B, 2)`, T_AB and T_BA.
+        config: of the model.
+        local_matching: other than the configuration's; `False` for the transform alone.
+    """
+    # T_ij maps points of j into i: points of view 0 go by T_BA (index 1) and points of view 1 by T_AB (index 0).
+    transform = transforms[:, 1 - view]
+    if not (config.local_matching if local_matching is None else local_matching):
+        return transform.apply(points)
+    return match_locally(features[:, view], features[:, 1 - view], points, transform, **config.local_matching_options)
+
+
+def match_grid(
+    features: Tensor, mask_logits: Tensor, transforms: Transform, config: MaCoSNetConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keypoints on a regular grid of the source, where they lie in the target, and how far to trust each match.
+
+    The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
+    the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e. A match holds where both masks are above
+    the configuration's threshold.
+
+    Args:
+        features: `(B, 2, C, h, w)`, unit length over channels.
+        mask_logits: `(B, 2, H, W)`.
+        transforms: `(B, 2)`, T_AB and T_BA.
+        config: of the model.
+
+    Returns:
+        keypoints `(B, 2, N, 2)` in [0, 1], matches `(B, 2, N)` (-1 for unmatched) and scores `(B, 2, N)`.
+    """
+    batch, like = features.shape[0], transforms.affine
+    source = cell_centres(config.grid_size, device=like.device, dtype=like.dtype).expand(batch, -1, -1)
+    target = map_points(source, 0, features, transforms, config)
+    back = map_points(target, 1, features, transforms, config)
+    error = (back - source).norm(dim=-1)
+    consistency = torch.exp(-0.5 * (error / config.match_consistency_sigma) ** 2)
+
+    masks = mask_logits.float().sigmoid().unsqueeze(2)
+    on_source = sample_at(masks[:, 0], source).squeeze(-1)
+    on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
+    similarity = similarities(features[:, 0].float(), features[:, 1].float(), source, target)
+    scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
+
+    threshold = config.match_mask_threshold
+    matched = (on_source > threshold) & (on_target > threshold) & inside(target)
+    index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
+    matches = torch.where(matched, index, -1)
+    scores = torch.where(matched, scores, torch.zeros_like(scores))
+    keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
+    return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
+
+
 # Settings of `fit_mutually`, chosen on leordeanu-cars: points a side; width of the search and half the side of the
 # compared windows (normalised coordinates); forward-backward error at which a match's weight falls to exp(-1/2); how
 # strongly the first transform holds on; the smallest determinant of an affine part that is inverted.
@@ -184,9 +274,7 @@ _FIT_MARGIN = 0.05
 _FIT_DETERMINANT = 0.01
 
 
-def fit_mutually(
-    features: Tensor, affine: Tensor, tps: Tensor, *, temperature: float = 60.0, regularization: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def fit_mutually(features: Tensor, transforms: Transform, *, temperature: float = 60.0) -> Transform:
     """Fits both transforms of a pair to the matches on which its two directions agree. Not in the paper.
 
     A grid of 7x7 points of each image is matched locally ([`match_locally`]) into the other and back. For each
@@ -197,56 +285,48 @@ def fit_mutually(
 
     Args:
         features: unit-length features `(B, 2, C, h, w)` of both images.
-        affine, tps: `(B, 2, 6)` and `(B, 2, 18)` of T_AB and T_BA.
-        temperature, regularization: as in [`match_locally`].
+        transforms: `(B, 2)`, T_AB and T_BA.
+        temperature: as in [`match_locally`].
 
     Returns:
-        affine `(B, 2, 6)`, as it was (the identity where it nearly flattens the image), and tps
-        `(B, 2, 18)`, float32.
+        `(B, 2)` in float32: the affine parts as they were (the identity where one nearly flattens the image), and
+        fitted splines.
     """
     with maybe_autocast(features.device.type, enabled=False):  # half precision is too coarse for places and sums
-        return _fit_mutually(features.float(), affine.float(), tps.float(), temperature, regularization)
+        return _fit_mutually(features.float(), transforms.to(torch.float32), temperature)
 
 
-def _fit_mutually(
-    features: Tensor, affine: Tensor, tps: Tensor, temperature: float, regularization: float
-) -> tuple[Tensor, Tensor]:
+def _fit_mutually(features: Tensor, transforms: Transform, temperature: float) -> Transform:
     batch = features.shape[0]
     end, start = features.flatten(0, 1), features.flip(1).flatten(0, 1)  # T_AB takes points of B
-    onward = affine.flatten(0, 1), tps.flatten(0, 1)
-    homeward = affine.flip(1).flatten(0, 1), tps.flip(1).flatten(0, 1)
-    options: dict[str, Any] = {
-        "sigmas": (_FIT_SIGMA,),
-        "windows": (_FIT_WINDOW,),
-        "temperature": temperature,
-        "regularization": regularization,
-    }
-    grid = make_grid(_FIT_POINTS, _FIT_POINTS, device=affine.device, dtype=affine.dtype).reshape(1, -1, 2)
+    onward = transforms.flatten(0, 1)
+    homeward = transforms.flip(1).flatten(0, 1)
+    options: dict[str, Any] = {"sigmas": (_FIT_SIGMA,), "windows": (_FIT_WINDOW,), "temperature": temperature}
+    grid = make_grid(_FIT_POINTS, _FIT_POINTS, device=features.device, dtype=features.dtype).reshape(1, -1, 2)
     grid = grid.expand(2 * batch, -1, -1)
-    there = match_locally(start, end, grid, *onward, **options)
-    back = match_locally(end, start, there.clamp(-1, 1), *homeward, **options)
+    there = match_locally(start, end, grid, onward, **options)
+    back = match_locally(end, start, there.clamp(-1, 1), homeward, **options)
     error = (back - grid).square().sum(-1)
-    likeness = similarities(start, end, grid, there).clamp(0, 1)
-    weights = likeness.square() * torch.exp(-error / (2 * _FIT_ERROR_SIGMA**2)) * inside(there, margin=_FIT_MARGIN)
+    similarity = similarities(start, end, grid, there).clamp(0, 1)
+    weights = similarity.square() * torch.exp(-error / (2 * _FIT_ERROR_SIGMA**2)) * inside(there, margin=_FIT_MARGIN)
 
     def reverse(of_pairs: Tensor) -> Tensor:
         return of_pairs.unflatten(0, (batch, 2)).flip(1).flatten(0, 1)
 
-    basis = tps_basis(grid, regularization=regularization)
-    first = apply_cascade(grid, *onward, regularization=regularization)
-    rows = torch.cat((basis, tps_basis(reverse(there), regularization=regularization), basis), dim=1)
-    places = torch.cat((there, grid, first), dim=1)
+    basis = onward.basis(grid)
+    rows = torch.cat((basis, onward.basis(reverse(there)), basis), dim=1)
+    places = torch.cat((there, grid, onward.apply(grid)), dim=1)
     shares = torch.cat((weights, reverse(weights), torch.full_like(weights, _FIT_RIDGE)), dim=1).unsqueeze(-1)
     weighted = (shares * rows).transpose(1, 2)
     moved = _solve_definite(weighted @ rows, weighted @ places)  # (2B, 9, 2): where the control points go
 
-    matrix = onward[0].unflatten(-1, (2, 3))
-    flat = (matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]).abs() < _FIT_DETERMINANT
-    kept = torch.where(flat[:, None], identity_affine(1, device=matrix.device, dtype=matrix.dtype), matrix.flatten(1))
-    a, b, x, c, d, y = kept.unsqueeze(1).unbind(-1)
+    flat = onward.determinant().abs() < _FIT_DETERMINANT
+    identity = identity_affine(1, device=features.device, dtype=features.dtype)
+    affine = torch.where(flat[:, None], identity, onward.affine)
+    a, b, x, c, d, y = affine.unsqueeze(1).unbind(-1)
     across, down = moved[..., 0] - x, moved[..., 1] - y
     control = torch.stack((d * across - b * down, a * down - c * across), dim=1) / (a * d - b * c).unsqueeze(1)
-    return kept.unflatten(0, (batch, 2)), control.flatten(1).unflatten(0, (batch, 2))
+    return replace(onward, affine=affine, tps=control.flatten(1)).unflatten(0, (batch, 2))
 
 
 def _solve_definite(system: Tensor, right: Tensor) -> Tensor:

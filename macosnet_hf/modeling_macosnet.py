@@ -6,6 +6,7 @@ T_ij maps points of view j into view i (see `geometry.py`), and its mask is the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.utils import ModelOutput
-from transformers.utils.generic import maybe_autocast
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .common_object import CONTEXT_CHANNELS, centre_prior, common_context, object_weights
 from .configuration_macosnet import MaCoSNetConfig
 from .errors import InputError
 from .geometry import (
     TPS_PARAMETERS,
-    apply_cascade,
-    corner_weights,
+    Transform,
     denormalize_points,
+    dense_flow,
     identity_affine,
     identity_tps,
-    inside,
-    make_grid,
     normalize_points,
-    sample_at,
-    sampling_grid,
     warp,
 )
 from .matching import (
@@ -41,11 +38,11 @@ from .matching import (
     correlate,
     fit_mutually,
     l2_normalize,
-    match_locally,
-    mixture_length,
+    map_points,
+    match_grid,
     normalize_similarity,
     resample_map,
-    similarities,
+    warp_similarity,
 )
 from .saving import AtomicSaving
 
@@ -55,11 +52,7 @@ def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
 
     2 views give ((0, 1), (1, 0)); 3 views give ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)).
     """
-    pairs = []
-    for i in range(num_views):
-        for j in range(i + 1, num_views):
-            pairs += [(i, j), (j, i)]
-    return tuple(pairs)
+    return tuple(pair for i, j in itertools.combinations(range(num_views), 2) for pair in ((i, j), (j, i)))
 
 
 @dataclass
@@ -406,6 +399,14 @@ class MaCoSNetPreTrainedModel(AtomicSaving):
             init.normal_(module.weight, std=1e-3)
             init.copy_(module.bias, identity[0].to(module.bias))
 
+    def make_transform(self, affine: Tensor, tps: Tensor) -> Transform:
+        """The transform that parameters `(..., 6)` and `(..., 18)` of this model mean."""
+        return Transform(affine, tps, self.config.tps_regularization)
+
+    def transforms(self, outputs: MaCoSNetModelOutput | MaCoSNetKeypointMatchingOutput) -> Transform:
+        """T_ij of every ordered pair that the outputs of this model hold: `(B, P)`."""
+        return self.make_transform(outputs.affine, outputs.tps)
+
 
 class MaCoSNetModel(MaCoSNetPreTrainedModel):
     """The paper's joint network: encoder E, correlation, transformation predictor G (affine, then TPS) and decoder D.
@@ -446,7 +447,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         target: MaCoSNetFeatures,
         source_pixel_values: Tensor | None = None,
         correlation: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Transform:
         """The cascade of G for N ordered pairs: affine on (A, B), A warped by it, TPS on (warped A, B).
 
         Args:
@@ -457,7 +458,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             correlation: S_AB when it is known already.
 
         Returns:
-            affine `(N, 6)` and tps `(N, 18)` of T_AB, float32.
+            T_AB `(N)`, float32.
         """
         if source_pixel_values is None:
             return self.predict_transforms_from_similarity(
@@ -466,38 +467,27 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         if correlation is None:
             correlation = correlate(source.normalized, target.normalized)
         affine = self.affine_head(correlation)
-        grid = sampling_grid(affine, size=source_pixel_values.shape[-2:])
+        grid = Transform(affine).grid(source_pixel_values.shape[-2:])
         warped_pixels = warp(source_pixel_values.to(self.dtype), grid, padding_mode=self.config.padding_mode)
         warped = self.encoder(warped_pixels).normalized
-        return affine, self.tps_head(correlate(warped, target.normalized))
+        return self.make_transform(affine, self.tps_head(correlate(warped, target.normalized)))
 
     def predict_transforms_from_similarity(
         self, similarity: Tensor, lengths: Tensor, gram: Tensor, maps: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The cascade that warps A's feature map, from inner products alone: no feature is touched again.
-
-        A feature of the warped map is a mixture of A's features, so its inner products with B's features are the same
-        mixture of inner products that are known already, and its length follows from those within A.
+    ) -> Transform:
+        """The cascade that warps A's feature map, from inner products alone, see [`warp_similarity`](matching.py).
 
         Args:
-            similarity: `(N, h*w, h, w)` of [`cell_similarity`], A's cells as channels, B's layout.
-            lengths: `(M, h*w)` and gram `(M, h*w, h*w)`: of M maps, see [`cell_products`].
-            maps: `(N,)`, which of these is A's; without it M = N and each pair has its own.
+            similarity: `(N, h*w, h, w)` of [`cell_similarity`](matching.py), A's cells as channels, B's layout.
+            lengths, gram, maps: as in [`warp_similarity`](matching.py).
 
         Returns:
             As [`predict_transforms`].
         """
-        maps = torch.arange(similarity.shape[0], device=similarity.device) if maps is None else maps
         affine = self.affine_head(normalize_similarity(similarity))
-        height, width = similarity.shape[-2:]
-        grid = sampling_grid(affine, size=(height, width))
-        index, weights = corner_weights(grid.flatten(1, 2), (height, width), padding_mode=self.config.padding_mode)
-        # What each cell of the warped map is made of: its share of A's cells, before they had unit length, (N, A', A).
-        scaled = weights * lengths.to(weights)[maps].gather(1, index.flatten(1)).view_as(index)
-        shares = weights.new_zeros(grid.shape[0], height * width, height * width).scatter_add(2, index, scaled)
-        length = mixture_length(gram.to(weights), index, weights, maps)
-        warped = (torch.bmm(shares, similarity.flatten(2).to(shares)) / length.unsqueeze(-1)).to(similarity.dtype)
-        return affine, self.tps_head(normalize_similarity(warped.unflatten(-1, (height, width))))
+        grid = Transform(affine).grid(similarity.shape[-2:])
+        warped = warp_similarity(similarity, lengths, gram, grid, maps, padding_mode=self.config.padding_mode)
+        return self.make_transform(affine, self.tps_head(normalize_similarity(warped)))
 
     def predict_masks(self, features: MaCoSNetFeatures, context: Tensor, index: Tensor | None = None) -> Tensor:
         """Mask logits `(P, H, W)`; see [`MaCoSNetDecoder.forward`]."""
@@ -558,13 +548,13 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             theirs = weights[reverse].unsqueeze(1)
         return logits
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         output_masks: bool = True,
         output_flow: bool = False,
         image_sizes: Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaCoSNetModelOutput | tuple[Tensor, ...]:
         """Both directions of every pair of views: transforms, correlations and masks.
@@ -584,17 +574,13 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
             )
         views = pixel_values.shape[1]
-        if output_flow:
-            image_sizes = _flow_sizes(image_sizes, pixel_values)
         images = pixel_values.flatten(0, 1)
         features = self.get_image_features(images)
         exact = self.config.cascade == "exact"
         output = self.relate_views(features, views, images if exact else None, output_masks=output_masks)
         if output_flow:
             output.flow = self.dense_flow(output, image_sizes)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return output
 
     def relate_views(
         self,
@@ -620,56 +606,48 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         )
         correlation = correlate(features.normalized[source], features.normalized[target])
         without_skips = features.without_skips()
-        affine, tps = self.predict_transforms(
+        transform = self.predict_transforms(
             without_skips.select(source),
             without_skips.select(target),
             None if pixel_values is None else pixel_values[source],
             correlation,
-        )
+        ).unflatten(0, (batch, len(pairs)))
         masks = None
         if output_masks:
             masks = self.predict_masks_of_pairs(features, source, target, correlation).unflatten(0, (batch, len(pairs)))
         return MaCoSNetModelOutput(
-            affine=affine.unflatten(0, (batch, len(pairs))),
-            tps=tps.unflatten(0, (batch, len(pairs))),
+            affine=transform.affine,
+            tps=transform.tps,
             correlation=correlation.unflatten(0, (batch, len(pairs))),
             mask_logits=masks,
             features=features.normalized.unflatten(0, (batch, num_views)),
         )
 
-    def dense_flow(self, output: MaCoSNetModelOutput, image_sizes: Tensor) -> Tensor:
+    def dense_flow(self, output: MaCoSNetModelOutput, image_sizes: Tensor | None) -> Tensor:
         """Flow `(B, P, H, W, 2)` of every ordered pair, see [`MaCoSNetModelOutput`].
 
         Args:
             output: with the transforms of the pairs.
             image_sizes: `(B, V, 2)` sizes (height, width) of the original images.
+
+        Raises:
+            InputError: without sizes, or where they do not fit.
         """
-        pairs = ordered_pairs(image_sizes.shape[1])
-        size = self.config.image_size
-        source_sizes = image_sizes[:, [i for i, _ in pairs]].flatten(0, 1)
-        target_sizes = image_sizes[:, [j for _, j in pairs]].flatten(0, 1)
-        grid = make_grid(size, size, device=output.affine.device, dtype=output.affine.dtype).reshape(1, -1, 2)
-        grid = grid.expand(source_sizes.shape[0], -1, -1)
-        mapped = apply_cascade(
-            grid,
-            output.affine.flatten(0, 1),
-            output.tps.flatten(0, 1),
-            regularization=self.config.tps_regularization,
-        )
-        flow = denormalize_points(mapped, source_sizes) - denormalize_points(grid, target_sizes)
-        return flow.unflatten(0, (-1, len(pairs))).unflatten(2, (size, size))
+        if image_sizes is None:
+            raise InputError("output_flow needs image_sizes: the flow is in pixels of the original images.")
+        views = 2 if output.affine.shape[1] == 2 else 3
+        image_sizes = _check_sizes(image_sizes, output.affine, views)
+        pairs, side = ordered_pairs(views), self.config.image_size
+        source_sizes, target_sizes = (image_sizes[:, [pair[end] for pair in pairs]] for end in (0, 1))
+        return dense_flow(self.transforms(output), (side, side), source_sizes, target_sizes)
 
 
-def _flow_sizes(image_sizes: Tensor | None, pixel_values: Tensor) -> Tensor:
-    """Checked sizes of the original images: `(B, V, 2)` for pixels `(B, V, 3, H, W)`."""
-    if image_sizes is None:
-        raise InputError("output_flow needs image_sizes: the flow is in pixels of the original images.")
-    batch, views = pixel_values.shape[:2]
-    image_sizes = torch.as_tensor(image_sizes, device=pixel_values.device)
-    if tuple(image_sizes.shape) != (batch, views, 2):
-        raise InputError(
-            f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(image_sizes.shape)}."
-        )
+def _check_sizes(image_sizes: Tensor, affine: Tensor, views: int) -> Tensor:
+    """Sizes `(B, V, 2)` of the original images, on the device of their transforms `(B, ...)`."""
+    image_sizes = torch.as_tensor(image_sizes, device=affine.device)
+    if tuple(image_sizes.shape) != (len(affine), views, 2):
+        expected = f"({len(affine)}, {views}, 2)"
+        raise InputError(f"image_sizes must be {expected} as (height, width); got {tuple(image_sizes.shape)}.")
     return image_sizes
 
 
@@ -694,13 +672,13 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         """See [`MaCoSNetModel.get_image_features`]."""
         return self.macosnet.get_image_features(pixel_values)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_flow: bool = False,
         image_sizes: Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaCoSNetKeypointMatchingOutput | tuple[Tensor, ...]:
         """Matches and masks of a batch of pairs.
@@ -716,57 +694,18 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         """
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
-        if output_flow:
-            image_sizes = _flow_sizes(image_sizes, pixel_values)
         base = self.macosnet(pixel_values, return_dict=True, **kwargs)
         loss = None if labels is None else self._keypoint_loss(base, labels)
         if self.config.mutual_fit:
-            base.affine, base.tps = fit_mutually(
-                base.features,
-                base.affine,
-                base.tps,
-                temperature=self.config.local_matching_temperature,
-                regularization=self.config.tps_regularization,
+            fitted = fit_mutually(
+                base.features, self.transforms(base), temperature=self.config.local_matching_temperature
             )
+            base.affine, base.tps = fitted.affine, fitted.tps
         if output_flow:
             base.flow = self.macosnet.dense_flow(base, image_sizes)
-        keypoints, matches, scores = self._match_grid(base)
-        output = MaCoSNetKeypointMatchingOutput(
+        keypoints, matches, scores = match_grid(base.features, base.mask_logits, self.transforms(base), self.config)
+        return MaCoSNetKeypointMatchingOutput(
             loss=loss, matches=matches, matching_scores=scores, keypoints=keypoints, **base
-        )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
-
-    def _map_points(
-        self,
-        outputs: MaCoSNetModelOutput | MaCoSNetKeypointMatchingOutput,
-        points: Tensor,
-        view: int,
-        local_matching: bool | None = None,
-    ) -> Tensor:
-        """Normalised points `(B, N, 2)` of a view to the other view of a pair."""
-        # T_ij maps j to i, so points of view 0 travel by T_10 (index 1) and points of view 1 by T_01 (index 0).
-        pair = 1 - view
-        mapped = apply_cascade(
-            points,
-            outputs.affine[:, pair],
-            outputs.tps[:, pair],
-            regularization=self.config.tps_regularization,
-        )
-        use_local = self.config.local_matching if local_matching is None else local_matching
-        if not use_local:
-            return mapped
-        return match_locally(
-            outputs.features[:, view],
-            outputs.features[:, 1 - view],
-            points,
-            outputs.affine[:, pair],
-            outputs.tps[:, pair],
-            sigmas=self.config.local_matching_sigmas,
-            windows=self.config.local_matching_windows,
-            temperature=self.config.local_matching_temperature,
-            regularization=self.config.tps_regularization,
         )
 
     def transfer_points(
@@ -799,55 +738,21 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         batch = outputs.affine.shape[0]
         if points.dim() != 3 or points.shape[0] != batch or points.shape[-1] != 2:
             raise InputError(f"points must be ({batch}, N, 2) as (x, y); got {tuple(points.shape)}.")
-        image_sizes = torch.as_tensor(image_sizes, device=outputs.affine.device)
-        if tuple(image_sizes.shape) != (batch, 2, 2):
-            raise InputError(f"image_sizes must be ({batch}, 2, 2) as (height, width); got {tuple(image_sizes.shape)}.")
+        image_sizes = _check_sizes(image_sizes, outputs.affine, 2)
         view = views[direction]
         normalized = normalize_points(points.to(outputs.affine), image_sizes[:, view])
-        mapped = self._map_points(outputs, normalized, view, local_matching)
+        transforms = self.transforms(outputs)
+        mapped = map_points(normalized, view, outputs.features, transforms, self.config, local_matching)
         return denormalize_points(mapped, image_sizes[:, 1 - view])
-
-    def _match_grid(self, outputs: MaCoSNetModelOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Keypoints on a regular grid of the source, their places in the target, and how far to trust each match.
-
-        The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
-        the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e.
-        """
-        batch, side = outputs.affine.shape[0], self.config.grid_size
-        # Cell centres rather than the image's corners, where no object's point is worth a match.
-        step = torch.arange(side, device=outputs.affine.device, dtype=outputs.affine.dtype)
-        axis = (2 * step + 1) / side - 1
-        y, x = torch.meshgrid(axis, axis, indexing="ij")
-        source = torch.stack((x, y), dim=-1).reshape(1, -1, 2).expand(batch, -1, -1)
-        target = self._map_points(outputs, source, 0)
-        back = self._map_points(outputs, target, 1)
-        error = (back - source).norm(dim=-1)
-        consistency = torch.exp(-0.5 * (error / self.config.match_consistency_sigma) ** 2)
-
-        masks = outputs.mask_logits.float().sigmoid().unsqueeze(2)
-        on_source = sample_at(masks[:, 0], source).squeeze(-1)
-        on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
-        features = outputs.features.float()
-        similarity = similarities(features[:, 0], features[:, 1], source, target)
-        scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
-
-        threshold = self.config.match_mask_threshold
-        matched = (on_source > threshold) & (on_target > threshold) & inside(target)
-        index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
-        matches = torch.where(matched, index, -1)
-        scores = torch.where(matched, scores, torch.zeros_like(scores))
-        keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
-        return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
 
     def _keypoint_loss(self, outputs: MaCoSNetModelOutput, labels: Tensor) -> Tensor:
         if labels.dim() != 4 or labels.shape[1] != 2 or labels.shape[-1] != 2:
             raise InputError(f"labels must be (B, 2, K, 2); got {tuple(labels.shape)}.")
         labels = labels.to(outputs.affine)
         present = (labels >= 0).all(dim=-1).all(dim=1)
-        points = labels * 2 - 1
-        error = sum(
-            (self._map_points(outputs, points[:, view], view) - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1)
-        )
+        points, transforms = labels * 2 - 1, self.transforms(outputs)
+        mapped = [map_points(points[:, view], view, outputs.features, transforms, self.config) for view in (0, 1)]
+        error = sum((mapped[view] - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1))
         return (error * present).sum() / (2 * present.sum().clamp(min=1))
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 from transformers import ResNetConfig
+from transformers.utils import ModelOutput
 
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
+from macosnet_hf.geometry import Transform
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetPreTrainedModel
 
@@ -53,6 +55,11 @@ def small_model(model_class: type[MaCoSNetPreTrainedModel], seed: int = 0, **kwa
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def transforms_of(outputs: ModelOutput, regularization: float = 0.0) -> Transform:
+    """T_ij of outputs that no model gave."""
+    return Transform(outputs.affine, outputs.tps, regularization)
 
 
 def small_processor() -> MaCoSNetImageProcessor:

@@ -15,7 +15,7 @@ from macosnet_hf.configuration_macosnet import MaCoSNetConfig
 from macosnet_hf.conversion.export import export
 from macosnet_hf.conversion.published import original_state_dict
 from macosnet_hf.errors import InputError
-from macosnet_hf.geometry import sampling_grid, warp
+from macosnet_hf.geometry import warp
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.inference.collection_transforms import match_collection
 from macosnet_hf.matching import correlate, l2_normalize, match_locally
@@ -136,9 +136,9 @@ def test_the_fast_cascade_warps_the_fused_map():
     model, pixels = small_model(MaCoSNetModel, **FUSED), random_pictures(4)
     features = model.get_image_features(pixels)
     source, target = features.select([0, 1]), features.select([2, 3])
-    affine, tps = model.predict_transforms(source, target)
-    warped = l2_normalize(warp(source.last, sampling_grid(affine, size=source.last.shape[-2:])))
-    torch.testing.assert_close(tps, model.tps_head(correlate(warped, target.normalized)), atol=1e-4, rtol=1e-3)
+    found = model.predict_transforms(source, target)
+    warped = l2_normalize(warp(source.last, found.without_spline().grid(source.last.shape[-2:])))
+    torch.testing.assert_close(found.tps, model.tps_head(correlate(warped, target.normalized)), atol=1e-4, rtol=1e-3)
 
 
 def test_a_collection_gives_the_masks_and_transforms_of_its_pairs():
@@ -166,7 +166,7 @@ def test_points_are_matched_locally_by_the_fused_features():
     moved = model.transfer_points(outputs, points, sizes)
     smooth = model.transfer_points(outputs, points, sizes, local_matching=False)
     assert (moved - smooth).abs().max() > 0.1
-    narrow = match_locally(*outputs.features.unbind(1), torch.zeros(1, 1, 2), outputs.affine[:, 1], outputs.tps[:, 1])
+    narrow = match_locally(*outputs.features.unbind(1), torch.zeros(1, 1, 2), model.transforms(outputs)[:, 1])
     assert torch.isfinite(narrow).all()
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, InputError, MaCoSNetError
+from macosnet_hf.geometry import Transform
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.io.image_files import load_image
 from macosnet_hf.modeling_macosnet import MaCoSNetKeypointMatchingOutput
@@ -418,7 +419,7 @@ def test_sizes_that_do_not_fit(processor, sizes):
     with pytest.raises(InputError, match="target_sizes"):
         processor.post_process_keypoint_matching(matches, sizes)
     with pytest.raises(InputError, match="target_sizes"):
-        processor.post_process_dense_flow(MaCoSNetKeypointMatchingOutput(affine=torch.zeros(1, 2, 6)), sizes)
+        processor.post_process_dense_flow(Transform(torch.zeros(1, 2, 6)), sizes)
     if sizes is not None:
         with pytest.raises(InputError, match="target_sizes"):
             processor.post_process_cosegmentation(
@@ -563,7 +564,9 @@ def test_masks_that_cannot_be_made(processor, mask_outputs, pair):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def slow_transform(x: float, y: float, affine: np.ndarray, tps: np.ndarray | None) -> tuple[float, float]:
+def slow_transform(
+    x: float, y: float, affine: np.ndarray, tps: np.ndarray | None, regularization: float
+) -> tuple[float, float]:
     """One normalised point through a spline and an affine transform, from their definitions, in float64."""
     if tps is not None:
         controls = [(a, b) for a in (-1.0, 0.0, 1.0) for b in (-1.0, 0.0, 1.0)]
@@ -575,7 +578,7 @@ def slow_transform(x: float, y: float, affine: np.ndarray, tps: np.ndarray | Non
         system = np.zeros((12, 12))
         for i, (xi, yi) in enumerate(controls):
             for j, (xj, yj) in enumerate(controls):
-                system[i, j] = kernel(xi - xj, yi - yj)
+                system[i, j] = kernel(xi - xj, yi - yj) + regularization * (i == j)
             system[i, 9:] = system[9:, i] = (1, xi, yi)
         moved = []
         for values in (tps[:9], tps[9:]):
@@ -586,15 +589,15 @@ def slow_transform(x: float, y: float, affine: np.ndarray, tps: np.ndarray | Non
     return affine[0] * x + affine[1] * y + affine[2], affine[3] * x + affine[4] * y + affine[5]
 
 
-@pytest.mark.parametrize("with_tps", [False, True])
-def test_flow_against_a_slow_reference(processor, with_tps):
+@pytest.mark.parametrize(("with_tps", "regularization"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_flow_against_a_slow_reference(processor, with_tps, regularization):
     generator = torch.Generator().manual_seed(2)
     identity = torch.tensor([1.0, 0, 0, 0, 1, 0])
     resting = torch.tensor([-1.0, -1, -1, 0, 0, 0, 1, 1, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1])
     affine = identity + 0.2 * torch.randn((1, 2, 6), generator=generator)
     tps = resting + 0.2 * torch.randn((1, 2, 18), generator=generator) if with_tps else None
-    outputs = MaCoSNetKeypointMatchingOutput(affine=affine, tps=tps)
-    flow = processor.post_process_dense_flow(outputs, SIZES)[0]
+    transforms = Transform(affine, tps, None if tps is None else regularization)
+    flow = processor.post_process_dense_flow(transforms, SIZES)[0]
     assert flow["source_to_target"].shape == (*SOURCE_SIZE, 2)
     assert flow["target_to_source"].shape == (*TARGET_SIZE, 2)
     # Index 0 is T_AB, which takes points of the target to the source.
@@ -607,6 +610,7 @@ def test_flow_against_a_slow_reference(processor, with_tps):
                     2 * row / (height - 1) - 1,
                     affine[0, index].double().numpy(),
                     None if tps is None else tps[0, index].double().numpy(),
+                    regularization,
                 )
                 expected = ((x + 1) / 2 * (other_width - 1) - column, (y + 1) / 2 * (other_height - 1) - row)
                 assert flow[name][row, column].tolist() == pytest.approx(expected, abs=2e-3)
@@ -616,35 +620,35 @@ def test_flow_is_computed_in_strips_without_seams(processor, monkeypatch):
     import macosnet_hf.image_processing_macosnet as module
 
     affine = torch.tensor([[[1.1, 0.1, 0.2, -0.2, 0.8, 0.1], [0.9, 0, 0, 0.1, 1.2, 0]]])
-    outputs = MaCoSNetKeypointMatchingOutput(affine=affine)
-    whole = processor.post_process_dense_flow(outputs, SIZES)[0]
+    transforms = Transform(affine)
+    whole = processor.post_process_dense_flow(transforms, SIZES)[0]
     monkeypatch.setattr(module, "_POINTS_PER_CHUNK", 170)  # a few rows, not a divisor of the height
-    strips = processor.post_process_dense_flow(outputs, SIZES)[0]
+    strips = processor.post_process_dense_flow(transforms, SIZES)[0]
     for name, flow in whole.items():
         assert torch.allclose(flow, strips[name], atol=1e-4)
 
 
 def test_flow_of_the_identity_scales_between_sizes(processor):
-    outputs = MaCoSNetKeypointMatchingOutput(affine=torch.tensor([[[1.0, 0, 0, 0, 1, 0]] * 2]))
-    flow = processor.post_process_dense_flow(outputs, SIZES)[0]["source_to_target"]
+    transforms = Transform(torch.tensor([[[1.0, 0, 0, 0, 1, 0]] * 2]))
+    flow = processor.post_process_dense_flow(transforms, SIZES)[0]["source_to_target"]
     assert flow[0, 0].tolist() == pytest.approx([0, 0], abs=1e-4)
     assert flow[33, 49].tolist() == pytest.approx([22 - 49, 60 - 33], abs=1e-4)
     assert flow[33, 0].tolist() == pytest.approx([0, 60 - 33], abs=1e-4)
 
 
 def test_flow_agrees_with_the_models_point_transfer(processor):
-    from macosnet_hf.geometry import apply_cascade, denormalize_points, normalize_points
+    from macosnet_hf.geometry import denormalize_points, normalize_points
 
     affine = torch.tensor([[[1.1, 0.1, 0.2, -0.2, 0.8, 0.1], [0.9, 0, 0, 0.1, 1.2, 0]]])
-    flow = processor.post_process_dense_flow(MaCoSNetKeypointMatchingOutput(affine=affine), SIZES)[0]
+    flow = processor.post_process_dense_flow(Transform(affine), SIZES)[0]
     point = torch.tensor([[[20.0, 10.0]]])  # of the source; T_BA, index 1, takes it to the target
-    there = denormalize_points(apply_cascade(normalize_points(point, SOURCE_SIZE), affine[:, 1]), TARGET_SIZE)
+    there = denormalize_points(Transform(affine[:, 1]).apply(normalize_points(point, SOURCE_SIZE)), TARGET_SIZE)
     assert torch.allclose(flow["source_to_target"][10, 20] + point[0, 0], there[0, 0], atol=1e-3)
 
 
 def test_flow_of_triplets_is_refused(processor):
     with pytest.raises(InputError, match="pairs"):
-        processor.post_process_dense_flow(MaCoSNetKeypointMatchingOutput(affine=torch.zeros(1, 6, 6)), SIZES)
+        processor.post_process_dense_flow(Transform(torch.zeros(1, 6, 6)), SIZES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -349,9 +349,9 @@ def test_encoding_once_and_pairing_later_equals_forward(cascade):
         features = model.get_image_features(pictures[0])
         for p, (i, j) in enumerate(ordered_pairs(3)):
             source, target = features.select([i]), features.select([j])
-            affine, tps = model.predict_transforms(source, target, pictures[:, i] if cascade == "exact" else None)
-            torch.testing.assert_close(affine[0], outputs.affine[0, p], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(tps[0], outputs.tps[0, p], atol=1e-4, rtol=1e-4)
+            found = model.predict_transforms(source, target, pictures[:, i] if cascade == "exact" else None)
+            torch.testing.assert_close(found.affine[0], outputs.affine[0, p], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found.tps[0], outputs.tps[0, p], atol=1e-4, rtol=1e-4)
             # The mask of i given j is read off S_ji: the layout of i, one channel per position of j.
             masks = model.predict_masks(source, correlate(target.normalized, source.normalized))
             torch.testing.assert_close(masks[0], outputs.mask_logits[0, p], atol=1e-4, rtol=1e-4)
@@ -497,11 +497,12 @@ def test_local_matching_matches_the_loop_reference():
     points = torch.rand(batch, count, 2, generator=generator) * 2 - 1
     affine = torch.tensor([[0.9, 0.1, 0.2, -0.1, 1.1, 0.0], [1.2, 0.0, -0.1, 0.2, 0.8, 0.1]])
     tps = geometry.identity_tps(batch) + 0.1 * torch.randn(batch, 18, generator=generator)
-    result = match_locally(source, target, points, affine, tps, sigmas=sigmas, windows=windows, temperature=temperature)
+    given = geometry.Transform(affine, tps, 0.1)
+    result = match_locally(source, target, points, given, sigmas=sigmas, windows=windows, temperature=temperature)
     for b, n in itertools.product(range(batch), range(count)):
 
         def transform(x, y, b=b):
-            return geometry.apply_cascade(torch.tensor([[[x, y]]]), affine[b : b + 1], tps[b : b + 1])[0, 0].tolist()
+            return given[b].apply(torch.tensor([[x, y]]))[0].tolist()
 
         x, y = points[b, n].tolist()
         moved = [0.0, 0.0]
@@ -535,17 +536,17 @@ def test_local_matching_does_not_depend_on_how_many_points_are_asked_at_once():
     generator = torch.Generator().manual_seed(3)
     source, target = (F.normalize(torch.randn(1, 4, 6, 6, generator=generator), dim=1) for _ in range(2))
     points = torch.rand(1, 1100, 2, generator=generator) * 2 - 1
-    affine = geometry.identity_affine(1)
-    together = match_locally(source, target, points, affine)
+    identity = geometry.Transform(geometry.identity_affine(1))
+    together = match_locally(source, target, points, identity)
     some = [0, 1, 600, 1023, 1024, 1099]
-    torch.testing.assert_close(match_locally(source, target, points[:, some], affine), together[:, some])
+    torch.testing.assert_close(match_locally(source, target, points[:, some], identity), together[:, some])
 
 
 def test_local_matching_has_finite_gradients_on_the_grid_points_themselves():
     features = F.normalize(torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(1)), dim=1)
     affine = geometry.identity_affine(1).requires_grad_()
     points = geometry.make_grid(9, 9).reshape(1, -1, 2)
-    match_locally(features, features, points, affine).square().sum().backward()
+    match_locally(features, features, points, geometry.Transform(affine)).square().sum().backward()
     assert torch.isfinite(affine.grad).all()
     assert affine.grad.abs().max() > 0
 
@@ -559,7 +560,8 @@ def test_local_matching_finds_a_landmark_near_the_guess():
     source[0, :, 2, 2] = torch.tensor([0.0, 1.0])  # x = y = -0.5
     points = torch.tensor([[[-0.5, -0.5]]])
     affine = torch.tensor([[1.0, 0.0, 0.6, 0.0, 1.0, 0.6]])  # sends the point to (0.1, 0.1)
-    found = match_locally(source, target, points, affine, sigmas=[0.3], windows=[0.2], temperature=60.0)
+    guess = geometry.Transform(affine)
+    found = match_locally(source, target, points, guess, sigmas=[0.3], windows=[0.2], temperature=60.0)
     landmark = torch.tensor([[[0.25, 0.0]]])
     assert (found - landmark).norm() < 0.5 * (torch.tensor([[[0.1, 0.1]]]) - landmark).norm()
 

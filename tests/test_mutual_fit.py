@@ -16,10 +16,11 @@ SIDE = 9
 
 
 def some_transforms(count, seed=0, bend=0.1):
-    """T_AB and T_BA of `count` pairs, `(count, 2, 6)` and `(count, 2, 18)`, which are not each other's inverse."""
+    """T_AB and T_BA of pairs, `(count, 2)`, which are not each other's inverse."""
     generator = torch.Generator().manual_seed(seed)
     affine = geometry.identity_affine(count, 2) + 0.1 * torch.randn(count, 2, 6, generator=generator)
-    return affine, geometry.identity_tps(count, 2) + bend * torch.randn(count, 2, 18, generator=generator)
+    tps = geometry.identity_tps(count, 2) + bend * torch.randn(count, 2, 18, generator=generator)
+    return geometry.Transform(affine, tps, REGULARIZATION)
 
 
 def some_features(count, seed=0):
@@ -30,12 +31,8 @@ def some_features(count, seed=0):
     return F.normalize(maps, dim=1).unflatten(0, (count, 2))
 
 
-def places(affine, tps, points):
-    return geometry.apply_cascade(points.expand(len(affine), -1, -1), affine, tps, regularization=REGULARIZATION)
-
-
 @torch.no_grad()
-def slow_fit(features, affine, tps, temperature):
+def slow_fit(features, transforms, temperature):
     """One pair at a time, point by point, by a least-squares solver in float64: where a 5x5 grid goes, both ways."""
     axis = np.linspace(-1, 1, 7)
     grid = torch.tensor([[x, y] for y in axis for x in axis], dtype=torch.float32)
@@ -44,12 +41,11 @@ def slow_fit(features, affine, tps, temperature):
     for row in range(len(features)):
         found = []
         for end, start in ((0, 1), (1, 0)):  # T_AB takes points of B into A
-            forth = (affine[row, end][None], tps[row, end][None])
-            back = (affine[row, start][None], tps[row, start][None])
-            options = {"sigmas": [0.3], "windows": [0.6], "temperature": temperature, "regularization": REGULARIZATION}
+            forth, back = transforms[row, [end]], transforms[row, [start]]
+            options = {"sigmas": [0.3], "windows": [0.6], "temperature": temperature}
             own, other = features[row, start][None], features[row, end][None]
-            there = match_locally(own, other, grid[None], *forth, **options)
-            again = match_locally(other, own, there.clamp(-1, 1), *back, **options)
+            there = match_locally(own, other, grid[None], forth, **options)
+            again = match_locally(other, own, there.clamp(-1, 1), back, **options)
             weights = []
             for n in range(len(grid)):
                 first = geometry.sample_at(own, grid[None, n : n + 1])[0, 0].double()
@@ -58,9 +54,8 @@ def slow_fit(features, affine, tps, temperature):
                 error = float((again[0, n] - grid[n]).norm())
                 stays = float(there[0, n].abs().max()) <= 1.05
                 weights.append(cosine**2 * np.exp(-(error**2) / 0.02) * stays)
-            found.append(
-                (there[0], np.array(weights), geometry.apply_cascade(grid[None], *forth, regularization=0.1)[0])
-            )
+            before = geometry.apply_cascade(grid[None], forth.affine, forth.tps, regularization=REGULARIZATION)
+            found.append((there[0], np.array(weights), before[0]))
         for own, reverse in ((0, 1), (1, 0)):
             there, weights, before = found[own]
             starts = [grid, found[reverse][0], grid]
@@ -78,59 +73,60 @@ def slow_fit(features, affine, tps, temperature):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fit_is_that_of_a_slow_solver(seed):
-    features, (affine, tps) = some_features(2, seed), some_transforms(2, seed)
-    fitted = fit_mutually(features, affine, tps, temperature=30.0, regularization=REGULARIZATION)
-    expected, probe = slow_fit(features, affine, tps, 30.0)
-    assert fitted[0].shape == (2, 2, 6)
-    assert fitted[1].shape == (2, 2, 18)
-    torch.testing.assert_close(fitted[0], affine)
+    features, transforms = some_features(2, seed), some_transforms(2, seed)
+    fitted = fit_mutually(features, transforms, temperature=30.0)
+    expected, probe = slow_fit(features, transforms, 30.0)
+    assert fitted.affine.shape == (2, 2, 6)
+    assert fitted.tps.shape == (2, 2, 18)
+    assert fitted.regularization == REGULARIZATION
+    torch.testing.assert_close(fitted.affine, transforms.affine)
     for direction in (0, 1):
-        found = places(fitted[0][:, direction], fitted[1][:, direction], probe)
+        found = fitted[:, direction].apply(probe)
         np.testing.assert_allclose(found.numpy(), expected[:, direction], atol=2e-4)
     # and it is not where it was
-    before = places(affine[:, 0], tps[:, 0], probe)
+    before = transforms[:, 0].apply(probe)
     assert np.abs(before.numpy() - expected[:, 0]).max() > 0.02
 
 
 def test_a_known_warp_is_found_better():
     generator = torch.Generator().manual_seed(4)
     source = F.normalize(F.interpolate(torch.randn(3, 8, 7, 7, generator=generator), size=15, mode="bicubic"), dim=1)
-    affine, tps = some_transforms(3, seed=5, bend=0.05)
-    grid = geometry.sampling_grid(affine[:, 0], tps[:, 0], size=(15, 15))
-    target = F.normalize(geometry.warp(source, grid, padding_mode="border"), dim=1)
-    start = geometry.identity_affine(3, 2), geometry.identity_tps(3, 2)
-    fitted = fit_mutually(torch.stack((source, target), dim=1), *start)
+    true = some_transforms(3, seed=5, bend=0.05)[:, 0]
+    target = F.normalize(geometry.warp(source, true.grid((15, 15)), padding_mode="border"), dim=1)
+    start = geometry.Transform(geometry.identity_affine(3, 2), geometry.identity_tps(3, 2), 0.0)
+    fitted = fit_mutually(torch.stack((source, target), dim=1), start)
     inner = 0.6 * geometry.make_grid(5, 5).reshape(1, -1, 2)
-    truth = geometry.apply_cascade(inner.expand(3, -1, -1), affine[:, 0], tps[:, 0])
+    truth = true.apply(inner)
     before = (inner - truth).norm(dim=-1).mean()
-    there = geometry.apply_cascade(inner.expand(3, -1, -1), fitted[0][:, 0], fitted[1][:, 0])
+    there = fitted[:, 0].apply(inner)
     assert (there - truth).norm(dim=-1).mean() < 0.35 * before
-    back = geometry.apply_cascade(truth, fitted[0][:, 1], fitted[1][:, 1])
+    back = fitted[:, 1].apply(truth)
     assert (back - inner).norm(dim=-1).mean() < 0.35 * before
 
 
 def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
-    features, (affine, tps) = some_features(3), some_transforms(3)
-    fitted = fit_mutually(features, affine, tps)
-    swapped = fit_mutually(features.flip(1), affine.flip(1), tps.flip(1))
-    alone = fit_mutually(features[1:2], affine[1:2], tps[1:2])
-    for part in (0, 1):
-        torch.testing.assert_close(swapped[part].flip(1), fitted[part], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone[part], fitted[part][1:2], atol=1e-5, rtol=0)
+    features, transforms = some_features(3), some_transforms(3)
+    fitted = fit_mutually(features, transforms)
+    swapped = fit_mutually(features.flip(1), transforms.flip(1)).flip(1)
+    alone = fit_mutually(features[1:2], transforms[1:2])
+    for part in ("affine", "tps"):
+        torch.testing.assert_close(getattr(swapped, part), getattr(fitted, part), atol=1e-5, rtol=0)
+        torch.testing.assert_close(getattr(alone, part), getattr(fitted[1:2], part), atol=1e-5, rtol=0)
 
 
 def test_without_likeness_the_transforms_stay():
-    affine, tps = some_transforms(2)
+    transforms = some_transforms(2)
     unlike = torch.zeros(2, 2, 4, SIDE, SIDE)
     unlike[:, 0, 0], unlike[:, 1, 1] = 1, 1  # unit vectors at right angles
-    fitted = fit_mutually(unlike, affine, tps)
-    torch.testing.assert_close(fitted[0], affine)
-    torch.testing.assert_close(fitted[1], tps, atol=1e-4, rtol=0)
+    fitted = fit_mutually(unlike, transforms)
+    torch.testing.assert_close(fitted.affine, transforms.affine)
+    torch.testing.assert_close(fitted.tps, transforms.tps, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["flat", "a point", "far away", "turned inside out"])
 def test_senseless_transforms_do_no_harm(kind):
-    affine, tps = some_transforms(1)
+    transforms = some_transforms(1)
+    affine = transforms.affine
     linear = {
         "flat": [1.0, 0, 0, 1, 0, 0],
         "a point": [0.0, 0, 0.2, 0, 0, 0],
@@ -138,22 +134,22 @@ def test_senseless_transforms_do_no_harm(kind):
         "turned inside out": [-1.0, 0, 0, 0, 1, 0],
     }[kind]
     affine[:, 0] = torch.tensor(linear)
-    fitted = fit_mutually(some_features(1), affine, tps)
-    for part in fitted:
+    fitted = fit_mutually(some_features(1), transforms)
+    for part in (fitted.affine, fitted.tps):
         assert torch.isfinite(part).all()
     kept = kind in ("far away", "turned inside out")
-    torch.testing.assert_close(fitted[0][0, 0], affine[0, 0] if kept else geometry.identity_affine(1)[0])
-    torch.testing.assert_close(fitted[0][0, 1], affine[0, 1])
+    torch.testing.assert_close(fitted.affine[0, 0], affine[0, 0] if kept else geometry.identity_affine(1)[0])
+    torch.testing.assert_close(fitted.affine[0, 1], affine[0, 1])
 
 
 def test_gradients_are_finite():
-    features, (affine, tps) = some_features(1).requires_grad_(), some_transforms(1)
-    affine.requires_grad_()
-    fitted = fit_mutually(features, affine, tps)
-    sum(part.square().sum() for part in fitted).backward()
+    features, transforms = some_features(1).requires_grad_(), some_transforms(1)
+    transforms.affine.requires_grad_()
+    fitted = fit_mutually(features, transforms)
+    (fitted.affine.square().sum() + fitted.tps.square().sum()).backward()
     assert torch.isfinite(features.grad).all()
-    assert torch.isfinite(affine.grad).all()
-    assert affine.grad.abs().max() > 0
+    assert torch.isfinite(transforms.affine.grad).all()
+    assert transforms.affine.grad.abs().max() > 0
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +159,8 @@ def pictures():
 
 @torch.no_grad()
 def test_the_matcher_fits_and_the_model_does_not(pictures):
-    fitting = small_model(MaCoSNetForKeypointMatching, mutual_fit=True)
-    plain = small_model(MaCoSNetForKeypointMatching)
+    fitting = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, tps_regularization=REGULARIZATION)
+    plain = small_model(MaCoSNetForKeypointMatching, tps_regularization=REGULARIZATION)
     plain.load_state_dict(fitting.state_dict())
     sizes = torch.tensor([[[50, 40], [60, 30]]] * 2)
     outputs = fitting(pictures, output_flow=True, image_sizes=sizes)
@@ -172,26 +168,26 @@ def test_the_matcher_fits_and_the_model_does_not(pictures):
     assert isinstance(fitting.macosnet, MaCoSNetModel)
     torch.testing.assert_close(fitting.macosnet(pictures).tps, bare.tps)
     torch.testing.assert_close(plain.macosnet(pictures).tps, bare.tps)
-    expected = fit_mutually(bare.features, bare.affine, bare.tps)
-    torch.testing.assert_close(outputs.affine, expected[0])
-    torch.testing.assert_close(outputs.tps, expected[1])
+    expected = fit_mutually(bare.features, geometry.Transform(bare.affine, bare.tps, REGULARIZATION))
+    torch.testing.assert_close(outputs.affine, expected.affine)
+    torch.testing.assert_close(outputs.tps, expected.tps)
     assert (outputs.tps - bare.tps).abs().max() > 0.01
     # the flow and the transferred points are those of the fitted transforms
     torch.testing.assert_close(outputs.flow, plain.macosnet.dense_flow(outputs, sizes))
     points = torch.tensor([[[10.0, 10.0], [25.0, 40.0]]] * 2)
     moved = fitting.transfer_points(outputs, points, sizes, "target_to_source", local_matching=False)
-    smooth = geometry.apply_cascade(geometry.normalize_points(points, sizes[:, 1]), *(part[:, 0] for part in expected))
+    smooth = expected[:, 0].apply(geometry.normalize_points(points, sizes[:, 1]))
     torch.testing.assert_close(moved, geometry.denormalize_points(smooth, sizes[:, 0]), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_fits_alike(dtype):
-    features, (affine, tps) = some_features(2), some_transforms(2)
-    exact = fit_mutually(features, affine, tps)[1]
-    torch.testing.assert_close(fit_mutually(features.to(dtype), affine, tps)[1], exact, atol=0.02, rtol=0)
+    features, transforms = some_features(2), some_transforms(2)
+    exact = fit_mutually(features, transforms).tps
+    torch.testing.assert_close(fit_mutually(features.to(dtype), transforms).tps, exact, atol=0.02, rtol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(fit_mutually(features, affine, tps)[1], exact, atol=0.05, rtol=0)
+        torch.testing.assert_close(fit_mutually(features, transforms).tps, exact, atol=0.05, rtol=0)
 
 
 def test_an_older_configuration_does_not_fit():

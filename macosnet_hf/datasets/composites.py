@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..geometry import sampling_grid, warp
+from ..geometry import Transform, warp
 
 _SIDE_BY_SIDE_SHARE = 0.55
 _VERTICAL_CUT_SHARE = 0.75
@@ -77,7 +77,7 @@ def _moved(images: Tensor, masks: Tensor, scale: Tensor, shift: Tensor) -> tuple
     """Images and masks after `old = scale * new + shift`, `(B, 2)` both as (x, y) in normalised coordinates."""
     zero = torch.zeros_like(scale[:, 0])
     affine = torch.stack((scale[:, 0], zero, shift[:, 0], zero, scale[:, 1], shift[:, 1]), dim=1)
-    grid = sampling_grid(affine, size=tuple(images.shape[-2:]))
+    grid = Transform(affine).grid(images.shape[-2:])
     moved = warp(masks.unsqueeze(1), grid)
     return warp(images, grid, padding_mode="reflection"), moved.squeeze(1)
 

@@ -31,7 +31,7 @@ import torch
 from ..datasets.images import open_image
 from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
-from ..geometry import apply_cascade, denormalize_points, make_grid, normalize_points
+from ..geometry import Transform, denormalize_points, make_grid, normalize_points
 from ..matching import correlate, fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetFeatures
 
@@ -395,36 +395,23 @@ class ModelPredictor(FeaturePredictor):
 
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         config = self.model.config
+        own, other = start.features.normalized, end.features.normalized
         # T_ij maps points of j into i: the image where the points end is the transform's source.
-        affine, tps = self.model.predict_transforms(end.features, start.features, end.pixel_values)
-        transforms = {"affine": (affine, None), "transform": (affine, tps)}
-        around = affine, tps
+        whole = self.model.predict_transforms(end.features, start.features, end.pixel_values)
+        transforms = {"affine": whole.without_spline(), "transform": whole}
+        around = whole
         if config.mutual_fit and {"local", "fitted"} & set(self.variants):
             back = self.model.predict_transforms(start.features, end.features, start.pixel_values)
-            fitted = fit_mutually(
-                torch.stack((end.features.normalized, start.features.normalized), dim=1),
-                torch.stack((affine, back[0]), dim=1),
-                torch.stack((tps, back[1]), dim=1),
-                temperature=config.local_matching_temperature,
-                regularization=config.tps_regularization,
-            )
-            around = transforms["fitted"] = fitted[0][:, 0], fitted[1][:, 0]
-        found = {}
-        for variant in self.variants:
-            if variant == "local":
-                found[variant] = match_locally(
-                    start.features.normalized,
-                    end.features.normalized,
-                    points,
-                    *around,
-                    sigmas=config.local_matching_sigmas,
-                    windows=config.local_matching_windows,
-                    temperature=config.local_matching_temperature,
-                    regularization=config.tps_regularization,
-                )
-            else:
-                found[variant] = apply_cascade(points, *transforms[variant], regularization=config.tps_regularization)
-        return found
+            both = Transform.stack((whole, back), dim=1)
+            features = torch.stack((other, own), dim=1)
+            fitted = fit_mutually(features, both, temperature=config.local_matching_temperature)
+            around = transforms["fitted"] = fitted[:, 0]
+        return {
+            variant: match_locally(own, other, points, around, **config.local_matching_options)
+            if variant == "local"
+            else transforms[variant].apply(points)
+            for variant in self.variants
+        }
 
     def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..collection import Collection
 from ..errors import InputError
-from ..geometry import sampling_grid, warp
+from ..geometry import warp
 from .collection_transforms import match_collection
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ def aligned_average(
             pixels = _as_tensor(target)
             shown = F.interpolate(mask, size=size, mode="bilinear", align_corners=True) + _BACKGROUND_WEIGHT
         else:
-            affine, tps = repaired.affine[number, reference], repaired.tps[number, reference]
-            if not torch.isfinite(affine).all():  # nothing leads there
+            transform = repaired.transforms[number : number + 1, reference]
+            if not torch.isfinite(transform.affine).all():  # nothing leads there
                 continue
-            grid = sampling_grid(affine[None], tps[None], size=size, regularization=model.config.tps_regularization)
+            grid = transform.grid(size)
             small = image.copy()
             small.thumbnail((side, side))
             pixels, shown = warp(_as_tensor(small), grid), warp(mask + _BACKGROUND_WEIGHT, grid)

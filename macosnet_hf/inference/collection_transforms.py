@@ -16,15 +16,13 @@ from torch import Tensor
 from ..collection import Collection, Progress, choose_partners
 from ..errors import InputError
 from ..geometry import (
-    apply_cascade,
+    Transform,
     denormalize_points,
     identity_affine,
     identity_tps,
     inside,
     make_grid,
     normalize_points,
-    sampling_grid,
-    tps_basis,
     warp,
 )
 from ..matching import cell_products, cell_similarity, fit_mutually, match_locally, normalize_similarity
@@ -60,6 +58,11 @@ class CollectionMatches:
     error: Tensor
     trust: Tensor
     collection: Collection
+
+    @property
+    def transforms(self) -> Transform:
+        """`(N, N)`, on the CPU: those whose parameters are `affine` and `tps`."""
+        return self.collection.model.make_transform(self.affine, self.tps)
 
     def __len__(self) -> int:
         return len(self.trust)
@@ -112,16 +115,11 @@ class CollectionMatches:
         field = torch.as_tensor(mask, dtype=torch.float32)
         if field.dim() != 2:
             raise InputError(f"A mask has the shape (H, W), not {tuple(field.shape)}.")
-        affine, tps = self.affine[image], self.tps[image]  # of every image's points into this one
-        known = torch.isfinite(affine).all(-1)
+        into = self.transforms[image]  # of every image's points into this one
+        known = torch.isfinite(into.affine).all(-1)
         warped = torch.full((len(self), *field.shape), float("nan"))
         for number in torch.nonzero(known).flatten().tolist():
-            grid = sampling_grid(
-                affine[number : number + 1],
-                tps[number : number + 1],
-                size=field.shape,
-                regularization=self._regularization,
-            )
+            grid = into[number : number + 1].grid(field.shape)
             warped[number] = warp(field[None, None], grid)[0, 0]
         return warped.numpy()
 
@@ -136,7 +134,7 @@ class CollectionMatches:
         count = len(self)
         grid = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(-1, 2)
         affine, tps = identity_affine(count, count), identity_tps(count, count)
-        fit = torch.linalg.pinv(tps_basis(grid, regularization=self._regularization))  # (9, points)
+        fit = torch.linalg.pinv(self.transforms.basis(grid))  # (9, points)
         for j in range(count):
             places = self._consensus(grid, j)
             tps[:, j] = (fit @ places).transpose(-1, -2).flatten(-2)
@@ -147,17 +145,13 @@ class CollectionMatches:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _regularization(self) -> float:
-        return float(self.collection.model.config.tps_regularization)
-
     def _check_number(self, image: int) -> None:
         if not 0 <= image < len(self):
             raise InputError(f"There is no image number {image}; there are {len(self)}, counted from 0.")
 
     def _map(self, points: Tensor, into: Tensor, of: Tensor) -> Tensor:
         """Normalised points `(R, M, 2)` of the images `of` `(R,)` to those named by `into` `(R,)`."""
-        return apply_cascade(points, self.affine[into, of], self.tps[into, of], regularization=self._regularization)
+        return self.transforms[into, of].apply(points)
 
     def _transfer(self, points: Tensor, image: int, local_matching: bool | None) -> Tensor:
         """`(M, 2)` normalised points of an image to `(N, M, 2)` of all."""
@@ -177,12 +171,8 @@ class CollectionMatches:
                     own.expand(len(some), -1, -1, -1),
                     self.collection.features(some.tolist()).normalized,
                     repeated[: len(some)].to(device),
-                    self.affine[some, image].to(device),
-                    self.tps[some, image].to(device),
-                    sigmas=config.local_matching_sigmas,
-                    windows=config.local_matching_windows,
-                    temperature=config.local_matching_temperature,
-                    regularization=self._regularization,
+                    self.transforms[some, image].to(device),
+                    **config.local_matching_options,
                 )
                 found[some] = moved.float().cpu()
         return found
@@ -252,9 +242,10 @@ def match_collection(
         else:
             found = model.predict_transforms_from_similarity(cells, lengths, gram, i.to(gram.device))
         if collection.model.config.mutual_fit:
-            found = _fitted(collection, some, *found)
-        affine[i, j], tps[i, j] = (parameters.float().cpu() for parameters in found)
-        similarity[i, j] = _brought_together(cells, affine[i, j], tps[i, j], collection)
+            found = _fitted(collection, some, found)
+        found = found.to("cpu", torch.float32)
+        affine[i, j], tps[i, j] = found.affine, found.tps
+        similarity[i, j] = _brought_together(cells, found)
         if progress is not None:
             progress(start + len(some), len(pairs))
     return _judged(collection, affine, tps, similarity)
@@ -278,35 +269,28 @@ def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:
     return torch.stack((products, back), dim=1).flatten(0, 1)
 
 
-def _fitted(collection: Collection, pairs: Tensor, affine: Tensor, tps: Tensor) -> tuple[Tensor, Tensor]:
-    """[`fit_mutually`] for transforms `(P, 6)` and `(P, 18)` of pairs that stand beside their reverse."""
+def _fitted(collection: Collection, pairs: Tensor, transforms: Transform) -> Transform:
+    """[`fit_mutually`] for transforms `(P)` of pairs that stand beside their reverse."""
     first, second = (collection.features(pairs[0::2, side].tolist()).normalized for side in (0, 1))
-    config = collection.model.config
     both = torch.stack((first, second), dim=1)
     # What is sampled for many pairs at once does not fit into a processor's cache, and takes twice as long.
     at_once = _FITS_AT_ONCE if both.device.type == "cpu" else len(both)
-    parts = [
-        fit_mutually(*some, temperature=config.local_matching_temperature, regularization=config.tps_regularization)
-        for some in zip(
-            both.split(at_once),
-            affine.unflatten(0, (-1, 2)).split(at_once),
-            tps.unflatten(0, (-1, 2)).split(at_once),
-            strict=True,
-        )
+    both_ways = transforms.unflatten(0, (-1, 2))
+    fitted = [
+        fit_mutually(both[some], both_ways[some], temperature=collection.model.config.local_matching_temperature)
+        for some in torch.arange(len(both)).split(at_once)
     ]
-    fitted = [torch.cat(part).flatten(0, 1) for part in zip(*parts, strict=True)]
-    return fitted[0], fitted[1]
+    return Transform.cat(fitted).flatten(0, 1)
 
 
-def _brought_together(cells: Tensor, affine: Tensor, tps: Tensor, collection: Collection) -> Tensor:
+def _brought_together(cells: Tensor, transforms: Transform) -> Tensor:
     """Mean cosine similarity `(P,)` of the target's cells and of the places where transforms send them in the source.
 
     Read from the inner products `(P, h*w, h, w)`, interpolated; a cell that leaves the source has no partner there.
     """
     height, width = cells.shape[-2:]
     grid = make_grid(height, width).reshape(1, -1, 2).expand(len(cells), -1, -1)
-    regularization = float(collection.model.config.tps_regularization)
-    there = apply_cascade(grid, affine, tps, regularization=regularization)
+    there = transforms.apply(grid)
     # One map over the source for each of the target's cells, looked up at one place.
     maps = cells.float().cpu().flatten(2).transpose(1, 2).reshape(-1, 1, height, width)
     found = warp(maps, there.reshape(-1, 1, 1, 2)).view(len(cells), -1)
@@ -345,8 +329,7 @@ def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int
 
 def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Tensor | None = None) -> CollectionMatches:
     """Error and trust of transforms `(N, N, 6)` and `(N, N, 18)`, and their similarity where it is not known."""
-    count = len(collection)
-    regularization = float(collection.model.config.tps_regularization)
+    count, transforms = len(collection), collection.model.make_transform(affine, tps)
     points = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9
     error = torch.full((count, count), float("nan"))
     known = torch.isfinite(affine).all(-1)
@@ -354,8 +337,7 @@ def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Ten
     for part in torch.arange(len(i)).split(4096):
         a, b = i[part], j[part]
         start = points.expand(len(part), -1, -1)
-        there = apply_cascade(start, affine[a, b], tps[a, b], regularization=regularization)
-        back = apply_cascade(there, affine[b, a], tps[b, a], regularization=regularization)
+        back = transforms[b, a].apply(transforms[a, b].apply(start))
         error[a, b] = (back - start).norm(dim=-1).mean(-1)
     if similarity is None:
         similarity = torch.full((count, count), float("nan"))
@@ -366,7 +348,7 @@ def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Ten
                 some = pairs[first : first + _PAIRS_AT_ONCE]
                 a, b = some.t()
                 cells = _both_ways(collection, some)
-                similarity[a, b] = _brought_together(cells, affine[a, b], tps[a, b], collection)
+                similarity[a, b] = _brought_together(cells, transforms[a, b])
     similarity = similarity.clone().fill_diagonal_(1.0)
     trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _RETURN_SIGMA) ** 2)
     return CollectionMatches(affine, tps, similarity, error, trust.nan_to_num(0).fill_diagonal_(1.0), collection)

@@ -17,7 +17,7 @@ from PIL import Image
 from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_collection
 from ..drawing import overview
 from ..errors import ImageError, InputError
-from ..geometry import apply_cascade, denormalize_points, make_grid
+from ..geometry import dense_flow
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
 from .average import aligned_average
 from .pair import DIRECTIONS, PairResult, check_points, match_images
@@ -124,16 +124,10 @@ class MatchedPair:
             (width, height), (other_width, other_height) = here.size, there.size
             scale = min(1.0, side / max(width, height))
             rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-            grid = make_grid(rows, columns).reshape(1, -1, 2)
             with torch.inference_mode():
-                moved = apply_cascade(
-                    grid,
-                    torch.from_numpy(self.result.affine[row : row + 1]),
-                    torch.from_numpy(self.result.tps[row : row + 1]),
-                    regularization=self.result.tps_regularization,
-                )
-            flow = denormalize_points(moved, (other_height, other_width)) - denormalize_points(grid, (height, width))
-            found[name] = flow.reshape(rows, columns, 2).numpy().astype(np.float32)
+                transform = self.result.transforms[row : row + 1]
+                flow = dense_flow(transform, (rows, columns), (other_height, other_width), (height, width))
+            found[name] = flow[0].numpy().astype(np.float32)
         for name, copy in zip(("source_size", "target_size"), self.copies, strict=True):
             found[name] = np.array(copy.size[::-1])
         return found

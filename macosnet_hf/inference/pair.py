@@ -15,7 +15,7 @@ from PIL import Image
 from ..collection import Box, Collection, Crops, crop_to_box, crop_to_objects, hard_mask, refine_crops
 from ..drawing import draw_matches
 from ..errors import InputError
-from ..geometry import denormalize_points, sampling_grid, warp
+from ..geometry import Transform, denormalize_points, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
@@ -96,9 +96,9 @@ class PairResult:
         return _sizes((self.source, self.target))
 
     @property
-    def tps_regularization(self) -> float:
-        """That of the spline whose parameters are `tps`."""
-        return float(self._model.config.tps_regularization)
+    def transforms(self) -> Transform:
+        """`(2)`, on the CPU: T_AB and T_BA, whose parameters are `affine` and `tps`."""
+        return self._model.make_transform(torch.from_numpy(self.affine), torch.from_numpy(self.tps))
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -168,12 +168,7 @@ class PairResult:
         # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
         coarse = (min(height, 512), min(width, 512))
         with torch.inference_mode():
-            grid = sampling_grid(
-                torch.from_numpy(self.affine[:1]),
-                torch.from_numpy(self.tps[:1]),
-                size=coarse,
-                regularization=self._model.config.tps_regularization,
-            )
+            grid = self.transforms[:1].grid(coarse)
             places = denormalize_points(grid, (source.height, source.width))[0].permute(2, 0, 1).float()
         pixels = _as_array(source)
         warped = Image.new("RGB", (width, height))
@@ -206,9 +201,7 @@ def quality_in_words(agreement: float, matches: int) -> str:
     return "good" if agreement >= 0.38 else "fair" if agreement >= 0.3 else "poor"
 
 
-def object_agreement(
-    features: torch.Tensor, masks: torch.Tensor, affine: torch.Tensor, tps: torch.Tensor, *, regularization: float
-) -> float:
+def object_agreement(features: torch.Tensor, masks: torch.Tensor, transforms: Transform) -> float:
     """How well two objects agree, in [0, 1]: are they alike, and alike where the transforms lay them on each other?
 
     The geometric mean of two cosine similarities: that of the mean features of both objects, and the mean one of the
@@ -218,15 +211,14 @@ def object_agreement(
     Args:
         features: `(2, C, h, w)`.
         masks: `(2, S, S)` soft masks.
-        affine, tps: `(2, 6)` and `(2, 18)`; the first takes points of the second image to the first.
-        regularization: of the spline.
+        transforms: `(2)`; the first takes points of the second image to the first.
     """
     size = features.shape[-2:]
     unit = torch.nn.functional.normalize(features.float(), dim=1)
     small = torch.nn.functional.interpolate(masks[:, None].float(), size=size, mode="area")
     mean = (unit * small).sum(dim=(2, 3))
     alike = torch.nn.functional.cosine_similarity(mean[0], mean[1], dim=0)
-    grid = sampling_grid(affine.float(), tps.float(), size=tuple(size), regularization=regularization)
+    grid = transforms.to(torch.float32).grid(size)
     there = [1, 0]  # the image whose layout each warped map has
     similarity = (warp(unit, grid) * unit[there]).sum(dim=1, keepdim=True)
     both = warp(small, grid) * small[there]
@@ -378,9 +370,7 @@ def _result(
     agreement = object_agreement(
         outputs.features[0],
         torch.sigmoid(outputs.mask_logits[0].float()),
-        outputs.affine[0],
-        outputs.tps[0],
-        regularization=model.config.tps_regularization,
+        model.transforms(outputs)[0],
     )
     quality = quality_in_words(agreement, int(keep.sum()))
     keep &= scores > threshold

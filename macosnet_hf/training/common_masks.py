@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..common_object import centre_prior, object_weights
 from ..datasets.composites import compose, uniform
 from ..errors import DataError, InputError
-from ..geometry import identity_affine, sampling_grid, warp
+from ..geometry import Transform, identity_affine, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
 from .images import TrainingImages
 from .synthetic import photometric, random_view
@@ -215,7 +215,7 @@ class CommonObjective(nn.Module):
 
 
 def _viewed(images: Tensor, masks: Tensor, affine: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    grid = sampling_grid(affine, size=size)
+    grid = Transform(affine).grid(size)
     moved = warp(masks.unsqueeze(1), grid, padding_mode="reflection")
     return warp(images, grid, padding_mode="reflection"), moved.squeeze(1).clamp(0, 1)
 

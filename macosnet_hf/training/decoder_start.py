@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..geometry import sampling_grid, warp
+from ..geometry import Transform, warp
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from .images import TrainingImages
@@ -101,7 +101,7 @@ class DecoderObjective(nn.Module):
         size = self.model.config.image_size
         with torch.no_grad():
             images, masks = batch[0].flatten(0, 1).float() / 255, batch[1].flatten(0, 1).float()
-            grid = sampling_grid(random_view(len(images), generator, images.device), size=(size, size))
+            grid = Transform(random_view(len(images), generator, images.device)).grid((size, size))
             images = warp(images, grid, padding_mode="reflection")
             labels = warp(masks[:, None], grid, padding_mode="reflection")[:, 0].clamp(0, 1)
             images, labels = paste_on_others(images, labels, self.paste_share, generator)

@@ -1,17 +1,19 @@
 """What the features of a pair say against the transform, turned into a lesson for the transform.
 
-Local matching (`modeling_macosnet.match_locally`) moves each point from where the transform sends it to where the
+Local matching (`matching.match_locally`) moves each point from where the transform sends it to where the
 features agree best. Where that is confirmed by the way back and lies on both objects, the predictor learns to send the
 point there by itself. No label is needed beyond "these images show the same kind of thing".
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..configuration_macosnet import MaCoSNetConfig
-from ..geometry import apply_affine, apply_cascade, make_grid, sample_at
+from ..geometry import Transform, make_grid, sample_at
 from ..matching import fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from .pretraining import grid_loss
@@ -19,6 +21,7 @@ from .pretraining import grid_loss
 
 def local_matching_targets(
     outputs: MaCoSNetModelOutput,
+    transforms: Transform,
     config: MaCoSNetConfig,
     points: Tensor,
     *,
@@ -31,6 +34,8 @@ def local_matching_targets(
 
     Args:
         outputs: of the model, for pairs or triplets; the masks may be missing.
+        transforms: `(B, P)`, those of the outputs (`model.transforms(outputs)`).
+        config: of the model.
         points: `(N, 2)` normalised points.
         guided: whether only points on both objects are trusted.
         return_sigma: distance from the start, after the way there and back, at which trust falls to exp(-1/2).
@@ -42,19 +47,16 @@ def local_matching_targets(
         batch, pairs = outputs.affine.shape[:2]
         views = 2 if pairs == 2 else 3
         order = ordered_pairs(views)
-        features = outputs.features.float()
+        features, transforms = outputs.features.float(), transforms.to(torch.float32)
         # T_ij sends points of j into i: the points are on the second view of the pair.
         ends, starts = ([pair[side] for pair in order] for side in (0, 1))
-        affine, tps = outputs.affine.float(), outputs.tps.float()
         if config.mutual_fit:  # a pair stands beside its reverse
-            fitted = fit_mutually(
+            transforms = fit_mutually(
                 torch.stack((features[:, ends[::2]], features[:, starts[::2]]), dim=2).flatten(0, 1),
-                affine.unflatten(1, (-1, 2)).flatten(0, 1),
-                tps.unflatten(1, (-1, 2)).flatten(0, 1),
+                transforms.unflatten(1, (-1, 2)).flatten(0, 1),
                 temperature=config.local_matching_temperature,
-                regularization=config.tps_regularization,
             )
-            affine, tps = (parameters.unflatten(0, (batch, -1)).flatten(1, 2) for parameters in fitted)
+            transforms = transforms.unflatten(0, (batch, -1)).flatten(1, 2)
 
         def matched(index: list[int], reverse: bool, given: Tensor) -> Tensor:
             start, end = (ends, starts) if reverse else (starts, ends)
@@ -62,12 +64,8 @@ def local_matching_targets(
                 features[:, start].flatten(0, 1),
                 features[:, end].flatten(0, 1),
                 given,
-                affine[:, index].flatten(0, 1),
-                tps[:, index].flatten(0, 1),
-                sigmas=config.local_matching_sigmas,
-                windows=config.local_matching_windows,
-                temperature=config.local_matching_temperature,
-                regularization=config.tps_regularization,
+                transforms[:, index].flatten(0, 1),
+                **config.local_matching_options,
             )
 
         forth = list(range(pairs))
@@ -87,7 +85,12 @@ def local_matching_targets(
 
 
 def local_matching_loss(
-    outputs: MaCoSNetModelOutput, config: MaCoSNetConfig, *, guided: bool = True, side: int = 10
+    outputs: MaCoSNetModelOutput,
+    transforms: Transform,
+    config: MaCoSNetConfig,
+    *,
+    guided: bool = True,
+    side: int = 10,
 ) -> Tensor:
     """Distance between where the transforms send a grid of points and where local matching finds them.
 
@@ -95,18 +98,18 @@ def local_matching_loss(
     normalised coordinates, weighted by trust.
 
     Args:
+        outputs, transforms, config: as in [`local_matching_targets`].
         guided: whether the masks say which points count.
         side: points a side of the grid.
     """
     device = outputs.affine.device
     axis = make_grid(side, side, device=device).reshape(-1, 2) * (1 - 1 / side)
-    found, trust = local_matching_targets(outputs, config, axis, guided=guided)
-    found, trust = found.flatten(0, 1), trust.flatten(0, 1)
-    affine, tps = outputs.affine.float().flatten(0, 1), outputs.tps.float().flatten(0, 1)
-    start = axis.expand(len(affine), -1, -1)
-    by_affine = grid_loss(apply_affine(start, affine), found, trust)
-    warped = apply_cascade(start, affine.detach(), tps, regularization=config.tps_regularization)
-    return by_affine + grid_loss(warped, found, trust)
+    transforms = transforms.to(torch.float32)
+    found, trust = local_matching_targets(outputs, transforms, config, axis, guided=guided)
+    found, trust, flat = found.flatten(0, 1), trust.flatten(0, 1), transforms.flatten(0, 1)
+    start = axis.expand(*flat.shape, -1, -1)
+    by_affine = grid_loss(flat.without_spline().apply(start), found, trust)
+    return by_affine + grid_loss(replace(flat, affine=flat.affine.detach()).apply(start), found, trust)
 
 
 __all__ = ["local_matching_loss", "local_matching_targets"]

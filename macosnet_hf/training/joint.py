@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..geometry import Transform, folded, sampling_grid, warp
-from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
+from ..geometry import Transform, folded, warp
+from ..modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from .distillation import local_matching_loss
 from .losses import MaCoSNetObjective
 from .pretraining import SyntheticObjective
@@ -174,8 +174,9 @@ class JointObjective(nn.Module):
             than nine times).
         """
         pixels, labels = self.prepare_images(batch, generator)
-        outputs, features = self.run_model(pixels, with_masks=self.uses_masks)
-        losses = self._objective_losses(outputs, pixels)
+        outputs = self.run_model(pixels, with_masks=self.uses_masks)
+        transforms = self.model.transforms(outputs)
+        losses = self._objective_losses(outputs, transforms, pixels)
         if self.prior_weight:
             if labels is None:
                 raise InputError("The prior has a weight, but the batch holds no pseudo-masks.")
@@ -183,13 +184,14 @@ class JointObjective(nn.Module):
             losses["prior"] = F.binary_cross_entropy_with_logits(outputs.mask_logits.float(), labels[:, view])
             losses["total"] = losses["total"] + self.prior_weight * losses["prior"]
         if self.local_weight:
-            losses["local"] = local_matching_loss(outputs, self.model.config, guided=self.losses.module.coupled)
+            guided = self.losses.module.coupled
+            losses["local"] = local_matching_loss(outputs, transforms, self.model.config, guided=guided)
             losses["total"] = losses["total"] + self.local_weight * losses["local"]
         if self.synthetic_weight:
             losses["synthetic"] = self._synthetic_loss(batch["images"], generator)
             losses["total"] = losses["total"] + self.synthetic_weight * losses["synthetic"]
         with torch.no_grad():
-            losses.update(watch(outputs, features))
+            losses.update(watch(outputs, transforms))
         return losses
 
     @torch.no_grad()
@@ -200,7 +202,7 @@ class JointObjective(nn.Module):
         size = self.model.config.image_size
         shape = batch["images"].shape[:2]
         images = batch["images"].flatten(0, 1).float() / 255
-        grid = sampling_grid(batch["views"].flatten(0, 1), size=(size, size))
+        grid = Transform(batch["views"].flatten(0, 1)).grid((size, size))
         images = warp(images, grid, padding_mode="border")
         labels = None
         if "masks" in batch:
@@ -213,38 +215,34 @@ class JointObjective(nn.Module):
             images = photometric(images, generator)
         return ((images - self.mean) / self.std).unflatten(0, shape), labels
 
-    def run_model(
-        self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None
-    ) -> tuple[MaCoSNetModelOutput, MaCoSNetFeatures]:
-        """The model on groups, and the features of its images.
+    def run_model(self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None) -> MaCoSNetModelOutput:
+        """The model's outputs for groups.
 
         Args:
             pixels: `(B, V, 3, H, W)`.
             with_masks: whether the decoder runs.
             cascade: another one than the objective's own.
-
-        Returns:
-            The outputs, and the features of all B V images.
         """
         images = pixels.flatten(0, 1)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.model.get_image_features(images)
         exact = (cascade or self.cascade) == "exact"
-        outputs = self.model.relate_views(features, pixels.shape[1], images if exact else None, output_masks=with_masks)
-        return outputs, features
+        return self.model.relate_views(features, pixels.shape[1], images if exact else None, output_masks=with_masks)
 
     def feature_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Those given to the constructor."""
         return (self.feature_mean, self.feature_std) if self.has_statistics else None
 
-    def _objective_losses(self, outputs: MaCoSNetModelOutput, pixels: Tensor) -> dict[str, Tensor]:
+    def _objective_losses(
+        self, outputs: MaCoSNetModelOutput, transforms: Transform, pixels: Tensor
+    ) -> dict[str, Tensor]:
         objective = self.losses.on(pixels.device)
         weights = objective.weights
         task = weights.task if objective.coupled else 0
         if not (weights.matching or weights.cycle or weights.trans or weights.contrast or task):
             return {"total": pixels.new_zeros(())}  # the anchors alone
-        return objective(outputs, pixels, self.feature_statistics())
+        return objective(outputs, transforms, pixels, self.feature_statistics())
 
     def _synthetic_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
         synthetic = self.synthetic.module
@@ -305,14 +303,12 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
     return product / spread.clamp(min=1e-10).sqrt()
 
 
-def watch(outputs: MaCoSNetModelOutput, features: MaCoSNetFeatures) -> dict[str, Tensor]:
+def watch(outputs: MaCoSNetModelOutput, transforms: Transform) -> dict[str, Tensor]:
     """Figures that tell a collapse early, see [`JointObjective.forward`]."""
-    affine, tps = outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1)
-    matrix = affine.unflatten(-1, (2, 3))
-    determinant = matrix[:, 0, 0] * matrix[:, 1, 1] - matrix[:, 0, 1] * matrix[:, 1, 0]
+    determinant = transforms.determinant()
     sane = (determinant >= 1 / LARGEST_AREA_RATIO) & (determinant <= LARGEST_AREA_RATIO)
     figures = {
-        "folded": (folded(Transform(affine, tps, 0.0)) > 0).float().mean(),
+        "folded": (folded(transforms.flatten(0, 1)) > 0).float().mean(),
         "degenerate": (~sane).float().mean(),
     }
     if outputs.mask_logits is not None:

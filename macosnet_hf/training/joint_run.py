@@ -137,7 +137,6 @@ def make_objective(
         perceptual,
         coupled=not settings.separate_streams,
         detach_masks=settings.detach_masks,
-        tps_regularization=base.config.tps_regularization,
     )
     statistics = None
     if weights.contrastive_form == "features":

@@ -4,7 +4,8 @@ Equation numbers are the paper's. Every loss reads the output of [`MaCoSNetModel
 (V = 3), P = V (V - 1) ordered pairs in the order of `ordered_pairs`; index p is the ordered pair (i, j) and p ^ 1 is
 its reverse:
 
-* `affine[:, p]`, `tps[:, p]`: T_ij, maps points of view j into view i (see `geometry.py`);
+* `affine[:, p]`, `tps[:, p]`: T_ij, maps points of view j into view i (see `geometry.py`). The losses take them as
+  `model.transforms(outputs)`, which knows the spline's regularisation;
 * `correlation[:, p]`: S_ij, one channel per position of view i, spatial layout of view j;
 * `mask_logits[:, p]`: mask of view i given partner j.
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
-from ..geometry import apply_cascade, inside, make_grid, sampling_grid, warp
+from ..geometry import Transform, inside, make_grid, warp
 from ..modeling_macosnet import MaCoSNetKeypointMatchingOutput, MaCoSNetModelOutput, ordered_pairs
 from .encoder_weights import imagenet_state_dict
 
@@ -62,13 +63,10 @@ def _field(outputs: Outputs, name: str) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _views(outputs: Outputs) -> int:
-    """How many views the outputs are about: 2 or 3."""
-    pairs = _field(outputs, "affine").shape[1]
-    for views in (2, 3):
-        if pairs == views * (views - 1):
-            return views
-    raise InputError(f"Outputs of pairs (2 ordered pairs) or triplets (6) are expected; these hold {pairs}.")
+def _check_pairs(count: int) -> None:
+    """Refuses what is neither a pair (2 ordered pairs) nor a triplet (6)."""
+    if count not in (2, 6):
+        raise InputError(f"Outputs of pairs (2 ordered pairs) or triplets (6) are expected; these hold {count}.")
 
 
 def _reverse(values: Tensor) -> Tensor:
@@ -103,14 +101,7 @@ def _mask_on_grid(masks: Tensor, size: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def inlier_mask(
-    affine: Tensor,
-    tps: Tensor | None = None,
-    grid_size: Size = 15,
-    radius: float = 1.0,
-    *,
-    tps_regularization: float = 0.0,
-) -> Tensor:
+def inlier_mask(transform: Transform, grid_size: Size = 15, radius: float = 1.0) -> Tensor:
     """Correspondence mask m (eq. 2), differentiable in the transform.
 
     m(p, q) says whether position q of the target, sent into the source by T, lands within `radius` cells of position p.
@@ -119,19 +110,17 @@ def inlier_mask(
     eq. 2 becomes a ramp one cell wide and lets a gradient through.
 
     Args:
-        affine: `(N, 6)` of T, target to source, normalised coordinates.
-        tps: `(N, 18)` of T, or `None` for the affine alone.
+        transform: `(N)`, T, target to source.
         grid_size: side, or (height, width), of both feature grids in cells.
         radius: the threshold phi, in cells, Euclidean. 1 (the paper) counts a cell and its four neighbours; anything
             from 1.42 to 1.99 adds the four diagonal ones.
-        tps_regularization: regularisation factor of the TPS.
 
     Returns:
         `(N, h*w, h, w)` in [0, 1]: channels are the positions p of the source (row by row), spatial layout the
         positions q of the target. A q that is sent outside the source has no inliers.
     """
     height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    grid = sampling_grid(affine, tps, size=(height, width), regularization=tps_regularization)
+    grid = transform.grid((height, width))
     rows, columns = torch.meshgrid(
         torch.arange(height, device=grid.device), torch.arange(width, device=grid.device), indexing="ij"
     )
@@ -144,12 +133,12 @@ def inlier_mask(
 
 def matching_loss(
     outputs: Outputs,
+    transforms: Transform,
     *,
     mask_guided: bool = True,
     detach_masks: bool = False,
     stages: Sequence[str] = STAGES,
     radius: float = 1.0,
-    tps_regularization: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Foreground-guided matching loss (eq. 3 and 4): minus the soft-inlier count, weighted by the masks.
@@ -161,29 +150,29 @@ def matching_loss(
     times the largest score, that is several hundred for 240 pixels.
 
     Args:
-        outputs: of the model; `affine`, `tps`, `correlation` and (if guided) `mask_logits` are read.
+        outputs: of the model; `correlation` and (if guided) `mask_logits` are read.
+        transforms: `(B, P)`, those of the outputs.
         mask_guided: `False` counts every position alike (the paper's ablation, separate streams).
         detach_masks: `True` keeps this loss from training the decoder. In the paper D is among its arguments.
         stages: which transforms are counted: `"affine"` (the affine alone), `"cascade"` (affine and TPS). With both,
             the mean of the two counts, so that the scale stays that of eq. 4.
         radius: phi of eq. 2, in feature cells.
-        tps_regularization: regularisation factor of the TPS.
         reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
 
     Raises:
         InputError: if a field is missing or an option unknown.
     """
-    pairs = len(ordered_pairs(_views(outputs)))
+    pairs = transforms.shape[1]
+    _check_pairs(pairs)
     if not stages or not set(stages) <= set(STAGES):
         raise InputError(f"stages must name at least one of {', '.join(STAGES)}; got {stages!r}.")
     correlation = _field(outputs, "correlation").flatten(0, 1)
-    affine, tps = _field(outputs, "affine").flatten(0, 1), _field(outputs, "tps").flatten(0, 1)
+    cascade = transforms.flatten(0, 1)
     height, width = correlation.shape[-2:]
     scores = correlation.new_zeros(len(correlation), height, width)
     for stage in stages:
-        inliers = inlier_mask(
-            affine, tps if stage == "cascade" else None, (height, width), radius, tps_regularization=tps_regularization
-        )
+        transform = cascade if stage == "cascade" else cascade.without_spline()
+        inliers = inlier_mask(transform, (height, width), radius)
         scores = scores + torch.einsum("npyx,npyx->nyx", inliers, correlation.to(inliers.dtype)) / len(stages)
     scores = scores.unflatten(0, (-1, pairs))
     if mask_guided:
@@ -199,46 +188,38 @@ def matching_loss(
 
 
 def _round_trip_error(
-    outputs: Outputs,
+    transforms: Transform,
     paths: Sequence[Sequence[int]],
     *,
     grid_size: int,
     unit: str,
     image_size: Size,
     squared: bool,
-    tps_regularization: float,
 ) -> Tensor:
     """How far points end from where they began: `(B, L)` means over a regular grid, for L paths of ordered pairs."""
     if unit not in UNITS:
         raise InputError(f"unit must be one of {', '.join(UNITS)}; got {unit!r}.")
-    affine, tps = _field(outputs, "affine"), _field(outputs, "tps")
-    start = make_grid(grid_size, grid_size, device=affine.device, dtype=affine.dtype).reshape(1, -1, 2)
-    points = start.expand(len(affine) * len(paths), -1, -1)
+    batch = len(transforms.affine)
+    start = make_grid(grid_size, grid_size, device=transforms.device, dtype=transforms.dtype).reshape(1, -1, 2)
+    points = start.expand(batch * len(paths), -1, -1)
     for step in zip(*paths, strict=True):
-        pairs = list(step)
-        points = apply_cascade(
-            points.clamp(-_FARTHEST, _FARTHEST),
-            affine[:, pairs].flatten(0, 1),
-            tps[:, pairs].flatten(0, 1),
-            regularization=tps_regularization,
-        )
+        points = transforms[:, list(step)].flatten(0, 1).apply(points.clamp(-_FARTHEST, _FARTHEST))
     difference = points - start
     if unit == "pixel":
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         difference = difference * difference.new_tensor([(width - 1) / 2, (height - 1) / 2])
     # vector_norm has a zero subgradient at zero, so a perfect round trip trains nothing instead of giving NaN.
     error = difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
-    return error.mean(dim=-1).unflatten(0, (len(affine), len(paths)))
+    return error.mean(dim=-1).unflatten(0, (batch, len(paths)))
 
 
 def cycle_loss(
-    outputs: Outputs,
+    transforms: Transform,
     *,
     grid_size: int = 10,
     unit: str = "pixel",
     image_size: Size = 240,
     squared: bool = False,
-    tps_regularization: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Forward-backward consistency loss (eq. 5): how far a point comes back from where it left, there and back again.
@@ -247,39 +228,37 @@ def cycle_loss(
     view j goes to view i by T_ij and returns by T_ji, through the whole cascade.
 
     Args:
-        outputs: of the model; `affine` and `tps` are read.
+        transforms: `(B, P)`, those of the model's outputs.
         grid_size: points a side.
         unit: `"pixel"` (the paper: pixels of the network's input, a normalised distance times (image_size - 1) / 2) or
             `"normalized"` (the image is 2 wide).
         image_size: side, or (height, width), of the network's input; used with `"pixel"`.
         squared: `False` is the paper's plain norm; `True` squares it, as the authors' published code does.
-        tps_regularization: regularisation factor of the TPS.
         reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
 
     Raises:
         InputError: if a field is missing or an option unknown.
     """
-    pairs = len(ordered_pairs(_views(outputs)))
+    pairs = transforms.shape[1]
+    _check_pairs(pairs)
     error = _round_trip_error(
-        outputs,
+        transforms,
         [(p, p ^ 1) for p in range(pairs)],
         grid_size=grid_size,
         unit=unit,
         image_size=image_size,
         squared=squared,
-        tps_regularization=tps_regularization,
     )
     return _reduce(_over_directions(error), reduction)
 
 
 def transitivity_loss(
-    outputs: Outputs,
+    transforms: Transform,
     *,
     grid_size: int = 10,
     unit: str = "pixel",
     image_size: Size = 240,
     squared: bool = False,
-    tps_regularization: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Transitivity consistency loss (eq. 6): how far a point comes back from where it left, by way of both other views.
@@ -288,23 +267,23 @@ def transitivity_loss(
     points of j into i, so this is the paper's chain A to B to C to A read in that direction). The three starting views
     and the two ways round give six cyclic orders; each is used once, and the loss is their mean, on the scale of eq. 6.
 
-    Args: as [`cycle_loss`], with outputs of triplets.
+    Args: as [`cycle_loss`], with transforms of triplets.
 
     Raises:
-        InputError: if the outputs are of pairs, a field is missing or an option unknown.
+        InputError: if the transforms are of pairs, or an option is unknown.
     """
-    if _views(outputs) != 3:
+    _check_pairs(transforms.shape[1])
+    if transforms.shape[1] != 6:
         raise InputError("The transitivity loss needs three images at a time; these outputs are of pairs.")
     index = {pair: p for p, pair in enumerate(ordered_pairs(3))}
     paths = [(index[b, a], index[c, b], index[a, c]) for a, b, c in itertools.permutations(range(3))]
     error = _round_trip_error(
-        outputs,
+        transforms,
         paths,
         grid_size=grid_size,
         unit=unit,
         image_size=image_size,
         squared=squared,
-        tps_regularization=tps_regularization,
     )
     return _reduce(error.mean(dim=1), reduction)
 
@@ -413,8 +392,8 @@ def contrastive_loss(
     Raises:
         InputError: if something the form needs is missing, shapes do not fit or an option is unknown.
     """
-    _views(outputs)
     mask_logits = _field(outputs, "mask_logits")
+    _check_pairs(mask_logits.shape[1])
     if form == "pixels":
         if pixel_values is None or perceptual is None:
             raise InputError("The contrastive loss of masked pixels needs pixel_values and a perceptual network.")
@@ -439,7 +418,7 @@ def contrastive_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def consistency_loss(outputs: Outputs, *, tps_regularization: float = 0.0, reduction: str = "mean") -> Tensor:
+def consistency_loss(outputs: Outputs, transforms: Transform, *, reduction: str = "mean") -> Tensor:
     """Cross-network consistency loss (eq. 11 and 12): one image's mask, warped to the other, is the other's mask.
 
     For T_ij, the mask of view i is warped into the layout of view j by the whole cascade and stands as the (soft) label
@@ -452,21 +431,16 @@ def consistency_loss(outputs: Outputs, *, tps_regularization: float = 0.0, reduc
     transform for sending the image away). A pair without any such pixel counts 0.
 
     Args:
-        outputs: of the model; `affine`, `tps` and `mask_logits` are read.
-        tps_regularization: regularisation factor of the TPS.
+        outputs: of the model; `mask_logits` is read.
+        transforms: `(B, P)`, those of the outputs.
         reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
 
     Raises:
         InputError: if a field is missing or an option unknown.
     """
-    _views(outputs)
+    _check_pairs(transforms.shape[1])
     logits = _field(outputs, "mask_logits")
-    grid = sampling_grid(
-        _field(outputs, "affine").flatten(0, 1),
-        _field(outputs, "tps").flatten(0, 1),
-        size=logits.shape[-2:],
-        regularization=tps_regularization,
-    )
+    grid = transforms.flatten(0, 1).grid(logits.shape[-2:])
     warped = warp(logits.sigmoid().flatten(0, 1).unsqueeze(1), grid).squeeze(1)
     valid = inside(grid).to(logits.dtype)
     # Rounding of the bilinear weights may leave [0, 1] by an ulp.
@@ -645,11 +619,11 @@ class MaCoSNetObjective(nn.Module):
         coupled: `False` trains the two streams apart (the paper's ablation): matching is not guided by the masks, and
             there is no consistency term.
         detach_masks: keeps the matching loss from training the decoder.
-        tps_regularization: regularisation factor of the TPS; should be that of the model's configuration.
 
     ```python
     >>> objective = MaCoSNetObjective(MaCoSNetLossWeights.from_benchmark("pf-pascal"))
-    >>> losses = objective(model(pixel_values), pixel_values)  # triplets (B, 3, 3, H, W)
+    >>> outputs = model(pixel_values)  # triplets (B, 3, 3, H, W)
+    >>> losses = objective(outputs, model.transforms(outputs), pixel_values)
     >>> losses["total"].backward()
     ```
     """
@@ -661,7 +635,6 @@ class MaCoSNetObjective(nn.Module):
         *,
         coupled: bool = True,
         detach_masks: bool = False,
-        tps_regularization: float = 0.0,
     ):
         super().__init__()
         if weights.contrast > 0 and weights.contrastive_form == "pixels" and perceptual is None:
@@ -670,7 +643,6 @@ class MaCoSNetObjective(nn.Module):
         self.perceptual = perceptual
         self.coupled = coupled
         self.detach_masks = detach_masks
-        self.tps_regularization = tps_regularization
         if perceptual is not None:
             perceptual.requires_grad_(False).eval()
 
@@ -684,6 +656,7 @@ class MaCoSNetObjective(nn.Module):
     def forward(
         self,
         outputs: Outputs,
+        transforms: Transform,
         pixel_values: Tensor | None = None,
         feature_statistics: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
@@ -691,6 +664,7 @@ class MaCoSNetObjective(nn.Module):
 
         Args:
             outputs: of the model for pairs or triplets.
+            transforms: `(B, P)`, those of the outputs (`model.transforms(outputs)`).
             pixel_values: `(B, V, 3, H, W)`, the model's input. Gives the unit of the cycle terms, and the images of
                 the contrastive form `"pixels"`. Without it the size is that of the masks.
             feature_statistics: per-channel statistics for the contrastive form `"features"`, see [`pooled_features`].
@@ -704,14 +678,13 @@ class MaCoSNetObjective(nn.Module):
         """
         weights = self.weights
         losses: dict[str, Tensor] = {}
-        regularization = self.tps_regularization
         if weights.matching:
             losses["matching"] = matching_loss(
                 outputs,
+                transforms,
                 mask_guided=self.coupled,
                 detach_masks=self.detach_masks,
                 radius=weights.inlier_radius,
-                tps_regularization=regularization,
             )
         if weights.cycle or weights.trans:
             height, width = self._image_size(outputs, pixel_values)
@@ -719,11 +692,7 @@ class MaCoSNetObjective(nn.Module):
             for name, (weight, loss) in terms.items():
                 if weight:
                     losses[name] = loss(
-                        outputs,
-                        unit=weights.unit,
-                        image_size=(height, width),
-                        squared=weights.squared,
-                        tps_regularization=regularization,
+                        transforms, unit=weights.unit, image_size=(height, width), squared=weights.squared
                     )
         if weights.contrast:
             losses["contrast"] = contrastive_loss(
@@ -735,7 +704,7 @@ class MaCoSNetObjective(nn.Module):
                 statistics=feature_statistics,
             )
         if weights.task and self.coupled:
-            losses["consistency"] = consistency_loss(outputs, tps_regularization=regularization)
+            losses["consistency"] = consistency_loss(outputs, transforms)
         if not losses:
             raise InputError("Every term of the objective has weight zero.")
         factors = {

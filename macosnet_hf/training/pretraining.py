@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..geometry import apply_affine, apply_cascade, make_grid, sampling_grid, warp
+from ..geometry import Transform, make_grid, warp
 from ..matching import correlate, l2_normalize
 from ..modeling_macosnet import MaCoSNetModel
 from .synthetic import WarpRange, make_pairs
@@ -104,7 +104,7 @@ class SyntheticObjective(nn.Module):
             pixels = (torch.cat((pairs.source, pairs.target)) - self.mean) / self.std
             batch = len(pairs.source)
             grid = make_grid(self.points, self.points, device=pixels.device).reshape(1, -1, 2).expand(batch, -1, -1)
-            in_source = apply_cascade(grid, pairs.affine, pairs.tps)
+            in_source = pairs.transform.apply(grid)
             # Points of B and where they lie in A; for the way back, points of A that lie inside of it, and where
             # they came from.
             start = torch.cat((grid, in_source))
@@ -118,18 +118,18 @@ class SyntheticObjective(nn.Module):
 
         affine = model.affine_head(correlate(normalized, target))
         with exactly():
-            affine_loss = grid_loss(apply_affine(start, affine), goal, weight)
+            affine_loss = grid_loss(Transform(affine).apply(start), goal, weight)
 
         with torch.no_grad():
-            fixed = affine.detach()
+            fixed = Transform(affine.detach())
             reencode = torch.rand(1, generator=generator, device=generator.device).item() < self.exact_share
             with exactly():
-                places = sampling_grid(fixed, size=(size, size) if reencode else raw.shape[-2:])
+                places = fixed.grid((size, size) if reencode else raw.shape[-2:])
                 warped = warp(pixels if reencode else raw, places, padding_mode=model.config.padding_mode)
             if reencode:
                 warped = self._encode(warped)
             warped = self._noisy(warped, generator)
-        tps = model.tps_head(correlate(warped, target))
+        cascade = model.make_transform(fixed.affine, model.tps_head(correlate(warped, target)))
         with exactly():
-            tps_loss = grid_loss(apply_cascade(start, fixed, tps), goal, weight)
+            tps_loss = grid_loss(cascade.apply(start), goal, weight)
         return {"total": affine_loss + tps_loss, "affine": affine_loss, "tps": tps_loss}

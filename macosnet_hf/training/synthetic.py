@@ -8,13 +8,13 @@ device: one of the CPU gives a CPU and a GPU the same warps, one of the GPU is m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import compose_affine, identity_tps, sampling_grid, warp
+from ..geometry import Transform, compose_affine, identity_tps, warp
 
 
 @dataclass
@@ -59,7 +59,7 @@ def random_affine(batch: int, limits: WarpRange, generator: torch.Generator, dev
 
 
 def random_tps(batch: int, limits: WarpRange, generator: torch.Generator, device: torch.device) -> Tensor:
-    """`(B, 18)` thin-plate splines whose control points are moved by up to `tps_jitter`."""
+    """`(B, 18)` interpolating thin-plate splines whose control points are moved by up to `tps_jitter`."""
     identity = identity_tps(batch, device=device)
     strength = (_uniform(generator, batch, 1, device=device) + 1) / 2
     return identity + strength * _uniform(generator, batch, identity.shape[1], device=device) * limits.tps_jitter
@@ -108,13 +108,13 @@ class SyntheticPairs:
 
     Args:
         source, target: `(B, 3, H, W)` images in [0, 1].
-        affine, tps: `(B, 6)` and `(B, 18)`: T_AB, target points to source points.
+        transform: `(B)`, the true T_AB, target points to source points. Its splines interpolate (regularisation 0),
+            whatever regularisation a model has: it is a map to be found, not its parameters.
     """
 
     source: Tensor
     target: Tensor
-    affine: Tensor
-    tps: Tensor
+    transform: Transform
 
 
 def make_pairs(
@@ -136,14 +136,15 @@ def make_pairs(
     batch, device = images.shape[0], images.device
     view = random_view(batch, generator, device)
     affine, tps = random_affine(batch, limits, generator, device), random_tps(batch, limits, generator, device)
-    source = warp(images, sampling_grid(view, size=(size, size)), padding_mode="reflection")
-    grid = sampling_grid(compose_affine(view, affine), tps, size=(size, size))
-    target = warp(images, grid, padding_mode="reflection")
+    transform = Transform(affine, tps, regularization=0.0)
+    source = warp(images, Transform(view).grid((size, size)), padding_mode="reflection")
+    from_image = replace(transform, affine=compose_affine(view, affine))
+    target = warp(images, from_image.grid((size, size)), padding_mode="reflection")
 
     other_view = random_view(batch, generator, device)
-    other = warp(images.roll(1, dims=0), sampling_grid(other_view, size=(size, size)), padding_mode="reflection")
+    other = warp(images.roll(1, dims=0), Transform(other_view).grid((size, size)), padding_mode="reflection")
     ellipse = soft_ellipse(batch, size, generator, device)
-    kept = warp(ellipse, sampling_grid(affine, tps, size=(size, size)))
+    kept = warp(ellipse, transform.grid((size, size)))
     swap = (
         torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(device) < background_swap
     ).float()
@@ -152,7 +153,7 @@ def make_pairs(
 
     if change_colours:
         source, target = photometric(source, generator), photometric(target, generator)
-    return SyntheticPairs(source, target, affine, tps)
+    return SyntheticPairs(source, target, transform)
 
 
 def clean_cutouts(masks: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ def paste_on_others(
     affine = torch.stack(
         (zoom * flip, zero, centre_x - zoom * flip * goal_x, zero, zoom, centre_y - zoom * goal_y), dim=1
     )
-    grid = sampling_grid(affine, size=size)
+    grid = Transform(affine).grid(size)
     moved = warp(masks.unsqueeze(1), grid)
     soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # no razor-sharp seam
     objects = warp(images, grid)

@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..evaluation.predictors import EncodedImage, ModelPredictor
 from ..evaluation.protocols import PROTOCOLS, Options
 from ..evaluation.runner import evaluate
-from ..geometry import inside, sample_at, sampling_grid, warp
+from ..geometry import Transform, inside, sample_at, warp
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from .checkpoints import writing
@@ -35,7 +35,7 @@ from .reports import Validation
 CONSISTENCY_SCALE = 0.2
 
 
-def match_rank(outputs: MaCoSNetModelOutput) -> Tensor:
+def match_rank(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tensor:
     """How well the transforms pair features that are alike: `(B, P)` in [0, 1], about 0.5 by chance.
 
     For each position of view j, the share of view i's positions that resemble it less than the place where T_ij sends
@@ -48,7 +48,7 @@ def match_rank(outputs: MaCoSNetModelOutput) -> Tensor:
     source = features[:, [i for i, _ in pairs]].flatten(0, 1)
     target = features[:, [j for _, j in pairs]].flatten(0, 1)
     size = source.shape[-2:]
-    places = sampling_grid(outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1), size=size).flatten(1, 2)
+    places = transforms.flatten(0, 1).grid(size).flatten(1, 2)
     descriptors = F.normalize(target.flatten(2), dim=1)  # (N, C, q)
     everywhere = F.normalize(source.flatten(2), dim=1)
     there = F.normalize(sample_at(source, places), dim=-1)  # (N, q, C)
@@ -59,11 +59,11 @@ def match_rank(outputs: MaCoSNetModelOutput) -> Tensor:
     return ((rank * weight).sum(-1) / weight.sum()).unflatten(0, (batch, len(pairs)))
 
 
-def mask_agreement(outputs: MaCoSNetModelOutput) -> Tensor:
+def mask_agreement(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tensor:
     """Correlation of each mask with that of its partner, warped onto it: `(B, P)` in [-1, 1], 0 for constant masks."""
     shape = outputs.mask_logits.shape[:2]
     masks = outputs.mask_logits.float().sigmoid()
-    grid = sampling_grid(outputs.affine.flatten(0, 1), outputs.tps.flatten(0, 1), size=masks.shape[-2:])
+    grid = transforms.flatten(0, 1).grid(masks.shape[-2:])
     warped = warp(masks.flatten(0, 1).unsqueeze(1), grid).squeeze(1)
     own = masks.unflatten(1, (-1, 2)).flip(2).flatten(1, 2).flatten(0, 1)
     return pearson(own, warped).unflatten(0, shape)
@@ -101,17 +101,18 @@ def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
         for batch in batches:
             moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
             pixels, _ = objective.prepare_images(moved)
-            outputs, features = objective.run_model(pixels, with_masks=objective.uses_masks)
-            error = cycle_loss(outputs, unit="normalized", reduction="none") / 2
+            outputs = objective.run_model(pixels, with_masks=objective.uses_masks)
+            transforms = objective.model.transforms(outputs)
+            error = cycle_loss(transforms, unit="normalized", reduction="none") / 2
             figures = {
-                "match_rank": match_rank(outputs).mean(),
+                "match_rank": match_rank(outputs, transforms).mean(),
                 "consistency": torch.exp(-error / CONSISTENCY_SCALE).mean(),
                 "cycle_error": error.mean(),
             }
             if outputs.mask_logits is not None:
-                figures["mask_agreement"] = mask_agreement(outputs).mean()
+                figures["mask_agreement"] = mask_agreement(outputs, transforms).mean()
                 figures["mask_separation"] = mask_separation(outputs, objective.feature_statistics()).mean()
-            figures |= watch(outputs, features)
+            figures |= watch(outputs, transforms)
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(pixels)
             count += len(pixels)
@@ -288,7 +289,7 @@ class SampleImages:
         for batch in self.batches:
             moved = {name: value.to(objective.mean.device) for name, value in batch.items()}
             pixels, _ = objective.prepare_images(moved)
-            outputs, _ = objective.run_model(pixels)
+            outputs = objective.run_model(pixels)
             rows += sheet_rows(objective, pixels, outputs)
         sheet = np.concatenate(rows)
         partial = self.folder / "partial.png"
@@ -303,8 +304,7 @@ def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModel
     """A row `(H, (V + 1) W, 3)` uint8 of each group, see [`SampleImages`]."""
     pairs = ordered_pairs(pixels.shape[1])
     images = (pixels * objective.std + objective.mean).clamp(0, 1)
-    grid = sampling_grid(outputs.affine[:, 0], outputs.tps[:, 0], size=pixels.shape[-2:])
-    warped = warp(images[:, 0], grid)
+    warped = warp(images[:, 0], objective.model.transforms(outputs)[:, 0].grid(pixels.shape[-2:]))
     first_pair = [next(p for p, (i, _) in enumerate(pairs) if i == view) for view in range(pixels.shape[1])]
     masks = (outputs.mask_logits[:, first_pair] > 0).cpu().numpy()
 

@@ -9,7 +9,14 @@ from real_photos import CHEETAH, LION, TOWER
 import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
 from macosnet_hf.collection import Collection, hard_mask
-from macosnet_hf.geometry import apply_cascade, denormalize_points, identity_tps, normalize_points
+from macosnet_hf.geometry import (
+    Transform,
+    apply_cascade,
+    denormalize_points,
+    identity_affine,
+    identity_tps,
+    normalize_points,
+)
 from macosnet_hf.inference.pair import _as_array, check_points, match_images, object_agreement, quality_in_words
 
 
@@ -319,13 +326,13 @@ def test_agreement_of_objects_against_plain_loops():
                 weight += both
         aligned.append(total / weight)
     expected = (max(alike, 0) * max(np.mean(aligned), 0)) ** 0.5
-    tensors = [torch.from_numpy(values) for values in (features, masks, affine, tps)]
     assert expected > 0
-    assert object_agreement(*tensors, regularization=0.1) == pytest.approx(expected, abs=1e-5)
-    same = [features[[0, 0]], masks[[0, 0]], np.array([[1.0, 0, 0, 0, 1, 0]] * 2), identity_tps(2).numpy()]
-    same = [torch.from_numpy(np.asarray(values)) for values in same]
-    assert object_agreement(*same, regularization=0.1) == pytest.approx(1, abs=1e-5)
-    assert object_agreement(-tensors[0] * torch.tensor([1, -1]).view(2, 1, 1, 1), *tensors[1:], regularization=0.1) == 0
+    features, masks = torch.from_numpy(features), torch.from_numpy(masks)
+    transforms = Transform(torch.from_numpy(affine), torch.from_numpy(tps), 0.1)
+    assert object_agreement(features, masks, transforms) == pytest.approx(expected, abs=1e-5)
+    identity = Transform(identity_affine(2), identity_tps(2), 0.1)
+    assert object_agreement(features[[0, 0]], masks[[0, 0]], identity) == pytest.approx(1, abs=1e-5)
+    assert object_agreement(-features * torch.tensor([1, -1]).view(2, 1, 1, 1), masks, transforms) == 0
 
 
 def test_unrelated_photographs_are_not_called_good(network):

@@ -148,6 +148,20 @@ MUTANTS = (
         **GEOMETRY,
     ),
     Mutant(
+        "control points of a moved target permuted the wrong way round",
+        "geometry:Transform.compose_symmetry",
+        "control_points($side, device=self.device, dtype=self.dtype) @ $turn",
+        "control_points($side, device=self.device, dtype=self.dtype) @ $turn.transpose(-1, -2)",
+        tests=("tests/test_geometry.py", "-k", "symmetry"),
+    ),
+    Mutant(
+        "spline applied without its regularisation",
+        "geometry:Transform.apply",
+        "self.regularization or 0.0",
+        "0.0",
+        tests=("tests/test_geometry.py", "-k", "transform or regularisation"),
+    ),
+    Mutant(
         "norm whose gradient at zero is not a number",
         "training.losses:_round_trip_error",
         "torch.linalg.vector_norm($difference, dim=-1)",
@@ -275,7 +289,7 @@ MUTANTS = (
     ),
     Mutant(
         "features warped without their lengths",
-        "modeling_macosnet:MaCoSNetModel.predict_transforms_from_similarity",
+        "matching:warp_similarity",
         "$weights * lengths.to(...)[$maps].gather(...).view_as(...)",
         "$weights",
         tests=("tests/test_modeling.py",),

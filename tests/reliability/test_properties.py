@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
-from small_models import random_pictures, small_model
+from small_models import random_pictures, small_model, transforms_of
 
 from macosnet_hf import DEFAULT_CHECKPOINT, geometry
 from macosnet_hf.errors import DataError, InputError
@@ -293,13 +293,12 @@ def test_local_matching_commutes_with_mirrors_and_transposition(seed, name):
     source, target = (F.normalize(randn(2, 4, 5, 6, seed=seed + k).float(), dim=1) for k in (0, 1))
     points, affine = random_points(2, 4, seed).float(), random_affine(2, seed, 0.1).float()
     tps = random_tps(2, seed, 0.1).float()
-    moved = match_locally(source, target, points, affine, tps)
+    moved = match_locally(source, target, points, geometry.Transform(affine, tps, 0.1))
     mirrored = match_locally(
         on_picture(name, source),
         on_picture(name, target),
         on_points(name, points),
-        on_affine(name, affine),
-        on_tps(name, tps),
+        geometry.Transform(on_affine(name, affine), on_tps(name, tps), 0.1),
     )
     assert_close(mirrored, on_points(name, moved), 1e-3)
 
@@ -312,11 +311,11 @@ SIDE, PIXELS, CHANNELS = 4, 12, 5
 
 LOSSES = {
     "matching": losses.matching_loss,
-    "matching, not guided": lambda o, **k: losses.matching_loss(o, mask_guided=False, **k),
-    "cycle": losses.cycle_loss,
-    "cycle, squared": lambda o, **k: losses.cycle_loss(o, squared=True, **k),
-    "transitivity": losses.transitivity_loss,
-    "contrast": losses.contrastive_loss,
+    "matching, not guided": lambda o, t, **k: losses.matching_loss(o, t, mask_guided=False, **k),
+    "cycle": lambda o, t, **k: losses.cycle_loss(t, **k),
+    "cycle, squared": lambda o, t, **k: losses.cycle_loss(t, squared=True, **k),
+    "transitivity": lambda o, t, **k: losses.transitivity_loss(t, **k),
+    "contrast": lambda o, t, **k: losses.contrastive_loss(o, **k),
     "consistency": losses.consistency_loss,
 }
 # What a decoder may say of a pixel: unsure, sure, and so sure that nothing but the sign is left.
@@ -386,7 +385,7 @@ STATISTICS = (torch.zeros(CHANNELS, dtype=torch.float64), torch.full((CHANNELS,)
 def values_of(name: str, outputs: MaCoSNetModelOutput) -> torch.Tensor:
     """One value per sample."""
     statistics = {"statistics": STATISTICS} if name == "contrast" else {}
-    return LOSSES[name](outputs, reduction="none", **statistics)
+    return LOSSES[name](outputs, transforms_of(outputs), reduction="none", **statistics)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -397,8 +396,7 @@ def test_losses_and_their_gradients_are_finite(name, seed, mask, size, transform
     fields = ("affine", "tps", "correlation", "mask_logits")
     for field in fields:
         outputs[field] = outputs[field].requires_grad_()
-    options = {} if name == "contrast" else {"tps_regularization": regularization}
-    loss = LOSSES[name](outputs, **options)
+    loss = LOSSES[name](outputs, transforms_of(outputs, regularization))
     assert torch.isfinite(loss)
     loss.backward()
     for field in fields:
@@ -415,7 +413,7 @@ def test_losses_of_a_sample_do_not_know_its_batch(name, seed, mask, transform, o
     for number in range(3):
         assert_close(values_of(name, chosen(outputs, [number])), together[[number]], 1e-12)
     if name != "contrast":
-        assert_close(LOSSES[name](outputs), together.mean(), 1e-12)
+        assert_close(LOSSES[name](outputs, transforms_of(outputs)), together.mean(), 1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config
+from small_models import small_config, transforms_of
 
 from macosnet_hf.geometry import identity_affine, identity_tps
 from macosnet_hf.modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
@@ -18,6 +18,10 @@ def shifted_views(shifts: list[tuple[int, int]], seed: int = 0) -> torch.Tensor:
     world = F.normalize(F.avg_pool2d(world, 3, stride=1, padding=1), dim=1)
     views = [world[:, :, 12 + y : 12 + y + SIDE, 12 + x : 12 + x + SIDE] for x, y in shifts]
     return torch.stack(views, dim=1)
+
+
+def targets_of(outputs: MaCoSNetModelOutput, points: torch.Tensor, **options):
+    return local_matching_targets(outputs, transforms_of(outputs), small_config(), points, **options)
 
 
 def outputs_of(features: torch.Tensor, masks: torch.Tensor | None = None) -> MaCoSNetModelOutput:
@@ -36,7 +40,7 @@ SHIFTS = [(0, 0), (2, -1), (-1, 1)]
 def test_targets_are_where_the_other_view_shows_the_same():
     outputs = outputs_of(shifted_views(SHIFTS))
     middle = torch.tensor([[0.0, 0.0], [0.25, -0.25], [-0.3, 0.2]])
-    found, trust = local_matching_targets(outputs, small_config(), middle)
+    found, trust = targets_of(outputs, middle)
     cell = 2 / (SIDE - 1)
     for p, (i, j) in enumerate(ordered_pairs(3)):
         # A place x of view j is place x + shift_j of the world, and so x + shift_j - shift_i of view i.
@@ -53,22 +57,22 @@ def test_trust_needs_the_way_back_and_both_objects():
     noise = F.normalize(torch.randn(features.shape, generator=torch.Generator().manual_seed(5)), dim=2)
     unrelated = torch.stack((features[:, 0], noise[:, 1]), dim=1)
     points = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)) - 0.5
-    related_trust = local_matching_targets(outputs_of(features), small_config(), points)[1].mean()
-    unrelated_trust = local_matching_targets(outputs_of(unrelated), small_config(), points)[1].mean()
+    related_trust = targets_of(outputs_of(features), points)[1].mean()
+    unrelated_trust = targets_of(outputs_of(unrelated), points)[1].mean()
     assert unrelated_trust < 0.9 * related_trust
 
     left = torch.full((1, 2, 30, 30), 8.0)
     left[..., 15:] = -8.0  # both objects are in the left half
     halves = outputs_of(features, left)
-    trust = local_matching_targets(halves, small_config(), points)[1]
+    trust = targets_of(halves, points)[1]
     assert trust[0, 0][points[:, 0] > 0.1].max() < 0.05
     assert trust[0, 0][points[:, 0] < -0.3].min() > 0.5
-    plain = local_matching_targets(halves, small_config(), points, guided=False)[1]
-    torch.testing.assert_close(plain, local_matching_targets(outputs_of(features), small_config(), points)[1])
+    plain = targets_of(halves, points, guided=False)[1]
+    torch.testing.assert_close(plain, targets_of(outputs_of(features), points)[1])
     assert plain[0, 0][points[:, 0] > 0.1].min() > 0.5
     only_one = left.clone()
     only_one[:, 1] = -only_one[:, 1]  # the objects are in different halves: nothing is on both
-    assert local_matching_targets(outputs_of(features, only_one), small_config(), points)[1].max() < 0.3
+    assert targets_of(outputs_of(features, only_one), points)[1].max() < 0.3
 
 
 @pytest.mark.parametrize("part", ["affine", "tps"])
@@ -79,7 +83,7 @@ def test_following_the_gradient_finds_the_shift(part):
     first = None
     for _ in range(40):
         optimizer.zero_grad()
-        loss = local_matching_loss(outputs, small_config(), side=5)
+        loss = local_matching_loss(outputs, transforms_of(outputs), small_config(), side=5)
         first = first if first is not None else loss.item()
         loss.backward()
         optimizer.step()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from small_models import IMAGE_SIZE, seeded, small_model
+from small_models import IMAGE_SIZE, seeded, small_model, transforms_of
 from training_runs import TRAINING, Runs, environment, log, photographs
 
 from macosnet_hf.errors import DataError, InputError
@@ -93,7 +93,7 @@ def test_classes_that_are_too_small_are_named():
 def test_outputs_are_those_of_the_model(cascade, views):
     objective = objective_of(MaCoSNetLossWeights(cycle=5, contrast=3, task=2), cascade=cascade).eval()
     pixels, _ = objective.prepare_images(batch_of(views=views))
-    outputs, _ = objective.run_model(pixels)
+    outputs = objective.run_model(pixels)
     objective.model.config.cascade = cascade
     with torch.no_grad():
         expected = objective.model(pixels)
@@ -229,11 +229,12 @@ def test_the_criterion_prefers_the_transform_that_is_right():
         affine = torch.tensor([sign, 0, 0, 0, 1, 0]).expand(1, 2, 6)
         return MaCoSNetModelOutput(affine=affine, tps=tps, mask_logits=logits, features=pair)
 
-    assert match_rank(outputs(-1)).min() > 0.95
-    assert 0.3 < match_rank(outputs(1)).mean() < 0.7
-    assert mask_agreement(outputs(-1)).min() > 0.95
-    assert mask_agreement(outputs(1)).max() < 0.3
-    assert mask_agreement(outputs(-1, torch.full_like(masks, 9.0))).abs().max() < 1e-3
+    right, wrong, full = outputs(-1), outputs(1), outputs(-1, torch.full_like(masks, 9.0))
+    assert match_rank(right, transforms_of(right)).min() > 0.95
+    assert 0.3 < match_rank(wrong, transforms_of(wrong)).mean() < 0.7
+    assert mask_agreement(right, transforms_of(right)).min() > 0.95
+    assert mask_agreement(wrong, transforms_of(wrong)).max() < 0.3
+    assert mask_agreement(full, transforms_of(full)).abs().max() < 1e-3
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

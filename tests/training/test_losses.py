@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_models import GRID_SIZE, IMAGE_SIZE, random_pictures, small_model
+from small_models import GRID_SIZE, IMAGE_SIZE, random_pictures, small_model, transforms_of
 from torch import nn
 
 from macosnet_hf import geometry
@@ -201,7 +201,7 @@ def channel_statistics(features):
 def test_inlier_mask_matches_the_loop_reference(size, radius):
     outputs = random_outputs()
     height, width = size
-    mask = losses.inlier_mask(outputs.affine[:, 0], outputs.tps[:, 0], size, radius, tps_regularization=0.1)
+    mask = losses.inlier_mask(transforms_of(outputs, 0.1)[:, 0], size, radius)
     assert mask.shape == (BATCH, height * width, height, width)
     for b in range(BATCH):
         for row, column in itertools.product(range(height), range(width)):
@@ -214,16 +214,16 @@ def test_inlier_mask_matches_the_loop_reference(size, radius):
 
 
 def test_inlier_mask_of_the_identity_is_the_paper_s_step():
-    mask = losses.inlier_mask(geometry.identity_affine(1), geometry.identity_tps(1), 5)
+    mask = losses.inlier_mask(transforms_of(identity_outputs())[:, 0], 5)
     for (r, c), (row, column) in itertools.product(itertools.product(range(5), range(5)), repeat=2):
         inlier = abs(r - row) + abs(c - column) <= 1  # within one cell: itself and its four neighbours
         assert mask[0, r * 5 + c, row, column].item() == pytest.approx(float(inlier), abs=1e-5)
 
 
 def test_radius_of_the_square_root_of_two_counts_the_diagonal():
-    affine = geometry.identity_affine(1)
-    assert losses.inlier_mask(affine, None, 5, 1.0)[0, :, 2, 2].sum() == pytest.approx(5, abs=1e-4)
-    assert losses.inlier_mask(affine, None, 5, math.sqrt(2))[0, :, 2, 2].sum() == pytest.approx(9, abs=1e-4)
+    identity = geometry.Transform(geometry.identity_affine(1))
+    assert losses.inlier_mask(identity, 5, 1.0)[0, :, 2, 2].sum() == pytest.approx(5, abs=1e-4)
+    assert losses.inlier_mask(identity, 5, math.sqrt(2))[0, :, 2, 2].sum() == pytest.approx(9, abs=1e-4)
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -231,10 +231,12 @@ def test_radius_of_the_square_root_of_two_counts_the_diagonal():
 @pytest.mark.parametrize("stages", [("affine", "cascade"), ("cascade",)])
 def test_matching_loss_matches_the_loop_reference(views, guided, stages):
     outputs = random_outputs(views)
-    result = losses.matching_loss(outputs, mask_guided=guided, stages=stages, tps_regularization=0.2, reduction="none")
+    result = losses.matching_loss(
+        outputs, transforms_of(outputs, 0.2), mask_guided=guided, stages=stages, reduction="none"
+    )
     expected = [reference_matching(outputs, views, b, guided, stages, 1.0, 0.2) for b in range(BATCH)]
     assert result.tolist() == pytest.approx(expected, rel=1e-9)
-    mean = losses.matching_loss(outputs, mask_guided=guided, stages=stages, tps_regularization=0.2)
+    mean = losses.matching_loss(outputs, transforms_of(outputs, 0.2), mask_guided=guided, stages=stages)
     assert mean.item() == pytest.approx(sum(expected) / BATCH, rel=1e-9)
 
 
@@ -244,8 +246,10 @@ def test_matching_loss_of_a_perfect_match_is_minus_the_foreground_area():
     masks[0, 0, : PIXELS // SIDE * 2] = 50.0  # two rows of cells in A
     masks[0, 1, :, : PIXELS // SIDE] = 50.0  # one column of cells in B
     outputs = identity_outputs(masks=masks)
-    assert losses.matching_loss(outputs).item() == pytest.approx(-(2 * SIDE + SIDE), rel=1e-5)
-    assert losses.matching_loss(outputs, mask_guided=False).item() == pytest.approx(-2 * SIDE**2, rel=1e-5)
+    assert losses.matching_loss(outputs, transforms_of(outputs)).item() == pytest.approx(-(2 * SIDE + SIDE), rel=1e-5)
+    assert losses.matching_loss(outputs, transforms_of(outputs), mask_guided=False).item() == pytest.approx(
+        -2 * SIDE**2, rel=1e-5
+    )
 
 
 def test_matching_loss_prefers_the_true_transform():
@@ -262,7 +266,7 @@ def test_matching_loss_prefers_the_true_transform():
     for step in (-2, -1, 0, 1, 2):
         outputs.affine = geometry.identity_affine(1, 2)
         outputs.affine[0, :, 2] = torch.tensor([step * shift, -step * shift])
-        found[step] = losses.matching_loss(outputs, mask_guided=False, radius=0.5).item()
+        found[step] = losses.matching_loss(outputs, transforms_of(outputs), mask_guided=False, radius=0.5).item()
     assert found[1] == pytest.approx(-2 * SIDE * (SIDE - 1), rel=1e-5)
     assert all(found[step] == pytest.approx(0, abs=1e-4) for step in (-2, -1, 0, 2))
 
@@ -276,13 +280,7 @@ def test_matching_loss_prefers_the_true_transform():
 def test_cycle_loss_matches_the_loop_reference(views, squared, unit, scale):
     outputs = random_outputs(views)
     result = losses.cycle_loss(
-        outputs,
-        grid_size=4,
-        unit=unit,
-        image_size=(40, 60),
-        squared=squared,
-        tps_regularization=0.2,
-        reduction="none",
+        transforms_of(outputs, 0.2), grid_size=4, unit=unit, image_size=(40, 60), squared=squared, reduction="none"
     )
     for b in range(BATCH):
         index = pair_index(views)
@@ -296,7 +294,7 @@ def test_cycle_loss_matches_the_loop_reference(views, squared, unit, scale):
 def test_transitivity_loss_matches_the_loop_reference(squared):
     outputs = random_outputs(3)
     result = losses.transitivity_loss(
-        outputs, grid_size=3, image_size=240, squared=squared, tps_regularization=0.2, reduction="none"
+        transforms_of(outputs, 0.2), grid_size=3, image_size=240, squared=squared, reduction="none"
     )
     index = pair_index(3)
     for b in range(BATCH):
@@ -314,19 +312,21 @@ def test_a_round_trip_off_by_a_known_distance():
     outputs = identity_outputs()
     outputs.affine[0, 0, 2] = 0.06  # T_AB moves by (0.06, 0.08), T_BA stays: every trip ends 0.1 from home
     outputs.affine[0, 0, 5] = 0.08
-    assert losses.cycle_loss(outputs, unit="normalized").item() == pytest.approx(0.2, rel=1e-5)
-    assert losses.cycle_loss(outputs).item() == pytest.approx(0.2 * 119.5, rel=1e-5)
-    assert losses.cycle_loss(outputs, squared=True).item() == pytest.approx(2 * (0.1 * 119.5) ** 2, rel=1e-5)
+    assert losses.cycle_loss(transforms_of(outputs), unit="normalized").item() == pytest.approx(0.2, rel=1e-5)
+    assert losses.cycle_loss(transforms_of(outputs)).item() == pytest.approx(0.2 * 119.5, rel=1e-5)
+    assert losses.cycle_loss(transforms_of(outputs), squared=True).item() == pytest.approx(
+        2 * (0.1 * 119.5) ** 2, rel=1e-5
+    )
 
 
 def test_inverse_transforms_cost_nothing_and_give_no_nan_gradient():
     affine = geometry.identity_affine(1) + 0.2 * torch.randn(1, 6, generator=torch.Generator().manual_seed(3))
     outputs = identity_outputs()
     outputs.affine = torch.stack((affine, geometry.invert_affine(affine)), dim=1)
-    assert losses.cycle_loss(outputs).item() == pytest.approx(0, abs=1e-3)
+    assert losses.cycle_loss(transforms_of(outputs)).item() == pytest.approx(0, abs=1e-3)
     exact = identity_outputs(3)  # exactly zero distance, where a square root has no gradient
     exact.affine.requires_grad_()
-    (losses.cycle_loss(exact) + losses.transitivity_loss(exact)).backward()
+    (losses.cycle_loss(transforms_of(exact)) + losses.transitivity_loss(transforms_of(exact))).backward()
     assert torch.isfinite(exact.affine.grad).all()
 
 
@@ -337,15 +337,15 @@ def test_consistent_triplets_cost_nothing():
     affine = [geometry.compose_affine(geometry.invert_affine(frames[i]), frames[j]) for i, j in ordered_pairs(3)]
     outputs = identity_outputs(3)
     outputs.affine = torch.stack(affine)[None]
-    assert losses.transitivity_loss(outputs).item() == pytest.approx(0, abs=1e-3)
+    assert losses.transitivity_loss(transforms_of(outputs)).item() == pytest.approx(0, abs=1e-3)
     outputs.affine = outputs.affine.clone()
     outputs.affine[0, 4, 2] += 0.1  # T_12 takes part in three of the six orders
-    assert losses.transitivity_loss(outputs).item() > 1
+    assert losses.transitivity_loss(transforms_of(outputs)).item() > 1
 
 
 def test_transitivity_needs_three_pictures():
     with pytest.raises(InputError, match="three images"):
-        losses.transitivity_loss(random_outputs(2))
+        losses.transitivity_loss(transforms_of(random_outputs(2)))
 
 
 # --- perceptual contrastive loss, eq. 7 to 10 ---
@@ -449,7 +449,7 @@ def test_features_judge_the_masks_and_are_not_trained_by_them():
 @pytest.mark.parametrize("views", [2, 3])
 def test_consistency_loss_matches_the_loop_reference(views):
     outputs = random_outputs(views)
-    result = losses.consistency_loss(outputs, tps_regularization=0.2, reduction="none")
+    result = losses.consistency_loss(outputs, transforms_of(outputs, 0.2), reduction="none")
     for b in range(BATCH):
         assert result[b].item() == pytest.approx(reference_consistency(outputs, views, b, 0.2), rel=1e-9)
 
@@ -457,10 +457,16 @@ def test_consistency_loss_matches_the_loop_reference(views):
 def test_consistency_of_equal_masks_under_the_identity():
     masks = torch.full((1, 2, PIXELS, PIXELS), -40.0)
     masks[:, :, 3:9, 4:15] = 40.0
-    assert losses.consistency_loss(identity_outputs(masks=masks)).item() == pytest.approx(0, abs=1e-3)
-    assert losses.consistency_loss(identity_outputs()).item() == pytest.approx(2 * math.log(2), rel=1e-5)
+    assert losses.consistency_loss(
+        identity_outputs(masks=masks), transforms_of(identity_outputs(masks=masks))
+    ).item() == pytest.approx(0, abs=1e-3)
+    assert losses.consistency_loss(identity_outputs(), transforms_of(identity_outputs())).item() == pytest.approx(
+        2 * math.log(2), rel=1e-5
+    )
     masks[0, 1] = -masks[0, 1]
-    assert losses.consistency_loss(identity_outputs(masks=masks)).item() == pytest.approx(80, rel=1e-3)
+    assert losses.consistency_loss(
+        identity_outputs(masks=masks), transforms_of(identity_outputs(masks=masks))
+    ).item() == pytest.approx(80, rel=1e-3)
 
 
 def test_consistency_follows_the_transform_s_direction():
@@ -472,15 +478,15 @@ def test_consistency_follows_the_transform_s_direction():
     right, wrong = identity_outputs(masks=masks), identity_outputs(masks=masks)
     right.affine[0, :, 2] = torch.tensor([shift, -shift])
     wrong.affine[0, :, 2] = torch.tensor([-shift, shift])
-    assert losses.consistency_loss(right).item() == pytest.approx(0, abs=1e-3)
-    assert losses.consistency_loss(wrong).item() > 1
+    assert losses.consistency_loss(right, transforms_of(right)).item() == pytest.approx(0, abs=1e-3)
+    assert losses.consistency_loss(wrong, transforms_of(wrong)).item() > 1
 
 
 def test_a_picture_warped_away_altogether_counts_nothing():
     outputs = identity_outputs(masks=torch.randn(1, 2, PIXELS, PIXELS))
     outputs.affine[0, :, 2] = 9.0
     outputs.affine.requires_grad_()
-    loss = losses.consistency_loss(outputs)
+    loss = losses.consistency_loss(outputs, transforms_of(outputs))
     loss.backward()
     assert loss.item() == 0
     assert torch.isfinite(outputs.affine.grad).all()
@@ -489,16 +495,16 @@ def test_a_picture_warped_away_altogether_counts_nothing():
 # --- what every loss must stand: gradients to the right places, extremes, half precision ---
 
 ALL_LOSSES = {
-    "matching": losses.matching_loss,
-    "matching, not guided": lambda o, x: losses.matching_loss(o, mask_guided=False),
-    "matching, masks detached": lambda o, x: losses.matching_loss(o, detach_masks=True),
-    "cycle": losses.cycle_loss,
-    "transitivity": losses.transitivity_loss,
+    "matching": lambda o, x: losses.matching_loss(o, transforms_of(o)),
+    "matching, not guided": lambda o, x: losses.matching_loss(o, transforms_of(o), mask_guided=False),
+    "matching, masks detached": lambda o, x: losses.matching_loss(o, transforms_of(o), detach_masks=True),
+    "cycle": lambda o, x: losses.cycle_loss(transforms_of(o)),
+    "transitivity": lambda o, x: losses.transitivity_loss(transforms_of(o)),
     "contrast, features": losses.contrastive_loss,
     "contrast, pixels": lambda o, x: losses.contrastive_loss(
         o, x, small_perceptual(torch.float32), form="pixels", margin=50.0
     ),
-    "consistency": losses.consistency_loss,
+    "consistency": lambda o, x: losses.consistency_loss(o, transforms_of(o)),
 }
 TRAINED = {
     "matching": {"E", "affine", "tps", "D"},
@@ -513,8 +519,7 @@ TRAINED = {
 
 
 def call(name: str, outputs: MaCoSNetModelOutput, pictures: torch.Tensor) -> torch.Tensor:
-    loss = ALL_LOSSES[name]
-    return loss(outputs, pictures) if name.count(",") else loss(outputs)
+    return ALL_LOSSES[name](outputs, pictures)
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -583,7 +588,7 @@ def test_values_and_gradients_are_finite_at_the_extremes(name, extreme):
     for field, value in EXTREMES[extreme](outputs).items():
         outputs[field] = value
     if extreme == "folded":
-        share = geometry.folded(geometry.Transform(outputs.affine, outputs.tps, 0.0).flatten(0, 1))
+        share = geometry.folded(transforms_of(outputs).flatten(0, 1))
         assert share.max() > 0.1
     for field in ("affine", "tps", "correlation", "mask_logits"):
         outputs[field] = outputs[field].clone().requires_grad_()
@@ -610,15 +615,15 @@ def test_half_precision_outputs_are_raised_to_float32(name):
 def test_a_missing_field_or_an_unknown_option_is_named():
     outputs = random_outputs()
     without_masks = MaCoSNetModelOutput(**{**outputs, "mask_logits": None})
-    for loss in (losses.matching_loss, losses.contrastive_loss, losses.consistency_loss):
+    for name in ("matching", "contrast, features", "consistency"):
         with pytest.raises(InputError, match="output_masks=False"):
-            loss(without_masks)
-    assert torch.isfinite(losses.matching_loss(without_masks, mask_guided=False))
+            call(name, without_masks, None)
+    assert torch.isfinite(losses.matching_loss(without_masks, transforms_of(without_masks), mask_guided=False))
     for arguments in ({"stages": ()}, {"stages": ("tps",)}, {"reduction": "sum"}):
         with pytest.raises(InputError, match="must"):
-            losses.matching_loss(outputs, **arguments)
+            losses.matching_loss(outputs, transforms_of(outputs), **arguments)
     with pytest.raises(InputError, match="unit must"):
-        losses.cycle_loss(outputs, unit="metres")
+        losses.cycle_loss(transforms_of(outputs), unit="metres")
     with pytest.raises(InputError, match="form must"):
         losses.contrastive_loss(outputs, form="words")
     with pytest.raises(InputError, match="perceptual network"):
@@ -628,7 +633,7 @@ def test_a_missing_field_or_an_unknown_option_is_named():
     with pytest.raises(InputError, match="fit together"):
         losses.contrastive_loss(outputs, features=torch.zeros(BATCH, 3, CHANNELS, SIDE, SIDE))
     with pytest.raises(InputError, match="these hold 4"):
-        losses.cycle_loss(MaCoSNetModelOutput(affine=torch.zeros(1, 4, 6), tps=torch.zeros(1, 4, 18)))
+        losses.cycle_loss(geometry.Transform(torch.zeros(1, 4, 6), torch.zeros(1, 4, 18), 0.0))
 
 
 # --- the perceptual network F ---
@@ -721,16 +726,16 @@ def test_impossible_weights_are_refused(wrong):
 def test_objective_is_the_weighted_sum(form, unit):
     weights = MaCoSNetLossWeights(0.5, 2, 3, 5, 7, margin=1.5, contrastive_form=form, unit=unit, inlier_radius=1.5)
     network = small_perceptual(torch.float32)
-    objective = MaCoSNetObjective(weights, network, tps_regularization=0.1)
+    objective = MaCoSNetObjective(weights, network)
     outputs = random_outputs(3, dtype=torch.float32)
     pictures = torch.randn(BATCH, 3, 3, PIXELS, PIXELS)
-    result = objective(outputs, pictures)
+    result = objective(outputs, transforms_of(outputs, 0.1), pictures)
     expected = {
-        "matching": losses.matching_loss(outputs, radius=1.5, tps_regularization=0.1),
-        "cycle": losses.cycle_loss(outputs, unit=unit, image_size=PIXELS, tps_regularization=0.1),
-        "transitivity": losses.transitivity_loss(outputs, unit=unit, image_size=PIXELS, tps_regularization=0.1),
+        "matching": losses.matching_loss(outputs, transforms_of(outputs, 0.1), radius=1.5),
+        "cycle": losses.cycle_loss(transforms_of(outputs, 0.1), unit=unit, image_size=PIXELS),
+        "transitivity": losses.transitivity_loss(transforms_of(outputs, 0.1), unit=unit, image_size=PIXELS),
         "contrast": losses.contrastive_loss(outputs, pictures, network, form=form, margin=1.5),
-        "consistency": losses.consistency_loss(outputs, tps_regularization=0.1),
+        "consistency": losses.consistency_loss(outputs, transforms_of(outputs, 0.1)),
     }
     assert set(result) == {"total", *expected}
     for name, value in expected.items():
@@ -746,33 +751,37 @@ def test_terms_of_weight_zero_are_not_computed():
     # Pairs and no masks: the transitivity, contrast and consistency terms would fail if they were computed.
     outputs.mask_logits = outputs.correlation = None
     pictures = torch.zeros(BATCH, 2, 3, 240, 240)
-    result = MaCoSNetObjective(weights, network)(outputs, pictures)
+    result = MaCoSNetObjective(weights, network)(outputs, transforms_of(outputs), pictures)
     assert set(result) == {"total", "cycle"}
     assert network.calls == 0
-    torch.testing.assert_close(result["total"], losses.cycle_loss(outputs))
+    torch.testing.assert_close(result["total"], losses.cycle_loss(transforms_of(outputs)))
     with pytest.raises(InputError, match="weight zero"):
-        MaCoSNetObjective(MaCoSNetLossWeights(matching=0))(outputs)
+        MaCoSNetObjective(MaCoSNetLossWeights(matching=0))(outputs, transforms_of(outputs))
 
 
 def test_separate_streams_share_nothing():
     weights = MaCoSNetLossWeights.from_benchmark("tss", trans=0)
     model, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
-    result = MaCoSNetObjective(weights, coupled=False)(model(pictures), pictures)
+    outputs = model(pictures)
+    result = MaCoSNetObjective(weights, coupled=False)(outputs, model.transforms(outputs), pictures)
     assert set(result) == {"total", "matching", "cycle", "contrast"}
-    torch.testing.assert_close(result["matching"], losses.matching_loss(model(pictures), mask_guided=False))
+    torch.testing.assert_close(
+        result["matching"], losses.matching_loss(outputs, transforms_of(outputs), mask_guided=False)
+    )
     (result["matching"] + result["cycle"]).backward()
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
 
 
 def test_detached_masks_are_not_trained_by_the_matching_term():
     model, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
-    MaCoSNetObjective(MaCoSNetLossWeights(), detach_masks=True)(model(pictures), pictures)["total"].backward()
+    objective, outputs = MaCoSNetObjective(MaCoSNetLossWeights(), detach_masks=True), model(pictures)
+    objective(outputs, model.transforms(outputs), pictures)["total"].backward()
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
 
 
 def test_pairs_cannot_be_transitive_and_pixels_need_a_network():
     with pytest.raises(InputError, match="three images"):
-        MaCoSNetObjective(MaCoSNetLossWeights.from_benchmark("tss"))(random_outputs())
+        MaCoSNetObjective(MaCoSNetLossWeights.from_benchmark("tss"))(random_outputs(), transforms_of(random_outputs()))
     with pytest.raises(InputError, match="perceptual network"):
         MaCoSNetObjective(MaCoSNetLossWeights(contrast=1, contrastive_form="pixels"))
 
@@ -784,7 +793,8 @@ def test_objective_freezes_the_perceptual_network_and_keeps_it_out_of_the_model(
     before = copy.deepcopy(network.state_dict())
     pictures = random_pictures(2, 2)
     model.train()
-    objective(model(pictures), pictures)["total"].backward()
+    outputs = model(pictures)
+    objective(outputs, model.transforms(outputs), pictures)["total"].backward()
     assert not network.training
     assert not network.norm.training
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -801,7 +811,8 @@ def test_a_few_steps_of_training_lower_the_objective():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     totals = []
     for _ in range(5):
-        total = objective(model(pictures), pictures)["total"]
+        outputs = model(pictures)
+        total = objective(outputs, model.transforms(outputs), pictures)["total"]
         totals.append(total.item())
         optimizer.zero_grad()
         total.backward()

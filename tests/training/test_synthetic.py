@@ -1,6 +1,7 @@
 """Synthetic pairs: the known transform is the true one, nothing at the border tells it, and seeds repeat."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 from small_models import IMAGE_SIZE, seeded, small_model
 
 from macosnet_hf.geometry import (
-    apply_cascade,
     identity_affine,
     identity_tps,
     invert_affine,
@@ -66,13 +66,13 @@ GENTLE = WarpRange(rotation=0.3, log_scale=0.2, log_aspect=0.1, shear=0.1, trans
 def test_a_dot_at_q_in_the_target_is_at_t_of_q_in_the_source(seed):
     pairs = make_pairs(dots(4), SIDE, GENTLE, seeded(seed), background_swap=0, change_colours=False)
     in_target, in_source = centre_of_brightness(pairs.target), centre_of_brightness(pairs.source)
-    mapped = apply_cascade(in_target[:, None], pairs.affine, pairs.tps)[:, 0]
+    mapped = pairs.transform.apply(in_target[:, None])[:, 0]
     assert torch.allclose(mapped, in_source, atol=0.02)
     # The other direction, or leaving out one of the two stages, would be seen.
     assert (in_target - in_source).norm(dim=-1).max() > 0.1
-    backwards = apply_cascade(in_source[:, None], pairs.affine, pairs.tps)[:, 0]
+    backwards = pairs.transform.apply(in_source[:, None])[:, 0]
     assert (backwards - in_target).norm(dim=-1).max() > 0.1
-    assert (apply_cascade(in_target[:, None], pairs.affine)[:, 0] - in_source).norm(dim=-1).max() > 0.025
+    assert (pairs.transform.without_spline().apply(in_target[:, None])[:, 0] - in_source).norm(dim=-1).max() > 0.025
 
 
 def bilinear(picture: torch.Tensor, x: float, y: float) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_the_target_shows_at_q_what_the_source_shows_at_t_of_q():
         for row in range(0, SIDE, 7):
             for column in range(0, SIDE, 7):
                 q = torch.tensor([[[2 * column / (SIDE - 1) - 1, 2 * row / (SIDE - 1) - 1]]])
-                place = apply_cascade(q, pairs.affine[index : index + 1], pairs.tps[index : index + 1])[0, 0]
+                place = pairs.transform[index : index + 1].apply(q)[0, 0]
                 if place.abs().max() >= 1:
                     continue
                 x, y = ((place + 1) / 2 * (SIDE - 1)).tolist()
@@ -108,7 +108,7 @@ def test_nothing_outside_the_photograph_is_filled_with_a_colour_of_its_own():
     far = WarpRange(translation=0.9, log_scale=0.7)
     for seed in range(3):
         pairs = make_pairs(photographs, SIDE, far, seeded(seed), background_swap=0.5, change_colours=False)
-        outside = apply_cascade(make_grid(SIDE, SIDE).reshape(1, -1, 2), pairs.affine, pairs.tps).abs().amax(-1) > 1.2
+        outside = pairs.transform.apply(make_grid(SIDE, SIDE).reshape(1, -1, 2)).abs().amax(-1) > 1.2
         assert outside.float().mean() > 0.2  # there is much to fill
         for pictures in (pairs.source, pairs.target):
             assert pictures.min() >= 0.5 - 1e-5
@@ -133,13 +133,11 @@ def test_swapped_backgrounds_keep_the_object_and_change_the_rest():
     kwargs = {"change_colours": False}
     plain = make_pairs(photographs, SIDE, far, seeded(3), background_swap=0, **kwargs)
     swapped = make_pairs(photographs, SIDE, far, seeded(3), background_swap=1, **kwargs)
-    assert torch.equal(plain.affine, swapped.affine)
-    assert torch.equal(plain.tps, swapped.tps)
+    assert torch.equal(plain.transform.affine, swapped.transform.affine)
+    assert torch.equal(plain.transform.tps, swapped.transform.tps)
     assert torch.equal(plain.source, swapped.source)
     # Where the middle of A lies in B the image is the same, in the corners it is the other image's.
-    in_source = apply_cascade(make_grid(SIDE, SIDE).reshape(1, -1, 2), plain.affine, plain.tps).unflatten(
-        1, (SIDE, SIDE)
-    )
+    in_source = plain.transform.apply(make_grid(SIDE, SIDE).reshape(1, -1, 2)).unflatten(1, (SIDE, SIDE))
     radius = in_source.norm(dim=-1)
     difference = (plain.target - swapped.target).abs().mean(1)
     assert difference[radius < 0.2].max() < 0.02
@@ -150,9 +148,10 @@ def test_the_same_seed_gives_the_same_pairs_and_another_does_not():
     photographs = smooth_pictures(3)
     first, second = (make_pairs(photographs, SIDE, WarpRange(), seeded(7)) for _ in range(2))
     other = make_pairs(photographs, SIDE, WarpRange(), seeded(8))
-    for name in ("source", "target", "affine", "tps"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
-        assert not torch.equal(getattr(first, name), getattr(other, name))
+    for name in ("source", "target", "transform.affine", "transform.tps"):
+        values = operator.attrgetter(name)
+        assert torch.equal(values(first), values(second))
+        assert not torch.equal(values(first), values(other))
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
     make_pairs(photographs, SIDE, WarpRange(), seeded(7))
@@ -272,7 +271,7 @@ def test_the_objective_is_smallest_at_the_true_transforms():
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits, exact_share=1.0, feature_noise=0).eval()
     photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
     pairs = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11))
-    affine = pairs.affine
+    affine = pairs.transform.affine
 
     model.tps_head = Told(identity_tps(6))
     losses = {}
@@ -303,7 +302,7 @@ def test_coordinates_are_exact_where_the_network_is_autocast(precision):
     model, limits = small_model(MaCoSNetModel), WarpRange(tps_jitter=0)
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits).eval()
     photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
-    affine = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11)).affine
+    affine = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11)).transform.affine
     model.affine_head, model.tps_head = Told(torch.cat((affine, invert_affine(affine)))), Told(identity_tps(6))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         losses = objective(photographs, seeded(11))
