@@ -566,15 +566,15 @@ class Ablation:
         lines = [
             "# Ablation",
             f"`{command}`",
-            f"Every variant starts from the same weights ({self.results.settings['model']}) and makes {args.steps} "
-            f"steps of {batch} groups of images with the settings of `{Path(args.config).name}` and one seed "
-            f"({args.seed}), on {self.image_count} images of {self.class_count} classes "
+            f"Every variant starts from the same weights ({self.results.settings['model']}) and trains for "
+            f"{args.steps} steps of {batch} groups of images with the settings of `{Path(args.config).name}` and one "
+            f"seed ({args.seed}), on {self.image_count} images of {self.class_count} classes "
             f"({', '.join(args.photographs)}). Measured on {len(photographs)} images of {classes} classes of "
             f"voc2010-coseg and {len(pairs)} pairs of PF-WILLOW, whose masks and keypoints no training saw. "
             f"{seconds / 60:.1f} minutes for {len(results)} variants, torch {torch.__version__}, {threads} "
             f"thread{'s' if threads > 1 else ''}. Masks are refined at {args.refine_size or 'full'} pixels. The "
-            "paper's rows are of another encoder (ResNet-101), whole test sets and a full training, so only the order "
-            "of the rows can be compared, not the figures.",
+            "paper's rows are for another encoder (ResNet-101), whole test sets and a full training, so only the order "
+            "of the rows can be compared.",
             tables(results),
         ]
         return "\n\n".join(lines) + "\n"
@@ -766,7 +766,7 @@ def streams_table(measured: dict[str, Figures]) -> str:
         matching = [f"({cell})" for cell in matching] if untrained == "matching" else matching
         masks = [f"({cell})" for cell in masks] if untrained == "masks" else masks
         rows.append([BY_NAME[name].heading, *matching, *masks])
-    return _table(header, rows) + "\n\nIn brackets: the stream is not trained in this row, its figures are the start's."
+    return _table(header, rows) + "\n\nFigures in brackets are those of the start: the row does not train that stream."
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 Starts the demo in a process of its own and prints, with the goal beside each figure: from click to image for a pair
 of 12-megapixel images (warm, in headless Chromium where there is one, else through the API), redrawing after the
 threshold moved, one point transfer (time in the server, and the round trip), a collection, and a short form of
-reliability/load.py. The images are gradio's own, enlarged.
+tests/reliability/load.py. The images are gradio's own, enlarged.
 Ends with 1 if a goal is missed.
 """
 
@@ -20,8 +20,10 @@ import time
 from pathlib import Path
 
 from gradio_client import Client, handle_file
-from reliability.load import hammer
-from reliability.served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_demo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "reliability"))
+from load import hammer
+from served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_demo
 
 missed: list[str] = []
 
@@ -85,7 +87,7 @@ def transfer_in_the_server(pair: list[Path], rounds: int) -> float:
 
 
 def load(demo: ServedDemo, folder: Path, clients: int, seconds: float) -> None:
-    """Clients with images of sizes that nobody else has; `reliability/load.py` is the long form."""
+    """Clients with images of sizes that nobody else has; `tests/reliability/load.py` is the long form."""
     figures = hammer(demo, folder, clients, seconds)
     what, done = f"{clients} clients, {seconds:g} s", len(figures.answered)
     note = f"{done} pairs, median {figures.latency(0, 1):.1f} s each; {figures.refused} bad ones refused"
