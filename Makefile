@@ -33,10 +33,12 @@ hooks: $(dev_stamp) ## Run `make lint` on each git commit and `make typecheck` o
 test: lint typecheck ## Check style and types, then run the tests (PYTEST_ARGS="-k name" for some of them)
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-lint: $(dev_stamp) ## Check style, formatting and which folder may import which
+lint: $(dev_stamp) ## Check style, formatting, the demo's JavaScript and CSS, and which folder may import which
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+	@if [ -x $(VENV)/bin/biome ]; then $(VENV)/bin/biome lint --error-on-warnings macosnet_hf/demo/assets; \
+		else echo "biome has no wheel for this machine: the demo's JavaScript and CSS are not checked."; fi
 
 typecheck: $(dev_stamp) ## Check the types of the package
 	$(python) -m mypy

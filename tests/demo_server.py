@@ -10,6 +10,7 @@ from gradio.media import get_image
 from PIL import Image
 
 import app
+from macosnet_hf.demo.sessions import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEETAH, LION, TOWER = (get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
@@ -49,7 +50,7 @@ class CountingMatcher(app.Matcher):
         self.collections += 1
         try:
             return super().collection(paths, refine, progress)
-        except app.Stopped:
+        except Stopped:
             self.stopped += 1
             raise
 

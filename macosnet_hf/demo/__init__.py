@@ -1,1 +1,1 @@
-"""The Gradio demo: page, tabs, endpoints, viewer, result store."""
+"""The Gradio demo: the page and its tabs, the public endpoints, the viewer, the result store and the server."""

@@ -1,17 +1,23 @@
-"""What the interactive image of a pair (see `viewer_page.py`) is told: photos, lines, grids."""
+"""The interactive drawing of a pair, Python's part: images, lines, points and grids for `assets/viewer.js`."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..drawing import overlay_mask, position_colors, spread_over_object
+from ..drawing import Color, overlay_mask, position_colors, spread_over_object
+from ..errors import MaCoSNetError
+from ..inference import DIRECTIONS
+from .result_store import ResultStore
 
 if TYPE_CHECKING:
     from ..inference.pair import PairResult
@@ -19,12 +25,55 @@ if TYPE_CHECKING:
 _GRID_CELLS = 9  # across the longer side of the object
 
 
+def asset(name: str) -> str:
+    """The text of a file of `assets/`."""
+    return (files(__package__) / "assets" / name).read_text(encoding="utf-8")
+
+
+def viewer(pairs: ResultStore[Any]) -> gr.HTML:
+    """The component. Its value are the lines of [`viewer_lines`], its property `images` those of [`viewer_images`]."""
+
+    def viewer_transfer(question: Any) -> dict[str, Any]:
+        """Where one point of a working copy lies in the other one."""
+
+        def moved(result: PairResult) -> dict[str, Any]:
+            start = [[float(value) for value in question["point"]]]
+            return {"point": _rounded(result.transfer(start, DIRECTIONS[int(question["side"])]))}
+
+        return _answer(pairs, question, moved, "This is not a point of a photo.")
+
+    def viewer_grid(question: Any) -> dict[str, Any]:
+        """A grid of points over the object of the source, and where they lie in the target."""
+        return _answer(pairs, question, grid_document, "This is not a result of this page.")
+
+    return gr.HTML(
+        elem_id="viewer",
+        html_template=asset("viewer.html"),
+        js_on_load=asset("viewer.js"),
+        apply_default_css=False,
+        server_functions=[viewer_transfer, viewer_grid],
+        images="",
+    )
+
+
+def _answer(
+    pairs: ResultStore[Any], question: Any, work: Callable[[PairResult], dict[str, Any]], refusal: str
+) -> dict[str, Any]:
+    """What `work` makes of the result that a question is about, or `{"error": sentence}`."""
+    try:
+        return work(pairs.get(question["id"]).result)
+    except MaCoSNetError as error:
+        return {"error": str(error)}
+    except (KeyError, IndexError, TypeError, ValueError):
+        return {"error": refusal}
+
+
 def viewer_images(key: str, images: tuple[Image.Image, Image.Image], names: tuple[str, str]) -> str:
-    """Both photos for the script, as JSON; they travel inside it, so no address of them exists.
+    """Both images as JSON with data addresses, so that nobody can fetch them from the server.
 
     Args:
-        key: under which the server keeps the result.
-        photos, names: source and target.
+        key: of the result in the store.
+        images, names: source and target.
     """
     sides = [
         {"src": _data_address(image), "w": image.width, "h": image.height, "name": name}
@@ -36,28 +85,23 @@ def viewer_images(key: str, images: tuple[Image.Image, Image.Image], names: tupl
 def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
     """The matches to draw, as JSON: at most `max_matches` of those above the threshold, spread over the object.
 
-    Each is `[x, y, x', y', colour, score]`. The colour tells the place on the source, see
+    Each is `[x, y, x', y', colour, score]`. The colour stands for the place on the source, see
     [`~macosnet_hf.drawing.position_colors`], and stays the same whatever the threshold.
     """
     above = result.scores > threshold
-    colors = np.array(position_colors(result.keypoints[:, 0]), dtype=int).reshape(-1, 3)[above]
-    points, scores = result.keypoints[above], result.scores[above]
-    chosen = spread_over_object(points[:, 0], scores, max_matches)
+    shown = np.flatnonzero(above)
+    shown = shown[spread_over_object(result.keypoints[shown, 0], result.scores[shown], max_matches)]
+    colors = position_colors(result.keypoints[:, 0])
     lines = [
-        [
-            *(round(float(value), 1) for value in points[index].ravel()),
-            _hex(colors[index]),
-            round(float(scores[index]), 3),
-        ]
-        for index in chosen
+        [*_rounded(result.keypoints[index]), _hex(colors[index]), round(float(result.scores[index]), 3)]
+        for index in shown
     ]
     return json.dumps({"lines": lines, "above": int(above.sum()), "all": len(above)})
 
 
 def source_on_target(result: PairResult, side: int) -> Image.Image:
     """The source warped onto the target, at most `side` pixels long; the target itself, faded, where it is empty."""
-    target = result.target.copy()
-    target.thumbnail((side, side))
+    target = reduced(result.target, side)
     small = replace(result, target=target)
     white = replace(small, source=Image.new("RGB", result.source.size, (255, 255, 255)))
     covered = white.warped_source().convert("L").point([0] * 128 + [255] * 128)
@@ -65,29 +109,33 @@ def source_on_target(result: PairResult, side: int) -> Image.Image:
     return Image.composite(small.warped_source(), rest, covered)
 
 
-def tint(mask: np.ndarray, strength: float = 0.28) -> np.ndarray:
-    """Opacity `(H, W)` of a colour laid over a photo: `strength` inside a mask, 1 on its outline, 0 elsewhere."""
-    width = max(1, round(max(mask.shape) / 320))
-    grown = np.pad(mask, width)
-    eroded = np.ones_like(mask)
-    for offset in range(2 * width + 1):
-        eroded &= grown[offset : offset + mask.shape[0], width:-width]
-        eroded &= grown[width:-width, offset : offset + mask.shape[1]]
-    return np.where(mask, np.where(eroded, strength, 1.0), 0.0)
+def outlined(image: Image.Image, mask: np.ndarray, side: int) -> Image.Image:
+    """A copy of at most `side` pixels with the object of the mask `(H, W)` tinted and outlined, and the rest faded."""
+    small = reduced(image, side)
+    grey = Image.fromarray(mask).convert("L").resize(small.size, Image.Resampling.BILINEAR)
+    return overlay_mask(small, np.asarray(grey) >= 128, alpha=0.25, fade=0.8)
+
+
+def reduced(image: Image.Image, side: int) -> Image.Image:
+    """A copy of at most `side` pixels."""
+    copy = image.copy()
+    copy.thumbnail((side, side), reducing_gap=2.0)
+    return copy
 
 
 def object_grid(mask: np.ndarray, cells: int = _GRID_CELLS) -> np.ndarray:
     """Points `(N, 2)` as (x, y) on a regular grid over the object of a mask `(H, W)` bool; of the whole image if the
     mask is empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return object_grid(np.ones_like(mask), cells)
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    step = max(1.0, max(bottom - top, right - left) / cells)
-    across, down = (max(1, round(length / step)) for length in (right - left, bottom - top))
-    x = left + (np.arange(across) + 0.5) * (right - left) / across - 0.5
-    y = top + (np.arange(down) + 0.5) * (bottom - top) / down - 0.5
-    grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    if not mask.any():
+        mask = np.ones_like(mask)
+    ends = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] + (-0.5, 0.5) for axis in (0, 1)]  # of columns, of rows
+    step = max(1.0, max(last - first for first, last in ends) / cells)
+    counts = [max(1, round((last - first) / step)) for first, last in ends]
+    axes = [
+        first + (np.arange(count) + 0.5) * (last - first) / count
+        for (first, last), count in zip(ends, counts, strict=True)
+    ]
+    grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
     column, row = np.rint(grid).astype(int).T
     inside = mask[row.clip(0, mask.shape[0] - 1), column.clip(0, mask.shape[1] - 1)]
     return grid[inside].clip(0, np.array(mask.shape[::-1]) - 1)
@@ -96,18 +144,18 @@ def object_grid(mask: np.ndarray, cells: int = _GRID_CELLS) -> np.ndarray:
 def grid_document(result: PairResult) -> dict[str, Any]:
     """A grid over the object of the source and where it lies in the target: `{"points": [[x, y, x', y', colour]]}`."""
     source = object_grid(result.source_mask)
-    target = result.transfer(source)
-    colors = position_colors(source)
+    ends = np.stack((source, result.transfer(source)), axis=1)
     return {
-        "points": [
-            [*(round(float(value), 1) for value in (*start, *end)), _hex(np.array(color))]
-            for start, end, color in zip(source, target, colors, strict=True)
-        ]
+        "points": [[*_rounded(pair), _hex(color)] for pair, color in zip(ends, position_colors(source), strict=True)]
     }
 
 
-def _hex(color: np.ndarray) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color.tolist())
+def _rounded(ends: np.ndarray) -> list[float]:
+    return [round(float(value), 1) for value in ends.ravel()]
+
+
+def _hex(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _data_address(image: Image.Image) -> str:

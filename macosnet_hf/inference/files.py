@@ -19,8 +19,9 @@ from ..drawing import overview
 from ..errors import ImageError, InputError
 from ..geometry import dense_flow
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
+from . import DIRECTIONS
 from .average import aligned_average
-from .pair import DIRECTIONS, PairResult, check_points, match_images
+from .pair import PairResult, check_points, match_images
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor

@@ -21,12 +21,12 @@ from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
 from ..mask_sharing import NetworkMasks, reduce_for_refinement, similar_cells
 from ..refinement import check_method
+from . import DIRECTIONS
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetKeypointMatchingOutput
 
-DIRECTIONS = ("source_to_target", "target_to_source")
 
 _MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes images of at most 32,766 pixels a side
 _TILE = 512

@@ -36,6 +36,7 @@ _SPACE_FILES = (
     "NOTICE",
     "macosnet_hf",
     "docs/images",
+    "examples",
 )
 _NEEDED_BY_SPACE = ("app.py", "README.md", "model_card.md", "requirements.txt")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY")

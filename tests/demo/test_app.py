@@ -27,6 +27,11 @@ from gradio_client.exceptions import AppError  # noqa: E402
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
+from macosnet_hf.demo import limits  # noqa: E402
+from macosnet_hf.demo.downloads import cached_images  # noqa: E402
+from macosnet_hf.demo.examples import CAT, COLLECTION_EXAMPLE, EXAMPLES  # noqa: E402
+from macosnet_hf.demo.sessions import Sessions, Stopped  # noqa: E402
+from macosnet_hf.demo.texts import VERDICTS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def as_mask(path: str) -> np.ndarray:
 def test_match_answers_what_the_library_computes(client, result):
     report, drawing, source_mask, target_mask, warped = match(client, CHEETAH, LION)
     assert report["quality"] == result.quality
-    assert report["words"] == f"{app.VERDICTS[result.quality]} {len(result.matches)} matching points on the object."
+    assert report["words"] == f"{VERDICTS[result.quality]} {len(result.matches)} matching points on the object."
     assert (report["source"]["file"], report["target"]["file"]) == ("cheetah1.jpg", "lion.jpg")
     assert (report["source"]["width"], report["source"]["height"]) == (256, 256)
     found = np.array([[m["source"], m["target"]] for m in report["matches"]])
@@ -154,7 +159,7 @@ def test_orientation_of_a_phone_is_applied(client, tmp_path):
 def test_nothing_in_common_is_said_in_words(client):
     report, *_ = match(client, LION, TOWER)
     assert report["quality"] == "poor"
-    assert report["words"] == app.VERDICTS["poor"]
+    assert report["words"] == VERDICTS["poor"]
 
 
 def test_the_same_photograph_twice_is_noticed(client):
@@ -187,12 +192,12 @@ def test_points_are_pixels_of_the_original(client, tmp_path):
 @pytest.mark.parametrize(
     ("points", "sentence"),
     [
-        ([[256, 5]], r"\(256, 5\) lies outside of the photo, which is 256x256"),
+        ([[256, 5]], r"\(256, 5\) lies outside of the image, which is 256x256"),
         ([[1, 2, 3]], "pairs of numbers"),
         ("12", "Points are a list"),
         ({"x": 1}, "Points are a list"),
         ([["a", "b"]], "pairs of numbers"),
-        ([[0, 0]] * (app.MAX_POINTS + 1), "at most 1000"),
+        ([[0, 0]] * (limits.MAX_POINTS + 1), "at most 1000"),
     ],
 )
 def test_points_that_are_none(client, points, sentence):
@@ -203,16 +208,16 @@ def test_points_that_are_none(client, points, sentence):
 
 @pytest.mark.parametrize("key", ["", "guess", "0" * 24])
 def test_a_result_cannot_be_guessed(client, key):
-    with pytest.raises(AppError, match="no longer kept"):
+    with pytest.raises(AppError, match="no longer available"):
         client.predict(key, [[1, 1]], "source_to_target", api_name="/transfer_points")
 
 
-def test_only_the_latest_results_of_a_client_are_kept(address, tmp_path):
+def test_only_the_latest_results_of_a_client_are_stored(address, tmp_path):
     client = Client(address, verbose=False, download_files=str(tmp_path))
-    keys = [match(client, CHEETAH, LION, refine="none")[0]["result"] for _ in range(app.KEPT_PER_VISITOR + 1)]
+    keys = [match(client, CHEETAH, LION, refine="none")[0]["result"] for _ in range(limits.RESULTS_PER_VISITOR + 1)]
     assert len(set(keys)) == len(keys)
     assert client.predict(keys[-1], [[1, 1]], api_name="/transfer_points")
-    with pytest.raises(AppError, match="no longer kept"):
+    with pytest.raises(AppError, match="no longer available"):
         client.predict(keys[0], [[1, 1]], api_name="/transfer_points")
 
 
@@ -224,7 +229,7 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     twin = save_large(CHEETAH, (300, 200), other / "lion.jpg")  # another photo of the same name
-    report, sheet, average, archive = segment(client, [large, twin, app.CAT, TOWER])
+    report, sheet, average, archive = segment(client, [large, twin, CAT, TOWER])
     assert report["odd_ones_out"] == ["tower.jpg"]
     assert [photo["belongs"] for photo in report["photos"]] == [True, True, True, False]
     agreement = [photo["agreement"] for photo in report["photos"]]
@@ -250,7 +255,7 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 photos; these are 31")]
+    ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 images; these are 31")]
 )
 def test_too_few_or_too_many_photographs(client, tmp_path, count, sentence):
     paths = [save_large(LION, (20 + index, 20), tmp_path / f"{index}.jpg") for index in range(count)]
@@ -344,7 +349,7 @@ def test_missing_photograph_is_asked_for(client, source, target):
 
 def test_too_large_file_is_refused(client, tmp_path):
     path = tmp_path / "huge.jpg"
-    path.write_bytes(b"\xff" * ((app.MAX_FILE_MEGABYTES << 20) + 1000))
+    path.write_bytes(b"\xff" * ((limits.MAX_FILE_MEGABYTES << 20) + 1000))
     with pytest.raises(Exception, match=r"(?i)413|size|large"):
         match(client, path, LION)
 
@@ -380,22 +385,28 @@ def test_files_of_the_server_cannot_be_named_in_a_collection(address, meta):
     assert '"photos"' not in answer
 
 
-@pytest.mark.parametrize("kind", ["UploadedImage", "UploadedGallery", "UploadedFile"])
-def test_components_that_a_session_makes_anew_are_as_careful(kind, tmp_path, monkeypatch):
-    """gradio does so whenever an event leaves a component as it is, or changes one of its options."""
-    options = {"file_count": "multiple"} if kind == "UploadedFile" else {}
-    first = getattr(app, kind)(label="photographs", type="filepath", **options)
-    made_anew = type(first)(**first.constructor_args)
-    payload, several = {"path": CHEETAH}, [{"path": CHEETAH}]
-    if kind == "UploadedGallery":
-        several = [{"image": payload, "caption": None}]
-    model = made_anew.data_model
-    data = model(**payload) if kind == "UploadedImage" else model(root=several) if kind == "UploadedGallery" else None
-    if data is None:
-        data = gr.data_classes.ListFiles(root=[gr.FileData(**payload)])
-    with pytest.raises(gr.Error, match="Only uploaded files"):
-        made_anew.preprocess(data)
-    assert made_anew.get_block_name() == type(first).__base__.__name__.lower()
+def test_gradio_reads_no_upload_itself():
+    """Every event with an upload among its inputs takes it as sent and checks it; also the private ones of the page."""
+    of_files = (gr.Image, gr.Gallery, gr.File, gr.AnnotatedImage, gr.ImageSlider)
+    demo = app.build_demo()
+    events = [fn for fn in demo.fns.values() if any(isinstance(block, of_files) for block in fn.inputs)]
+    assert {fn.api_name for fn in events} >= {"match", "segment_collection"}
+    assert len(events) >= 8
+    for fn in events:
+        assert not fn.preprocess
+        values = [component_sample(component) for component in fn.inputs]
+        with pytest.raises(gr.Error, match="Only uploaded files"):
+            fn.fn(*values, request_of("visitor"))
+
+
+def component_sample(component):
+    """What a program sends that names a file of the server."""
+    file = {"path": CHEETAH}
+    if isinstance(component, gr.Gallery):
+        return [{"image": file, "caption": None}]
+    if isinstance(component, gr.File):
+        return [file]
+    return file if isinstance(component, gr.Image) else component.value
 
 
 def test_an_uploaded_file_can_be_named(address):
@@ -466,7 +477,7 @@ def test_failure_in_the_library(matcher, sentence, tmp_path):
 def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(kept))
-    monkeypatch.setattr(app, "FILE_SECONDS", 2)
+    monkeypatch.setattr(limits, "FILE_SECONDS", 2)
     demo = app.build_demo()
     files = lambda: [path for path in kept.rglob("*") if path.is_file()]  # noqa: E731
     try:
@@ -483,30 +494,34 @@ def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch)
         demo.close(verbose=False)
 
 
+def request_of(session):
+    return type("Request", (), {"session_hash": session})()
+
+
 def test_a_stopped_run_ends_at_its_next_step():
-    desk = app.Desk(app.Matcher())
-    visitor = type("Request", (), {"session_hash": "visitor"})()
-    told = []
-    with desk.stoppable("visitor", lambda share, desc: told.append(desc)) as report:
-        report(0.1, "one")
-        desk.stop(type("Request", (), {"session_hash": "somebody else"})())
-        report(0.2, "two")
-        desk.stop(visitor)
-        with pytest.raises(app.Stopped):
-            report(0.3, "three")
-    assert told == ["one", "two"]
-    with desk.stoppable("visitor", lambda share, desc: None) as report:
-        report(0.1, "a new run starts afresh")
-    desk.stop(visitor)  # nothing runs, nothing happens
+    sessions = Sessions(app.Matcher())
+    visitor = request_of("visitor")
+    said = []
+    with sessions.run(visitor, lambda share, desc: said.append(desc)) as progress:
+        progress(0.1, "one")
+        sessions.stop(request_of("somebody else"))
+        progress(0.2, "two")
+        sessions.stop(visitor)
+        with pytest.raises(Stopped):
+            progress(0.3, "three")
+    assert said == ["one", "two"]
+    with sessions.run(visitor) as progress:
+        progress(0.1, "a new run starts afresh")
+    sessions.stop(visitor)  # nothing runs, nothing happens
 
 
-def test_who_leaves_takes_the_results_along():
-    desk = app.Desk(app.Matcher())
-    key, other = desk.pairs.keep("mine", "visitor"), desk.pairs.keep("theirs", "somebody else")
-    desk.leave(type("Request", (), {"session_hash": "visitor"})())
-    assert desk.pairs.get(other) == "theirs"
+def test_results_go_with_the_session_that_leaves():
+    sessions = Sessions(app.Matcher())
+    key, other = sessions.pairs.add("mine", "visitor"), sessions.pairs.add("theirs", "somebody else")
+    sessions.leave(request_of("visitor"))
+    assert sessions.pairs.get(other) == "theirs"
     with pytest.raises(macosnet_hf.InputError):
-        desk.pairs.get(key)
+        sessions.pairs.get(key)
 
 
 def test_model_is_loaded_once_for_all_threads():
@@ -522,9 +537,10 @@ def test_a_request_while_the_model_is_still_loading_waits_for_it():
     program = """
 import threading
 import app
+from macosnet_hf.demo.examples import EXAMPLES
 
 matcher, found = app.Matcher(), []
-thread = threading.Thread(target=lambda: found.append(matcher.pair(*app.EXAMPLES[0], "none")))
+thread = threading.Thread(target=lambda: found.append(matcher.pair(*EXAMPLES[0], "none")))
 thread.start()
 matcher.load()
 thread.join()
@@ -533,41 +549,65 @@ assert found[0].result.matches
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=120)
 
 
-@pytest.mark.parametrize("kind", ["drawing", "array", "masks", "slider", "gallery"])
-def test_a_picture_that_may_be_being_fetched_is_not_written_again(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["drawing", "slider", "gallery"])
+def test_an_image_that_may_be_being_fetched_is_not_written_again(kind, tmp_path):
     """Images are named after their content: two equal requests have one file."""
-    picture = Image.open(LION).convert("RGB")
-    mask = np.zeros((picture.height, picture.width))
-    mask[:9] = 1
-    component, value = {
-        "drawing": (gr.Image(type="pil", format="jpeg"), picture),
-        "array": (gr.Image(format="png"), np.asarray(picture)),
-        "masks": (gr.AnnotatedImage(format="jpeg"), (picture, [(mask, "object")])),
-        "slider": (gr.ImageSlider(type="pil", format="jpeg"), (picture, picture.transpose(0))),
-        "gallery": (gr.Gallery(format="png"), [(picture, "one"), (picture.transpose(0), "two")]),
+    image = Image.open(LION).convert("RGB")
+    component, count, suffix = {
+        "drawing": (gr.Image(), 1, "jpeg"),
+        "slider": (gr.ImageSlider(), 2, "jpeg"),
+        "gallery": (gr.Gallery(), 2, "png"),
     }[kind]
     component.GRADIO_CACHE = str(tmp_path)
-    component.postprocess(value)
+    images = [image, image.transpose(0)][:count]
+
+    def show():
+        shown = cached_images(component, images, suffix)
+        component.postprocess(shown[0] if count == 1 else shown)
+        return shown
+
+    first = show()
     paths = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(paths) == (1 if kind in ("drawing", "array") else 2)
+    assert sorted(map(str, paths)) == sorted(first)
+    assert len(paths) == count
     for path in paths:
         with Image.open(path) as saved:
-            assert saved.size == picture.size
+            assert saved.size == image.size
         path.write_bytes(b"being fetched")
-    component.postprocess(value)
-    assert [path.read_bytes() for path in paths] == [b"being fetched"] * len(paths)
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(paths)
+    assert show() == first
+    assert [path.read_bytes() for path in paths] == [b"being fetched"] * count
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == count
+
+
+def test_nothing_that_is_served_is_written_again(tmp_path, monkeypatch):
+    """Every image of the page and of the endpoints, with gradio's own writing of images made impossible."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "served"))
+    monkeypatch.setattr("gradio.processing_utils.save_pil_to_cache", None)
+    demo = app.build_demo()
+    try:
+        client = Client(app.serve(demo), verbose=False, download_files=str(tmp_path / "mine"))
+        match(client, CHEETAH, LION)
+        segment(client, [CHEETAH, LION, TOWER])
+        shows = {fn.name: fn for fn in demo.fns.values() if fn.name == "show_example"}
+        assert shows
+        for fn in (fn for fn in demo.fns.values() if fn.name == "show_example"):
+            values = fn.fn(*([[]] if len(fn.inputs) == 1 else [0, 40]), request_of("visitor"))
+            for component, value in zip(fn.outputs, values, strict=True):
+                if isinstance(component, (gr.Image, gr.Gallery, gr.ImageSlider)):
+                    component.postprocess(value)
+    finally:
+        demo.close(verbose=False)
 
 
 def test_sessions_are_remembered_up_to_a_limit(monkeypatch, tmp_path):
     """gradio keeps what each page shows, also of pages that were closed."""
-    monkeypatch.setattr(app, "KEPT_SESSIONS", 3)
+    monkeypatch.setattr(limits, "MAX_SESSIONS", 3)
     demo = app.build_demo()
     try:
         address = app.serve(demo)
         for _ in range(5):
             client = Client(address, verbose=False, download_files=str(tmp_path))
-            with pytest.raises(AppError, match="no longer kept"):
+            with pytest.raises(AppError, match="no longer available"):
                 client.predict("no such key", [[1, 1]], api_name="/transfer_points")
         assert len(demo.app.state_holder.session_data) == 3
     finally:
@@ -576,11 +616,11 @@ def test_sessions_are_remembered_up_to_a_limit(monkeypatch, tmp_path):
 
 def test_free_memory_is_given_back_now_and_then(monkeypatch, tmp_path):
     trimmed = []
-    monkeypatch.setattr(app, "trim", lambda: trimmed.append(True))
+    monkeypatch.setattr("macosnet_hf.demo.matcher.trim", lambda: trimmed.append(True))
     matcher = app.Matcher()
     missing = str(tmp_path / "missing.jpg")
     for seconds, times in ((-1, 1), (1000, 1), (-1, 2)):
-        monkeypatch.setattr(app, "TIDY_SECONDS", seconds)
+        monkeypatch.setattr(limits, "TRIM_SECONDS", seconds)
         with pytest.raises(macosnet_hf.ImageError):  # also where a request fails
             matcher.pair(missing, CHEETAH, "none")
         assert len(trimmed) == times
@@ -593,8 +633,9 @@ def test_free_memory_is_given_back_now_and_then(monkeypatch, tmp_path):
 
 
 def test_starting_the_demo_leaves_no_file_behind(client):
-    """gradio writes `app.pyi` beside a module that derives from one of its components."""
-    assert not (ROOT / "app.pyi").exists()
+    """gradio writes a file of type stubs beside a module that derives from one of its components."""
+    assert not list(ROOT.glob("*.pyi"))
+    assert not list((ROOT / "macosnet_hf").rglob("*.pyi"))
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])
@@ -624,11 +665,11 @@ def test_verdict_has_words_for_every_quality():
     from macosnet_hf.inference.pair import quality_in_words
 
     words = {quality_in_words(agreement, 20) for agreement in np.linspace(0, 1, 41)}
-    assert words == set(app.VERDICTS)
+    assert words == set(VERDICTS)
 
 
 def test_examples_are_there_without_a_network():
-    for path in {*(path for pair in app.EXAMPLES for path in pair), *app.COLLECTION_EXAMPLE}:
+    for path in {*(path for pair in EXAMPLES for path in pair), *COLLECTION_EXAMPLE}:
         with Image.open(path) as photo:
             photo.load()
 

@@ -1,11 +1,21 @@
-"""The interactive drawing of a pair: lines, grid, tint and warp."""
+"""The interactive drawing of a pair: lines, grid, outline and warp."""
 
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from macosnet_hf.demo.viewer import grid_document, object_grid, source_on_target, tint, viewer_images, viewer_lines
+pytest.importorskip("gradio", reason="the demo needs gradio")
+
+from macosnet_hf.demo.viewer import (
+    grid_document,
+    object_grid,
+    outlined,
+    source_on_target,
+    viewer_images,
+    viewer_lines,
+)
 
 
 def test_lines_are_the_matches_above_the_threshold(pair):
@@ -55,13 +65,17 @@ def test_grid_document_pairs_each_point_with_its_place(pair):
     np.testing.assert_allclose([point[2:4] for point in told], moved, atol=1.5)
 
 
-def test_tint_outlines_the_object():
-    mask = np.zeros((40, 60), bool)
-    mask[10:30, 20:50] = True
-    opacity = tint(mask, 0.3)
-    assert (opacity[~mask] == 0).all()
-    assert (opacity[11:29, 21:49] == 0.3).all()
-    assert (opacity[mask] == 1).sum() == 20 * 30 - 18 * 28
+def test_the_object_is_outlined_on_a_small_copy():
+    image = Image.new("RGB", (600, 400), (0, 0, 200))
+    mask = np.zeros((400, 600), bool)
+    mask[100:300, 200:500] = True
+    shown = outlined(image, mask, 300)
+    assert shown.size == (300, 200)
+    values = np.asarray(shown, int)
+    assert values[100, 175, 0] > values[10, 10, 0] - 200  # tinted
+    assert (values[10, 10] > 100).all()  # faded to grey
+    assert values[100, 100, 0] > 230  # the outline
+    assert image.getpixel((300, 200)) == (0, 0, 200)
 
 
 def test_source_on_target_is_the_warp_where_there_is_one(pair):

@@ -85,15 +85,13 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def package_files() -> set[str]:
-    """What the package consists of: its modules, the checkpoint with copies of those that travel with it, and the
-    settings of `macosnet adapt`."""
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "macosnet_hf").rglob("*.py")}
-    checkpoint = Path(macosnet_hf.DEFAULT_CHECKPOINT)
-    return (
-        modules
-        | {path.relative_to(ROOT).as_posix() for path in checkpoint.iterdir() if path.is_file()}
-        | {"macosnet_hf/py.typed", "macosnet_hf/training/adapt.yaml"}
-    )
+    """What the package consists of: its modules, the checkpoint with copies of those that travel with it, the demo's
+    JavaScript, CSS and HTML, and the settings of `macosnet adapt`."""
+    package = ROOT / "macosnet_hf"
+    folders = (Path(macosnet_hf.DEFAULT_CHECKPOINT), package / "demo" / "assets")
+    files = [*package.rglob("*.py"), *(path for folder in folders for path in folder.iterdir() if path.is_file())]
+    own = {path.relative_to(ROOT).as_posix() for path in files}
+    return own | {"macosnet_hf/py.typed", "macosnet_hf/training/adapt.yaml"}
 
 
 def test_sdist_holds_the_sources_of_the_package_and_nothing_else(sdist):

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_demo
 
 sys.path.insert(0, str(ROOT))
-from app import MAX_WAITING
+from macosnet_hf.demo.limits import MAX_WAITING
 
 # Seconds in which the server must begin to answer. The client's own limit is 5, in which a busy machine may run neither
 # clients nor server; how long answers take is a figure of its own.
@@ -123,11 +123,11 @@ class Visitor:
                 (lambda path=path: match(self.client, path, self.own), rf"^Source: '{path.name}' .*{sentence}")
                 for path, sentence in self.damaged.values()
             ),
-            (lambda: match(self.client, self.own, None), r"^Choose two images first\.$"),
+            (lambda: match(self.client, self.own, None), r"^Choose two photos first\.$"),
             (lambda: match(self.client, self.own, self.other, refine="magic"), "magic"),
             (
                 lambda: self.client.predict("no such key", [[1, 1]], api_name="/transfer_points"),
-                "no longer kept",
+                "no longer available",
             ),
             (
                 lambda: self.client.predict("no such key", [[1, 1]] * 2000, api_name="/transfer_points"),

@@ -20,6 +20,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+_WITH_QUEUE = "import sys, app; from macosnet_hf.demo import limits; limits.MAX_WAITING = {}; sys.exit(app.main())"
 PHOTOGRAPHS = [get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg")]
 
 
@@ -88,7 +89,7 @@ def served_demo(folder: Path, *, max_waiting: int | None = None) -> Iterator[Ser
     scratch.mkdir(parents=True)
     program = ["app.py"]
     if max_waiting is not None:
-        program = ["-c", f"import sys, app; app.MAX_WAITING = {max_waiting}; sys.exit(app.main())"]
+        program = ["-c", _WITH_QUEUE.format(max_waiting)]
     process = subprocess.Popen(
         [sys.executable, *program, "--port", port],
         cwd=ROOT,

@@ -1,0 +1,38 @@
+() => {
+  // The page runs this function once. A pasted image goes to the place under the pointer, else to an empty place, else
+  // to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
+  let pointed = null, last = null;
+  document.addEventListener("pointerover", (event) => { pointed = event.target; });
+
+  const visible = () => ["#source", "#target", "#photos"]
+    .map((name) => document.querySelector(name))
+    .filter((place) => place && place.offsetParent !== null);
+  const input = (place) => place.querySelector("input[type=file]");
+  const choose = (places) =>
+    places.find((place) => pointed && place.contains(pointed)) ||
+    places.find((place) => !place.querySelector("img") && input(place)) ||
+    places.find((place) => place !== last);
+
+  const give = (place, files, tries) => {
+    const field = input(place);
+    if (field) {
+      field.files = files;
+      field.dispatchEvent(new Event("change", { bubbles: true }));
+      return;
+    }
+    place.querySelector("button[aria-label='Remove Image']")?.click();
+    if (tries > 0) setTimeout(give, 50, place, files, tries - 1);
+  };
+
+  document.addEventListener("paste", (event) => {
+    const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
+    const places = visible();
+    if (!images.length || !places.length) return;
+    event.preventDefault();
+    const place = choose(places) || places[0];
+    const files = new DataTransfer();
+    for (const image of place.id === "photos" ? images : images.slice(0, 1)) files.items.add(image);
+    last = place;
+    give(place, files.files, 20);
+  });
+}

@@ -1,0 +1,132 @@
+"""The tab "Collection": two to thirty photos; their cutouts, contact sheet, average and zip, and who agrees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from PIL import Image
+
+from ..drawing import cutout
+from . import components
+from .downloads import cached_images, collection_archive
+from .examples import COLLECTION_EXAMPLE
+from .sessions import Sessions
+from .texts import agreement, collection_verdict, errors_for_visitors
+
+if TYPE_CHECKING:
+    from ..inference.files import SegmentedCollection
+
+
+class CollectionTab:
+    """The components of the tab and what happens to them. Made inside the tab."""
+
+    def __init__(self, sessions: Sessions, tab: gr.Tab) -> None:
+        self.sessions = sessions
+        self.key = gr.State()
+        self._inputs()
+        self._results()
+        self._events(tab)
+
+    def _inputs(self) -> None:
+        gr.Markdown(
+            "**Two to thirty photos of the same kind of object.** You get the object of each, their average, and the "
+            "one that does not belong."
+        )
+        self.photos = gr.Gallery(
+            label="Photos",
+            show_label=False,
+            elem_id="photos",
+            type="filepath",
+            file_types=["image"],
+            height=250,
+            object_fit="cover",
+            interactive=True,
+        )
+        with gr.Row():
+            label = "Find what they have in common"
+            self.button = gr.Button(label, variant="primary", size="lg", elem_id="segment", scale=3)
+            self.stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
+            self.example = gr.Button("Example", size="lg", elem_id="collection-example", min_width=140)
+        self.refine = components.refinement_choice()
+        self.verdict = gr.HTML(elem_id="collection-verdict")
+
+    def _results(self) -> None:
+        with gr.Column(visible=False, elem_id="collection-results") as self.results:
+            with gr.Row():
+                with gr.Column(scale=3, min_width=300), gr.Tabs():
+                    gallery: dict[str, Any] = {"show_label": False, "object_fit": "contain", "interactive": False}
+                    with gr.Tab("Cutouts"):
+                        self.cutouts = gr.Gallery(label="Cutouts", elem_id="cutouts", **gallery)
+                    with gr.Tab("Masks"):
+                        self.masks = gr.Gallery(label="Masks", elem_id="masks", **gallery)
+                    with gr.Tab("Contact sheet"):
+                        self.sheet = components.result_image("Contact sheet", show_label=False, elem_id="sheet")
+                with gr.Column(scale=2, min_width=280):
+                    self.average = components.result_image(
+                        "The average of those that agree", elem_id="average", height=320
+                    )
+                    gr.Markdown("**How far each agrees with the others**")
+                    self.agreement = gr.HTML(elem_id="agreement")
+            gr.Markdown("**Download:** masks and cutouts in original size, contact sheet, average and summary.")
+            self.make_zip = gr.Button("Make the zip", elem_id="make-zip")
+            self.archive = gr.File(label="Zip", interactive=False, visible=False, elem_id="zip")
+        images = [self.cutouts, self.masks, self.sheet, self.average]
+        self.shown = [self.key, self.verdict, *images, self.agreement, self.archive, self.results]
+
+    def _events(self, tab: gr.Tab) -> None:
+        components.check_on_upload(self.photos)
+        tab.select(
+            **components.on_uploads(self.show_example, [self.photos]),
+            outputs=[self.photos, *self.shown],
+            concurrency_limit=2,
+            show_progress_on=self.verdict,
+            **components.PRIVATE,
+        )
+        queue = {"concurrency_id": "collection", "concurrency_limit": 1, **components.PRIVATE}
+        segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
+        segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
+        chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)
+        runs = [self.button.click(**segmenting), chosen.then(**segmenting)]
+        for run in runs:
+            components.hide_on_failure(run, self.key, self.verdict, self.results)
+        queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
+        zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
+        self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
+
+    def show(self, collection: SegmentedCollection, owner: str | None) -> tuple[Any, ...]:
+        """Stores a result and returns the values of `shown`."""
+        copies = collection.copies
+        captions = [("odd: " if number in collection.odd else "") + copy.name for number, copy in enumerate(copies)]
+        cutouts = [cutout(copy.image, mask) for copy, mask in zip(copies, collection.masks, strict=True)]
+        masks = [Image.fromarray(mask) for mask in collection.masks]
+        return (
+            self.sessions.collections.add(collection, owner),
+            collection_verdict(collection),
+            list(zip(cached_images(self.cutouts, cutouts, "png"), captions, strict=True)),
+            list(zip(cached_images(self.masks, masks, "png"), captions, strict=True)),
+            *cached_images(self.sheet, [collection.sheet(), collection.average]),
+            agreement(collection),
+            None,
+            gr.Column(visible=True),
+        )
+
+    def segment_photos(
+        self, paths: list[str] | None, refine: str, request: gr.Request, progress: Any = components.PROGRESS
+    ) -> tuple[Any, ...]:
+        with errors_for_visitors(), self.sessions.run(request, progress) as report:
+            collection = self.sessions.matcher.collection(paths or [], refine, report)
+            return self.show(collection, request.session_hash)
+
+    def show_example(self, paths: list[str] | None, request: gr.Request) -> Any:
+        """Fills the tab of a visitor who comes to it with nothing."""
+        if paths:
+            return gr.skip()
+        with errors_for_visitors():
+            return (list(COLLECTION_EXAMPLE), *self.show(self.sessions.example_collection(), request.session_hash))
+
+    def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> gr.File:
+        with errors_for_visitors(), self.sessions.run(request, progress) as report:
+            collection = self.sessions.collections.get(key)
+            path, _ = collection_archive(self.archive, collection, self.sessions.matcher.name, report)
+            return gr.File(path, visible=True)

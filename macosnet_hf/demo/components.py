@@ -1,0 +1,123 @@
+"""Places for photos and results, the options of their events, and the checks of what is uploaded."""
+
+from __future__ import annotations
+
+import functools
+import html
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..errors import InputError, MaCoSNetError
+from ..io.working_copy import for_browser
+from .texts import REFINEMENTS
+
+DISPLAY_SIDE = 720  # pixels of the longer side of small result images
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
+QUIET = {"show_progress": "hidden", "concurrency_limit": None, **PRIVATE}
+INSTANT = {"show_progress": "hidden", "queue": False, **PRIVATE}
+PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a function
+
+# The camera at the back of a phone, and not mirrored: a mirrored partner is not recognised.
+_WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"ideal": "environment"}}})
+_OF_FILES = (gr.Image, gr.Gallery, gr.File)
+
+
+def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]) -> dict[str, Any]:
+    """Options `fn`, `inputs` and `preprocess` of an event: uploads among its inputs reach `fn` as checked paths.
+
+    Uploads are taken as the page sends them, since gradio's own reading does not turn a photo upright, has no words for
+    a damaged one and decodes a bomb. The other inputs are read as always.
+    """
+
+    @functools.wraps(fn)
+    def reading(*values: Any) -> Any:
+        read = [
+            uploaded(value, component.GRADIO_CACHE) if isinstance(component, _OF_FILES) else component.preprocess(value)
+            for component, value in zip(inputs, values[: len(inputs)], strict=True)
+        ]
+        return fn(*read, *values[len(inputs) :])  # behind the inputs: the request, the progress
+
+    return {"fn": reading, "inputs": list(inputs), "preprocess": False}
+
+
+def uploaded(value: Any, folder: str) -> Any:
+    """The path of an uploaded file, a list of paths for several files, `None` for none.
+
+    Args:
+        value: what a page or a program sends: a file `{"path": ...}`, a gallery's item `{"image": file}`, or a list.
+        folder: of all uploads.
+
+    Raises:
+        gr.Error: for any other file. gradio looks only at files that are marked as such; a program may send the bare
+            path of any file of the server.
+    """
+    if isinstance(value, list):
+        return [uploaded(each, folder) for each in value]
+    if not value:
+        return None
+    folder, path = os.path.realpath(folder), os.path.realpath(value.get("image", value).get("path") or "")
+    if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+        raise gr.Error("Only uploaded files can be used.", print_exception=False)
+    return path
+
+
+def checked_pair(source: str | None, target: str | None) -> tuple[str, str]:
+    """Both paths. Raises `InputError` unless there are two."""
+    if not source or not target:
+        raise InputError("Choose two photos first.")
+    return source, target
+
+
+def image_upload(name: str) -> gr.Image:
+    """A place for a photo of the visitor."""
+    return gr.Image(
+        elem_id=name.lower(),
+        label=name,
+        sources=["upload", "clipboard", "webcam"],
+        type="filepath",
+        webcam_options=_WEBCAM,
+        height=210,
+        min_width=240,
+    )
+
+
+def check_on_upload(place: gr.Image | gr.Gallery) -> None:
+    """Replaces an uploaded file that browsers do not show; takes one that cannot be used away, and a toast says why."""
+
+    def shown(path: str) -> str | None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = for_browser(path, Path(folder))
+                return path if copy is None else place.move_resource_to_block_cache(copy)
+        except MaCoSNetError as error:
+            gr.Warning(html.escape(str(error), quote=False))
+            return None
+
+    def check(uploads: str | list[str] | None) -> Any:
+        if isinstance(uploads, list):
+            found: Any = [path for path in map(shown, uploads) if path]
+        else:
+            found = shown(uploads) if uploads else None
+        return gr.skip() if found == uploads else found
+
+    place.upload(**on_uploads(check, [place]), outputs=place, **QUIET)
+
+
+def hide_on_failure(run: Any, key: gr.State, verdict: gr.HTML, results: gr.Column) -> None:
+    """Takes an old result away where a run fails: it does not belong to what is chosen now."""
+    run.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, verdict, results], **INSTANT)
+
+
+def result_image(label: str, **options: Any) -> gr.Image:
+    """A place for a result."""
+    return gr.Image(label=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options})
+
+
+def refinement_choice() -> gr.Radio:
+    """The choice of how masks get their edges."""
+    return gr.Radio(REFINEMENTS, value="grabcut", label="Edges of the masks", min_width=240)

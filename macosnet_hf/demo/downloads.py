@@ -1,0 +1,67 @@
+"""Results as files: result files of pairs and collections, and images. All are cached where gradio serves from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradio.components import Component
+from PIL import Image
+
+from ..inference.result_files import (
+    COLLECTION_ARCHIVE,
+    VIEWS,
+    pair_file_names,
+    save_mask,
+    write_collection,
+    write_pair,
+    zip_folder,
+)
+
+if TYPE_CHECKING:
+    from ..inference.files import MatchedPair, Progress, SegmentedCollection
+
+_ENCODERS = 4  # threads; Pillow encodes outside of Python's lock
+
+
+def cached_images(component: Component, images: Sequence[Image.Image], suffix: str = "jpeg") -> list[str]:
+    """Images as cached files, so that gradio has none to write: it would write an image that is in its cache anew, and
+    whoever was fetching it for an equal request would get a part of it."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_ENCODERS) as pool:
+        paths = [Path(folder, f"image{number}.{suffix}") for number in range(len(images))]
+        list(pool.map(lambda image, path: image.save(path), images, paths))
+        return _cached(component, paths)
+
+
+def pair_files(component: Component, pair: MatchedPair, threshold: float, model: str) -> list[str]:
+    """All result files of a pair."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_pair(pair, Path(folder), threshold, model=model, flow=True)
+        return _cached(component, [Path(folder, name) for name in pair_file_names(flow=True)])
+
+
+def pair_masks(component: Component, pair: MatchedPair) -> list[str]:
+    """The masks of source and target in the photos' own sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{name}_mask.png") for name in VIEWS]
+        for view, path in enumerate(paths):
+            save_mask(pair.original_mask(view), path)
+        return _cached(component, paths)
+
+
+def collection_archive(
+    component: Component, collection: SegmentedCollection, model: str, progress: Progress
+) -> tuple[str, dict[str, Any]]:
+    """One zip with all result files of a collection, and the document in its `summary.json`."""
+    with tempfile.TemporaryDirectory() as folder:
+        document = write_collection(collection, Path(folder), model=model, progress=progress)
+        return _cached(component, [zip_folder(Path(folder), COLLECTION_ARCHIVE, remove=True)])[0], document
+
+
+def _cached(component: Component, paths: Sequence[Path]) -> list[str]:
+    """Copies of files where gradio serves from and, later, clears. Only who knows their names can fetch them; these
+    hold a hash of the content."""
+    return [str(component.move_resource_to_block_cache(path)) for path in paths]

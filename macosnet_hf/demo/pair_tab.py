@@ -1,0 +1,162 @@
+"""The tab "Pair": two photos; their matches, points, masks, warp and files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from . import components
+from .downloads import cached_images, pair_files
+from .examples import EXAMPLES
+from .sessions import Sessions
+from .texts import errors_for_visitors, marked, pair_verdict
+from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
+
+if TYPE_CHECKING:
+    from ..inference.files import MatchedPair
+
+
+class PairTab:
+    """The components of the tab and what happens to them. Made inside the tab."""
+
+    def __init__(self, sessions: Sessions, demo: gr.Blocks) -> None:
+        self.sessions = sessions
+        self.key = gr.State()
+        self._inputs()
+        self._results()
+        self.shown = [self.key, self.verdict, self.drawing, *self.masks, self.warped, self.files, self.results]
+        self._matching_events(demo)
+        self._result_events()
+
+    def _inputs(self) -> None:
+        with gr.Row(equal_height=True):
+            self.uploads = [components.image_upload("Source"), components.image_upload("Target")]
+        with gr.Row(elem_id="start"):
+            self.button = gr.Button("Match", variant="primary", size="lg", elem_id="match", min_width=220)
+            self.examples = gr.Dataset(
+                elem_id="examples",
+                label="Or try one of these",
+                components=self.uploads,
+                samples=[list(pair) for pair in EXAMPLES],
+                show_label=False,
+            )
+        self.verdict = gr.HTML(elem_id="verdict")
+
+    def _results(self) -> None:
+        with gr.Column(visible=False, elem_id="pair-results") as self.results:
+            self.drawing = viewer(self.sessions.pairs)
+            with gr.Row():
+                self.threshold = gr.Slider(
+                    0, 1, 0.0, step=0.01, label="Confidence, at least", elem_id="threshold", min_width=240
+                )
+                self.count = gr.Slider(5, 200, 40, step=5, label="Lines, at most", elem_id="count", min_width=240)
+                self.refine = components.refinement_choice()
+            with gr.Row(equal_height=True):
+                size: dict[str, Any] = {"height": 320, "min_width": 260, "buttons": ["fullscreen"]}
+                self.masks = [
+                    components.result_image(f"{name}: the object", elem_id=f"{name.lower()}-object", **size)
+                    for name in ("Source", "Target")
+                ]
+                self.warped = gr.ImageSlider(
+                    label="Target | source warped onto it", elem_id="warped", interactive=False, max_height=320, **size
+                )
+            gr.Markdown(
+                "**Download:** matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the photos' "
+                "own sizes."
+            )
+            self.make_files = gr.Button("Make the files", elem_id="make-files")
+            self.files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
+
+    def _matching_events(self, demo: gr.Blocks) -> None:
+        demo.load(
+            self.show_example,
+            [self.threshold, self.count],
+            [*self.uploads, *self.shown],
+            show_progress_on=self.verdict,
+            **components.PRIVATE,
+        )
+        for place in self.uploads:
+            components.check_on_upload(place)
+        inputs = [*self.uploads, self.threshold, self.count, self.refine]
+        matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
+        chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
+        for run in (self.button.click(**matching), chosen.then(**matching)):
+            components.hide_on_failure(run, self.key, self.verdict, self.results)
+
+    def _result_events(self) -> None:
+        options = [self.threshold, self.count]
+        # One listener for both, so that answers cannot overtake each other.
+        gr.on(
+            [slider.input for slider in options],
+            self.redraw,
+            [self.key, *options],
+            self.drawing,
+            trigger_mode="always_last",
+            **components.QUIET,
+        )
+        self.refine.input(self.refine_again, [self.key, *options, self.refine], **self._of_runs())
+        self.make_files.click(
+            self.write_files,
+            [self.key, self.threshold],
+            self.files,
+            concurrency_limit=2,
+            show_progress_on=self.make_files,
+            **components.PRIVATE,
+        )
+
+    def _of_runs(self) -> dict[str, Any]:
+        queue = {"concurrency_id": "pair", "concurrency_limit": 2}
+        return {"outputs": self.shown, "show_progress_on": self.verdict, **queue, **components.PRIVATE}
+
+    def show(self, pair: MatchedPair, threshold: float, count: int, owner: str | None) -> tuple[Any, ...]:
+        """Stores a result and returns the values of `shown`."""
+        key = self.sessions.pairs.add(pair, owner)
+        result = pair.result
+        names = (pair.copies[0].name, pair.copies[1].name)
+        images = [
+            outlined(result.source, result.source_mask, components.DISPLAY_SIDE),
+            outlined(result.target, result.target_mask, components.DISPLAY_SIDE),
+            reduced(result.target, components.DISPLAY_SIDE),
+            source_on_target(result, components.DISPLAY_SIDE),
+        ]
+        source_object, target_object, *slides = cached_images(self.warped, images)
+        return (
+            key,
+            marked(result.quality, result.quality, pair_verdict(pair)),
+            gr.HTML(
+                value=viewer_lines(result, threshold, count),
+                images=viewer_images(key, (result.source, result.target), names),
+            ),
+            source_object,
+            target_object,
+            tuple(slides),
+            None,
+            gr.Column(visible=True),
+        )
+
+    def match_photos(
+        self, source: str | None, target: str | None, threshold: float, count: int, refine: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        with errors_for_visitors():
+            pair = self.sessions.matcher.pair(*components.checked_pair(source, target), refine)
+            return self.show(pair, threshold, count, request.session_hash)
+
+    def show_example(self, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
+        with errors_for_visitors():
+            return (*EXAMPLES[0], *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
+
+    def redraw(self, key: str | None, threshold: float, count: int) -> str:
+        with errors_for_visitors():
+            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count)
+
+    def refine_again(
+        self, key: str | None, threshold: float, count: int, refine: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        with errors_for_visitors():
+            return self.show(self.sessions.pairs.get(key).refined(refine), threshold, count, request.session_hash)
+
+    def write_files(self, key: str | None, threshold: float) -> gr.Files:
+        with errors_for_visitors():
+            paths = pair_files(self.files, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
+            return gr.Files(paths, visible=True)

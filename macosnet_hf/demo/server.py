@@ -1,0 +1,39 @@
+"""The web server of the page, and the look that gradio takes when it starts."""
+
+from __future__ import annotations
+
+import json
+
+import gradio as gr
+
+from . import limits
+from .examples import CAT, EXAMPLES_FOLDER
+from .viewer import asset
+
+
+def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Starts the page in the background and returns its address. Raises `OSError` if the port is taken."""
+    _, address, _ = demo.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        share=False,
+        ssr_mode=False,
+        max_file_size=limits.MAX_FILE_MEGABYTES * gr.FileSize.MB,
+        state_session_capacity=limits.MAX_SESSIONS,
+        theme=_theme(),
+        css=asset("page.css") + asset("viewer.css"),
+        js=asset("paste.js"),
+        footer_links=["api"],
+        allowed_paths=[str(EXAMPLES_FOLDER), CAT],
+        quiet=True,
+    )
+    return address
+
+
+def _theme() -> gr.themes.Base:
+    """gradio's Soft theme where letters can be read everywhere; fonts that every computer has, so none is fetched."""
+    fonts = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
+    mono = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+    theme = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=fonts, font_mono=mono)
+    return theme.set(**json.loads(asset("theme.json")))

@@ -1,0 +1,79 @@
+"""What a server remembers of its visitors: their results, and the runs that they can stop."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from ..errors import MaCoSNetError
+from . import limits
+from .examples import COLLECTION_EXAMPLE, EXAMPLES
+from .matcher import Matcher
+from .result_store import ResultStore
+
+
+class Stopped(MaCoSNetError):
+    """A visitor pressed stop, or closed the page."""
+
+
+class Sessions:
+    """Results by unguessable key, the results of the examples, and the runs of sessions."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+        each = (limits.RESULTS_PER_VISITOR, limits.RESULT_SECONDS)
+        self.pairs: ResultStore[Any] = ResultStore(limits.MAX_PAIRS, *each)
+        self.collections: ResultStore[Any] = ResultStore(limits.MAX_COLLECTIONS, *each)
+        self._running: dict[str, threading.Event] = {}
+        self._examples: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def example_pair(self) -> Any:
+        """The pair that a new visitor sees; matched once for all of them."""
+        return self._example("pair", lambda: self.matcher.pair(*EXAMPLES[0], "grabcut"))
+
+    def example_collection(self) -> Any:
+        """The collection that a new visitor sees; segmented once for all of them."""
+        return self._example("collection", lambda: self.matcher.collection(list(COLLECTION_EXAMPLE), "grabcut", None))
+
+    def _example(self, kind: str, work: Callable[[], Any]) -> Any:
+        with self._lock:
+            if kind not in self._examples:
+                self._examples[kind] = work()
+            return self._examples[kind]
+
+    @contextlib.contextmanager
+    def run(self, request: gr.Request, progress: Callable[..., Any] | None = None) -> Iterator[Callable[..., None]]:
+        """Gives a progress callback `(share, text)` that raises `Stopped` once the session's run was stopped."""
+        stop, session = threading.Event(), request.session_hash
+        if session:
+            self._running[session] = stop
+
+        def report(share: float, text: str) -> None:
+            if stop.is_set():
+                raise Stopped("Stopped.")
+            if progress is not None:
+                progress(share, desc=text)
+
+        try:
+            yield report
+        finally:
+            if session and self._running.get(session) is stop:
+                del self._running[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the session's run at its next step."""
+        running = self._running.get(request.session_hash or "")
+        if running is not None:
+            running.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """Ends the run of a session whose page was closed, and drops its results."""
+        self.stop(request)
+        if request.session_hash:
+            self.pairs.drop_all_of(request.session_hash)
+            self.collections.drop_all_of(request.session_hash)

@@ -1,0 +1,100 @@
+"""What the page says to its visitors."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import gradio as gr
+import numpy as np
+
+from ..errors import MaCoSNetError
+from . import limits
+
+if TYPE_CHECKING:
+    from ..inference.files import MatchedPair, SegmentedCollection
+
+logger = logging.getLogger("macosnet_hf.demo")
+
+TITLE = "Show, Match and Segment"
+SUMMARY = "Choose two photos of the same kind of object to see which points match, and the object cut out of both."
+LIMITS = (
+    "Best with one main object in each photo, the same kind of thing seen from a similar side; thin parts are "
+    f"easily missed. Files up to {limits.MAX_FILE_MEGABYTES} MB. Nothing is stored longer than two hours."
+)
+PAPER = "https://arxiv.org/abs/1906.05857"
+VERDICTS = {
+    "good": "These two fit together well.",
+    "fair": "These two fit together in part.",
+    "poor": "These two seem to have nothing in common; do not rely on the matches.",
+}
+REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
+
+
+@contextlib.contextmanager
+def errors_for_visitors() -> Iterator[None]:
+    """Turns whatever goes wrong inside into a message on the page; the log has the details.
+
+    Raises:
+        gr.Error: with one sentence.
+    """
+    try:
+        yield
+    except gr.Error:
+        raise
+    except MaCoSNetError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:
+        logger.exception("A request failed")
+        raise gr.Error("Something went wrong on our side. Please try other photos.", print_exception=False) from error
+
+
+def pair_verdict(pair: MatchedPair) -> str:
+    """How far a pair can be trusted, and the number of its matches in words."""
+    if pair.same_image:
+        return "This is the same photo twice, so every point should find itself."
+    quality, count = pair.result.quality, len(pair.result.matches)
+    if quality == "poor":
+        return VERDICTS[quality]  # a number of matches would contradict it
+    return f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+
+
+def collection_verdict(collection: SegmentedCollection) -> str:
+    """HTML: which photos of a collection do not belong."""
+    odd = [collection.copies[number].name for number in collection.odd]
+    rest = len(collection.copies) - len(odd)
+    if odd:
+        named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
+        words = f"{named} {'does' if len(odd) == 1 else 'do'} not seem to belong; the other {rest} agree."
+        return marked("odd one out", "fair", words)
+    words = f"All {rest} photos seem to show the same kind of object."
+    if rest < 4:
+        words = f"{rest} photos are too few to tell whether one does not belong; four will do."
+    return marked("all agree", "good", words)
+
+
+# HTML with names of files is made here, not by a template of `gr.HTML`: gradio runs what a template gives as a
+# JavaScript template string, hence also a name with `${...}` in it.
+
+
+def marked(mark: str, kind: str, words: str) -> str:
+    """HTML: words behind a mark in the colour of its kind, "good", "fair" or "poor"."""
+    return f'<div class="verdict"><b class="mark {kind}">{html.escape(mark)}</b><span>{html.escape(words)}</span></div>'
+
+
+def agreement(collection: SegmentedCollection) -> str:
+    """HTML: a bar for each photo of a collection, the best first."""
+    values = np.asarray(collection.result.agreement, dtype=float)
+    shares = 100 * np.clip(values / max(values.max(), 1e-6), 0.02, 1.0)
+    rows = []
+    for number in np.argsort(-values, kind="stable").tolist():
+        name = html.escape(collection.copies[number].name)
+        odd, said = ("odd", "odd one out") if number in collection.odd else ("", f"{values[number]:.2f}")
+        rows.append(
+            f'<span class="{odd} name" title="{name}">{name}</span><span class="{odd} bar">'
+            f'<i style="width: {shares[number]:.0f}%"></i></span><span class="{odd} said">{said}</span>'
+        )
+    return f'<div class="agreement">{"".join(rows)}</div>'
