@@ -228,7 +228,7 @@ def training_words(args: argparse.Namespace, photographs: Sequence[str], output:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def copy_photographs(photographs: TrainingImages, folder: Path) -> None:
+def copy_images(photographs: TrainingImages, folder: Path) -> None:
     """Writes the images as they are trained on, so that each variant reads small squares and no original again."""
     from PIL import Image
 
@@ -485,7 +485,7 @@ class Ablation:
         self.results = Results(self.out, settings, args.resume)
         self.copies = self.out / "photographs"
         originals.keep_in_memory(quiet=True)
-        copy_photographs(originals, self.copies)
+        copy_images(originals, self.copies)
         self.masks = self.out / "pseudo_masks.npz"
         if any(variant.words is not None and self._parse(variant, sources).prior_weight for variant in self._missing()):
             copied = TrainingImages([str(self.copies)], full.photo_size)

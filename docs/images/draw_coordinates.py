@@ -24,7 +24,7 @@ def draw() -> Image.Image:
     scales = [
         ("pixels", PIXELS, lambda index, count: str(index)),
         ("normalised", NORMALIZED, lambda index, count: f"{2 * index / (count - 1) - 1:+.1f}".replace("+0.0", "0.0")),
-        ("key-points", UNIT, lambda index, count: f"{index / (count - 1):.2f}"),
+        ("keypoints", UNIT, lambda index, count: f"{index / (count - 1):.2f}"),
     ]
     for line, (name, color, label) in enumerate(scales):
         pen.text((12, 40 + 32 * line), name, font=font, fill=color, anchor="lm")
