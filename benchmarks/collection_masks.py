@@ -21,24 +21,23 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from macosnet_hf import DEFAULT_CHECKPOINT, load_image
+from macosnet_hf import DEFAULT_CHECKPOINT
 from macosnet_hf.collection import Collection
+from macosnet_hf.datasets import iter_records, mask_from_image, open_image
+from macosnet_hf.evaluation.metrics import jaccard, precision
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.refinement import refine_mask
 
 
 def read_classes(folder: Path, limit: int | None) -> dict[str, list[tuple[Image.Image, np.ndarray]]]:
     """Images with their true masks, by class; of those without a mask nothing is read."""
-    classes = {}
-    for images in sorted(path for path in (folder / "images").iterdir() if path.is_dir()):
-        found = []
-        for path in sorted(images.iterdir())[:limit]:
-            mask = folder / "masks" / images.name / f"{path.stem}.png"
-            if mask.is_file():
-                found.append((load_image(path), np.asarray(Image.open(mask).convert("L")) > 127))
-        if len(found) > 1:
-            classes[images.name] = found
-    return classes
+    classes: dict[str, list[tuple[Image.Image, np.ndarray]]] = {}
+    for record in iter_records("coseg", folder):
+        found = classes.setdefault(record["class_name"], [])
+        if record["source_mask"] is not None and len(found) != limit:
+            image = open_image(record["source_image"], record["id"])
+            found.append((image, mask_from_image(record["source_mask"], record["id"])))
+    return {name: found for name, found in classes.items() if len(found) > 1}
 
 
 @torch.inference_mode()
@@ -65,12 +64,6 @@ WAYS: dict[str, Callable[[Collection], np.ndarray]] = {
     REFINED: lambda collection: collection.segment(refine="grabcut", second_pass=False).probabilities,
     CLOSER: lambda collection: collection.segment(refine="grabcut").probabilities,
 }
-
-
-def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union; 1 for two empty masks."""
-    union = (mask | truth).sum()
-    return float((mask & truth).sum() / union) if union else 1.0
 
 
 def main() -> None:
@@ -103,7 +96,7 @@ def main() -> None:
                     if name in (REFINED, CLOSER)
                     else refine_mask(photo, values, working_size=arguments.refine_size)
                 )
-                row = [jaccard(soft_mask, truth), jaccard(hard, truth), float((hard == truth).mean())]
+                row = [jaccard(soft_mask, truth), jaccard(hard, truth), precision(hard, truth)]
                 scores[name].setdefault(class_name, []).append(row)
     count = sum(len(found) for found in classes.values())
     print(f"{count} images in {len(classes)} classes\n")

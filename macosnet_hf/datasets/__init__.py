@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .benchmarks import BENCHMARKS as BENCHMARKS
     from .benchmarks import Problems as Problems
     from .benchmarks import iter_records as iter_records
-    from .images import mask_from_image as mask_from_image
     from .images import open_image as open_image
+    from .masks import ObjectMask as ObjectMask
+    from .masks import mask_from_image as mask_from_image
+    from .masks import read_mask as read_mask
     from .prepare import open_records as open_records
     from .sampling import Group as Group
     from .sampling import GroupSampler as GroupSampler
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "benchmarks": ("BENCHMARKS", "Problems", "iter_records"),
-    "images": ("mask_from_image", "open_image"),
+    "images": ("open_image",),
+    "masks": ("ObjectMask", "mask_from_image", "read_mask"),
     "prepare": ("open_records",),
     "sampling": ("Group", "GroupSampler"),
     "schema": ("features", "flow_array", "keypoint_array"),

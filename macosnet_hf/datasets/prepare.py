@@ -23,7 +23,8 @@ from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
 from ..io.output_folder import release_folder, start_folder
 from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
-from .images import mask_from_image, open_image
+from .images import open_image
+from .masks import read_mask
 from .schema import IMAGE_COLUMNS, MEANINGS, Record, check_record, features
 
 MARKER = ".macosnet-partial"  # in unfinished outputs of version 0.1
@@ -286,7 +287,7 @@ def _verified(records: Iterable[Record], problems: Problems, root: str) -> Itera
                     sizes[key] = (opened.height, opened.width)
                 if record.get(f"{side}_mask") is not None:
                     where = f"{record['id']}, {side}_mask"
-                    mask_from_image(record[f"{side}_mask"], where, sizes[key])
+                    read_mask(record[f"{side}_mask"], where, sizes[key])
                     embedded[f"{side}_mask"] = _embedded(record[f"{side}_mask"], where, root)
             flow_size = record.get("flow_size")
             if flow_size is not None and tuple(flow_size) != sizes[record["target_id"]]:

@@ -172,33 +172,34 @@ def flow_errors(
     return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), float(max(source_size)))
 
 
-def _same_shape(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _counted(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of both masks that count."""
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if predicted.dtype != np.bool_ or truth.dtype != np.bool_:
         raise InputError("Masks must be boolean.")
     if predicted.shape != truth.shape or truth.size == 0:
         raise InputError(f"A predicted mask {predicted.shape} cannot be compared with a mask {truth.shape}.")
-    return predicted, truth
+    return (predicted, truth) if counted is None else (predicted[counted], truth[counted])
 
 
-def precision(predicted: np.ndarray, truth: np.ndarray) -> float:
+def precision(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None = None) -> float:
     """P: share of correctly labelled pixels, foreground and background alike (the paper, section 4.1).
+
+    Args:
+        predicted, truth: bool `(h, w)`.
+        counted: bool `(h, w)`, false for pixels that are left out, such as PASCAL VOC's void.
 
     Raises:
         InputError: if the masks are not boolean or differ in shape.
     """
-    predicted, truth = _same_shape(predicted, truth)
+    predicted, truth = _counted(predicted, truth, counted)
     return float((predicted == truth).mean())
 
 
-def jaccard(predicted: np.ndarray, truth: np.ndarray) -> float | None:
+def jaccard(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None = None) -> float | None:
     """J: intersection over union of the foreground; `None` where the truth holds no object (Internet's noise images),
-    which the literature leaves out of the mean.
-
-    Raises:
-        InputError: if the masks are not boolean or differ in shape.
-    """
-    predicted, truth = _same_shape(predicted, truth)
+    which the literature leaves out of the mean. Arguments and errors as [`precision`]."""
+    predicted, truth = _counted(predicted, truth, counted)
     if not truth.any():
         return None
     return float((predicted & truth).sum() / (predicted | truth).sum())
@@ -223,7 +224,9 @@ def transfer_mask(source_mask: np.ndarray, places: np.ndarray) -> np.ndarray:
     return result
 
 
-def label_transfer(source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray) -> tuple[float, float | None]:
+def label_transfer(
+    source_mask: np.ndarray, target_mask: np.ndarray, places: np.ndarray, counted: np.ndarray | None = None
+) -> tuple[float, float | None]:
     """Label transfer: the source's annotated mask, warped onto the target, against the target's annotated mask.
 
     Joins both tasks and needs no keypoints (Liu et al., "SIFT Flow", 2011; Kim et al., "Deformable Spatial Pyramid",
@@ -236,4 +239,4 @@ def label_transfer(source_mask: np.ndarray, target_mask: np.ndarray, places: np.
         InputError: if the masks are not boolean or `places` is not of the target's size.
     """
     warped = transfer_mask(np.asarray(source_mask, dtype=bool), places)
-    return precision(warped, target_mask), jaccard(warped, target_mask)
+    return precision(warped, target_mask, counted), jaccard(warped, target_mask, counted)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..datasets.images import mask_from_image, open_image
+from ..datasets.images import open_image
+from ..datasets.masks import ObjectMask, read_mask
 from ..datasets.schema import Record, flow_array, keypoint_array
 from ..errors import DataError, InputError
 from . import metrics
@@ -161,10 +162,10 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
         image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
         hard = refined_mask(image, probability, options)
     return {
-        "before_refinement.precision": (metrics.precision(soft, truth), 1),
-        "before_refinement.jaccard": _where_defined(metrics.jaccard(soft, truth)),
-        "precision": (metrics.precision(hard, truth), 1),
-        "jaccard": _where_defined(metrics.jaccard(hard, truth)),
+        "before_refinement.precision": (metrics.precision(soft, truth.object, truth.counted), 1),
+        "before_refinement.jaccard": _where_defined(metrics.jaccard(soft, truth.object, truth.counted)),
+        "precision": (metrics.precision(hard, truth.object, truth.counted), 1),
+        "jaccard": _where_defined(metrics.jaccard(hard, truth.object, truth.counted)),
     }
 
 
@@ -195,7 +196,7 @@ def dense_scores(
     protocol: Protocol,
     options: Options,
     variant: str,
-    source_mask: np.ndarray | None,
+    source_mask: ObjectMask | None,
     target_side: str = "target",
 ) -> Scores:
     """Flow PCK and label transfer of one pair.
@@ -217,25 +218,25 @@ def dense_scores(
                 f"its image {size['target'][1]}x{size['target'][0]}."
             )
         with _of_record(record):
-            found = metrics.flow_errors(places, flow, target_mask, size["source"])
+            found = metrics.flow_errors(places, flow, target_mask.object, size["source"])
         for alpha in options.alphas or protocol.alphas:
             scores[f"flow_pck.{alpha:g}"] = (found.pck(alpha), 1)
     if protocol.label_transfer and source_mask is not None:
-        accuracy, iou = metrics.label_transfer(source_mask, target_mask, places)
+        accuracy, iou = metrics.label_transfer(source_mask.object, target_mask.object, places, target_mask.counted)
         scores["label_transfer.accuracy"] = (accuracy, 1)
         scores["label_transfer.iou"] = _where_defined(iou)
     return scores
 
 
-def true_mask(record: Record, side: str, size: tuple[int, int]) -> np.ndarray:
-    """The annotated mask, bool of the given (height, width).
+def true_mask(record: Record, side: str, size: tuple[int, int]) -> ObjectMask:
+    """The annotated mask of the given (height, width).
 
     Raises:
         DataError: if it is missing, damaged, or of another size.
     """
     if record.get(f"{side}_mask") is None:
         raise DataError(f"{record['id']}: there is no mask of the {side}.")
-    return mask_from_image(record[f"{side}_mask"], f"{record['id']}, {side}_mask", size)
+    return read_mask(record[f"{side}_mask"], f"{record['id']}, {side}_mask", size)
 
 
 def resize_probability(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:

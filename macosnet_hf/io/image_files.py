@@ -102,10 +102,14 @@ def image_size(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
         ImageError: as [`load_image`], as far as the header shows.
     """
     with _opened(source, max_pixels) as image:
-        width, height = image.size
-        # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
-        sideways = image.format != "TIFF" and exif_orientation(image) >= 5
-        return (width, height) if sideways else (height, width)
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The size `(height, width)` that an open image has once it is upright."""
+    # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
+    sideways = image.format != "TIFF" and exif_orientation(image) >= 5
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def image_format(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> str:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..datasets.images import image_size, mask_from_image, open_image
+from ..datasets.images import image_size, open_image
+from ..datasets.masks import read_mask
 from ..datasets.prepare import open_records
 from ..datasets.schema import Record
 from ..drawing import overlay_mask
@@ -221,7 +222,7 @@ def mask_validation(folder: str, processor: MaCoSNetImageProcessor, per_class: i
             if record["source_mask"] is None:
                 raise DataError("there is no folder masks.")
             size = image_size(record["source_image"], record["id"])
-            mask_from_image(record["source_mask"], record["id"], size)
+            read_mask(record["source_mask"], record["id"], size)
     except DataError as error:
         raise DataError(f"--validation_masks {folder} cannot be used: {error}") from error
     records = _readable("--validation_masks", folder, records, ("source",))

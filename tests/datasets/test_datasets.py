@@ -25,7 +25,8 @@ from macosnet_hf.datasets.benchmarks import BENCHMARKS, Problems, iter_records
 from macosnet_hf.datasets.benchmarks.common import VOC_CLASSES
 from macosnet_hf.datasets.benchmarks.pf_willow import read_mat_files
 from macosnet_hf.datasets.benchmarks.tss import read_flow
-from macosnet_hf.datasets.images import mask_from_image, open_image
+from macosnet_hf.datasets.images import open_image
+from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.datasets.schema import COLUMNS, features, flow_array, keypoint_array, make_record
 from macosnet_hf.errors import DataError, InputError
 

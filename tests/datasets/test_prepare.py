@@ -11,7 +11,8 @@ import pytest
 from archives import coseg, internet, pf_pascal, pf_willow, spair, tss
 
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
-from macosnet_hf.datasets.images import mask_from_image, open_image
+from macosnet_hf.datasets.images import open_image
+from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.datasets.prepare import is_prepared, open_records, prepare
 from macosnet_hf.datasets.schema import COLUMNS, IMAGE_COLUMNS, flow_array
 from macosnet_hf.errors import DataError, InputError, OutputError

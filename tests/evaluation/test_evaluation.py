@@ -14,8 +14,10 @@ from small_models import save_small_checkpoint, small_model, small_processor
 
 from macosnet_hf.collection import Collection
 from macosnet_hf.commands import evaluate as command
+from macosnet_hf.commands.main import main as macosnet
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
-from macosnet_hf.datasets.images import image_size, mask_from_image, open_image
+from macosnet_hf.datasets.images import image_size, open_image
+from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.datasets.schema import flow_array, keypoint_array
 from macosnet_hf.errors import DataError, InputError, OutputError

@@ -57,7 +57,7 @@ class Kind:
 
 def _image(files: list[bytes], mutation: damage.Damage) -> Kind:
     """Through `load_image`, `image_size` and `mask_from_image`, from memory and from a file."""
-    from macosnet_hf.datasets.images import mask_from_image
+    from macosnet_hf.datasets.masks import mask_from_image
     from macosnet_hf.io.image_files import image_size, load_image
 
     def place(rng: random.Random, folder: Path) -> Read:

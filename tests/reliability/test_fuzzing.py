@@ -25,7 +25,7 @@ from macosnet_hf import DataError, ImageError, InputError, MaCoSNetError, load_i
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
 from macosnet_hf.datasets.benchmarks.mat import read_matrix
 from macosnet_hf.datasets.benchmarks.tss import read_flow
-from macosnet_hf.datasets.images import mask_from_image
+from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
 from macosnet_hf.inference.pair import check_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching

@@ -31,7 +31,7 @@ from macosnet_hf import CheckpointError, DataError, ImageError, InputError, Outp
 from macosnet_hf.commands.main import main
 from macosnet_hf.conversion.published import read_state_dict
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
-from macosnet_hf.datasets.images import mask_from_image
+from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.datasets.prepare import open_records, prepare
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.io.image_files import image_size, load_image
