@@ -130,14 +130,19 @@ def keypoint_scores(
     if key not in prediction:
         raise InputError(f"The prediction of {record['id']!r} has no points of the variant {variant!r}.")
     scores: Scores = {}
+    box = record.get(f"{arrives}_box")
     for name in protocol.pck:
+        if name == "bbox" and box is None and len(truth) == 1:
+            # One point spans no box, so this protocol alone leaves the pair out.
+            scores |= {f"pck.{name}.{alpha:g}": _where_defined(None) for alpha in options.alphas or protocol.alphas}
+            continue
         with _of_record(record):
             found = metrics.keypoint_errors(
                 prediction[key],
                 truth,
                 name,
                 size=_sizes(prediction)[arrives],
-                box=record.get(f"{arrives}_box"),
+                box=box,
                 valid=np.ones(len(truth), dtype=bool),
             )
         for alpha in options.alphas or protocol.alphas:

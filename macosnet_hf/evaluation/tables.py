@@ -97,7 +97,17 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     lines.insert(1, f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths))
     if options.masks == "collection":
         name += ", each class as one collection"
-    return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + f"\n\n{protocol.text}\n"
+    text = protocol.text
+    if without_box := _without_box(protocol, tally, options):
+        text += f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: one keypoint spans no box."
+    return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + f"\n\n{text}\n"
+
+
+def _without_box(protocol: Protocol, tally: Tally, options: Options) -> int:
+    """How many pairs have no PCK `bbox`, since one keypoint spans no box."""
+    if "bbox" not in protocol.pck:
+        return 0
+    return tally.count() - tally.count(f"pck.bbox.{(options.alphas or protocol.alphas)[0]:g}")
 
 
 def _figure(value: float | None) -> str:
@@ -162,6 +172,8 @@ def json_report(
     if protocol.direction:
         per_point = [name for row in tally.sums.values() for name in row if name.startswith("pck_per_point.")]
         report["points"] = tally.count(per_point[0]) if per_point else 0
+    if without_box := _without_box(protocol, tally, options):
+        report["left_out_of_bbox"] = without_box
     others = {name: {"metrics": nested(other.overall())} for name, other in result.variants.items() if name != variant}
     if others:
         report["variants"] = others

@@ -710,3 +710,30 @@ def test_a_folder_that_does_not_exist_is_named_before_torch_is_imported(tmp_path
         assert run.stdout == "False\n"
         assert "nowhere" in run.stderr
         assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_pair_of_one_keypoint_is_left_out_of_bbox_only(tmp_path, capsys):
+    root = pf_willow(tmp_path)
+    listing = root / "test_pairs.csv"
+    before = list_figures(root, tmp_path / "before.json")
+    lines = listing.read_text().splitlines()
+    single = lines[1].split(",")
+    single[3:] = [column.split(";")[0] for column in single[3:]]
+    listing.write_text("\n".join([*lines, ",".join(single)]) + "\n")
+    capsys.readouterr()
+    after = list_figures(root, tmp_path / "after.json")
+    assert after["samples"] == before["samples"] + 1
+    assert after["points"] == before["points"] + 1
+    assert after["metrics"]["pck"]["bbox"] == before["metrics"]["pck"]["bbox"]
+    assert after["left_out"]["count"] == 0
+    assert after["left_out_of_bbox"] == 1
+    assert "left_out_of_bbox" not in before
+    assert "1 of 7 pairs are left out of PCK `bbox`" in capsys.readouterr().out
+    image = before["metrics"]["pck"]["image"]["0.1"]
+    assert after["metrics"]["pck"]["image"]["0.1"] in ((6 * image) / 7, (6 * image + 1) / 7)
+
+
+def list_figures(root, report):
+    words = ["pairs", "--data", root, "--pairs", root / "test_pairs.csv", "--baseline", "identity", "--json", report]
+    assert macosnet(["evaluate", *map(str, words)]) == 0
+    return json.loads(report.read_text())
