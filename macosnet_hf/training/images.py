@@ -39,7 +39,9 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
         raise DataError(f"{folder} is not a folder.")
     if (root / "images").is_dir():
         root = root / "images"
-    paths = sorted(filter(is_image_file, root.rglob("*")))
+    # A hidden folder holds what a system or a program left behind, such as thumbnails.
+    found = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    paths = sorted(filter(is_image_file, found))
     if not paths:
         raise DataError(f"{folder} holds no images.")
     return paths, [path.parent.name for path in paths]

@@ -202,6 +202,69 @@ def test_names_of_version_0_1():
         _ = public.nothing_such
 
 
+def leave_what_systems_leave(root) -> None:
+    """What macOS and Windows add to folders and archives."""
+    for folder in [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]:
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            (folder / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07" + bytes(78))
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"\x00\x00\x00\x01Bud1")
+        for name in (".hidden", "__MACOSX"):
+            (folder / name).mkdir()
+            (folder / name / "._photo.jpg").write_bytes(b"\x00\x05\x16\x07" + bytes(78))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "make"),
+    [
+        ("pf-willow", pf_willow),
+        ("pf-willow without a list", pf_willow),
+        ("pf-pascal", pf_pascal),
+        ("spair-71k", spair),
+        ("spair-71k without a list", spair),
+        ("tss", tss),
+        ("internet", internet),
+        ("coseg", coseg),
+    ],
+)
+def test_what_operating_systems_leave_in_folders_is_ignored(tmp_path, benchmark, make):
+    root = make(tmp_path / "archive")
+    if benchmark.endswith("without a list"):
+        (root / "test_pairs.csv").unlink(missing_ok=True)
+        for path in root.glob("Layout/large/*.txt"):
+            path.unlink()
+        benchmark = benchmark.split()[0]
+    before = [record["id"] for record in read(benchmark, root)]
+    leave_what_systems_leave(root)
+    assert [record["id"] for record in read(benchmark, root)] == before
+
+
+def wide_list(lines: list[str]) -> str:
+    """A list in PF's columns with one column a number, as other code reads it; without the class."""
+    header = ["imageA", "imageB", *(f"{name}{number}" for name in ("XA", "YA", "XB", "YB") for number in range(1, 11))]
+    rows = [line.split(",") for line in lines[1:]]
+    return "\n".join([",".join(header), *(",".join([*row[:2], *";".join(row[3:]).split(";")]) for row in rows)]) + "\n"
+
+
+def test_a_list_with_one_column_a_number_is_the_same(tmp_path):
+    root = pf_willow(tmp_path / "willow")
+    expected = read("pf-willow", root)
+    listing = root / "test_pairs.csv"
+    listing.write_text(wide_list(listing.read_text().splitlines()))
+    assert len(listing.read_text().splitlines()[0].split(",")) == 42
+    assert read("pf-willow", root) == expected
+    own = read("pairs", root, pairs=listing)
+    assert [record["source_keypoints"] for record in own] == [record["source_keypoints"] for record in expected]
+    assert own[0]["class_name"] == "car(G)"
+
+
+def test_the_columns_that_are_expected_are_named(tmp_path):
+    root = pf_willow(tmp_path)
+    (root / "test_pairs.csv").write_text("left,right\na.png,b.png\n")
+    with pytest.raises(DataError, match=r"test_pairs.csv: the columns must be source_image,.*; they are left,right"):
+        read("pf-willow", root)
+
+
 # -- bad data ---
 
 

@@ -140,8 +140,10 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in a folder, sorted, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """The folders directly in a folder, sorted, without hidden ones and what macOS adds to an archive."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and path.name != "__MACOSX" and not path.name.startswith(".")
+    )
 
 
 def report_orphans(masks: Path, images: list[Path], problems: Problems) -> None:

@@ -1,7 +1,8 @@
 """Lists of pairs in the columns of PF-WILLOW and PF-PASCAL, and the benchmark `pairs`: a list of your own.
 
 The CSV has the columns `source_image,target_image,class,XA,YA,XB,YB`: paths relative to the folder of the data (by
-default that of the list), and numbers separated by `;`, in pixels, 0 the centre of the first pixel.
+default that of the list), and numbers separated by `;`, in pixels, 0 the centre of the first pixel. The form of other
+code, with one column a number (`imageA,imageB,XA1,...,XA10,YA1,...,YB10`) and the class in the path, is read too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...errors import DataError, InputError
 from ..schema import Record
 from .common import Benchmark, Problems, each, inside, pair_record
 
+COLUMNS = "source_image,target_image,class,XA,YA,XB,YB"
 KEYPOINT_COLUMNS = ("XA", "YA", "XB", "YB")
 
 
@@ -61,12 +63,28 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
+            wide = {"imageA", "imageB"} <= set(reader.fieldnames or ())
+            if not wide and not {"source_image", "target_image"} & set(reader.fieldnames or ()):
+                raise DataError(
+                    f"{path}: the columns must be {COLUMNS}, or imageA,imageB,XA1,...,YB10; "
+                    f"they are {','.join(reader.fieldnames or ()) or 'missing'}."
+                )
             for row in reader:
-                yield reader.line_num, row
+                yield reader.line_num, _narrow(row) if wide else row
     except FileNotFoundError as error:
         raise DataError(f"{path}: the pair list is missing.") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: the pair list cannot be read ({error}).") from error
+
+
+def _narrow(row: dict[str, str]) -> dict[str, str]:
+    """A row with one column a number, as a row with one column a coordinate; the class is the folder of the image."""
+    narrow = {"source_image": row["imageA"], "target_image": row["imageB"]}
+    narrow["class"] = row.get("class") or Path(row["imageA"] or "").parent.name
+    for column in KEYPOINT_COLUMNS:
+        count = sum(name is not None and name.startswith(column) and name[2:].isdecimal() for name in row)
+        narrow[column] = ";".join(row[f"{column}{number}"] or "" for number in range(1, count + 1))
+    return {**narrow, **({None: row[None]} if None in row else {})}
 
 
 def _text(row: dict[str, str], column: str, where: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..schema import Record
-from .common import Benchmark, Problems, each, images_in, pair_record, required_folder
+from .common import Benchmark, Problems, each, images_in, pair_record, required_folder, subfolders
 from .mat import read_matrix
 from .pair_list import read_pair_list
 
@@ -53,7 +53,7 @@ def read_mat_files(root: Path, split: str, problems: Problems) -> Iterator[Recor
 
 def _pairs(root: Path, problems: Problems) -> Iterator[tuple[str, Path, Path]]:
     folder = required_folder(root / "PF-dataset", "the folder of PF-WILLOW")
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for class_folder in subfolders(folder):
         name = class_folder.name
         if name not in CLASSES:
             problems.report(DataError(f"{class_folder}: unknown class {name!r}."))

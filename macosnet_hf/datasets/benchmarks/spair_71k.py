@@ -57,7 +57,7 @@ def read(source: Path, split: str, problems: Problems, pairs: Path | None = None
             if line.strip()
         ]
     else:
-        files = sorted(annotations.glob("*.json"))
+        files = sorted(path for path in annotations.glob("*.json") if not path.name.startswith("."))
     refuse_empty(files, annotations, "pair annotation")
     yield from each(files, lambda path: _record(source, path, split), problems)
 

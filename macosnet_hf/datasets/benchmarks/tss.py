@@ -13,7 +13,17 @@ import numpy as np
 
 from ...errors import DataError
 from ..schema import Record
-from .common import Benchmark, Problems, each, image_file, pair_record, refuse_empty, required_folder, subfolder
+from .common import (
+    Benchmark,
+    Problems,
+    each,
+    image_file,
+    pair_record,
+    refuse_empty,
+    required_folder,
+    subfolder,
+    subfolders,
+)
 
 GROUPS = ("FG3DCar", "JODS", "PASCAL")
 FLOW_TAG = 202021.25
@@ -46,14 +56,14 @@ def read(source: Path, split: str, problems: Problems, pairs: Path | None = None
     the images as they are stored, *not* mirrored, so a prediction has to be mirrored back before it is compared.
     """
     root = required_folder(subfolder(source, "TSS_CVPR2016"), "the folder of TSS")
-    groups = sorted(path for path in root.iterdir() if path.is_dir())
+    groups = subfolders(root)
     refuse_empty(groups, root, "group of pairs")
     folders: list[Path] = []
     for group in groups:
         if group.name not in GROUPS:
             problems.report(DataError(f"{group}: unknown group {group.name!r}; TSS has {', '.join(GROUPS)}."))
             continue
-        pair_folders = sorted(path for path in group.iterdir() if path.is_dir())
+        pair_folders = subfolders(group)
         if not pair_folders:
             problems.report(DataError(f"{group}: there is no pair in the group {group.name!r}."))
         folders += pair_folders
