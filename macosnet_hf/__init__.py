@@ -1,7 +1,7 @@
 """Show, Match and Segment: joint semantic matching and object co-segmentation for the Hugging Face ecosystem.
 
-Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither torch nor transformers. The first use
-of a configuration, model or processor class also registers all of them with transformers' auto classes.
+Names are imported on first use (PEP 562), so `import macosnet_hf` loads neither torch nor transformers. It also
+registers the package's classes with transformers' auto classes and pipelines, once transformers imports these.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from .errors import CheckpointError, DataError, ImageError, InputError, MaCoSNet
 from .io.memory import collector_paused
 from .io.moved import keep_old_names
 from .io.package import DEFAULT_CHECKPOINT, VERSION
+from .io.registration import register_lazily
 
 if TYPE_CHECKING:
     from .configuration_macosnet import MaCoSNetConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 keep_old_names()
+register_lazily()
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
@@ -40,14 +42,11 @@ __all__ = [
     "match_pair",
 ]
 
-_TRANSFORMERS_CLASSES = {
+_LAZY_NAMES = {
     "MaCoSNetConfig": ".configuration_macosnet",
     "MaCoSNetForKeypointMatching": ".modeling_macosnet",
     "MaCoSNetImageProcessor": ".image_processing_macosnet",
     "MaCoSNetModel": ".modeling_macosnet",
-}
-_LAZY_NAMES = {
-    **_TRANSFORMERS_CLASSES,
     "PairResult": ".inference.pair",
     "load_image": ".io.image_files",
     "match_pair": ".inference.pair",
@@ -61,10 +60,6 @@ if not TYPE_CHECKING:  # a checker sees the imports above, and reports names tha
         if name not in _LAZY_NAMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with collector_paused():
-            if name in _TRANSFORMERS_CLASSES:
-                from .io.registration import register_auto_classes
-
-                register_auto_classes()
             value: object = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
         globals()[name] = value  # later accesses do not come through here
         return value

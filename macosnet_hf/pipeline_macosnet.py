@@ -1,7 +1,7 @@
 """Pipelines of MaCoSNet: matches of pairs, and masks of the object that two or more images have in common.
 
-Both come with every saved model: `pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)`. Where
-this package is installed and one of its classes was imported, `trust_remote_code` is not needed.
+Both come with every saved model: `pipeline("keypoint-matching", model=FOLDER_OR_ID, trust_remote_code=True)`. After
+`import macosnet_hf`, where the package is installed, `trust_remote_code` is not needed.
 """
 
 from __future__ import annotations

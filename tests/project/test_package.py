@@ -86,42 +86,82 @@ def test_all_errors_share_the_base():
 # ---- auto classes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["MaCoSNetConfig", "MaCoSNetImageProcessor"])
-def test_first_use_of_any_class_registers_all_auto_classes(name):
-    """In a fresh process, one class is touched; then every auto class knows ours, without `trust_remote_code`."""
-    code = f"""
-import macosnet_hf as m
-m.{name}
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_KEYPOINT_MATCHING_MAPPING, MODEL_MAPPING
-config = AutoConfig.for_model("macosnet")
-assert type(config) is m.MaCoSNetConfig
-assert MODEL_MAPPING[type(config)] is m.MaCoSNetModel
-assert MODEL_FOR_KEYPOINT_MATCHING_MAPPING[type(config)] is m.MaCoSNetForKeypointMatching
-assert type(AutoImageProcessor.from_pretrained(m.DEFAULT_CHECKPOINT)) is m.MaCoSNetImageProcessor
-print("known")
-"""
-    assert run_python(code).strip().endswith("known")
-
-
 def test_auto_classes_load_the_embedded_checkpoint():
     from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching
 
-    config_class = macosnet_hf.MaCoSNetConfig  # using one class registers all of them
-    assert type(AutoConfig.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is config_class
+    assert type(AutoConfig.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetConfig
     matcher = AutoModelForKeypointMatching.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)
     assert type(matcher) is macosnet_hf.MaCoSNetForKeypointMatching
     assert type(AutoModel.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetModel
 
 
+LOADS_BY_NAME = """
+config = AutoConfig.from_pretrained(DEFAULT_CHECKPOINT)
+pipelines = [pipeline(task, model=DEFAULT_CHECKPOINT) for task in ("keypoint-matching", "image-co-segmentation")]
+loaded = [
+    config,
+    AutoModel.from_pretrained(DEFAULT_CHECKPOINT),
+    AutoModelForKeypointMatching.from_pretrained(DEFAULT_CHECKPOINT),
+    AutoImageProcessor.from_pretrained(DEFAULT_CHECKPOINT),
+    *pipelines,
+]
+print([type(each).__module__ for each in loaded])
+"""
+AUTO_CLASSES = (
+    "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForKeypointMatching, pipeline"
+)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        ("from macosnet_hf import DEFAULT_CHECKPOINT", AUTO_CLASSES),
+        (AUTO_CLASSES, "from macosnet_hf import DEFAULT_CHECKPOINT"),
+        ("from macosnet_hf.modeling_macosnet import *; from macosnet_hf import DEFAULT_CHECKPOINT", AUTO_CLASSES),
+        ("from macosnet_hf.pipeline_macosnet import *; from macosnet_hf import DEFAULT_CHECKPOINT", AUTO_CLASSES),
+    ],
+)
+def test_importing_the_package_registers_all_classes_in_any_order(imports):
+    """No class of the package is named, which a linter would call unused; and no `trust_remote_code`."""
+    modules = ["configuration", "modeling", "modeling", "image_processing", "pipeline", "pipeline"]
+    expected = [f"macosnet_hf.{name}_macosnet" for name in modules]
+    assert run_python("\n".join((*imports, LOADS_BY_NAME))).strip().endswith(str(expected))
+
+
+def test_registering_imports_nothing_before_transformers_does():
+    code = (
+        "import sys, macosnet_hf, transformers; print([name for name in sys.modules if name.startswith('macosnet_hf.')"
+        " and name.endswith('_macosnet')], 'torch' in sys.modules); from transformers import AutoConfig; "
+        "print('macosnet_hf.configuration_macosnet' in sys.modules, 'macosnet_hf.modeling_macosnet' in sys.modules)"
+    )
+    assert run_python(code).split("\n")[:2] == ["[] False", "True False"]
+
+
+def test_a_class_that_cannot_be_registered_does_not_stop_an_import_of_transformers():
+    code = """
+import sys, warnings
+import macosnet_hf
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "macosnet_hf.configuration_macosnet":
+            raise ImportError("blocked by the test")
+
+sys.meta_path.insert(0, Blocked())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from transformers import AutoConfig
+print([str(warning.message).startswith("macosnet_hf cannot register") for warning in caught][-1])
+"""
+    assert run_python(code).strip().endswith("True")
+
+
 def test_registering_twice_changes_nothing():
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+    from macosnet_hf.io.registration import register_lazily
 
-    from macosnet_hf.io.registration import register_auto_classes
-
-    register_auto_classes()
-    register_auto_classes()
-    assert MODEL_MAPPING[macosnet_hf.MaCoSNetConfig] is macosnet_hf.MaCoSNetModel
+    before = list(sys.meta_path)
+    register_lazily()
+    assert sys.meta_path == before
 
 
 # ---- wheel -----------------------------------------------------------------------------------------------------------
