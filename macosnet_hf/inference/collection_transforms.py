@@ -1,7 +1,7 @@
-"""How the images of a collection lie on each other: transforms of all pairs, trust, repair, a common frame.
+"""Transforms of all pairs of a collection: matching, trust, and repair by routes through other images.
 
-The pairs cost no encoder pass: the fast cascade warps feature maps, and pairs go through the network in batches. For
-pairs (i, j), as everywhere, T_ij takes normalised points of image j to image i.
+The pairs cost no encoder pass: the fast cascade warps feature maps, and pairs go through the network in batches. T_ij
+of a pair (i, j) takes normalised points of image j to image i.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from ..geometry import (
     warp,
 )
 from ..matching import cell_products, cell_similarity, fit_mutually, match_locally, normalize_similarity
+from .pair import check_points
 
-GRAPHS = ("all", "neighbours", "star", "random")
+GRAPHS = ("all", "neighbours", "star")
 
 # Forward-backward error, in normalised coordinates, at which trust falls to exp(-1/2).
-_RETURN_SIGMA = 0.2
+_ERROR_SIGMA = 0.2
 _PAIRS_AT_ONCE = 16
 _FITS_AT_ONCE = 2
-_POINTS_A_SIDE = 7  # of the grid on which maps are compared and composed
-_ROUTES = 8  # ways round through a third image that are asked for each pair
-_DIRECT_SHARE = 2.0  # the direct way counts as so many ways round of the same trust
+_POINTS_A_SIDE = 7  # of the grid on which transforms are compared and composed
+_ROUTES = 8  # of each pair, through a third image
+_DIRECT_WEIGHT = 2.0  # of the direct transform, as many routes of the same trust
 
 
 @dataclass
@@ -46,8 +47,7 @@ class CollectionMatches:
         affine: `(N, N, 6)` and tps `(N, N, 18)`: `[i, j]` maps points of j into i; the identity where i = j, NaN where
             the pair was not matched.
         similarity: `(N, N)` mean cosine similarity of the features that `[i, j]` brings together, in [-1, 1].
-        error: `(N, N)` mean distance of points of j from their start after the way to i and back, normalised
-            coordinates.
+        error: `(N, N)` mean distance of points of j from themselves after T_ji T_ij, in normalised coordinates.
         trust: `(N, N)` in [0, 1]: `similarity * exp(-error^2 / (2 * 0.2^2))`, 0 where the pair was not matched.
         collection: the images.
     """
@@ -61,14 +61,14 @@ class CollectionMatches:
 
     @property
     def transforms(self) -> Transform:
-        """`(N, N)`, on the CPU: those whose parameters are `affine` and `tps`."""
+        """`(N, N)` on the CPU, with the parameters `affine` and `tps`."""
         return self.collection.model.make_transform(self.affine, self.tps)
 
     def __len__(self) -> int:
         return len(self.trust)
 
     def most_central(self) -> int:
-        """The image that the others are matched with best: the sum of its trust is the largest."""
+        """The number of the image with the largest sum of trust."""
         return int((self.trust + self.trust.t()).sum(0).argmax())
 
     def transfer_points(
@@ -79,8 +79,8 @@ class CollectionMatches:
         Args:
             points: `(M, 2)` as (x, y) in pixels of that image, as it was added.
             image: its number.
-            local_matching: whether a point lands on the best feature match near where the transform sends it; default
-                is the configuration's.
+            local_matching: whether a point goes to the best feature match near its transformed place; default is the
+                configuration's.
 
         Returns:
             `(N, M, 2)` as (x, y) in pixels of each image; NaN where the pair was not matched.
@@ -90,7 +90,7 @@ class CollectionMatches:
         """
         images = self.collection.images
         self._check_number(image)
-        start = _as_points(points)
+        start = torch.from_numpy(check_points(points, None))
         placed = normalize_points(start, (images[image].height, images[image].width))
         found = self._transfer(placed, image, local_matching)
         sizes = torch.tensor([[each.height, each.width] for each in images])
@@ -124,12 +124,11 @@ class CollectionMatches:
         return warped.numpy()
 
     def repaired(self) -> CollectionMatches:
-        """The same with each transform replaced by what the ways round through other images agree on.
+        """The same with each transform replaced by a consensus of routes through other images.
 
-        For a pair (i, j) the direct map T_ij and the compositions T_ik T_kj through the eight most trusted k vote for
-        the place of each point; the answer is their weighted geometric median, to which a thin-plate spline is
-        fitted. A bad direct map is outvoted so, and a pair that was not matched gets a transform if there is a way
-        round.
+        For a pair (i, j) the direct transform T_ij and the compositions T_ik T_kj through the eight most trusted k give
+        places for each point. Their weighted geometric median is the consensus, to which a thin-plate spline is fitted.
+        So a wrong direct transform is outvoted, and a pair that was not matched gets a transform if there is a route.
         """
         count = len(self)
         grid = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(-1, 2)
@@ -141,7 +140,7 @@ class CollectionMatches:
         diagonal = torch.arange(count)
         tps[diagonal, diagonal] = identity_tps()
         affine[torch.isnan(tps).any(-1)] = float("nan")
-        return _judged(self.collection, affine, tps)
+        return _with_trust(self.collection, affine, tps)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -149,21 +148,15 @@ class CollectionMatches:
         if not 0 <= image < len(self):
             raise InputError(f"There is no image number {image}; there are {len(self)}, counted from 0.")
 
-    def _map(self, points: Tensor, into: Tensor, of: Tensor) -> Tensor:
-        """Normalised points `(R, M, 2)` of the images `of` `(R,)` to those named by `into` `(R,)`."""
-        return self.transforms[into, of].apply(points)
-
     def _transfer(self, points: Tensor, image: int, local_matching: bool | None) -> Tensor:
         """`(M, 2)` normalised points of an image to `(N, M, 2)` of all."""
         count, config = len(self), self.collection.model.config
-        of = torch.full((count,), image)
-        every = torch.arange(count)
-        repeated = points.expand(count, -1, -1)
+        transforms, repeated = self.transforms[:, image], points.expand(count, -1, -1)
         if not (config.local_matching if local_matching is None else local_matching):
-            return self._map(repeated, every, of)
+            return transforms.apply(repeated)
         device = self.collection.model.device
         found = torch.full((count, *points.shape), float("nan"))
-        known = torch.nonzero(torch.isfinite(self.affine[:, image]).all(-1)).flatten()
+        known = torch.nonzero(torch.isfinite(transforms.affine).all(-1)).flatten()
         with torch.inference_mode():
             own = self.collection.features([image]).normalized
             for some in known.split(_PAIRS_AT_ONCE):
@@ -171,27 +164,26 @@ class CollectionMatches:
                     own.expand(len(some), -1, -1, -1),
                     self.collection.features(some.tolist()).normalized,
                     repeated[: len(some)].to(device),
-                    self.transforms[some, image].to(device),
+                    transforms[some].to(device),
                     **config.local_matching_options,
                 )
                 found[some] = moved.float().cpu()
         return found
 
     def _consensus(self, points: Tensor, j: int) -> Tensor:
-        """Where points `(M, 2)` of image j lie in every image by all ways: `(N, M, 2)`."""
-        count = len(self)
-        onward = self._map(points.expand(count, -1, -1), torch.arange(count), torch.full((count,), j))  # j to each k
-        chances = self.trust * self.trust[:, j]  # [i, k]: trust in j -> k -> i
-        chances.fill_diagonal_(0)
-        chances[:, j] = 0
-        best = chances.topk(min(_ROUTES, count), dim=1)
-        into = torch.arange(count).repeat_interleave(best.indices.shape[1])
-        through = best.indices.flatten()
-        composed = self._map(onward[through], into, through).unflatten(0, (count, -1))  # (N, K, M, 2)
-        ways = torch.cat((onward.unsqueeze(1), composed), dim=1)
-        weights = torch.cat((_DIRECT_SHARE * self.trust[:, j : j + 1].square(), best.values), dim=1)
-        weights = torch.where(torch.isfinite(ways).all(-1).all(-1), weights, 0.0)
-        return _geometric_median(ways.nan_to_num(), weights)
+        """Places `(N, M, 2)` in every image of points `(M, 2)` of image j, agreed on by all routes."""
+        count, transforms = len(self), self.transforms
+        direct = transforms[:, j].apply(points.expand(count, -1, -1))
+        trust = self.trust * self.trust[:, j]  # [i, k]: of the route j -> k -> i
+        trust.fill_diagonal_(0)
+        trust[:, j] = 0
+        best = trust.topk(min(_ROUTES, count), dim=1)
+        into, through = torch.arange(count).repeat_interleave(best.indices.shape[1]), best.indices.flatten()
+        composed = transforms[into, through].apply(direct[through]).unflatten(0, (count, -1))  # (N, K, M, 2)
+        places = torch.cat((direct.unsqueeze(1), composed), dim=1)
+        weights = torch.cat((_DIRECT_WEIGHT * self.trust[:, j : j + 1].square(), best.values), dim=1)
+        weights = torch.where(torch.isfinite(places).all(-1).all(-1), weights, 0.0)
+        return _geometric_median(places.nan_to_num(), weights)
 
 
 @torch.inference_mode()
@@ -200,7 +192,6 @@ def match_collection(
     *,
     graph: str = "all",
     degree: int = 8,
-    seed: int = 0,
     cascade: str = "features",
     progress: Progress | None = None,
 ) -> CollectionMatches:
@@ -208,10 +199,9 @@ def match_collection(
 
     Args:
         collection: N images.
-        graph: which pairs: `"all"` N(N-1), `"neighbours"` (each with the `degree` most alike, both ways), `"star"`
-            (each with the one that is most like all others, both ways) or `"random"` (each with `degree` others).
+        graph: which pairs, in both directions: `"all"`, `"neighbours"` (each image with the `degree` most similar ones)
+            or `"star"` (each with the one that is most similar to all others).
         degree: see `graph`.
-        seed: of the random graph.
         cascade: `"features"` costs no encoder pass; `"exact"`, the paper's, encodes each warped image again. With
             the configuration's `mutual_fit` both transforms of a pair are then fitted to each other.
         progress: called with (done, total) pairs.
@@ -224,16 +214,16 @@ def match_collection(
     if cascade not in ("features", "exact"):
         raise InputError(f"cascade must be 'features' or 'exact', not {cascade!r}.")
     count, model = len(collection), collection.model.macosnet
-    pairs = pair_graph(collection, graph, degree=degree, seed=seed)
+    pairs = pair_graph(collection, graph, degree)
     affine, tps = identity_affine(count, count), identity_tps(count, count)
     off_diagonal = ~torch.eye(count, dtype=torch.bool)
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
     similarity = torch.full((count, count), float("nan"))
     lengths, gram = _all_products(collection) if cascade == "features" else (None, None)
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        some = pairs[start : start + _PAIRS_AT_ONCE]
+    done = 0
+    for some in pairs.split(_PAIRS_AT_ONCE):
         i, j = some.t()
-        cells = _both_ways(collection, some)
+        cells = _cell_similarity(collection, some)
         if lengths is None or gram is None:
             first, second = collection.features(i.tolist()), collection.features(j.tolist())
             found = model.predict_transforms(
@@ -245,10 +235,11 @@ def match_collection(
             found = _fitted(collection, some, found)
         found = found.to("cpu", torch.float32)
         affine[i, j], tps[i, j] = found.affine, found.tps
-        similarity[i, j] = _brought_together(cells, found)
+        similarity[i, j] = _mean_similarity(cells, found)
+        done += len(some)
         if progress is not None:
-            progress(start + len(some), len(pairs))
-    return _judged(collection, affine, tps, similarity)
+            progress(done, len(pairs))
+    return _with_trust(collection, affine, tps, similarity)
 
 
 def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
@@ -260,8 +251,8 @@ def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
     return lengths, gram
 
 
-def _both_ways(collection: Collection, pairs: Tensor) -> Tensor:
-    """Inner products of all cells `(P, h*w, h, w)` of pairs that stand beside their reverse, which is the transpose."""
+def _cell_similarity(collection: Collection, pairs: Tensor) -> Tensor:
+    """[`cell_similarity`] `(P, h*w, h, w)` of pairs that stand beside their reverse, whose map is the transpose."""
     forth = pairs[0::2]
     products = cell_similarity(*(collection.features(forth[:, side].tolist()).normalized for side in (0, 1)))
     height, width = products.shape[-2:]
@@ -273,7 +264,7 @@ def _fitted(collection: Collection, pairs: Tensor, transforms: Transform) -> Tra
     """[`fit_mutually`] for transforms `(P)` of pairs that stand beside their reverse."""
     first, second = (collection.features(pairs[0::2, side].tolist()).normalized for side in (0, 1))
     both = torch.stack((first, second), dim=1)
-    # What is sampled for many pairs at once does not fit into a processor's cache, and takes twice as long.
+    # The samples of many pairs at once do not fit into a processor's cache, which takes twice as long.
     at_once = _FITS_AT_ONCE if both.device.type == "cpu" else len(both)
     both_ways = transforms.unflatten(0, (-1, 2))
     fitted = [
@@ -283,21 +274,20 @@ def _fitted(collection: Collection, pairs: Tensor, transforms: Transform) -> Tra
     return Transform.cat(fitted).flatten(0, 1)
 
 
-def _brought_together(cells: Tensor, transforms: Transform) -> Tensor:
-    """Mean cosine similarity `(P,)` of the target's cells and of the places where transforms send them in the source.
+def _mean_similarity(cells: Tensor, transforms: Transform) -> Tensor:
+    """Mean cosine similarity `(P,)` of the target's cells and of their transformed places in the source.
 
-    Read from the inner products `(P, h*w, h, w)`, interpolated; a cell that leaves the source has no partner there.
+    Interpolated from the inner products `(P, h*w, h, w)`; a cell that leaves the source counts 0.
     """
     height, width = cells.shape[-2:]
-    grid = make_grid(height, width).reshape(1, -1, 2).expand(len(cells), -1, -1)
-    there = transforms.apply(grid)
-    # One map over the source for each of the target's cells, looked up at one place.
+    places = transforms.apply(make_grid(height, width).reshape(1, -1, 2).expand(len(cells), -1, -1))
+    # One map over the source for each of the target's cells, sampled at one place.
     maps = cells.float().cpu().flatten(2).transpose(1, 2).reshape(-1, 1, height, width)
-    found = warp(maps, there.reshape(-1, 1, 1, 2)).view(len(cells), -1)
-    return (found * inside(there)).mean(-1)
+    found = warp(maps, places.reshape(-1, 1, 1, 2)).view(len(cells), -1)
+    return (found * inside(places)).mean(-1)
 
 
-def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int = 0) -> Tensor:
+def pair_graph(collection: Collection, graph: str, degree: int = 8) -> Tensor:
     """The ordered pairs `(P, 2)` of a graph, each beside its reverse; see [`match_collection`].
 
     Raises:
@@ -308,56 +298,50 @@ def pair_graph(collection: Collection, graph: str, *, degree: int = 8, seed: int
     if degree < 1:
         raise InputError(f"degree must be at least 1, not {degree}.")
     count = len(collection)
-    upper = torch.triu_indices(count, count, 1).t()
-    if graph != "all":
-        chosen = torch.zeros(count, count, dtype=torch.bool)
-        if graph == "random":
-            generator = torch.Generator().manual_seed(seed)
-            scores = torch.rand(count, count, generator=generator).fill_diagonal_(-1)
-            partners = scores.topk(min(degree, count - 1), dim=1).indices
-        else:
-            last = collection.features(range(count)).last
-            partners, similarity = choose_partners(last, degree if graph == "neighbours" else count - 1)
-            if graph == "star":
-                hub = int(similarity.mean(1).argmax())
-                partners = torch.full((count, 1), hub)
-        chosen.scatter_(1, partners.cpu(), torch.ones_like(partners.cpu(), dtype=torch.bool))
-        chosen = chosen | chosen.t()
-        upper = upper[chosen[upper[:, 0], upper[:, 1]]]
-    return torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
+    if graph == "all":
+        chosen = torch.ones(count, count, dtype=torch.bool)
+    else:
+        last = collection.features(range(count)).last
+        partners, similarity = choose_partners(last, degree if graph == "neighbours" else count - 1)
+        if graph == "star":
+            partners = similarity.mean(1).argmax().expand(count, 1)
+        chosen = torch.zeros(count, count, dtype=torch.bool).scatter(1, partners.cpu(), True)
+    return _beside_reverse((chosen | chosen.t()).triu(1).nonzero())
 
 
-def _judged(collection: Collection, affine: Tensor, tps: Tensor, similarity: Tensor | None = None) -> CollectionMatches:
-    """Error and trust of transforms `(N, N, 6)` and `(N, N, 18)`, and their similarity where it is not known."""
+def _beside_reverse(pairs: Tensor) -> Tensor:
+    """Pairs `(P, 2)`, each followed by its reverse: `(2 * P, 2)`."""
+    return torch.stack((pairs, pairs.flip(1)), dim=1).flatten(0, 1)
+
+
+def _with_trust(
+    collection: Collection, affine: Tensor, tps: Tensor, similarity: Tensor | None = None
+) -> CollectionMatches:
+    """Matches by transforms `(N, N, 6)` and `(N, N, 18)`: error, trust, and similarity where it is not known."""
     count, transforms = len(collection), collection.model.make_transform(affine, tps)
     points = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9
     error = torch.full((count, count), float("nan"))
-    known = torch.isfinite(affine).all(-1)
-    i, j = torch.nonzero(known).t()
-    for part in torch.arange(len(i)).split(4096):
-        a, b = i[part], j[part]
-        start = points.expand(len(part), -1, -1)
-        back = transforms[b, a].apply(transforms[a, b].apply(start))
-        error[a, b] = (back - start).norm(dim=-1).mean(-1)
+    for some in torch.isfinite(affine).all(-1).nonzero().split(4096):
+        i, j = some.t()
+        start = points.expand(len(some), -1, -1)
+        error[i, j] = (transforms[j, i].apply(transforms[i, j].apply(start)) - start).norm(dim=-1).mean(-1)
     if similarity is None:
         similarity = torch.full((count, count), float("nan"))
-        upper = torch.triu_indices(count, count, 1).t()
-        pairs = torch.stack((upper, upper.flip(1)), dim=1).flatten(0, 1)
         with torch.inference_mode():
-            for first in range(0, len(pairs), _PAIRS_AT_ONCE):
-                some = pairs[first : first + _PAIRS_AT_ONCE]
-                a, b = some.t()
-                cells = _both_ways(collection, some)
-                similarity[a, b] = _brought_together(cells, transforms[a, b])
+            for some in pair_graph(collection, "all").split(_PAIRS_AT_ONCE):
+                i, j = some.t()
+                similarity[i, j] = _mean_similarity(_cell_similarity(collection, some), transforms[i, j])
     similarity = similarity.clone().fill_diagonal_(1.0)
-    trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _RETURN_SIGMA) ** 2)
+    trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _ERROR_SIGMA) ** 2)
     return CollectionMatches(affine, tps, similarity, error, trust.nan_to_num(0).fill_diagonal_(1.0), collection)
 
 
 def _geometric_median(places: Tensor, weights: Tensor, steps: int = 10) -> Tensor:
-    """Of K places for each of M points: `(N, K, M, 2)` and weights `(N, K)` to `(N, M, 2)`; NaN without any weight.
+    """Weighted geometric median `(N, M, 2)` of K places for each of M points, by Weiszfeld's iteration from the mean.
 
-    Weiszfeld's iteration, from the weighted mean.
+    Args:
+        places: `(N, K, M, 2)`.
+        weights: `(N, K)`; without any the median is NaN.
     """
     share = weights[:, :, None, None]
     total = share.sum(1)
@@ -367,16 +351,6 @@ def _geometric_median(places: Tensor, weights: Tensor, steps: int = 10) -> Tenso
         pull = share / distance
         median = (pull * places).sum(1) / pull.sum(1)
     return median
-
-
-def _as_points(points: Sequence[Sequence[float]] | np.ndarray) -> Tensor:
-    try:
-        array = np.asarray(points, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError("Points must be pairs of numbers (x, y).") from error
-    if array.ndim != 2 or array.shape[1] != 2 or not np.isfinite(array).all():
-        raise InputError("Points must be pairs of finite numbers (x, y).")
-    return torch.from_numpy(array)
 
 
 __all__ = ["GRAPHS", "CollectionMatches", "match_collection", "pair_graph"]

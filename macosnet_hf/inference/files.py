@@ -19,7 +19,7 @@ from ..drawing import overview
 from ..errors import ImageError, InputError
 from ..geometry import dense_flow
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
-from . import DIRECTIONS
+from . import DIRECTIONS, start_of
 from .average import aligned_average
 from .pair import PairResult, check_points, match_images
 
@@ -89,9 +89,8 @@ class MatchedPair:
         Raises:
             InputError: as [`PairResult.transfer`].
         """
-        if direction not in DIRECTIONS:
-            raise InputError(f"direction must be one of {' and '.join(DIRECTIONS)}; got {direction!r}.")
-        here, there = self.copies if direction == DIRECTIONS[0] else self.copies[::-1]
+        start = start_of(direction)
+        here, there = self.copies[start], self.copies[1 - start]
         inside = here.from_original(check_points(points, here.size)).clip(0, np.array(here.image.size) - 1)
         return there.to_original(self.result.transfer(inside, direction))
 

@@ -1,4 +1,4 @@
-"""Two images in, matches and masks out: the one call behind the command line, the app and the README."""
+"""Matches and masks of two images: `match_pair` and its result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
 from ..mask_sharing import NetworkMasks, reduce_for_refinement, similar_cells
 from ..refinement import check_method
-from . import DIRECTIONS
+from . import start_of
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -35,25 +35,30 @@ _EACH_OTHER = torch.tensor([[1], [0]])
 
 
 @dataclass
-class _Candidates:
-    """What the network found, before the hard masks and the threshold choose among it.
+class _Found:
+    """What the network finds in a pair, before masks and threshold select matches.
 
     Attributes:
         points: `(M, 2, 2)` float32 pixels of both images.
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
-        crops: the second pass that refined masks need, once it was made.
+        agreement: see [`object_agreement`].
+        crops: of the second pass, which the first refinement makes.
     """
 
+    model: MaCoSNetForKeypointMatching
+    processor: MaCoSNetImageProcessor
+    outputs: MaCoSNetKeypointMatchingOutput
     points: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
+    agreement: float
     crops: Crops | None = None
 
 
 @dataclass
 class PairResult:
-    """Everything known about a pair of images. Points are (x, y) in pixels of the original images.
+    """Matches, masks and transforms of a pair of images. Points are (x, y) in pixels.
 
     Attributes:
         source, target: the images, upright RGB.
@@ -63,8 +68,7 @@ class PairResult:
         soft_masks: `(2, S, S)` float32, refined; the object is where they are 0.5 or more.
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
-        quality: how far the result can be trusted: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; whatever
-            the threshold.
+        quality: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; it does not depend on the threshold.
     """
 
     source: Image.Image
@@ -77,10 +81,7 @@ class PairResult:
     affine: np.ndarray
     tps: np.ndarray
     quality: str
-    _outputs: MaCoSNetKeypointMatchingOutput = field(repr=False)
-    _model: MaCoSNetForKeypointMatching = field(repr=False)
-    _processor: MaCoSNetImageProcessor = field(repr=False)
-    _candidates: _Candidates = field(repr=False)
+    _found: _Found = field(repr=False)
 
     @property
     def matches(self) -> list[dict[str, Any]]:
@@ -97,13 +98,13 @@ class PairResult:
 
     @property
     def transforms(self) -> Transform:
-        """`(2)`, on the CPU: T_AB and T_BA, whose parameters are `affine` and `tps`."""
-        return self._model.make_transform(torch.from_numpy(self.affine), torch.from_numpy(self.tps))
+        """`(2)` on the CPU: T_AB and T_BA, with the parameters `affine` and `tps`."""
+        return self._found.model.make_transform(torch.from_numpy(self.affine), torch.from_numpy(self.tps))
 
     @property
     def probabilities(self) -> np.ndarray:
-        """`(2, S, S)` float32 soft masks of source and target, at the network's resolution."""
-        return self._candidates.probabilities
+        """`(2, S, S)` float32 soft masks of the network, before refinement."""
+        return self._found.probabilities
 
     def with_options(self, *, refine: str = "grabcut", threshold: float = 0.0) -> PairResult:
         """The same pair with masks refined in another way, or another threshold; the pair is not matched again.
@@ -116,8 +117,7 @@ class PairResult:
             InputError: if an option cannot be used.
         """
         _check_options(refine, threshold)
-        images, network = (self.source, self.target), (self._model, self._processor)
-        return _result(images, *network, self._outputs, self._candidates, refine, threshold)
+        return _result((self.source, self.target), self._found, refine, threshold)
 
     def transfer(
         self,
@@ -131,18 +131,11 @@ class PairResult:
             InputError: if the points are not N pairs of finite numbers, lie outside of the image, or the
                 direction is unknown.
         """
-        if direction not in DIRECTIONS:
-            raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
-        image = self.source if direction == "source_to_target" else self.target
-        checked = check_points(points, image.size)
+        checked = check_points(points, (self.source, self.target)[start_of(direction)].size)
+        model, outputs = self._found.model, self._found.outputs
         with torch.inference_mode():
-            moved = self._model.transfer_points(
-                self._outputs,
-                torch.from_numpy(checked).to(self._outputs.affine.device)[None],
-                self.image_sizes,
-                direction,
-                local_matching,
-            )
+            start = torch.from_numpy(checked).to(outputs.affine.device)[None]
+            moved = model.transfer_points(outputs, start, self.image_sizes, direction, local_matching)
         return moved[0].cpu().numpy().astype(np.float64)
 
     def draw_matches(self, max_matches: int = 40) -> Image.Image:
@@ -188,9 +181,9 @@ def quality_in_words(agreement: float, matches: int) -> str:
     """How far a pair's matches can be trusted: `"good"`, `"fair"` or `"poor"`.
 
     On 208 pairs of msrc-coseg, half of them of different classes, with the embedded checkpoint, the area under the ROC
-    curve of the agreement is 0.903. "good" is said of 67 % of the pairs of one class and of 7 % of the others, at
-    least "fair" of 90 % and of 22 %. An object beside the same one turned by 90 degrees is still "good" in two cases
-    of three, although few of the matches can be right. Other encoders have other similarities.
+    curve of the agreement is 0.903. "good" are 67 % of the pairs of one class and 7 % of the others, at least "fair"
+    90 % and 22 %. An object and the same one turned by 90 degrees are still "good" in two cases of three, although few
+    of the matches can be right. Other encoders have other similarities.
 
     Args:
         agreement: see [`object_agreement`].
@@ -202,11 +195,10 @@ def quality_in_words(agreement: float, matches: int) -> str:
 
 
 def object_agreement(features: torch.Tensor, masks: torch.Tensor, transforms: Transform) -> float:
-    """How well two objects agree, in [0, 1]: are they alike, and alike where the transforms lay them on each other?
+    """Similarity of two objects in [0, 1], as a whole and where the transforms lay them on each other.
 
-    The geometric mean of two cosine similarities: that of the mean features of both objects, and the mean one of the
-    cells that the transforms bring together, where both masks are (averaged over both directions). 0 if one of them is
-    negative.
+    The geometric mean of two cosine similarities: of the mean features of both objects, and the mean one of the cells
+    that the transforms bring together, where both masks are (averaged over both directions). 0 if one is negative.
 
     Args:
         features: `(2, C, h, w)`.
@@ -217,13 +209,13 @@ def object_agreement(features: torch.Tensor, masks: torch.Tensor, transforms: Tr
     unit = torch.nn.functional.normalize(features.float(), dim=1)
     small = torch.nn.functional.interpolate(masks[:, None].float(), size=size, mode="area")
     mean = (unit * small).sum(dim=(2, 3))
-    alike = torch.nn.functional.cosine_similarity(mean[0], mean[1], dim=0)
+    overall = torch.nn.functional.cosine_similarity(mean[0], mean[1], dim=0)
     grid = transforms.to(torch.float32).grid(size)
     there = [1, 0]  # the image whose layout each warped map has
     similarity = (warp(unit, grid) * unit[there]).sum(dim=1, keepdim=True)
     both = warp(small, grid) * small[there]
     aligned = ((similarity * both).sum(dim=(1, 2, 3)) / both.sum(dim=(1, 2, 3)).clamp(min=1e-6)).mean()
-    return float((alike.clamp(min=0) * aligned.clamp(min=0)).sqrt())
+    return float((overall.clamp(min=0) * aligned.clamp(min=0)).sqrt())
 
 
 def _as_array(image: Image.Image) -> np.ndarray:
@@ -250,12 +242,12 @@ def _interpolate(values: torch.Tensor, dim: int, positions: tuple[torch.Tensor, 
     return torch.lerp(values.index_select(dim, lower), values.index_select(dim, upper), weight.view(shape))
 
 
-def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """Points of an image as float32 `(N, 2)`.
 
     Args:
         points: N pairs (x, y) in pixels.
-        size: (width, height) of the image.
+        size: (width, height) of the image that they must lie in; None for points anywhere.
 
     Raises:
         InputError: if they are not N pairs of finite numbers within the image.
@@ -270,8 +262,7 @@ def check_points(points: Sequence[Sequence[float]] | np.ndarray, size: tuple[int
         raise InputError(f"Points must be pairs of numbers (x, y); got an array of shape {array.shape}.")
     if not np.isfinite(array).all():
         raise InputError("Points must be finite numbers.")
-    outside = ((array < 0) | (array > np.array(size) - 1)).any(axis=1)
-    if outside.any():
+    if size is not None and (outside := ((array < 0) | (array > np.array(size) - 1)).any(axis=1)).any():
         x, y = array[outside][0]
         raise InputError(f"The point ({x:g}, {y:g}) lies outside of the image, which is {size[0]}x{size[1]} pixels.")
     return array.astype(np.float32)
@@ -293,10 +284,10 @@ def match_pair(
     threshold: float = 0.0,
     device: str = "auto",
 ) -> PairResult:
-    """Matches two images of the same kind of object and cuts the object out of both.
+    """Matches two images of the same kind of object and segments the object in both.
 
     Args:
-        source, target: path, bytes, file object, PIL image or array: whatever [`load_image`] takes.
+        source, target: path, bytes, file object, PIL image or array, as for [`load_image`].
         model, processor: loaded already; otherwise `checkpoint` is loaded on `device`, once per process.
         refine: how soft masks become hard ones: `"grabcut"`, `"otsu"` or `"crf"`, by the steps of
             [`Collection.segment`](collection.py) for a collection of two; `"none"` for the decoder's masks at 0.5.
@@ -340,84 +331,60 @@ def match_images(
     pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device))
-    found = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
-    candidates = _Candidates(
-        points=torch.stack((found["keypoints0"], found["keypoints1"]), dim=1).float().cpu().numpy(),
-        scores=found["matching_scores"].float().cpu().numpy(),
-        probabilities=outputs.mask_logits[0].float().sigmoid().cpu().numpy(),
+    points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
+    soft = outputs.mask_logits[0].float().sigmoid()
+    found = _Found(
+        model,
+        processor,
+        outputs,
+        points=torch.stack((points["keypoints0"], points["keypoints1"]), dim=1).float().cpu().numpy(),
+        scores=points["matching_scores"].float().cpu().numpy(),
+        probabilities=soft.cpu().numpy(),
+        agreement=object_agreement(outputs.features[0], soft, model.transforms(outputs)[0]),
     )
-    return _result(images, model, processor, outputs, candidates, refine, threshold)
+    return _result(images, found, refine, threshold)
 
 
-def _result(
-    images: tuple[Image.Image, Image.Image],
-    model: MaCoSNetForKeypointMatching,
-    processor: MaCoSNetImageProcessor,
-    outputs: MaCoSNetKeypointMatchingOutput,
-    candidates: _Candidates,
-    refine: str,
-    threshold: float,
-) -> PairResult:
-    """Hard masks, and the candidates that lie on both of them with a score above the threshold."""
-    probabilities = candidates.probabilities
+def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str, threshold: float) -> PairResult:
+    """Hard masks, and the matches that lie on both of them with a score above the threshold."""
+    soft = found.probabilities
     if refine != "none":
-        if candidates.crops is None:
-            candidates.crops = _second_pass(images, model, processor, outputs.features[0], probabilities)
-        probabilities = refine_crops(candidates.crops, refine).numpy()
-    masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, probabilities, strict=True)]
-    points, scores = candidates.points, candidates.scores
-    keep = _on_masks(points, masks)
-    agreement = object_agreement(
-        outputs.features[0],
-        torch.sigmoid(outputs.mask_logits[0].float()),
-        model.transforms(outputs)[0],
-    )
-    quality = quality_in_words(agreement, int(keep.sum()))
-    keep &= scores > threshold
-    points, scores = points[keep], scores[keep]
-    order = np.argsort(-scores, kind="stable")
+        if found.crops is None:
+            found.crops = _second_pass(images, found)
+        soft = refine_crops(found.crops, refine).numpy()
+    masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, soft, strict=True)]
+    on_object = _on_masks(found.points, masks)
+    chosen = np.flatnonzero(on_object & (found.scores > threshold))
+    chosen = chosen[np.argsort(-found.scores[chosen], kind="stable")]
     return PairResult(
         source=images[0],
         target=images[1],
-        keypoints=points[order].astype(np.float64),
-        scores=scores[order].astype(np.float64),
+        keypoints=found.points[chosen].astype(np.float64),
+        scores=found.scores[chosen].astype(np.float64),
         source_mask=masks[0],
         target_mask=masks[1],
-        soft_masks=probabilities,
-        affine=outputs.affine[0].float().cpu().numpy(),
-        tps=outputs.tps[0].float().cpu().numpy(),
-        quality=quality,
-        _outputs=outputs,
-        _model=model,
-        _processor=processor,
-        _candidates=candidates,
+        soft_masks=soft,
+        affine=found.outputs.affine[0].float().cpu().numpy(),
+        tps=found.outputs.tps[0].float().cpu().numpy(),
+        quality=quality_in_words(found.agreement, int(on_object.sum())),
+        _found=found,
     )
 
 
-def _second_pass(
-    images: tuple[Image.Image, Image.Image],
-    model: MaCoSNetForKeypointMatching,
-    processor: MaCoSNetImageProcessor,
-    features: torch.Tensor,
-    probabilities: np.ndarray,
-) -> Crops:
-    """The steps of a collection of two between first and refined masks, see [`Collection.segment`].
-
-    Args:
-        features: `(2, C, h, w)`.
-        probabilities: `(2, S, S)`.
-    """
+def _second_pass(images: tuple[Image.Image, Image.Image], found: _Found) -> Crops:
+    """The second pass on crops of a collection of two, see [`Collection.segment`]."""
 
     def look_at(boxes: Sequence[Box | None]) -> tuple[Sequence[Image.Image], NetworkMasks]:
-        side = model.config.image_size
-        collection = Collection(model, processor)
+        side = found.model.config.image_size
+        collection = Collection(found.model, found.processor)
         collection.add([crop_to_box(image, box, side) for image, box in zip(images, boxes, strict=True)])
         return collection.images, collection.first_pass()[0].cpu()
 
-    cells = similar_cells(features.float().cpu(), _EACH_OTHER)
-    whole = Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(probabilities), cells))
-    crops = crop_to_objects(whole, look_at)
-    # Reduced at once: a result may be held for long, and refined again.
+    cells = similar_cells(found.outputs.features[0].float().cpu(), _EACH_OTHER)
+    crops = crop_to_objects(
+        Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(found.probabilities), cells)), look_at
+    )
+    # Reduced at once: a server stores the result, and refines it again.
     return crops._replace(images=[reduce_for_refinement(image) for image in crops.images])
 
 
@@ -433,8 +400,8 @@ def _sizes(images: tuple[Image.Image, Image.Image]) -> torch.Tensor:
 
 def _on_masks(points: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
     """Which matches `(N, 2, 2)` lie on both hard masks: `(N,)` bool."""
-    keep = np.ones(len(points), dtype=bool)
+    on_both = np.ones(len(points), dtype=bool)
     for view, mask in enumerate(masks):
         column, row = np.rint(points[:, view]).astype(int).T
-        keep &= mask[row.clip(0, mask.shape[0] - 1), column.clip(0, mask.shape[1] - 1)]
-    return keep
+        on_both &= mask[row.clip(0, mask.shape[0] - 1), column.clip(0, mask.shape[1] - 1)]
+    return on_both

@@ -14,7 +14,7 @@ from macosnet_hf.inference.collection_transforms import (
     GRAPHS,
     CollectionMatches,
     _geometric_median,
-    _judged,
+    _with_trust,
     match_collection,
     pair_graph,
 )
@@ -151,7 +151,6 @@ def test_graphs(collection):
     assert sizes["all"] == count * (count - 1)
     assert sizes["star"] == 2 * (count - 1)
     assert count <= sizes["neighbours"] <= 2 * count
-    assert count <= sizes["random"] <= 2 * count
     hubs = [set(pair) for pair in pair_graph(collection, "star").tolist()]
     assert len(set.intersection(*hubs)) == 1
     star = match_collection(collection, graph="star")
@@ -178,7 +177,7 @@ def consistent(collection, generator):
 
 
 def matches_of(collection, affine, tps):
-    judged = _judged(collection, affine, tps)
+    judged = _with_trust(collection, affine, tps)
     count = len(affine)
     # Features of noise say nothing; let the error on the way back alone decide.
     trust = torch.exp(-0.5 * (judged.error / 0.2) ** 2).nan_to_num(0)
@@ -219,7 +218,7 @@ def test_bad_input(network, photos, collection):
     for work in (few.segment, lambda: match_collection(few)):
         with pytest.raises(InputError, match="two or more"):
             work()
-    for options in ({"graph": "circle"}, {"cascade": "magic"}, {"graph": "random", "degree": 0}):
+    for options in ({"graph": "circle"}, {"cascade": "magic"}, {"graph": "neighbours", "degree": 0}):
         with pytest.raises(InputError):
             match_collection(collection, **options)
     matches = match_collection(collection, graph="star")

@@ -252,7 +252,7 @@ def test_default_checkpoint_is_loaded_once(network):
     pair._cached_checkpoint.cache_clear()
     first = match_pair(CHEETAH, LION, device="cpu", refine="none")
     again = match_pair(CHEETAH, LION, device="cpu", refine="none")
-    assert first._model is again._model
+    assert first._found.model is again._found.model
     np.testing.assert_array_equal(first.keypoints, match_pair(CHEETAH, LION, **network, refine="none").keypoints)
     pair._cached_checkpoint.cache_clear()
 
