@@ -17,7 +17,6 @@ from macosnet_hf.training.encoder_weights import load_imagenet_encoder
 from macosnet_hf.training.images import open_images, read_images
 from macosnet_hf.training.launch import make_accelerator, run_script, save_model
 from macosnet_hf.training.loop import check_enough, train
-from macosnet_hf.training.packing import steps_within
 from macosnet_hf.training.pretraining import SyntheticObjective
 from macosnet_hf.training.reports import Reports
 from macosnet_hf.training.settings import SyntheticSettings, parse_settings
@@ -50,8 +49,6 @@ def main(words: Sequence[str] | None = None) -> int:
         exact_share=settings.exact_share,
         draw_on_device=settings.on_device,
     )
-    if settings.max_minutes is not None:
-        settings.max_train_steps = steps_within(settings.max_minutes, objective, images, settings, accelerator)
     trained = train(accelerator, objective, images, settings, Reports(accelerator, settings, validate))
     model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
     save_model(accelerator, settings, model, processor)

@@ -42,14 +42,18 @@ def main(words: Sequence[str] | None = None) -> int:
     validate = None
     if settings.validation_masks:
         validate = mask_validation(settings.validation_masks, processor, settings.validation_per_class)
-    images.keep_in_memory(quiet=not accelerator.is_main_process)
+    device = accelerator.device if settings.on_device else None
+    images.keep_in_memory(quiet=not accelerator.is_main_process, device=device)
     masks = masks_of_run(accelerator, settings, images, model, processor)
+    masks = masks.to(device)
     mean, std = list(processor.image_mean), list(processor.image_std)
     dataset: CompositeGroups | MaskedPairs
     objective: CommonObjective | DecoderObjective
     if common:
         dataset = CompositeGroups(images, masks, group_size=settings.group_size, seed=settings.seed)
-        objective = CommonObjective(model.macosnet, mean, std, composite_share=settings.composite_share)
+        objective = CommonObjective(
+            model.macosnet, mean, std, composite_share=settings.composite_share, draw_on_device=settings.on_device
+        )
     else:
         dataset = MaskedPairs(images, masks, pairs)
         objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)

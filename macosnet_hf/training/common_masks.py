@@ -119,6 +119,7 @@ class CommonObjective(nn.Module):
         composite_share: of the members that are composed with an object of another class.
         second_round_share: of the groups whose partners' objects are where the model's own masks say, as in the second
             round of a model with `decoder_rounds=2`; for the others they are assumed in the middle.
+        draw_on_device: as in [`~.pretraining.SyntheticObjective`].
     """
 
     mean: Tensor
@@ -132,11 +133,13 @@ class CommonObjective(nn.Module):
         *,
         composite_share: float = 0.45,
         second_round_share: float = 0.5,
+        draw_on_device: bool = False,
     ):
         super().__init__()
         if model.config.decoder_inputs != "common":
             raise InputError("Composites teach a decoder with decoder_inputs='common'; this model has 'paper'.")
         self.model, self.composite_share, self.second_round_share = model, composite_share, second_round_share
+        self.draw_on_device = draw_on_device
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         model.requires_grad_(False)
@@ -152,6 +155,8 @@ class CommonObjective(nn.Module):
     def forward(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Items of [`CompositeGroups`], batched, to the loss and the share of the object."""
         groups, members = batch[2].shape
+        if self.draw_on_device:
+            generator = torch.Generator(batch[0].device).manual_seed(generator.initial_seed())
         with torch.no_grad():
             images, labels = self.make_images(batch, generator)
             features = self.model.encoder(((images - self.mean) / self.std).to(memory_format=torch.channels_last))

@@ -7,19 +7,14 @@ back are the heads of the transformation predictor, the configuration and the lo
 
 from __future__ import annotations
 
-import copy
 import io
 import shutil
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from ..configuration_macosnet import MaCoSNetConfig
 from ..errors import DataError, InputError
@@ -28,11 +23,8 @@ from ..io.image_files import load_image
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
 from .encoder_weights import load_imagenet_encoder
 from .images import TrainingImages
-from .loop import TrainingData, moving_average
-from .settings import TrainingSettings
 
 HEADS = ("affine_head", "tps_head")
-_TRIAL_STEPS = 32
 _VALIDATION_QUALITY = 85
 
 
@@ -146,34 +138,3 @@ def join_results(results: str | Path, preset: str) -> tuple[MaCoSNetForKeypointM
         except (OSError, RuntimeError) as error:
             raise InputError(f"{path} does not hold that head of the preset {preset}.") from error
     return model, MaCoSNetImageProcessor.from_preset(preset)
-
-
-def steps_within(
-    minutes: float, objective: nn.Module, images: TrainingData, settings: TrainingSettings, accelerator: Accelerator
-) -> int:
-    """How many training steps fit into a time, from the second half of 32 steps of a copy, which is thrown away.
-
-    The trial ends early where it takes a tenth of the time. A tenth of a step is added for what the loop does besides.
-
-    Args:
-        objective, images, settings, accelerator: as for `train`.
-    """
-    trial = copy.deepcopy(objective).to(accelerator.device).train()
-    average = moving_average(trial, 0.9)
-    optimizer = torch.optim.AdamW([parameter for parameter in trial.parameters() if parameter.requires_grad])
-    size = settings.per_device_train_batch_size
-    marks = [time.perf_counter()]
-    while len(marks) <= _TRIAL_STEPS and marks[-1] - marks[0] < 6 * minutes:
-        numbers = range(len(marks) * size, (len(marks) + 1) * size)
-        batch = torch.stack([images[number % len(images)] for number in numbers]).to(accelerator.device)
-        with accelerator.autocast():
-            loss: Tensor = trial(batch, torch.Generator().manual_seed(len(marks)))["total"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(trial)
-        loss.item()  # waits for the device
-        marks.append(time.perf_counter())
-    half = (len(marks) - 1) // 2
-    seconds = (marks[-1] - marks[half]) / (len(marks) - 1 - half)
-    return max(1, int(60 * minutes / (1.1 * seconds)) // settings.gradient_accumulation_steps)

@@ -87,6 +87,12 @@ class OptimizationOptions:
         f"optimiser steps; wins over --num_train_epochs ({DEFAULT_STEPS} where neither is given)", None
     )
     num_train_epochs: Rate | None = option("passes over the data", None)
+    on_device: bool = option(
+        "keep the images and draw the random numbers on the GPU: several times faster, other random numbers", False
+    )
+    max_minutes: Rate | None = option(
+        "instead of --max_train_steps: as many as fit into this time at the speed of the first ones", None
+    )
     learning_rate: Rate = option("of AdamW", 1e-3)
     lr_scheduler_type: str = option("schedule of the learning rate", "cosine", choices=SCHEDULES)
     num_warmup_steps: Index = option("steps in which the learning rate rises from 0", 100)
@@ -131,12 +137,6 @@ class SyntheticOptions:
     background_swap: float = option("share of pairs whose backgrounds differ", 0.5)
     feature_noise: float = option("largest noise added to features, relative to their own size", 0.7)
     exact_share: float = option("share of steps in which the spline sees re-encoded pixels", 0.5)
-    on_device: bool = option(
-        "keep the images and draw the random numbers on the GPU: several times faster, other random numbers", False
-    )
-    max_minutes: Rate | None = option(
-        "instead of --max_train_steps: as many as fit into this time at the speed of the first ones", None
-    )
     validation_pairs: str | None = option("CSV of pairs with keypoints, to report PCK on", None, metavar="FILE")
 
 

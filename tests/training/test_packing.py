@@ -18,7 +18,8 @@ from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.encoder_weights import packaged_state_dict
 from macosnet_hf.training.images import TrainingImages
-from macosnet_hf.training.packing import join_results, pack, steps_within, unpack
+from macosnet_hf.training.loop import steps_within
+from macosnet_hf.training.packing import join_results, pack, unpack
 from macosnet_hf.training.settings import SyntheticSettings
 
 ROOT = Path(__file__).parents[2]
