@@ -12,12 +12,12 @@ from ..io import image_files
 
 
 def image_name(image: Any) -> str:
-    """How to call an image in an error: its path, or that it is embedded."""
+    """An image's name in an error: its path, or that it has none."""
     if isinstance(image, dict):
         return str(image.get("path") or "embedded image")
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
-    return str(getattr(image, "filename", "") or "picture")
+    return str(getattr(image, "filename", "") or "image in memory")
 
 
 def source_of(image: Any) -> Any:

@@ -1,10 +1,10 @@
-"""From an original archive to a folder of Parquet shards that plain `datasets` loads, and opening any kind of data.
+"""Opens archives, prepared folders and data sets of the Hub, and prepares archives as Parquet that `datasets` loads.
 
-The folder: `README.md` (the data set card, which also tells `datasets` where the splits are) and
+A prepared folder holds `README.md` (the data set card, which also names the files of the splits) and
 `data/<split>-00000-of-00003.parquet` with the images inside. It is written under another name and renamed when it is
-complete, so a run that was cut off leaves nothing that looks whole; the next run removes its rest and starts again.
+complete; the next run removes what a killed run left.
 
-Pairs repeat images. Parquet's dictionary encoding stores each image once in a row group, and records come sorted by
+Pairs repeat images. Parquet's dictionary encoding stores each image once in a row group, and records are sorted by
 class, so PF-WILLOW's 450 pairs take little more room than its 100 images.
 """
 
@@ -30,11 +30,11 @@ from .schema import IMAGE_COLUMNS, MEANINGS, Record, check_record, features
 MARKER = ".macosnet-partial"  # in unfinished outputs of version 0.1
 CARD_MARK = "Prepared by `macosnet prepare "
 ROW_GROUP_BYTES = 48 * 2**20
-"""Images and flows of one row group, decoded; what a reader of the stream holds at a time."""
+"""Bytes of the images and flows of one row group, which a reader of the stream holds at a time."""
 
 SHARD_BYTES = 400 * 2**20
 
-# Where a class is scattered over the list, sorting lets each image's pairs follow each other.
+# Their lists are not in the order of classes; sorted, the pairs of an image follow each other.
 _SORTED = ("pf-willow", "pf-pascal", "pairs")
 
 
@@ -55,13 +55,13 @@ def open_records(
 
     Args:
         benchmark: name of the benchmark.
-        data: folder or Hub id; may be left out for `pairs`, where the folder of the list is taken.
+        data: folder or Hub id; for `pairs`, `None` is the folder of the list.
         split: which split.
         pairs: list of pairs, for original archives.
         problems: what to do with invalid records.
 
     Returns:
-        the records, and how many there are where that is known without reading them all.
+        the records, and their number where it is known without reading them all.
 
     Raises:
         DataError: for what is wrong with the data.
@@ -83,7 +83,7 @@ def open_records(
 def locate(
     benchmark: str, data: str | os.PathLike[str] | None, pairs: str | os.PathLike[str] | None
 ) -> tuple[Path | str, str | os.PathLike[str] | None]:
-    """The folder, or the Hub id, that is meant, and the list of pairs; looks no further than whether they are there.
+    """The folder, or the id of a data set on the Hub, and the list of pairs. Checks that folder and list exist.
 
     Raises:
         DataError: if `data` is neither a folder nor a Hub id, or the list is missing.
@@ -107,7 +107,7 @@ def locate(
 
 
 def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -> Iterator[Record]:
-    """Streams a prepared data set, one record in memory at a time (and one row group of its Parquet file).
+    """Streams a prepared data set, with one row group of its Parquet file in memory at a time.
 
     Raises:
         DataError: if it cannot be loaded, lacks columns of the schema, or a record is invalid.
@@ -130,11 +130,11 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
     rows = iter(stream)
     while True:
         try:
-            record = next(rows)
-        except StopIteration:
-            break
+            record = next(rows, None)
         except (OSError, ValueError) as error:
             raise DataError(f"{data}: the split {split!r} is damaged: {_first_line(error)}") from error
+        if record is None:
+            break
         try:
             where = f"{data}, {split}, record {count} ({record.get('id')})"
             check_record(record, where)
@@ -149,7 +149,7 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
 
 
 def _check_benchmark(record: Record, benchmark: str, where: str) -> None:
-    """A prepared data set does not say of which benchmark it is, and figures under another's name would mislead."""
+    """Raises [`DataError`] for a record of another benchmark: a prepared data set does not name its own."""
     entry = get_benchmark(benchmark)
     if (record.get("target_image") is not None) != (entry.kind == "pairs"):
         has, wants = ("a single image", "pairs") if entry.kind == "pairs" else ("a pair", "single images")
@@ -180,19 +180,17 @@ def prepare(
     row_group_bytes: int = ROW_GROUP_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Writes an archive as Parquet with embedded images, a card and splits.
-
-    Every image and mask is decoded once, so that what `load_dataset` gives can be read.
+    """Writes an archive as Parquet with embedded images and a card. Every image and mask is decoded once as a check.
 
     Args:
         benchmark: name of the benchmark.
         source: its original archive.
         output: the folder to make; it must not exist, unless `overwrite`.
-        splits: which ones; default: all that the archive holds.
+        splits: default: all that the archive holds.
         pairs: list of pairs, as in [`open_records`].
         problems: what to do with invalid records.
         overwrite: replace an earlier output of this function.
-        shard_bytes, row_group_bytes: upper bounds on a file and on what a reader decodes at a time, roughly.
+        shard_bytes, row_group_bytes: approximate upper bounds of a file and of a row group.
         progress: called with the number of records done.
 
     Returns:
@@ -256,8 +254,8 @@ def _is_complete_output(folder: Path) -> bool:
 
 
 def _put_in_place(partial: Path, folder: Path, replaced: Path) -> None:
-    """Gives the finished folder its name. An older output goes as a whole first: were it removed under its name, a
-    kill would leave some of its shards there, which `datasets` would load as if they were all."""
+    """Gives the finished folder its name. An older output is renamed first: a kill while it is removed under its own
+    name would leave some of its shards, which `datasets` would load as all of them."""
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(partial, folder)
@@ -265,7 +263,7 @@ def _put_in_place(partial: Path, folder: Path, replaced: Path) -> None:
 
 
 def _data_root(source: Path) -> str:
-    """The real folder that everything of an archive lies in."""
+    """The folder of an archive, without links."""
     inner = source.is_file() or source.name in ("PF-dataset", "PF-dataset-PASCAL")
     return os.path.realpath(source.parent if inner else source)
 
@@ -299,8 +297,11 @@ def _verified(records: Iterable[Record], problems: Problems, root: str) -> Itera
 
 
 def _embedded(image: dict[str, Any], where: str, root: str) -> dict[str, Any]:
-    """Bytes and file name, without the folder: a machine's paths have no place in a data set, nor has an image from
-    elsewhere, to which a link in a stranger's archive may lead."""
+    """Bytes and file name of an image, without the folder: no path of this machine gets into a data set.
+
+    Raises:
+        DataError: for a link that leads out of the archive, so that no other file gets into a data set either.
+    """
     if image.get("bytes") is not None:
         return {"bytes": image["bytes"], "path": os.path.basename(image.get("path") or "") or None}
     if not Path(os.path.realpath(image["path"])).is_relative_to(root):
@@ -309,11 +310,6 @@ def _embedded(image: dict[str, Any], where: str, root: str) -> dict[str, Any]:
         return {"bytes": Path(image["path"]).read_bytes(), "path": os.path.basename(image["path"])}
     except OSError as error:
         raise DataError(f"{where}: {image['path']} cannot be read.") from error
-
-
-def _record_bytes(record: Record) -> int:
-    images = sum(len(record[column]["bytes"]) for column in IMAGE_COLUMNS if record[column] is not None)
-    return images + (4 * len(record["flow"]) if record["flow"] is not None else 0) + 256
 
 
 def _row_groups(records: Iterable[Record], limit: int) -> Iterator[list[Record]]:

@@ -1,11 +1,9 @@
-"""What one gets without a model: predictors with the interface of [`ModelPredictor`], so that every table can show
-them.
+"""Predictors that need no training, with the interface of [`ModelPredictor`].
 
 * `identity`: a point stays where it is, in normalised coordinates.
 * `nearest-neighbour`: the cell of most similar encoder features, with a soft-argmax over its 3x3 neighbourhood.
 * `nearest-neighbour-prior`: the same with a Gaussian prior around the identity position.
-* `centre-grabcut`: the mask is an ellipse in the middle of the image, which `--refine grabcut` then turns into an
-  object. It takes no look at the image before, and is stronger than one thinks.
+* `centre-grabcut`: the mask is an ellipse in the middle of the image, which `--refine grabcut` turns into an object.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ TEMPERATURE = 10.0
 
 
 class IdentityPredictor(Predictor):
-    """Points keep their normalised coordinates. Needs no encoder and no weights."""
+    """Leaves points at their normalised coordinates."""
 
     name = "identity"
     variants = ("identity",)
@@ -80,7 +78,7 @@ class NearestNeighbourPredictor(FeaturePredictor):
 
 
 class CentreGrabCutPredictor(Predictor):
-    """The same ellipse in the middle of every image, as a probability that falls from the centre outwards."""
+    """Predicts the same ellipse in the middle of every image; the probability falls from the centre outwards."""
 
     name = "centre-grabcut"
     gives_masks = True

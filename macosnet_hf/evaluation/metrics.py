@@ -1,4 +1,4 @@
-"""The metrics, each with its protocol, units and source. Plain NumPy, one sample at a time, float64.
+"""The metrics, each with its protocol, units and source, in NumPy for one sample at a time, float64.
 
 Points are (x, y) in pixels of the original image, 0 the centre of the first pixel; sizes are (height, width).
 """

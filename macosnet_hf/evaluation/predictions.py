@@ -1,9 +1,8 @@
-"""Predictions on disk, so that a changed metric needs no new inference.
+"""Predictions on disk, so that other metrics need no new inference.
 
-A folder with `manifest.json` and shards `samples-<process>-<number>.npz` of some samples each. The manifest is written
-last and the folder gets its name last, so half-written predictions are never taken for whole; and it holds the
-fingerprint of the predictor, the data's benchmark and split and the options that change predictions, so that
-predictions of another model or configuration are refused.
+A folder holds shards `samples-<process>-<number>.npz` and `manifest.json`. The manifest is written last and the folder
+is renamed last, so incomplete predictions are never read. The manifest holds the fingerprint of the predictor, the
+benchmark, the split and the options that change predictions, so that predictions of another model are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _held: dict[str, int | None] = {}  # partial folders that this process is writin
 
 
 def record_stamp(record: Record) -> str:
-    """A short hash of what a prediction answers: the images (ids and bytes) and the keypoints.
+    """A short hash of what a prediction depends on: images (ids and bytes) and keypoints.
 
     Raises:
         DataError: if an image is missing.
@@ -41,7 +40,7 @@ def record_stamp(record: Record) -> str:
 
 
 def _image_hash(record: Record, side: str) -> str | None:
-    """Of the file's bytes, which are the same in an archive and in the Parquet made of it."""
+    """Hash of the file's bytes, which are the same in an archive and in the Parquet made of it."""
     image = record.get(f"{side}_image")
     if image is None:
         return None
@@ -56,7 +55,7 @@ class PredictionWriter:
     """Writes predictions of one process.
 
     Args:
-        folder: the final folder; what is written goes to `<folder>.partial` until [`finish_predictions`].
+        folder: the final folder; until [`finish_predictions`] the files are in `<folder>.partial`.
         rank: number of this process.
     """
 
@@ -86,7 +85,7 @@ class PredictionWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting.
+        """Writes the pending samples.
 
         Raises:
             OutputError: if it cannot be written.
@@ -103,17 +102,16 @@ class PredictionWriter:
 
 
 def partial_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where predictions lie while they are being written."""
+    """The folder of predictions that are not complete."""
     folder = Path(folder)
     return folder.with_name(folder.name + ".partial")
 
 
 def start_predictions(folder: str | os.PathLike[str]) -> None:
-    """Makes an empty partial folder; the rest of an earlier run that was cut off is removed.
+    """Makes an empty partial folder, without what a killed run left.
 
     Raises:
-        OutputError: if the folder cannot be made, something that is not a set of predictions has its name, or another
-            run is writing it just now.
+        OutputError: if the folder cannot be made, other files are in it, or another run is writing it.
     """
     partial = partial_folder(folder)
     release_folder(_held.pop(os.path.abspath(partial), None))  # of a run in this process that ended in an error
@@ -130,7 +128,7 @@ def _holds_predictions(partial: Path) -> bool:
 
 
 def abandon_predictions(folder: str | os.PathLike[str]) -> None:
-    """Removes what was written of predictions that will not be completed."""
+    """Removes predictions that will not be completed."""
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     release_folder(_held.pop(os.path.abspath(partial), None))
@@ -161,11 +159,7 @@ def has_predictions(folder: str | os.PathLike[str]) -> bool:
 
 
 def _entry(value: Any) -> tuple[str, str]:
-    """`(file, "number|stamp")` of a sample, as a manifest says it.
-
-    Raises:
-        ValueError, TypeError: if it is anything else, or the file is not one beside the manifest.
-    """
+    """`(file, "number|stamp")` of a sample in a manifest; raises `ValueError` or `TypeError` for anything else."""
     file, place = value
     if os.path.basename(file) != file or place.count("|") != 1:
         raise ValueError(f"{value} is no place of a prediction")
@@ -173,11 +167,11 @@ def _entry(value: Any) -> tuple[str, str]:
 
 
 class PredictionReader:
-    """Reads predictions back.
+    """Reads predictions.
 
     Args:
         folder: a complete set of predictions.
-        manifest: what they must have been made with: same keys and values as given to [`finish_predictions`].
+        manifest: as given to [`finish_predictions`].
 
     Raises:
         InputError: if they were made with another model, configuration, benchmark, split or options, or are damaged.

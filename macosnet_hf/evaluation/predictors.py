@@ -1,6 +1,6 @@
-"""From records to predictions: each image is encoded once, kept in a bounded cache, and used in all of its pairs.
+"""Predictors turn records into predictions. Each image is encoded once and cached for all of its pairs.
 
-A *prediction* is a dictionary of NumPy arrays, everything that scoring needs and little else:
+A *prediction* is a dictionary of NumPy arrays, what scoring needs:
 
 | key | shape | meaning |
 |---|---|---|
@@ -11,9 +11,9 @@ A *prediction* is a dictionary of NumPy arrays, everything that scoring needs an
 | `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
 | `partner` | () string | single images: id of the record that the field leads to |
 
-A *variant* is a way to transfer a point: for the model `transform` (the bare geometric transform), `fitted` (fitted to
-what both directions agree on, where the configuration has `mutual_fit`) and `local` (the best feature match near it),
-one of their own for the baselines.
+A *variant* is a way to transfer a point. The model has `transform` (the bare geometric transform), `fitted` (fitted to
+the matches on which both directions agree, where the configuration has `mutual_fit`) and `local` (the best feature
+match near it); each baseline has its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Prediction = dict[str, np.ndarray]
 
 FIELD_SIDE = 40
-"""Side of the stored grid of a dense transfer; between its points it is interpolated bilinearly."""
+"""Side of the stored grid of a dense transfer, which is interpolated bilinearly."""
 
 _COLLECTION_SIDE = 640  # as `macosnet segment`
 
@@ -50,14 +50,14 @@ MASK_SIDE = 240
 """Side of a stored mask where no model sets it."""
 
 CACHE_BYTES = 768 * 2**20
-"""Encoded images kept at most, in bytes; the one used longest ago goes first."""
+"""Size of the cache of encoded images; the least recently used one is removed first."""
 
 DIRECTIONS = ("target_to_source", "source_to_target")
 
 
 @dataclass
 class EncodedImage:
-    """One image, ready to be paired.
+    """What a predictor knows of one image before it is paired.
 
     Attributes:
         size: (height, width) of the original.
@@ -81,7 +81,7 @@ class ImageCache:
     """Least-recently-used cache of encoded images, bounded in bytes.
 
     Attributes:
-        encoded: how often an image was encoded, for tests of "each image once".
+        encoded: how many images were encoded.
     """
 
     def __init__(self, limit: int = CACHE_BYTES):
@@ -106,18 +106,20 @@ class ImageCache:
 
 
 class Predictor:
-    """Base of the model and the baselines: what it gives, how it transfers points and finds masks.
+    """Base class of the model and the baselines.
 
     Attributes:
         name: for tables and the JSON.
         variants: ways to transfer a point, the default one first.
-        gives_points, gives_masks: which tasks it answers.
+        gives_points, gives_masks: whether it transfers points, and predicts masks.
+        device: of the tensors that `map_points` takes.
     """
 
     name = "predictor"
     variants: tuple[str, ...] = ()
     gives_points = False
     gives_masks = False
+    device: Any = "cpu"
 
     def __init__(self) -> None:
         self.cache = ImageCache()
@@ -132,17 +134,17 @@ class Predictor:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, image: Image.Image) -> EncodedImage:
-        """What has to be known of an image before it meets another. The base needs only its size."""
+        """Encodes an image. The base class needs its size only."""
         return EncodedImage(size=(image.height, image.width))
 
     def mirror(self, image: Image.Image) -> EncodedImage:
-        """The same for the image mirrored left-right."""
+        """Encodes the image mirrored left-right."""
         from PIL import ImageOps
 
         return self.encode(ImageOps.mirror(image))
 
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
-        """Normalised points `(B, N, 2)` of images `start` (batched) to `end`, by variant."""
+        """Transfers normalised points `(B, N, 2)` of the images `start` (batched) to the images `end`, by variant."""
         return {}
 
     def predict_masks(self, images: list[EncodedImage], partners: list[EncodedImage]) -> np.ndarray:
@@ -150,13 +152,13 @@ class Predictor:
         raise InputError(f"{self.name} gives no masks.")
 
     def batch(self, images: list[EncodedImage]) -> EncodedImage:
-        """Several images as one with N = len(images). The base has nothing to batch."""
+        """Joins images along the batch dimension. The base class has nothing to join."""
         return images[0]
 
     # -- from records ---------------------------------------------------------------------------------------------
 
     def image(self, record: Record, side: str, *, mirrored: bool = False) -> EncodedImage:
-        """The encoded image of one side of a record, from the cache if it was met before.
+        """The encoded image of one side of a record, cached.
 
         Raises:
             DataError: if the image is missing or damaged.
@@ -179,8 +181,8 @@ class Predictor:
             dense: whether to add the fields.
             masks: whether to add the target's mask, given the source.
 
-        A source with `mirror_source` is mirrored before matching, and everything that was predicted on it is mirrored
-        back, so that predictions are always in the coordinates of the stored images.
+        A source with `mirror_source` is mirrored before matching. Its predictions are mirrored back, so they are always
+        in the coordinates of the stored images.
         """
         if direction is not None and direction not in DIRECTIONS:
             raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}.")
@@ -213,14 +215,13 @@ class Predictor:
 
         Args:
             records: the group; its images can be opened.
-            partners: for each image the indices of those it is paired with; the mask is the mean probability over
-            them.
+            partners: for each image the indices of its partners; its mask is the mean probability over them.
             batch_size: pairs at a time.
             dense: whether to add the field that leads from each image to its first partner.
-            collection: the group is segmented as one collection, refined in this way, instead of in pairs.
+            collection: refinement of the group as one collection; `None` to segment pairs.
 
         Raises:
-            InputError: if a predictor cannot segment collections.
+            InputError: if the predictor cannot segment collections.
         """
         images = [self.image(record, "source") for record in records]
         predictions: list[Prediction] = []
@@ -253,10 +254,10 @@ class Predictor:
         return predictions
 
     def predict_collection(self, records: Sequence[Record], *, refine: str) -> tuple[np.ndarray, np.ndarray]:
-        """Soft masks `(2, N, S, S)` of a group of images as one collection: as they are, and refined.
+        """Soft masks `(N, S, S)` of a group of images as one collection, before and after refinement.
 
         Raises:
-            InputError: from all predictors that cannot do it.
+            InputError: if the predictor cannot segment collections.
         """
         raise InputError(f"{self.name} segments single pairs only: leave out --masks collection.")
 
@@ -309,11 +310,9 @@ class Predictor:
             for index, prediction in enumerate(predictions):
                 prediction[f"field/{variant}"] = _mirror_x(fields[index]) if mirrored[index] else fields[index].copy()
 
-    device: Any = "cpu"
-
 
 class FeaturePredictor(Predictor):
-    """A predictor that looks at the encoder's features of a MaCoSNet model.
+    """A predictor that uses the encoder of a MaCoSNet model.
 
     Args:
         model: [`MaCoSNetModel`] or [`MaCoSNetForKeypointMatching`].
@@ -377,7 +376,7 @@ class ModelPredictor(FeaturePredictor):
     Args:
         model, processor: as in [`FeaturePredictor`].
         name: for tables.
-        masks: whether masks will be asked for (the finer features are then kept with each image).
+        masks: whether to predict masks, for which each image's finer features are cached too.
     """
 
     gives_points = True
@@ -449,7 +448,7 @@ def weights_hash(model: Any) -> str:
 
 
 def quantize(probabilities: np.ndarray) -> np.ndarray:
-    """Probabilities to uint8 so that `p >= 0.5` exactly where the result is at least 128."""
+    """Probabilities as uint8, at least 128 exactly where they are at least 0.5."""
     return np.floor(np.clip(probabilities, 0, 1).astype(np.float64) * 255 + 0.5).astype(np.uint8)
 
 
@@ -466,8 +465,8 @@ def _mirror_x(points: np.ndarray) -> np.ndarray:
 
 
 def field_to_places(field: np.ndarray, source_size: Sequence[int], target_size: Sequence[int]) -> np.ndarray:
-    """A stored field `(g, g', 2)` (normalised, corners included) as places `(h, w, 2)` in pixels of the source, one for
-    each pixel of the target, interpolated bilinearly."""
+    """A stored field `(g, g', 2)` (normalised, corners included), interpolated bilinearly: the place in pixels of the
+    source `(h, w, 2)` of each pixel of the target."""
     rows = _interpolation(field.shape[0], int(target_size[0]))
     columns = _interpolation(field.shape[1], int(target_size[1]))
     full = np.stack([rows @ field[..., axis].astype(np.float64) @ columns.T for axis in (0, 1)], axis=-1)
@@ -475,7 +474,7 @@ def field_to_places(field: np.ndarray, source_size: Sequence[int], target_size: 
 
 
 def _interpolation(count: int, length: int) -> np.ndarray:
-    """`(length, count)` weights of linear interpolation between `count` points that span the same stretch."""
+    """`(length, count)` weights of linear interpolation from `count` to `length` points over the same interval."""
     position = np.linspace(0, count - 1, length) if length > 1 else np.array([(count - 1) / 2])
     lower = np.clip(np.floor(position).astype(int), 0, max(count - 2, 0))
     weights = np.zeros((length, count))

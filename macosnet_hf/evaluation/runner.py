@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +44,9 @@ def batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
 
 
 def class_groups(records: Iterable[Record], size: int = GROUP_SIZE) -> Iterator[list[Record]]:
-    """Single images grouped by class, at most `size + 1` at a time and at least two wherever the class has two.
+    """Single images grouped by class, at most `size + 1` in a group and at least two where the class has two.
 
-    Works on a stream in any order; what waits is at most `size + 1` records of each class.
+    Takes a stream in any order, and holds at most `size + 1` records of each class.
     """
     waiting: dict[str, list[Record]] = {}
     for record in records:
@@ -61,8 +60,7 @@ def class_groups(records: Iterable[Record], size: int = GROUP_SIZE) -> Iterator[
 
 
 def choose_partners(ids: Sequence[str], count: int, seed: int) -> list[list[int]]:
-    """For each of N >= 2 images `min(count, N - 1)` others, drawn without replacement. Depends on the ids and the
-    seed only."""
+    """`min(count, N - 1)` others for each of N >= 2 images, drawn without replacement; a function of ids and seed."""
     text = "\n".join([str(seed), *ids])
     generator = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
     result = []
@@ -73,7 +71,7 @@ def choose_partners(ids: Sequence[str], count: int, seed: int) -> list[list[int]
 
 
 def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Options, split: str) -> dict[str, Any]:
-    """What predictions depend on: benchmark, split, predictor, and for single images the choice of partners."""
+    """What predictions depend on: benchmark, split, predictor, and for single images the partners."""
     manifest: dict[str, Any] = {
         "benchmark": protocol.benchmark,
         "split": split,
@@ -107,10 +105,10 @@ def evaluate(
         protocol: what to measure.
         predictor: the model or a baseline.
         options: see [`Options`].
-        split: only noted with the predictions.
+        split: stored with the predictions.
         problems: whether to leave invalid records out; default: raise.
-        predictions: folder of predictions; read (and not predicted again) if it is complete, else written.
-        rank, world_size: this process and how many there are; batch number k is treated by process k mod world_size.
+        predictions: folder of predictions, which is read if it is complete, else written.
+        rank, world_size: this process and the number of processes; process k mod world_size treats batch number k.
         progress: called with the number of samples done.
         barrier: waits for all processes.
 
@@ -142,7 +140,6 @@ def evaluate(
             if barrier is not None:
                 barrier()
         run.writer = PredictionWriter(predictions, rank)
-    start = time.monotonic()
     parts = class_groups(records) if protocol.kind == "images" else batches(records, options.batch_size)
     treat = run.images if protocol.kind == "images" else run.pairs
     try:
@@ -160,7 +157,6 @@ def evaluate(
             abandon_predictions(predictions)
         raise
     result.problems = list(problems.messages)
-    result.seconds = time.monotonic() - start
     return result
 
 
@@ -186,7 +182,7 @@ def finish(
 
 @dataclass
 class _Run:
-    """What one process needs to treat its share; predictions are read, or written, where there is a folder of them."""
+    """One process's part of an evaluation. Predictions are read from `reader`, or made and written to `writer`."""
 
     protocol: Protocol
     predictor: Predictor
@@ -200,7 +196,7 @@ class _Run:
         """Predicts and scores a batch of pairs."""
         protocol, sides = self.protocol, ("source", "target")
         if self.reader is not None:
-            # A sample that was left out when the predictions were written is left out again, with the same complaint.
+            # A sample that was left out when the predictions were written is left out again, for the same reason.
             reader = self.reader
             records = [record for record in records if record["id"] in reader.index or self._usable([record], sides)]
             predictions = [reader.get(record) for record in records]

@@ -1,4 +1,4 @@
-"""Scores of one sample, and the sums that they go into, so that memory does not grow with the data."""
+"""Scores of one sample, and running sums of them, whose memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Tally:
             self.add(class_name, {name: (cell[0], cell[1]) for name, cell in row.items()})
 
     def class_means(self) -> dict[str, dict[str, float]]:
-        """Mean of each metric in each class, without metrics of which no sample had one."""
+        """Mean of each metric in each class, without metrics that no sample has."""
         return {
             class_name: {name: value / count for name, (value, count) in row.items() if count}
             for class_name, row in sorted(self.sums.items())
@@ -69,26 +69,24 @@ class Tally:
         return result
 
     def count(self, name: str = "samples") -> int:
-        """How many samples a metric was taken of."""
+        """Number of samples of a metric."""
         return int(sum(row[name][1] for row in self.sums.values() if name in row))
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation found, mergeable over processes.
+    """Result of an evaluation, or of one process's share.
 
     Attributes:
         variants: by variant the sums of all classes.
         difficulty: by variant the sums by difficulty, such as `viewpoint 2` (SPair-71k).
         problems: what was left out.
-        seconds: wall clock time.
         index: where each prediction was written.
     """
 
     variants: dict[str, Tally]
     difficulty: dict[str, Tally]
     problems: list[str] = field(default_factory=list)
-    seconds: float = 0.0
     index: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, record: Record, scored: dict[str, Scores]) -> None:
@@ -100,12 +98,11 @@ class Evaluation:
                     self.difficulty[variant].add(f"{name} {level}", scores)
 
     def merge(self, other: Evaluation) -> None:
-        """Adds what another process found."""
+        """Adds another process's result."""
         for own, others in ((self.variants, other.variants), (self.difficulty, other.difficulty)):
             for variant, tally in others.items():
                 own.setdefault(variant, Tally()).merge(tally)
         self.problems += [message for message in other.problems if message not in self.problems]
-        self.seconds = max(self.seconds, other.seconds)
         self.index.update(other.index)
 
 
@@ -177,7 +174,7 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
 def all_mask_scores(
     records: list[Record], side: str, predictions: list[Prediction], protocol: Protocol, options: Options
 ) -> list[Scores | DataError]:
-    """P and J of each record, or why not; `{}` where no masks are asked for or predicted.
+    """P and J of each record, or the error; `{}` where masks are not measured or not predicted.
 
     GrabCut takes most of an evaluation's time and runs beside Python, so threads help; each mask is refined by itself,
     so their number changes nothing.

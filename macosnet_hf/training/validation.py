@@ -37,11 +37,11 @@ CONSISTENCY_SCALE = 0.2
 
 
 def match_rank(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tensor:
-    """How well the transforms pair features that are alike: `(B, P)` in [0, 1], about 0.5 by chance.
+    """How well the transforms pair similar features: `(B, P)` in [0, 1], about 0.5 by chance.
 
-    For each position of view j, the share of view i's positions that resemble it less than the place where T_ij sends
-    it; 0 where that lies outside. Positions in the middle of the image count more. Unlike the soft-inlier count it
-    does not depend on the scale of the features, and the identity earns no more than it deserves.
+    For each position of view j, the share of view i's positions that are less similar to it than the place where T_ij
+    maps it; 0 where that lies outside. Positions in the middle of the image count more. Unlike the soft-inlier count,
+    this does not depend on the scale of the features and does not favour the identity.
     """
     batch, views = outputs.features.shape[:2]
     pairs = ordered_pairs(views)
@@ -71,7 +71,7 @@ def mask_agreement(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tenso
 
 
 def mask_separation(outputs: MaCoSNetModelOutput, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
-    """How much more an object resembles its partner's object than its own background: `(B, P / 2)` in [-1, 1]."""
+    """Similarity of an object to its partner's object, minus that to its own background: `(B, P / 2)` in [-1, 1]."""
     objects, backgrounds = pooled_features(outputs.features.float(), outputs.mask_logits.float(), statistics)
     between = (objects[:, 0::2] * objects[:, 1::2]).sum(-1)
     within = (objects * backgrounds).sum(-1)
@@ -79,17 +79,17 @@ def mask_separation(outputs: MaCoSNetModelOutput, statistics: tuple[Tensor, Tens
 
 
 def label_free_validation(batches: Sequence[dict[str, Tensor]]) -> Validation:
-    """Figures that need no label, on fixed groups, and one number to choose by.
+    """Figures that need no label, on fixed groups, and a criterion to choose a step by.
 
-    `criterion` is the geometric mean of four figures in [0, 1], of which higher is better (of the first two where no
-    loss looks at masks):
+    `criterion` is the geometric mean of four figures in [0, 1], higher is better (of the first two where no loss uses
+    masks):
 
     * `match_rank`, see [`match_rank`];
     * `consistency`: exp(-e / 0.2), e the mean forward-backward error in normalised coordinates;
-    * `mask_agreement` and `mask_separation`, see there; constant masks earn 0 there, which counts as 0.01.
+    * [`mask_agreement`] and [`mask_separation`]; constant masks score 0, which counts as 0.01.
 
-    It tells a better step of a run from a worse one, and a collapse from both. It does not say how good a model is:
-    compare it only between models with the same encoder, on the same images.
+    The criterion ranks the steps of a run and shows a collapse. It does not say how good a model is: compare it only
+    between models with the same encoder, on the same images.
 
     Args:
         batches: of [`fixed_groups`](groups.py).

@@ -5,7 +5,7 @@ import torch
 from archives import disc, mask, pf_willow, write_image
 
 from macosnet_hf.datasets.prepare import prepare
-from macosnet_hf.training.images import TrainingImages
+from macosnet_hf.training.images import TrainingImages, find_images
 
 
 def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
@@ -56,3 +56,14 @@ def test_a_stream_gives_the_same_photographs(tmp_path):
     assert set(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, exclude=("car(G)",)).class_names) == {
         "duck(S)"
     }
+
+
+def test_hidden_files_and_folders_are_no_training_images(tmp_path):
+    for name in ("cats/a.png", "cats/b.png", "cats/.thumbnails/a.png", ".trash/old.png"):
+        write_image(tmp_path / name)
+    for name in ("cats/._a.png", "cats/.DS_Store", "cats/Thumbs.db", "__MACOSX/cats/._a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    paths, classes = find_images(tmp_path)
+    assert [path.name for path in paths] == ["a.png", "b.png"]
+    assert classes == ["cats", "cats"]

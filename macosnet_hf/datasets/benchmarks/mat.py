@@ -1,7 +1,7 @@
 """Matrices of MATLAB 5 files, such as PF-WILLOW's keypoints.
 
-SciPy reads these files too, but a damaged one can make it crash the whole process. Here every length is checked, and
-nothing but plain numbers is looked at. The format: MathWorks, "MAT-File Format", Level 5.
+SciPy reads these files too, but a damaged one can crash its process. Here every length is checked, and only matrices of
+plain numbers are read. The format: MathWorks, "MAT-File Format", Level 5.
 """
 
 from __future__ import annotations
