@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
+from transformers.utils.generic import maybe_autocast
 
 from .errors import InputError
 
@@ -289,10 +290,11 @@ class Transform:
         return self.affine.dtype if self.affine.dtype == torch.float64 else torch.float32
 
     def apply(self, points: Tensor) -> Tensor:
-        """Points `(..., N, 2)` of B in A, normalised; batch dimensions broadcast."""
-        if self.tps is not None:
-            points = apply_tps(points, self.tps, regularization=self.regularization or 0.0)
-        return apply_affine(points, self.affine)
+        """Points `(..., N, 2)` of B in A, normalised; batch dimensions broadcast. Autocast does not reach in here."""
+        with maybe_autocast(self.device.type, enabled=False):
+            if self.tps is not None:
+                points = apply_tps(points, self.tps, regularization=self.regularization or 0.0)
+            return apply_affine(points, self.affine)
 
     def grid(self, size: Sequence[int]) -> Tensor:
         """Where each pixel of B lies in A: `(..., height, width, 2)` for `size = (height, width)` of B, normalised."""
@@ -330,14 +332,15 @@ class Transform:
         shape = torch.broadcast_shapes(self.shape, turn.shape[:-2])
         whole = self._each(lambda values: values.expand(*shape, values.shape[-1]))
         matrix = _affine_matrix(whole.affine)
-        if side == "source":
-            return replace(whole, affine=(turn @ matrix).flatten(-2))
-        if side != "target":
+        if side not in ("source", "target"):
             raise InputError(f"side must be 'source' or 'target'; got {side!r}.")
-        if whole.tps is None:
-            # R is orthogonal: its inverse is its transpose.
-            linear = matrix[..., :2] @ turn.transpose(-1, -2)
-            return Transform(torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2))
+        with maybe_autocast(self.device.type, enabled=False):
+            if side == "source":
+                return replace(whole, affine=(turn @ matrix).flatten(-2))
+            if whole.tps is None:
+                # R is orthogonal: its inverse is its transpose.
+                linear = matrix[..., :2] @ turn.transpose(-1, -2)
+                return Transform(torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2))
         grid_size = _grid_size(whole.tps)
         # Control point k takes the value of the one that rests at R^-1 c_k; with points as rows, R^-1 c is c R.
         origins = control_points(grid_size, device=self.device, dtype=self.dtype) @ turn

@@ -329,6 +329,18 @@ def test_transform_applies_the_spline_and_then_the_affine_map_for_any_batch(spli
     torch.testing.assert_close(transform[1, 0].grid((3, 5)), grid[1, 0])
 
 
+def test_autocast_does_not_round_coordinates():
+    """A bfloat16 number near 1 is one of 128 steps: half a pixel at 240 pixels."""
+    transform, points = random_transform(2).to(torch.float32), random_points(2, 50).float()
+    expected = transform.apply(points)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (points @ points.transpose(1, 2)).dtype == torch.bfloat16  # autocast is at work
+        assert torch.equal(transform.apply(points), expected)
+        assert transform.grid((4, 5)).dtype == torch.float32
+        moved = transform.compose_symmetry("turn_90", "source").affine
+    assert torch.equal(moved, transform.compose_symmetry("turn_90", "source").affine)
+
+
 def test_a_spline_without_its_regularisation_is_refused():
     affine, tps = random_affine(1), random_tps(1)
     with pytest.raises(InputError, match="regularisation"):
