@@ -1,4 +1,4 @@
-"""`macosnet convert`: a published checkpoint of this line of work as a folder for `from_pretrained`."""
+"""`macosnet convert`: a published checkpoint as a folder for `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet convert`."""
     parser.description = (
-        "Read a published checkpoint (.pth.tar) of CNNGeometric, weakalign, WeakMatchNet or MaCoSNet and write a "
-        "folder for from_pretrained."
+        "Convert a published checkpoint (.pth.tar) of CNNGeometric, weakalign, WeakMatchNet or MaCoSNet to a folder "
+        "for from_pretrained."
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the file; nothing in it is run")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the file; no code in it runs")
     parser.add_argument("output", metavar="OUT", help="folder to write; created if need be")
-    parser.add_argument("--second", metavar="FILE", help="the other stage, where affine and TPS are two files")
+    parser.add_argument("--second", metavar="FILE", help="the other stage, if affine and TPS are two files")
 
 
 def run(args: argparse.Namespace) -> int:

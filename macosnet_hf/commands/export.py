@@ -10,10 +10,12 @@ from ..io.package import DEFAULT_CHECKPOINT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet export`."""
-    parser.description = "Write the network as one graph file, and check it against PyTorch."
+    parser.description = "Write the network as one graph file, and compare it with PyTorch."
     parser.add_argument("output", metavar="OUT", help="folder to write; created if need be")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
-    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, metavar="ID_OR_DIR", help="default: the embedded one")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="of the graph file (default: onnx)")
+    parser.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, metavar="ID_OR_DIR", help="checkpoint (default: the embedded one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""The command line: `macosnet match`, `macosnet segment` and the commands of the sub-packages.
+"""The command line `macosnet`.
 
-What can be checked without the network is checked before torch is imported, so that a typing error answers at once.
+Commands check what they can before they import torch, so that a typing error is reported at once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ..io.package import VERSION
 # One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.
 COMMANDS = {
     "match": "match two images and segment both",
-    "segment": "cut the common object out of two or more images",
-    "adapt": "train a model further on images of your own, without labels",
-    "evaluate": "print a benchmark's table",
-    "prepare": "bring a benchmark's archive into one schema",
-    "convert": "read a published checkpoint of this line of work",
+    "segment": "segment the object that two or more images have in common",
+    "adapt": "train a model further on your own images, without labels",
+    "evaluate": "measure a model on a benchmark",
+    "prepare": "write a benchmark's archive as a data set of one schema",
+    "convert": "convert a published checkpoint of this line of work",
     "export": "write the network as an ONNX graph",
-    "push": "upload a model, a data set or the Space",
+    "push": "upload a model, a data set or the Space to the Hub",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input (one sentence on standard error), 130 interrupted."""
-    # Threads that wait for each other asleep instead of spinning: on a machine whose cores are busy otherwise, one
-    # forward pass took 0.2 s so and 4.7 s without. OpenMP reads this once, when torch is imported.
+    # Waiting threads sleep instead of spinning: with all cores busy, one forward pass takes 0.2 s instead of 4.7 s.
+    # OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     no_collection_at_exit()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a finished run
@@ -59,19 +59,26 @@ def _fail(sentence: str) -> int:
     return 2
 
 
+class _Paragraphs(argparse.HelpFormatter):
+    """Wraps each paragraph of a description; argparse's own formatters join them or do not wrap."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="macosnet",
-        description="Find where each point of one image lies in another of the same kind of object, "
-        "and cut the object out.",
-        epilog="Example: macosnet match cat1.jpg cat2.jpg --output-dir result",
+        description="Find corresponding points in images of the same kind of object, and segment the object.",
+        epilog="Example: macosnet match examples/cat.jpg examples/dog.jpg --output-dir result",
     )
     parser.add_argument("--version", action="version", version=f"macosnet {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     for name, text in COMMANDS.items():
         command = importlib.import_module(f".{name}", __package__)
-        sub = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, help=text, formatter_class=_Paragraphs)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

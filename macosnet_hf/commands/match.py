@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet match`."""
     parser.description = (
         "Match two images of the same kind of object and segment the object in both.\n\n"
-        "Writes matches.json and matches.csv (points in pixels), matches.png (a drawing), and for source and target\n"
-        "mask and cutout; source_warped.png is the source warped onto the target."
+        "Writes matches.json and matches.csv (points in pixels), matches.png (a drawing), mask and cutout of source "
+        "and target, and source_warped.png (the source warped onto the target)."
     )
     parser.add_argument("source", metavar="SOURCE", help="an image")
     parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")

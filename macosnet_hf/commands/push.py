@@ -1,4 +1,4 @@
-"""`macosnet push`: a model with its processor, a prepared data set, or the Space, uploaded in one commit."""
+"""`macosnet push`: uploads a model with its processor, a prepared data set, or the Space, in one commit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=KINDS, help="what the folder holds")
     parser.add_argument("folder", metavar="FOLDER", help="a checkpoint, a prepared data set, or a checkout")
     parser.add_argument("repository", metavar="ID", help="repository on the Hub, NAME or OWNER/NAME")
-    parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="only list what would be uploaded; needs no network"
-    )
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="only list the files; needs no network")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
 
 
 def run(args: argparse.Namespace) -> int:

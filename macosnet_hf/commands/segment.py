@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ImageError, InputError
+from ..inference import COLLECTION_SIDE
 from ..inference.result_files import COLLECTION_ARCHIVE, collection_file_names, write_collection, zip_folder
 from ..io.image_files import is_image_file
 from ..io.memory import give_memory_back
@@ -16,8 +17,6 @@ from ..io.package import checkpoint_name
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
 from .arguments import add_model_arguments, load_network, progress_bar
 
-# Longer side of the working copies. The crop of a small object has 0.4 of it, a little more than the network sees.
-_COPY_SIDE = 640
 _READERS = min(8, os.cpu_count() or 1)  # images that are decoded at the same time
 _WRITERS = 2  # images that are in memory in full size at the same time
 
@@ -141,7 +140,7 @@ def _read_copies(paths: Sequence[Path], *, skip_damaged: bool) -> tuple[list[Wor
 
     def read(path: Path) -> WorkingCopy | ImageError:
         try:
-            return open_working_copy(path, str(path), _COPY_SIDE, fine=True)
+            return open_working_copy(path, str(path), COLLECTION_SIDE, fine=True)
         except ImageError as error:
             return error
 

@@ -1,7 +1,6 @@
-"""A model as one graph file, ONNX or torch.export's `.pt2`: a batch of pairs in; transforms, masks and keypoints out.
+"""Exports a model as one graph file, ONNX or torch.export's `.pt2`, and compares it with PyTorch.
 
-The graph holds the network alone. Images are resized and normalised before it, as the preprocessor_config.json
-that is written beside it says.
+The graph holds the network alone; preprocessor_config.json beside it says how images are resized and normalised.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _TIMED_RUNS = 5
 
 @dataclass
 class Export:
-    """What was written and how it compares with the model in PyTorch, on pairs of random images.
+    """An exported graph, compared with the model in PyTorch on pairs of random images.
 
     Attributes:
         path: the graph file.
@@ -55,7 +54,7 @@ def export(
     folder: str | os.PathLike[str],
     format: str = "onnx",
 ) -> Export:
-    """Writes `model.onnx` or `model.pt2`, config.json and preprocessor_config.json into a folder, once it is checked.
+    """Writes `model.onnx` or `model.pt2`, config.json and preprocessor_config.json, if the graph agrees with the model.
 
     Input `pixel_values` `(B, 2, 3, S, S)`, B free; outputs as in [`MaCoSNetKeypointMatchingOutput`]: `affine`
     `(B, 2, 6)`, `tps` `(B, 2, 18)`, `mask_logits` `(B, 2, S, S)`, `keypoints` `(B, 2, N, 2)` and `matching_scores`
@@ -63,7 +62,7 @@ def export(
 
     Raises:
         InputError: for an unknown format, or if the packages that it needs are not installed.
-        OutputError: if the folder cannot be written, or the graph says something else than the model does.
+        OutputError: if the folder cannot be written, or the graph differs from the model.
     """
     import torch
 
@@ -73,10 +72,10 @@ def export(
         raise InputError(f"There is no export format {format!r}; choose one of {', '.join(FORMATS)}.")
     if format == "onnx":
         need("onnx", "onnxscript", "onnxruntime")
-    # Float32 on the CPU, whatever the model is in: the graph is moved and quantised by the tools of its own format.
+    # Float32 on the CPU, whatever the model has: tools of the graph's format move and quantise it.
     network = _graph_module(copy.deepcopy(model).float().cpu().eval())
     with output_folder(folder) as partial, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporters, about their own insides
+        warnings.simplefilter("ignore")  # of the exporters, about their internals
         example = _random_pairs(2, model.config.image_size, seed=0)
         path = partial / f"model.{format}"
         if format == "onnx":
@@ -95,13 +94,14 @@ def export(
 
 
 def need(*modules: str) -> None:
+    """Raises `InputError` naming the modules that are not installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"Exporting to ONNX needs {', '.join(missing)}: pip install 'macosnet-hf[export]'.")
 
 
 def _graph_module(model: MaCoSNetForKeypointMatching) -> torch.nn.Module:
-    """The model with a tuple of tensors for its output, in the order of `OUTPUTS`."""
+    """The model with a tuple of tensors as output, in the order of `OUTPUTS`."""
     import torch
 
     class Graph(torch.nn.Module):
@@ -117,7 +117,7 @@ def _graph_module(model: MaCoSNetForKeypointMatching) -> torch.nn.Module:
 
 
 def _random_pairs(count: int, size: int, seed: int) -> Tensor:
-    """`(count, 2, 3, size, size)` images with structure at several scales; the two of a pair are alike."""
+    """`(count, 2, 3, size, size)` images with structure at several scales; those of a pair are similar."""
     import torch
     from torch.nn.functional import interpolate
 
@@ -184,7 +184,7 @@ def _compare(network: Any, run: Callable[[Tensor], Sequence[Any]], size: int) ->
 
 
 def _time(network: Any, run: Callable[[Tensor], Sequence[Any]], size: int) -> tuple[float, float]:
-    """Median seconds for one pair: of the graph, and of PyTorch, in turn, so that both see the same machine."""
+    """Median seconds for one pair, of the graph and of PyTorch, measured in turns."""
     pixels = _random_pairs(1, size, seed=9)
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TIMED_RUNS):

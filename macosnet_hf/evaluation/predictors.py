@@ -32,6 +32,7 @@ from ..datasets.images import open_image
 from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
 from ..geometry import Transform, denormalize_points, make_grid, normalize_points
+from ..inference import COLLECTION_SIDE, start_of
 from ..matching import correlate, fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetFeatures
 
@@ -44,15 +45,11 @@ Prediction = dict[str, np.ndarray]
 FIELD_SIDE = 40
 """Side of the stored grid of a dense transfer, which is interpolated bilinearly."""
 
-_COLLECTION_SIDE = 640  # as `macosnet segment`
-
 MASK_SIDE = 240
 """Side of a stored mask where no model sets it."""
 
 CACHE_BYTES = 768 * 2**20
 """Size of the cache of encoded images; the least recently used one is removed first."""
-
-DIRECTIONS = ("target_to_source", "source_to_target")
 
 
 @dataclass
@@ -184,8 +181,8 @@ class Predictor:
         A source with `mirror_source` is mirrored before matching. Its predictions are mirrored back, so they are always
         in the coordinates of the stored images.
         """
-        if direction is not None and direction not in DIRECTIONS:
-            raise InputError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}.")
+        if direction is not None:
+            start_of(direction)
         mirrored = [bool(record.get("mirror_source")) for record in records]
         sources = [self.image(record, "source", mirrored=flag) for record, flag in zip(records, mirrored, strict=True)]
         targets = [self.image(record, "target") for record in records]
@@ -432,7 +429,7 @@ class ModelPredictor(FeaturePredictor):
         collection = Collection(self.whole, self.processor)
         for record in records:
             image = open_image(record["source_image"], f"{record['id']}, source_image").copy()
-            image.thumbnail((_COLLECTION_SIDE, _COLLECTION_SIDE))
+            image.thumbnail((COLLECTION_SIDE, COLLECTION_SIDE))
             collection.add([image])
         return collection.segment().probabilities, collection.segment(refine=refine).probabilities
 

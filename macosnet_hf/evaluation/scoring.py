@@ -15,8 +15,9 @@ from ..datasets.images import open_image
 from ..datasets.masks import ObjectMask, read_mask
 from ..datasets.schema import Record, flow_array, keypoint_array
 from ..errors import DataError, InputError
+from ..inference import DIRECTIONS
 from . import metrics
-from .predictors import DIRECTIONS, Prediction, field_to_places
+from .predictors import Prediction, field_to_places
 from .protocols import Options, Protocol
 
 if TYPE_CHECKING:

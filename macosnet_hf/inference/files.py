@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[float, str], None]
 """Called often with the share that is done, 0 to 1, and the current step in words; may raise to stop the work."""
 
-# Longer side of the demo's working copies of a collection, many of which are held at once. (The crop of a small object
-# has 205 pixels of it, a little less than the network's input.)
-COLLECTION_SIDE = 512
+_DEMO_SIDE = 512  # longer side of a collection's working copies, many of which a server holds at once
 SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
 _FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation
@@ -253,7 +251,7 @@ def segment_files(
     copies = []
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         report(0.15 * number / len(paths), f"Reading {name}")
-        copies.append(open_working_copy(path, name, COLLECTION_SIDE))
+        copies.append(open_working_copy(path, name, _DEMO_SIDE))
     return segment_copies(
         copies,
         distinct_names(names),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Of a repository, what a model is loaded from; not its checkpoints or other formats.
+_HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", _INDEX]
 _PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "model.pth.tar", "model.bin", "model.ckpt")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save is a zip of pickles
 
@@ -53,7 +55,7 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """
     name = os.fspath(checkpoint)
     if os.path.isdir(name):
-        _check_folder(Path(name))
+        _check_folder(Path(name), f"The checkpoint folder {name}")
     elif os.path.exists(name):
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder or the id of a Hub repository.")
     elif not name or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
@@ -107,26 +109,39 @@ def _from_hub(name: str) -> str:
     Raises:
         CheckpointError: naming the file that is missing, and a remedy.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    lead = f"{name!r} is no folder here, and could not be had from the Hub"
+    remedy = (
+        "To go on without a network, pass the folder of a checkpoint, or run `hf download "
+        f"{name}` once where there is one"
+    )
     with _quiet_transformers():
         online = _hub_answers(name)
-        folder = os.path.dirname(_hub_file(name, "config.json", online))
-        commit = os.path.basename(folder)  # all files of one commit, also while somebody uploads another
-        _hub_file(name, "preprocessor_config.json", online, commit)
         try:
-            _hub_file(name, _WEIGHTS, online, commit)
-        except _NotInRepository as error:
-            try:
-                index = _hub_file(name, _INDEX, online, commit)
-            except CheckpointError:
-                raise error from None
-            for shard in _shards(Path(index)):
-                _hub_file(name, shard, online, commit)
-    _check_folder(Path(folder))
+            folder = snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=5, local_files_only=not online)
+        except HFValidationError as error:
+            raise CheckpointError(f"{lead}: it cannot be the name of a repository.") from error
+        except GatedRepoError as error:
+            raise CheckpointError(f"{lead}: ask for access on its page, then run `hf auth login`.") from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{lead}: there is no repository of that name, or it is private and needs `hf auth login`."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"{lead}: there is no connection, and config.json is not in the cache. {remedy}."
+            ) from error
+        except Exception as error:  # the client and its transport raise many kinds
+            raise CheckpointError(f"{lead} ({_first_line(error)}).") from error
+    _check_folder(Path(folder), f"The repository {name} on the Hub" if online else f"The cached copy of {name}")
     return folder
-
-
-class _NotInRepository(CheckpointError):
-    """The repository is there, the file is not."""
 
 
 def _hub_answers(name: str) -> bool:
@@ -141,43 +156,6 @@ def _hub_answers(name: str) -> bool:
     except Exception:  # the transport raises kinds of its own; offline mode is another
         return False
     return True
-
-
-def _hub_file(name: str, file: str, online: bool, revision: str | None = None) -> str:
-    """The path of one file of a repository, in the cache.
-
-    Raises:
-        CheckpointError: if it cannot be had.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    lead = f"{name!r} is no folder here, and could not be had from the Hub"
-    try:
-        return hf_hub_download(name, file, revision=revision, etag_timeout=5, local_files_only=not online)
-    except HFValidationError as error:
-        raise CheckpointError(f"{lead}: it cannot be the name of a repository.") from error
-    except GatedRepoError as error:
-        raise CheckpointError(f"{lead}: ask for access on its page, then run `hf auth login`.") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{lead}: there is no repository of that name, or it is private and needs `hf auth login`."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{lead}: there is no connection, and {file} is not in the cache. To go on without a network, pass the "
-            f"folder of a checkpoint, or run `hf download {name}` once where there is one."
-        ) from error
-    except EntryNotFoundError as error:
-        raise _NotInRepository(f"The repository {name} on the Hub has no {file}.") from error
-    except Exception as error:  # the client and its transport raise many kinds; all mean that there is no file
-        raise CheckpointError(f"{lead} ({file}: {_first_line(error)}).") from error
 
 
 @contextlib.contextmanager
@@ -210,10 +188,10 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, what: str) -> None:
     for required in ("config.json", "preprocessor_config.json"):
         if not (folder / required).is_file():
-            raise CheckpointError(f"The checkpoint folder {folder} has no {required}.")
+            raise CheckpointError(f"{what} has no {required}.")
         settings = _read_json(folder / required)
         if required == "config.json" and settings.get("model_type") != "macosnet":
             raise CheckpointError(
@@ -224,13 +202,13 @@ def _check_folder(folder: Path) -> None:
     elif (folder / _INDEX).is_file():
         for shard in _shards(folder / _INDEX):
             if not os.path.isfile(folder / shard):  # pathlib raises for a name that is too long
-                raise CheckpointError(f"The checkpoint folder {folder} has no {shard}.")
+                raise CheckpointError(f"{what} has no {shard}.")
             _check_safetensors(folder / shard)
     else:
         pickles = [name for name in _PICKLES if (folder / name).is_file()]
         if pickles:
             raise _pickle_error(folder / pickles[0])
-        raise CheckpointError(f"The checkpoint folder {folder} has no {_WEIGHTS}.")
+        raise CheckpointError(f"{what} has no {_WEIGHTS}.")
 
 
 def _shards(index: Path) -> list[str]:
