@@ -1,4 +1,4 @@
-"""Shared test set-up: no network, single-threaded numerics are not forced; models that several files use."""
+"""Set-up that all tests share: no network, Ctrl+C, one temporary folder, and models that several files use."""
 
 import os
 import signal
@@ -13,17 +13,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-# A shell that starts something in the background has it ignore Ctrl+C, and what ignores a signal hands that on to every
-# program it starts; those that the tests interrupt would never hear of it.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that: the programs that the tests
+# interrupt would never receive it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Imports of the fixtures stand inside: torch takes seconds, and not every test needs it.
+# The fixtures import inside: torch takes seconds, and not every test needs it.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory) -> Iterator[None]:
-    """What libraries leave in the temporary folder goes with the run's own (gradio's client: a folder at each call)."""
+    """Gives the run a temporary folder of its own, removed at its end: libraries leave files there (gradio's client at
+    each call)."""
     before = tempfile.tempdir
     tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
     yield
@@ -32,7 +33,7 @@ def own_temporary_folder(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def start_model(tmp_path_factory) -> Path:
-    """A folder with the small network and its processor, to read only."""
+    """Folder with the small network and its processor; read only."""
     from small_models import save_small_checkpoint
 
     return save_small_checkpoint(tmp_path_factory.mktemp("start"))
