@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.stem: path for path in DOCS.glob("*.md")}
 PAGES["README"] = ROOT / "README.md"
 RUN = [
-    *("README", "tour", "model", "results", "coordinates", "your-own-data", "collections", "train"),
+    *("README", "tour", "demo", "model", "results", "coordinates", "your-own-data", "collections", "train"),
     *("figures", "publishing", "converting"),
 ]
 # Documents that a reader comes across; their links and the commands in them are checked, too.
