@@ -36,6 +36,8 @@ def test_the_map_of_contributing_shows_every_folder_and_flat_module():
     folders = [path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))]
     for name in folders:
         assert f"`macosnet_hf/{name}/`" in text, name
+    for path in package.glob("[a-z]*.py"):
+        assert f"`macosnet_hf/{path.name}`" in text, path.name
     for name in ("training", "benchmarks", "tests"):
         assert f"`{name}/`" in text, name
 

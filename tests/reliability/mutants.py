@@ -352,7 +352,7 @@ MUTANTS = (
     ),
     Mutant(
         "images on their side taken for upright",
-        "io.image_files:image_size",
+        "io.image_files:upright_size",
         "exif_orientation($image) >= 5",
         "exif_orientation($image) > 8",
         tests=("tests/io/test_image_io.py",),
