@@ -75,7 +75,7 @@ class CompositeGroups(Dataset):
 
     def fingerprint(self) -> str:
         """Of images and masks; the groups follow from the settings."""
-        masks = hashlib.sha256(np.packbits(self.masks.numpy() > 0).tobytes()).hexdigest()[:16]
+        masks = hashlib.sha256(np.packbits(self.masks.cpu().numpy() > 0).tobytes()).hexdigest()[:16]
         return f"{self.images.fingerprint()}, masks {masks}"
 
     def __len__(self) -> int:
