@@ -84,10 +84,14 @@ def _over_directions(values: Tensor) -> Tensor:
     return 2 * values.mean(dim=1)
 
 
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     """`(B,)` to a scalar (`"mean"`) or as it is (`"none"`)."""
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    _check_choice("reduction", reduction, REDUCTIONS)
     return values.mean() if reduction == "mean" else values
 
 
@@ -188,17 +192,10 @@ def matching_loss(
 
 
 def _round_trip_error(
-    transforms: Transform,
-    paths: Sequence[Sequence[int]],
-    *,
-    grid_size: int,
-    unit: str,
-    image_size: Size,
-    squared: bool,
+    transforms: Transform, paths: Sequence[Sequence[int]], grid_size: int, unit: str, image_size: Size, squared: bool
 ) -> Tensor:
     """How far points end from where they began: `(B, L)` means over a regular grid, for L paths of ordered pairs."""
-    if unit not in UNITS:
-        raise InputError(f"unit must be one of {', '.join(UNITS)}; got {unit!r}.")
+    _check_choice("unit", unit, UNITS)
     batch = len(transforms.affine)
     start = make_grid(grid_size, grid_size, device=transforms.device, dtype=transforms.dtype).reshape(1, -1, 2)
     points = start.expand(batch * len(paths), -1, -1)
@@ -241,14 +238,8 @@ def cycle_loss(
     """
     pairs = transforms.shape[1]
     _check_pairs(pairs)
-    error = _round_trip_error(
-        transforms,
-        [(p, p ^ 1) for p in range(pairs)],
-        grid_size=grid_size,
-        unit=unit,
-        image_size=image_size,
-        squared=squared,
-    )
+    paths = [(p, p ^ 1) for p in range(pairs)]
+    error = _round_trip_error(transforms, paths, grid_size, unit, image_size, squared)
     return _reduce(_over_directions(error), reduction)
 
 
@@ -277,14 +268,7 @@ def transitivity_loss(
         raise InputError("The transitivity loss needs three images at a time; these outputs are of pairs.")
     index = {pair: p for p, pair in enumerate(ordered_pairs(3))}
     paths = [(index[b, a], index[c, b], index[a, c]) for a, b, c in itertools.permutations(range(3))]
-    error = _round_trip_error(
-        transforms,
-        paths,
-        grid_size=grid_size,
-        unit=unit,
-        image_size=image_size,
-        squared=squared,
-    )
+    error = _round_trip_error(transforms, paths, grid_size, unit, image_size, squared)
     return _reduce(error.mean(dim=1), reduction)
 
 
@@ -394,6 +378,7 @@ def contrastive_loss(
     """
     mask_logits = _field(outputs, "mask_logits")
     _check_pairs(mask_logits.shape[1])
+    _check_choice("form", form, CONTRASTIVE_FORMS)
     if form == "pixels":
         if pixel_values is None or perceptual is None:
             raise InputError("The contrastive loss of masked pixels needs pixel_values and a perceptual network.")
@@ -401,12 +386,10 @@ def contrastive_loss(
         vectors = perceptual(images.flatten(0, 2)).flatten(1).to(mask_logits.dtype)
         objects, backgrounds = vectors.unflatten(0, images.shape[:3])
         scale = vectors.shape[-1]
-    elif form == "features":
+    else:
         features = _field(outputs, "features") if features is None else features
         objects, backgrounds = pooled_features(features, mask_logits, statistics)
         scale = 1
-    else:
-        raise InputError(f"form must be one of {', '.join(CONTRASTIVE_FORMS)}; got {form!r}.")
     between = (objects[:, 0::2] - objects[:, 1::2]).square().sum(-1) / scale
     within = (objects - backgrounds).square().sum(-1) / scale
     within = (within[:, 0::2] + within[:, 1::2]) / 2
@@ -492,12 +475,8 @@ class MaCoSNetLossWeights:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"{name} must be a finite number, zero or more; got {value}.")
-        if self.contrastive_form not in CONTRASTIVE_FORMS:
-            raise InputError(
-                f"contrastive_form must be one of {', '.join(CONTRASTIVE_FORMS)}; got {self.contrastive_form!r}."
-            )
-        if self.unit not in UNITS:
-            raise InputError(f"unit must be one of {', '.join(UNITS)}; got {self.unit!r}.")
+        _check_choice("contrastive_form", self.contrastive_form, CONTRASTIVE_FORMS)
+        _check_choice("unit", self.unit, UNITS)
 
     @classmethod
     def from_benchmark(cls, name: str, **options: Any) -> MaCoSNetLossWeights:
@@ -567,10 +546,10 @@ class PerceptualNetwork(nn.Module):
         self._classifier_prefixes = tuple(
             f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier)
         )
-        given_mean, given_std = torch.tensor(image_mean), torch.tensor(image_std)
-        wanted_mean, wanted_std = torch.tensor(network.default_cfg["mean"]), torch.tensor(network.default_cfg["std"])
-        self.register_buffer("scale", (given_std / wanted_std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", ((given_mean - wanted_mean) / wanted_std).view(1, 3, 1, 1), persistent=False)
+        own = (network.default_cfg["mean"], network.default_cfg["std"])
+        mean, std, own_mean, own_std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_mean, image_std, *own))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -639,10 +618,8 @@ class MaCoSNetObjective(nn.Module):
         super().__init__()
         if weights.contrast > 0 and weights.contrastive_form == "pixels" and perceptual is None:
             raise InputError("The contrastive loss of masked pixels needs a perceptual network.")
-        self.weights = weights
-        self.perceptual = perceptual
-        self.coupled = coupled
-        self.detach_masks = detach_masks
+        self.weights, self.perceptual = weights, perceptual
+        self.coupled, self.detach_masks = coupled, detach_masks
         if perceptual is not None:
             perceptual.requires_grad_(False).eval()
 
@@ -677,45 +654,39 @@ class MaCoSNetObjective(nn.Module):
             InputError: if the outputs lack what a term needs; in particular `trans` needs triplets.
         """
         weights = self.weights
-        losses: dict[str, Tensor] = {}
-        if weights.matching:
-            losses["matching"] = matching_loss(
-                outputs,
-                transforms,
-                mask_guided=self.coupled,
-                detach_masks=self.detach_masks,
-                radius=weights.inlier_radius,
-            )
+        round_trip: dict[str, Any] = {"unit": weights.unit, "squared": weights.squared}
         if weights.cycle or weights.trans:
-            height, width = self._image_size(outputs, pixel_values)
-            terms = {"cycle": (weights.cycle, cycle_loss), "transitivity": (weights.trans, transitivity_loss)}
-            for name, (weight, loss) in terms.items():
-                if weight:
-                    losses[name] = loss(
-                        transforms, unit=weights.unit, image_size=(height, width), squared=weights.squared
-                    )
-        if weights.contrast:
-            losses["contrast"] = contrastive_loss(
-                outputs,
-                pixel_values,
-                self.perceptual,
-                form=weights.contrastive_form,
-                margin=weights.margin,
-                statistics=feature_statistics,
-            )
-        if weights.task and self.coupled:
-            losses["consistency"] = consistency_loss(outputs, transforms)
+            round_trip["image_size"] = self._image_size(outputs, pixel_values)
+        terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
+            "matching": (
+                weights.matching,
+                lambda: matching_loss(
+                    outputs,
+                    transforms,
+                    mask_guided=self.coupled,
+                    detach_masks=self.detach_masks,
+                    radius=weights.inlier_radius,
+                ),
+            ),
+            "cycle": (weights.cycle, lambda: cycle_loss(transforms, **round_trip)),
+            "transitivity": (weights.trans, lambda: transitivity_loss(transforms, **round_trip)),
+            "contrast": (
+                weights.contrast,
+                lambda: contrastive_loss(
+                    outputs,
+                    pixel_values,
+                    self.perceptual,
+                    form=weights.contrastive_form,
+                    margin=weights.margin,
+                    statistics=feature_statistics,
+                ),
+            ),
+            "consistency": (weights.task if self.coupled else 0, lambda: consistency_loss(outputs, transforms)),
+        }
+        losses = {name: loss() for name, (weight, loss) in terms.items() if weight}
         if not losses:
             raise InputError("Every term of the objective has weight zero.")
-        factors = {
-            "matching": weights.matching,
-            "cycle": weights.cycle,
-            "transitivity": weights.trans,
-            "contrast": weights.contrast,
-            "consistency": weights.task,
-        }
-        total = torch.stack([factors[name] * loss for name, loss in losses.items()]).sum()
-        return {"total": total, **losses}
+        return {"total": torch.stack([terms[name][0] * loss for name, loss in losses.items()]).sum(), **losses}
 
     def _image_size(self, outputs: Outputs, pixel_values: Tensor | None) -> tuple[int, int]:
         """(height, width) of the network's input, from the images or from the masks."""
@@ -726,18 +697,3 @@ class MaCoSNetObjective(nn.Module):
         else:
             height, width = 1, 1  # normalised coordinates do not depend on it
         return int(height), int(width)
-
-
-__all__ = [
-    "MaCoSNetLossWeights",
-    "MaCoSNetObjective",
-    "PerceptualNetwork",
-    "consistency_loss",
-    "contrastive_loss",
-    "cycle_loss",
-    "inlier_mask",
-    "masked_images",
-    "matching_loss",
-    "pooled_features",
-    "transitivity_loss",
-]
