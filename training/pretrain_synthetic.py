@@ -41,8 +41,8 @@ def main(words: Sequence[str] | None = None) -> int:
         read_images(accelerator, settings, images)
     objective = SyntheticObjective(
         model.macosnet,
-        list(processor.image_mean),
-        list(processor.image_std),
+        processor.image_mean,
+        processor.image_std,
         settings,
         background_swap=settings.background_swap,
         feature_noise=settings.feature_noise,

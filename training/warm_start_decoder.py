@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     images.keep_in_memory(quiet=not accelerator.is_main_process, device=device)
     masks = masks_of_run(accelerator, settings, images, model, processor)
     masks = masks.to(device)
-    mean, std = list(processor.image_mean), list(processor.image_std)
+    mean, std = processor.image_mean, processor.image_std
     dataset: CompositeGroups | MaskedPairs
     objective: CommonObjective | DecoderObjective
     if common:

@@ -8,11 +8,12 @@ image does not belong, and some have nothing in common; the answer to those is a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..common_object import centre_prior, object_weights
@@ -21,6 +22,7 @@ from ..errors import DataError, InputError
 from ..geometry import Transform, identity_affine, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
 from .images import TrainingImages
+from .objectives import Objective
 from .synthetic import photometric, random_view
 
 _UNRELATED_SHARE = 0.15  # of the groups
@@ -110,7 +112,7 @@ class CompositeGroups(Dataset):
         return torch.stack([self.images[row] for row in seen]), self.masks[seen], torch.tensor(common)
 
 
-class CommonObjective(nn.Module):
+class CommonObjective(Objective):
     """Cross-entropy and Dice loss of the masks of all members of a group, each given some of the others.
 
     Args:
@@ -122,35 +124,21 @@ class CommonObjective(nn.Module):
         draw_on_device: as in [`~.pretraining.SyntheticObjective`].
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         model: MaCoSNetModel,
-        mean: list[float],
-        std: list[float],
+        mean: Sequence[float],
+        std: Sequence[float],
         *,
         composite_share: float = 0.45,
         second_round_share: float = 0.5,
         draw_on_device: bool = False,
     ):
-        super().__init__()
+        super().__init__(model, mean, std, ("decoder",))
         if model.config.decoder_inputs != "common":
             raise InputError("Composites teach a decoder with decoder_inputs='common'; this model has 'paper'.")
-        self.model, self.composite_share, self.second_round_share = model, composite_share, second_round_share
+        self.composite_share, self.second_round_share = composite_share, second_round_share
         self.draw_on_device = draw_on_device
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        model.requires_grad_(False)
-        model.decoder.requires_grad_(True)
-
-    def train(self, mode: bool = True) -> CommonObjective:
-        """Encoder and predictor keep their statistics."""
-        super().train(mode)
-        for part in (self.model.encoder, self.model.affine_head, self.model.tps_head):
-            part.eval()
-        return self
 
     def forward(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Items of [`CompositeGroups`], batched, to the loss and the share of the object."""
@@ -159,7 +147,7 @@ class CommonObjective(nn.Module):
             generator = torch.Generator(batch[0].device).manual_seed(generator.initial_seed())
         with torch.no_grad():
             images, labels = self.make_images(batch, generator)
-            features = self.model.encoder(((images - self.mean) / self.std).to(memory_format=torch.channels_last))
+            features = self.model.encoder(self.normalize(images).to(memory_format=torch.channels_last))
             partners, present = self._choose_partners(groups, members, generator, images.device)
             own_weights, partner_weights = self._weights(features, partners, present, groups, generator)
         logits = self.model.predict_common_masks(

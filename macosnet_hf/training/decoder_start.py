@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
@@ -20,6 +21,7 @@ from ..geometry import Transform, warp
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from .images import TrainingImages
+from .objectives import Objective
 from .synthetic import paste_on_others, photometric, random_view
 
 
@@ -75,26 +77,12 @@ class MaskedPairs(Dataset):
         return self.images.batch(pair), self.masks[pair]
 
 
-class DecoderObjective(nn.Module):
+class DecoderObjective(Objective):
     """Cross-entropy of the decoder against pseudo-masks, under random crops, flips and photometric changes."""
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: MaCoSNetModel, mean: list[float], std: list[float], paste_share: float = 0.4):
-        super().__init__()
-        self.model, self.paste_share = model, paste_share
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        model.requires_grad_(False)
-        model.decoder.requires_grad_(True)
-
-    def train(self, mode: bool = True) -> DecoderObjective:
-        """Encoder and predictor keep their statistics."""
-        super().train(mode)
-        for part in (self.model.encoder, self.model.affine_head, self.model.tps_head):
-            part.eval()
-        return self
+    def __init__(self, model: MaCoSNetModel, mean: Sequence[float], std: Sequence[float], paste_share: float = 0.4):
+        super().__init__(model, mean, std, ("decoder",))
+        self.paste_share = paste_share
 
     def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """uint8 `(B, 2, 3, S, S)` images and bool `(B, 2, S, S)` masks to the loss."""
@@ -107,7 +95,7 @@ class DecoderObjective(nn.Module):
             images, labels = paste_on_others(images, labels, self.paste_share, generator)
             pixels = photometric(images, generator)
             labels = labels.clamp(0, 1)
-            features = self.model.encoder(((pixels - self.mean) / self.std).to(memory_format=torch.channels_last))
+            features = self.model.encoder(self.normalize(pixels).to(memory_format=torch.channels_last))
             partner = features.normalized.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
             correlation = correlate(partner, features.normalized)
         logits = self.model.predict_masks(features, correlation).float()

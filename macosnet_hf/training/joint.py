@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,28 +22,25 @@ from ..geometry import Transform, folded, warp
 from ..modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from .distillation import local_matching_loss
 from .losses import MaCoSNetObjective
+from .objectives import Objective
 from .pretraining import SyntheticObjective
 from .pseudo_masks import border_contrast, centre_weight
 from .synthetic import paste_on_others, photometric
 
 CASCADES = ("exact", "features")
-PARTS = ("encoder", "predictor", "decoder")
 
 # An affine transform that shrinks or blows up areas by more than this is no view of the same kind of thing.
 LARGEST_AREA_RATIO = 9.0
 
 
-class JointObjective(nn.Module):
+class JointObjective(Objective):
     """The five losses over a batch of groups, and what keeps an eye on them.
 
     Args:
-        model: trained in place.
-        mean, std: the processor's statistics.
+        model, mean, std, trained, frozen_statistics: see [`Objective`](objectives.py). A frozen encoder runs without a
+            graph.
         losses: the weighted sum of the five losses. A perceptual network in it is kept out of this module's parameters,
             state and copies, so that it is neither averaged nor saved.
-        trained: which of `"encoder"`, `"predictor"` and `"decoder"` learn. A frozen encoder runs without a graph. The
-            encoder's batch norms keep their ImageNet statistics in any case.
-        frozen_statistics: whose batch norms (`"predictor"`, `"decoder"`) keep their statistics while they learn.
         cascade: how the spline sees the affinely warped source: `"features"` warps its feature map, `"exact"` encodes
             its warped pixels (one more encoder pass an ordered pair).
         prior_weight: weight of the masks' cross-entropy against pseudo-masks (`pseudo_masks.py`), which anchors area
@@ -63,20 +60,18 @@ class JointObjective(nn.Module):
         InputError: if no loss reaches a part that is to be trained, or an option is unknown.
     """
 
-    mean: Tensor
-    std: Tensor
     feature_mean: Tensor
     feature_std: Tensor
 
     def __init__(
         self,
         model: MaCoSNetModel,
-        mean: list[float],
-        std: list[float],
+        mean: Sequence[float],
+        std: Sequence[float],
         losses: MaCoSNetObjective,
         *,
-        trained: tuple[str, ...] = ("predictor", "decoder"),
-        frozen_statistics: tuple[str, ...] = ("predictor",),
+        trained: Sequence[str] = ("predictor", "decoder"),
+        frozen_statistics: Sequence[str] = ("predictor",),
         cascade: str = "features",
         prior_weight: float = 0.0,
         local_weight: float = 0.0,
@@ -87,47 +82,19 @@ class JointObjective(nn.Module):
         statistics: tuple[Tensor, Tensor] | None = None,
         channels_last: bool = True,
     ):
-        super().__init__()
-        if cascade not in CASCADES or not set(trained) <= set(PARTS):
-            raise InputError(f"cascade is one of {', '.join(CASCADES)}; trained names some of {', '.join(PARTS)}.")
-        if not trained:
-            raise InputError("Nothing is to be trained: encoder, predictor and decoder are all frozen.")
-        self.model = model
+        super().__init__(model, mean, std, trained, frozen_statistics)
+        if cascade not in CASCADES:
+            raise InputError(f"cascade is one of {', '.join(CASCADES)}.")
         self.losses = _Apart(losses)
         self.synthetic = _Apart(synthetic)
         self.prior_weight, self.local_weight, self.paste_share = prior_weight, local_weight, paste_share
         self.synthetic_weight = synthetic_weight if synthetic is not None else 0.0
-        self.trained, self.frozen_statistics, self.cascade = trained, frozen_statistics, cascade
-        self.change_colours, self.channels_last = change_colours, channels_last
+        self.cascade, self.change_colours, self.channels_last = cascade, change_colours, channels_last
         self.has_statistics = statistics is not None
         feature_mean, feature_std = statistics if statistics is not None else (torch.zeros(0), torch.zeros(0))
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("feature_mean", feature_mean.clone())
         self.register_buffer("feature_std", feature_std.clone())
         self._check_reach()
-        for name in PARTS:
-            for part in self.parts(name):
-                part.requires_grad_(name in trained)
-
-    def parts(self, name: str) -> list[nn.Module]:
-        """The sub-networks of `"encoder"`, `"predictor"` or `"decoder"`."""
-        model = self.model
-        parts: dict[str, list[nn.Module]] = {
-            "encoder": [model.encoder],
-            "predictor": [model.affine_head, model.tps_head],
-            "decoder": [model.decoder],
-        }
-        return parts[name]
-
-    def train(self, mode: bool = True) -> JointObjective:
-        """What is frozen, and the encoder in any case, keeps its statistics."""
-        super().train(mode)
-        for name in PARTS:
-            if name == "encoder" or name not in self.trained or name in self.frozen_statistics:
-                for part in self.parts(name):
-                    part.eval()
-        return self
 
     @property
     def uses_masks(self) -> bool:
@@ -213,7 +180,7 @@ class JointObjective(nn.Module):
             labels = labels.clamp(0, 1).unflatten(0, shape)
         if self.change_colours and generator is not None:
             images = photometric(images, generator)
-        return ((images - self.mean) / self.std).unflatten(0, shape), labels
+        return self.normalize(images).unflatten(0, shape), labels
 
     def run_model(self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None) -> MaCoSNetModelOutput:
         """The model's outputs for groups.
@@ -362,21 +329,21 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], *arguments: Any
         *arguments,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in these blocks is random
-        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(block)),
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_unchanged(block)),
     )
 
 
 @contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """The second forward pass must not move the running statistics a second time."""
+def _statistics_unchanged(block: nn.Module) -> Iterator[None]:
+    """The second forward pass must not move the running statistics a second time. (With `track_running_stats` off it
+    would save other tensors than the first, which torch refuses.)"""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked.clone() for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(counter)
+            norm.num_batches_tracked.copy_(count)

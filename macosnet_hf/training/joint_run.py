@@ -127,7 +127,7 @@ def make_objective(
         InputError: if no loss reaches what is to be trained.
         CheckpointError: if the perceptual network's weights cannot be had.
     """
-    base, mean, std = model.macosnet, list(processor.image_mean), list(processor.image_std)
+    base, mean, std = model.macosnet, processor.image_mean, processor.image_std
     weights = settings.loss_weights()
     perceptual = None
     if weights.contrast and weights.contrastive_form == "pixels":

@@ -8,14 +8,16 @@ points.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
 from ..geometry import Transform, make_grid, warp
 from ..matching import correlate, l2_normalize
 from ..modeling_macosnet import MaCoSNetModel
+from .objectives import Objective
 from .synthetic import WarpRange, make_pairs
 
 
@@ -30,7 +32,7 @@ def grid_loss(predicted: Tensor, expected: Tensor, weight: Tensor | None = None)
     return (distance * weight).sum() / weight.sum().clamp(min=1)
 
 
-class SyntheticObjective(nn.Module):
+class SyntheticObjective(Objective):
     """Grid loss of both heads over synthetic pairs.
 
     Args:
@@ -43,14 +45,11 @@ class SyntheticObjective(nn.Module):
             times faster on a GPU, and other numbers than a CPU's.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         model: MaCoSNetModel,
-        mean: list[float],
-        std: list[float],
+        mean: Sequence[float],
+        std: Sequence[float],
         limits: WarpRange,
         *,
         background_swap: float = 0.5,
@@ -59,23 +58,10 @@ class SyntheticObjective(nn.Module):
         points: int = 12,
         draw_on_device: bool = False,
     ):
-        super().__init__()
-        self.model = model
+        super().__init__(model, mean, std, ("predictor",))
         self.limits = limits
         self.background_swap, self.feature_noise, self.exact_share = background_swap, feature_noise, exact_share
         self.points, self.draw_on_device = points, draw_on_device
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        model.requires_grad_(False)
-        model.affine_head.requires_grad_(True)
-        model.tps_head.requires_grad_(True)
-
-    def train(self, mode: bool = True) -> SyntheticObjective:
-        """The encoder and the decoder keep their statistics."""
-        super().train(mode)
-        self.model.encoder.eval()
-        self.model.decoder.eval()
-        return self
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -101,7 +87,7 @@ class SyntheticObjective(nn.Module):
         with torch.no_grad(), exactly():
             pairs = make_pairs(images.float() / 255, size, self.limits, generator, background_swap=self.background_swap)
             # Both directions at once: row b is (A, B), row B + b is (B, A).
-            pixels = (torch.cat((pairs.source, pairs.target)) - self.mean) / self.std
+            pixels = self.normalize(torch.cat((pairs.source, pairs.target)))
             batch = len(pairs.source)
             grid = make_grid(self.points, self.points, device=pixels.device).reshape(1, -1, 2).expand(batch, -1, -1)
             in_source = pairs.transform.apply(grid)
