@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -250,9 +250,6 @@ class TrainingSettings(DataOptions, OptimizationOptions, CheckpointOptions, Repo
         InputError: for a number that makes no sense.
     """
 
-    # Settings that version 0.1 did not have: at their defaults they do not tell a run from its continuation.
-    YOUNGER: ClassVar[frozenset[str]] = frozenset({"on_device", "max_minutes"})
-
     def __post_init__(self) -> None:
         values = vars(self)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -266,12 +263,7 @@ class TrainingSettings(DataOptions, OptimizationOptions, CheckpointOptions, Repo
 
     def of_result(self) -> dict[str, Any]:
         """The settings that touch the result, which a run and its continuation share; see `FREE`."""
-        defaults = {item.name: item.default for item in fields(self) if item.name in self.YOUNGER}
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in FREE and not (name in defaults and value == defaults[name])
-        }
+        return {name: value for name, value in vars(self).items() if name not in FREE}
 
 
 @dataclass(kw_only=True)
@@ -296,15 +288,6 @@ def _check_pseudo_masks(file: str | None, teacher: str | None) -> None:
 @dataclass(kw_only=True)
 class DecoderSettings(TrainingSettings, DecoderOptions):
     """Settings of `training/warm_start_decoder.py`."""
-
-    YOUNGER: ClassVar[frozenset[str]] = TrainingSettings.YOUNGER | {
-        "decoder_inputs",
-        "decoder_rounds",
-        "group_size",
-        "composite_share",
-        "pseudo_masks",
-        "mask_teacher",
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from training_runs import ROOT
@@ -64,13 +65,18 @@ def test_the_usual_names_work(kind):
     assert {name: found[name] for name in expected} == expected
 
 
-def test_checkpoints_of_version_0_1_are_compared_by_the_same_settings():
-    assert joint(config=ROOT / "training" / "configs" / "lite.yaml").of_result() == json.loads(OF_VERSION_0_1)
+def test_checkpoints_of_version_0_1_resume(tmp_path):
+    before = json.loads(OF_VERSION_0_1) | {"mixed_precision": "no", "num_processes": 1}
+    (tmp_path / "run.json").write_text(json.dumps({"step": 1, "settings": before}))
+    accelerator = SimpleNamespace(mixed_precision="no", num_processes=1)
+    config = ROOT / "training" / "configs" / "lite.yaml"
+    refuse_other_settings(tmp_path, accelerator, joint(config=config))
+    assert set(before) <= {*joint(config=config).of_result(), "num_processes"}
+    with pytest.raises(InputError, match=r"other settings: margin 2.0 \(now 3.0\)"):
+        refuse_other_settings(tmp_path, accelerator, joint("--margin", "3", config=config))
 
 
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tmp_path):
-    from types import SimpleNamespace
-
     accelerator = SimpleNamespace(mixed_precision="no", num_processes=1)
     settings = parse_settings(SyntheticSettings, REQUIRED)
     before = settings.of_result() | vars(accelerator)
