@@ -41,11 +41,13 @@ _RULES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "a positive number": lambda value: 0 < value < math.inf,
     "a number, zero or more": lambda value: 0 <= value < math.inf,
+    "a number from 0 to 1": lambda value: 0 <= value <= 1,
 }
 Count: TypeAlias = Annotated[int, "at least 1"]
 Index: TypeAlias = Annotated[int, "a number, zero or more"]
 Rate: TypeAlias = Annotated[float, "a positive number"]
 Weight: TypeAlias = Annotated[float, "a number, zero or more"]
+Share: TypeAlias = Annotated[float, "a number from 0 to 1"]
 
 
 def option(text: str, default: Any = MISSING, **argument: Any) -> Any:
@@ -134,9 +136,9 @@ class SyntheticOptions:
 
     preset: str = option("configuration of a fresh model: paper, vgg16, lite, lite-fused or base", "lite")
     model_name_or_path: str | None = option("start from this model instead of a fresh one", None, metavar="MODEL")
-    background_swap: float = option("share of pairs whose backgrounds differ", 0.5)
+    background_swap: Share = option("share of pairs whose backgrounds differ", 0.5)
     feature_noise: float = option("largest noise added to features, relative to their own size", 0.7)
-    exact_share: float = option("share of steps in which the spline sees re-encoded pixels", 0.5)
+    exact_share: Share = option("share of steps in which the spline sees re-encoded pixels", 0.5)
     validation_pairs: str | None = option("CSV of pairs with keypoints, to report PCK on", None, metavar="FILE")
 
 
@@ -147,7 +149,7 @@ class DecoderOptions:
     model_name_or_path: str = option("the model of the first stage", metavar="MODEL")
     photos_per_class: int | None = option("use at most N images of a class", None)
     partners: Count = option("partners of each image", 4)
-    paste_share: float = option("share of pairs whose objects are pasted onto other images", 0.4)
+    paste_share: Share = option("share of pairs whose objects are pasted onto other images", 0.4)
     decoder_inputs: str | None = option(
         "give the model a fresh decoder of this kind: paper, or common, which is trained on composites of two classes",
         None,
@@ -155,7 +157,7 @@ class DecoderOptions:
     )
     decoder_rounds: int = option("of the kind common", 2, choices=(1, 2))
     group_size: Count = option("with the kind common: images in a group", 4)
-    composite_share: float = option("with the kind common: share of images that are composites", 0.45)
+    composite_share: Share = option("with the kind common: share of images that are composites", 0.45)
     pseudo_masks: str | None = option("take the pseudo-masks from this pseudo_masks.npz", None, metavar="FILE")
     mask_teacher: str | None = option("let this trained model make the pseudo-masks", None, metavar="MODEL")
     validation_masks: str | None = option("folder with images/<class> and masks/<class>", None, metavar="FOLDER")
@@ -170,7 +172,7 @@ class GroupOptions:
     group_size: int = option("pairs or triplets of a class", 3, choices=(2, 3))
     photos_per_class: int | None = option("use at most N images of a class", None)
     smallest_crop: float = option("side of the smallest random crop; 1: no crops", 0.8)
-    flip_probability: float = option("of mirroring a whole group", 0.5)
+    flip_probability: Share = option("of mirroring a whole group", 0.5)
     photometric: bool = option("change colours, blur and noise at random", False)
 
 
@@ -202,7 +204,7 @@ class LossOptions:
     synthetic_weight: Weight = option("weight of the first stage's loss on known warps of the same images", 0.0)
     prior_weight: Weight = option("weight of the masks' cross-entropy against pseudo-masks", 0.0)
     local_weight: Weight = option("weight of the distance to what local matching finds on the same pairs", 0.0)
-    paste_share: float = option("share of groups whose objects, by the pseudo-masks, are pasted onto other images", 0.0)
+    paste_share: Share = option("share of groups whose objects, by the pseudo-masks, are pasted onto other images", 0.0)
     pseudo_masks: str | None = option("take the pseudo-masks from this pseudo_masks.npz", None, metavar="FILE")
     mask_teacher: str | None = option("let this trained model make the pseudo-masks", None, metavar="MODEL")
 
@@ -293,8 +295,6 @@ class DecoderSettings(TrainingSettings, DecoderOptions):
         super().__post_init__()
         if self.group_size < 2:
             raise InputError("--group_size must be at least 2.")
-        if not 0 <= self.composite_share <= 1:
-            raise InputError("--composite_share must lie in [0, 1].")
         _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
 
 
@@ -310,8 +310,8 @@ class JointSettings(TrainingSettings, GroupOptions, LossOptions, PartOptions, Va
         super().__post_init__()
         if self.photos_per_class is not None and self.photos_per_class < self.group_size:
             raise InputError(f"--photos_per_class must be at least {self.group_size}, the size of a group.")
-        if not 0 <= self.flip_probability <= 1 or not 0 < self.smallest_crop <= 1:
-            raise InputError("--flip_probability must lie in [0, 1] and --smallest_crop in (0, 1].")
+        if not 0 < self.smallest_crop <= 1:
+            raise InputError("--smallest_crop must lie in (0, 1].")
         if self.pseudo_masks is not None and not self.prior_weight:
             raise InputError("--pseudo_masks is of no use without --prior_weight.")
         if self.mask_teacher is not None and not self.prior_weight:
