@@ -104,6 +104,7 @@ class MaCoSNetConfig(PretrainedConfig):
     """
 
     model_type = "macosnet"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own attribute)
 
     def __init__(
         self,

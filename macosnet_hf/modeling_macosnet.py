@@ -378,6 +378,10 @@ class MaCoSNetPreTrainedModel(AtomicSaving):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    # Of the backbone, where it has any attention.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _no_split_modules = ("MaCoSNetTransformationHead", "MaCoSNetDecoderBlock")
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_models import GRID_SIZE, IMAGE_SIZE, random_pictures, small_config, small_model
-from transformers import AutoBackbone, AutoConfig, ConvNextConfig, Dinov2Config, ResNetConfig
+from transformers import AutoBackbone, AutoConfig, ConvNextConfig, Dinov2Config, ResNetConfig, SwinConfig
 
 from macosnet_hf import geometry
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
@@ -98,6 +98,26 @@ def test_other_backbones_of_transformers_work(backbone, strides):
     outputs = run(model, random_pictures(1, 2))
     assert outputs.mask_logits.shape == (1, 2, IMAGE_SIZE, IMAGE_SIZE)
     assert outputs.correlation.shape == (1, 2, CELLS, GRID_SIZE, GRID_SIZE)
+
+
+def test_the_attention_of_a_transformer_backbone_is_chosen_when_loading(tmp_path):
+    backbone = SwinConfig(
+        image_size=IMAGE_SIZE,
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=3,
+        out_features=["stage1", "stage2", "stage3"],
+    )
+    saved = small_model(MaCoSNetModel, backbone_config=backbone)
+    saved.save_pretrained(tmp_path)
+    assert saved.config.feature_strides == [4, 8, 16]
+    expected = run(saved, random_pictures(1, 2))
+    for attention in ("eager", "sdpa"):
+        model = MaCoSNetModel.from_pretrained(tmp_path, attn_implementation=attention).eval()
+        assert model.encoder.backbone.config._attn_implementation == attention
+        found = run(model, random_pictures(1, 2))
+        torch.testing.assert_close(found.mask_logits, expected.mask_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["efficientnet", "resnet"])
