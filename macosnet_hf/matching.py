@@ -223,17 +223,17 @@ def map_points(
 
 
 def match_grid(
-    features: Tensor, mask_logits: Tensor, transforms: Transform, config: MaCoSNetConfig
+    features: Tensor, mask_logits: Tensor | None, transforms: Transform, config: MaCoSNetConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keypoints on a regular grid of the source, where they lie in the target, and how far to trust each match.
 
     The score is the product of three numbers in [0, 1]: the geometric mean of both masks, the cosine similarity of
     the features, and exp(-e^2 / 2 sigma^2) of the forward-backward error e. A match holds where both masks are above
-    the configuration's threshold.
+    the configuration's threshold; without masks, wherever it lies in the target.
 
     Args:
         features: `(B, 2, C, h, w)`, unit length over channels.
-        mask_logits: `(B, 2, H, W)`.
+        mask_logits: `(B, 2, H, W)`; without them the masks do not count.
         transforms: `(B, 2)`, T_AB and T_BA.
         config: of the model.
 
@@ -247,14 +247,15 @@ def match_grid(
     error = (back - source).norm(dim=-1)
     consistency = torch.exp(-0.5 * (error / config.match_consistency_sigma) ** 2)
 
-    masks = mask_logits.float().sigmoid().unsqueeze(2)
-    on_source = sample_at(masks[:, 0], source).squeeze(-1)
-    on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
     similarity = similarities(features[:, 0].float(), features[:, 1].float(), source, target)
-    scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
-
-    threshold = config.match_mask_threshold
-    matched = (on_source > threshold) & (on_target > threshold) & inside(target)
+    scores, matched = similarity.clamp(0, 1) * consistency, inside(target)
+    if mask_logits is not None:
+        masks = mask_logits.float().sigmoid().unsqueeze(2)
+        on_source = sample_at(masks[:, 0], source).squeeze(-1)
+        on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
+        scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
+        threshold = config.match_mask_threshold
+        matched = (on_source > threshold) & (on_target > threshold) & matched
     index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
     matches = torch.where(matched, index, -1)
     scores = torch.where(matched, scores, torch.zeros_like(scores))

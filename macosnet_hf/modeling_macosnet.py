@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
 from .common_object import CONTEXT_CHANNELS, centre_prior, common_context, object_weights
 from .configuration_macosnet import MaCoSNetConfig
@@ -572,7 +572,11 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
 
         Raises:
             InputError: if shapes do not fit.
+            TypeError: for a keyword that transformers does not pass to models.
         """
+        unknown = sorted(kwargs.keys() - TransformersKwargs.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
         if pixel_values.dim() != 5 or pixel_values.shape[1] not in (2, 3):
             raise InputError(
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
@@ -683,6 +687,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         labels: Tensor | None = None,
         output_flow: bool = False,
         image_sizes: Tensor | None = None,
+        output_masks: bool = True,
         **kwargs: Any,
     ) -> MaCoSNetKeypointMatchingOutput | tuple[Tensor, ...]:
         """Matches and masks of a batch of pairs.
@@ -692,13 +697,14 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
             labels: `(B, 2, K, 2)` corresponding keypoints as (x, y) in [0, 1], negative where absent. Asks for `loss`.
                 (The paper's weakly supervised objective is in `macosnet_hf.training.losses`.)
             output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
+            output_masks: whether to run the decoder; without masks the scores have no mask factor.
 
         Raises:
-            InputError: if shapes do not fit.
+            InputError, TypeError: as in [`MaCoSNetModel`].
         """
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
-        base = self.macosnet(pixel_values, return_dict=True, **kwargs)
+        base = self.macosnet(pixel_values, output_masks=output_masks, return_dict=True, **kwargs)
         loss = None if labels is None else self._keypoint_loss(base, labels)
         if self.config.mutual_fit:
             fitted = fit_mutually(

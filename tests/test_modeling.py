@@ -656,6 +656,31 @@ def test_scores_are_mask_times_similarity_times_consistency():
     torch.testing.assert_close(outputs.matching_scores[:, 0][matched], expected[matched], atol=1e-4, rtol=1e-3)
 
 
+def test_without_masks_points_are_matched_and_scored_without_them():
+    with_masks = matching_model(0.5, mask_spread=0.3)
+    expected = run(with_masks, random_pictures(1, 2))
+    found = run(with_masks, random_pictures(1, 2), output_masks=False)
+    assert found.mask_logits is None
+    assert torch.equal(found.keypoints, expected.keypoints)
+    outside = found.matches[:, 0] < 0
+    places = found.keypoints[:, 1]
+    assert ((places[outside] == 0) | (places[outside] == 1)).any(dim=-1).all()  # at the border of the target
+    matched = expected.matches >= 0
+    assert matched.any()
+    assert (found.matches[matched] >= 0).all()
+    assert (found.matching_scores >= expected.matching_scores - 1e-6).all()
+
+
+@pytest.mark.parametrize("model_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
+def test_a_misspelt_keyword_is_no_silence(model_class):
+    model, images = small_model(model_class), random_pictures(1, 2)
+    with pytest.raises(TypeError, match="lables"):
+        model(images, lables=torch.zeros(1, 2, 3, 2))
+    with pytest.raises(TypeError, match="output_mask"):
+        model(images, output_mask=False)
+    run(model, images, output_hidden_states=False, num_items_in_batch=1)  # as transformers' own training loop passes
+
+
 def test_loss_is_the_mean_distance_of_labelled_key_points():
     model, pictures = small_model(MaCoSNetForKeypointMatching), random_pictures(2, 2)
     labels = torch.rand(2, 2, 4, 2, generator=torch.Generator().manual_seed(5))
