@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from .configuration_macosnet import MaCoSNetConfig
 from .drawing import draw_matches
 from .errors import ImageError, InputError
 from .geometry import Transform, denormalize_points, normalize_points
-from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb
+from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb, white_level
 from .refinement import check_method, refine_mask
 
 _VIEWS = (2, 3)  # pairs and triplets
@@ -44,8 +45,9 @@ class MaCoSNetImageProcessor(PilBackend):
         0.5]`).
 
     An image is a PIL image of any mode (turned upright by its EXIF orientation, transparency laid on white), a numpy
-    array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays hold 0..255; a
-    floating-point array in which no value exceeds 1 is taken as 0..1.
+    array `(H, W)`, `(H, W, C)` or `(C, H, W)`, a torch tensor `(C, H, W)`, or a path. Arrays of integers hold 0..255.
+    Floating-point arrays hold 0..1 or 0..255; values a little beyond, as a cubic filter leaves them, are clipped, and
+    other ranges are refused. With `do_rescale=False` they are taken as they are.
 
     ```python
     >>> inputs = processor([source, target], return_tensors="pt")
@@ -137,15 +139,14 @@ class MaCoSNetImageProcessor(PilBackend):
         array = _channels_last(image, input_data_format)
         if not np.issubdtype(array.dtype, np.floating):
             return _eight_bit_rgb(array)
-        array = _on_three_channels(array)
+        array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise InputError("An image contains values that are not finite numbers.")
-        if do_rescale and rescale_factor:
-            if array.min() < 0:
-                raise InputError("An image contains negative values; give it before normalisation.")
-            if array.max() <= 1:
-                array = array / np.float32(rescale_factor)
-        return array
+        if not do_rescale or not rescale_factor:
+            return _on_three_channels(array, 1.0)
+        white = _white_level(array)
+        array = _on_three_channels(array.clip(0, white), white)
+        return array / np.float32(rescale_factor) if white == 1 else array
 
     def _preprocess(
         self,
@@ -483,15 +484,35 @@ def _eight_bit_rgb(array: np.ndarray) -> Image.Image:
     return upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
-def _on_three_channels(array: np.ndarray) -> np.ndarray:
-    """A floating-point array `(H, W, C)` as float32 `(H, W, 3)`; alpha is laid on white."""
-    array = array.astype(np.float32)
+def _white_level(array: np.ndarray) -> float:
+    """[`white_level`] of a floating-point array.
+
+    Raises:
+        InputError: if its values have another range.
+    """
+    low, high = float(array.min()), float(array.max())
+    white = white_level(array)
+    if white is None and low >= -0.25 and high <= 2:
+        warnings.warn(
+            f"A floating-point image holds values from {low:g} to {high:g}; it is taken as 0..1 and clipped.",
+            stacklevel=2,
+        )
+        return 1.0
+    if white is None:
+        raise InputError(
+            f"A floating-point image must hold 0..1 or 0..255, but its values go from {low:g} to {high:g}. Give it as "
+            "uint8, or scaled to 0..1 before normalisation, or as it is with do_rescale=False."
+        )
+    return white
+
+
+def _on_three_channels(array: np.ndarray, white: float) -> np.ndarray:
+    """A float32 array `(H, W, C)` as `(H, W, 3)`; alpha is laid on white."""
     if array.shape[2] == 1:
         return array.repeat(3, axis=2)
     if array.shape[2] == 4:
-        white = np.float32(1 if array.max() <= 1 else 255)
-        alpha = array[:, :, 3:] / white
-        return array[:, :, :3] * alpha + white * (1 - alpha)
+        alpha = array[:, :, 3:] / np.float32(white)
+        return array[:, :, :3] * alpha + np.float32(white) * (1 - alpha)
     return array
 
 

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
+_OVERSHOOT = 0.25
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -29,9 +30,9 @@ def exif_orientation(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as a new, upright image of mode "RGB" without EXIF, so that it is not turned twice.
 
-    Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers
-    are taken as 8-bit or 16-bit where they fit and are stretched from their smallest to their largest value
-    otherwise; floating-point images are taken as 0..1 or 0..255 where they fit and are stretched otherwise.
+    Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
+    taken as 8-bit or 16-bit where they fit, floating-point images as 0..1 or 0..255 (see [`white_level`]); other images
+    are stretched from their smallest to their largest value.
     """
     image.load()  # before the orientation is read: TIFF turns its pixels itself while loading
     orientation = exif_orientation(image)
@@ -60,6 +61,19 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
     return upright_rgb(image)
 
 
+def white_level(values: np.ndarray) -> float | None:
+    """The value of white, 1 or 255, in floating-point pixels (all finite); None if they have another range, as 0..17.6.
+
+    Both ranges may be exceeded by a quarter at both ends, since a cubic filter overshoots. Whole numbers of 0..255 are
+    pixels of 8 bits, however dark.
+    """
+    low, high = float(values.min()), float(values.max())
+    for white, brightest in ((1.0, 0.0), (255.0, 254.0)):
+        if low >= -_OVERSHOOT * white and brightest <= high <= (1 + _OVERSHOOT) * white:
+            return white
+    return 255.0 if low >= 0 and high <= 255 and bool((values == np.rint(values)).all()) else None
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, (255, 255, 255))
@@ -69,18 +83,17 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
     """Wide greyscale `(H, W)` of PIL mode "I", "I;16*" or "F" to uint8."""
+    white: float | None
     if mode == "F":
-        finite = np.isfinite(values)
-        low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
-        full_scale = 1.0 if high <= 1 else 255.0
+        white = white_level(values)
     else:
         low, high = float(values.min()), float(values.max())
-        full_scale = 65535.0 if mode != "I" or high > 255 else 255.0
-    if low < 0 or high > full_scale:
-        offset, scale = low, 255.0 / max(high - low, 1e-12)
-        if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
-            values, offset, scale = values / 2, offset / 2, scale * 2
-    else:
-        offset, scale = 0.0, 255.0 / full_scale
+        white = 65535.0 if mode != "I" or high > 255 else 255.0
+        white = white if low >= 0 and high <= white else None
+    offset, scale = (0.0, 255.0 / white) if white is not None else (low, 255.0 / max(high - low, 1e-12))
+    if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
+        values, offset, scale = values / 2, offset / 2, scale * 2
     return np.clip((values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5, 0, 255).astype(np.uint8)

@@ -171,6 +171,49 @@ def test_alpha_in_arrays_is_laid_on_white(processor):
         assert np.allclose(processor.preprocess_views(picture)["pixel_values"], 1.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("white", [1, 255])
+def test_values_a_little_beyond_white_change_nothing_else(processor, channels, white):
+    """One value of 1.0000002 turned an image of 0..1 black."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(channels, 100, 100, generator=generator) * white
+    image[-1, 0, 0] = white
+    expected = processor.preprocess_views(image)["pixel_values"]
+    assert expected.std() > 0.1
+    for outlier in (1.0000002, 1.06, 1.2):
+        changed = image.clone()
+        changed[-1, 0, 0] = outlier * white
+        assert np.abs(processor.preprocess_views(changed)["pixel_values"] - expected).max() <= 1e-5
+
+
+def test_an_image_resized_by_a_cubic_filter_is_itself(processor, pair):
+    small = np.asarray(pair[0], np.float32)[::2, ::2] / 255
+    small[:, 5:9] = 1
+    small[:, 9:13] = 0
+    enlarged = torch.nn.functional.interpolate(
+        torch.from_numpy(small).permute(2, 0, 1)[None], scale_factor=3, mode="bicubic"
+    )[0]
+    assert enlarged.min() < -0.01
+    assert enlarged.max() > 1.01
+    found = processor.preprocess_views(enlarged)["pixel_values"]
+    np.testing.assert_array_equal(found, processor.preprocess_views(enlarged.clamp(0, 1))["pixel_values"])
+
+
+def test_floating_point_ranges_are_not_guessed(processor):
+    image = np.random.default_rng(0).random((20, 30, 3)).astype(np.float32)
+    image[0, 0, 0] = 1
+    with pytest.warns(UserWarning, match=r"from .* to 1\.7; it is taken as 0\.\.1"):
+        processor.preprocess_views(image * 1.7)
+    for values in (image * 2.1, image * 17, image * 253, image - 0.3, (image - 0.5) / 0.5, image * 400):
+        with pytest.raises(InputError, match=r"must hold 0\.\.1 or 0\.\.255, but its values go from"):
+            processor.preprocess_views(values)
+    as_it_is = processor.preprocess_views(image * 17, do_rescale=False, do_normalize=False, do_resize=False)
+    np.testing.assert_allclose(as_it_is["pixel_values"][0].transpose(1, 2, 0), image * 17)
+    dark = np.full((20, 30, 3), 3.0)  # of 8 bits by its whole numbers
+    expected = processor.preprocess_views(dark.astype(np.uint8))["pixel_values"]
+    np.testing.assert_allclose(processor.preprocess_views(dark)["pixel_values"], expected, atol=1e-6)
+
+
 def test_exif_orientation_is_applied_once(processor, pair):
     stored = pair[0].transpose(Image.Transpose.ROTATE_90)  # lies on its side, orientation 6 turns it back
     exif = Image.Exif()

@@ -200,6 +200,11 @@ def test_32_bit_integers(values, expected):
         ([0.0, np.inf, 1.0], [0, 255, 255]),
         ([np.nan, np.nan, np.nan], [0, 0, 0]),
         ([7.0, 7.0, 7.0], [7, 7, 7]),
+        ([0.0, 0.5, 1.0000001], [0, 128, 255]),  # a hair above 1 turned an image black
+        ([-0.05, 0.5, 1.06], [0, 128, 255]),  # a cubic filter's overshoot
+        ([-20.0, 100.5, 270.0], [0, 101, 255]),
+        ([0.0, 3.0, 9.0], [0, 3, 9]),  # 8 bits, however dark
+        ([0.0, 4.4, 8.8], [0, 128, 255]),
     ],
 )
 def test_floating_point(values, expected):
