@@ -178,7 +178,7 @@ class Bench:
                         path = self.folder / name / part / kind / f"{number}.png"
                         path.parent.mkdir(parents=True, exist_ok=True)
                         content = seeds.image(60, 48, number)
-                        (content if part == "images" else content.convert("L")).save(path)
+                        (content if part == "images" else content.convert("1")).save(path)
 
     @property
     def model(self) -> Path:

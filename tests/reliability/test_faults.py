@@ -168,7 +168,7 @@ SAVES_KILLED_AT_EVERY_MOVE = """
 import functools, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 from small_models import small_model, small_processor
-from macosnet_hf import saving
+from macosnet_hf import modeling_macosnet, saving
 model = small_model(modeling_macosnet.MaCoSNetForKeypointMatching)
 replace_model, moment, status = saving._replace_model, 0, signal.SIGKILL
 
@@ -205,7 +205,7 @@ def test_a_model_that_is_saved_over_another_is_never_a_mixture_of_both(tmp_path)
     new = small_model(MaCoSNetForKeypointMatching)
     for part in (old, small_processor()):
         part.save_pretrained(tmp_path / "old")
-    command = [sys.executable, "-c", SAVES_KILLED_AT_EVERY_MOVE, str(Path(__file__).parent), str(tmp_path / "old")]
+    command = [sys.executable, "-c", SAVES_KILLED_AT_EVERY_MOVE, str(Path(__file__).parents[1]), str(tmp_path / "old")]
     subprocess.run([*command, str(tmp_path / "killed")], env=environment(), check=True)
     folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     found = []
