@@ -244,11 +244,8 @@ def _published() -> Kind:
 
 def _point_text() -> Kind:
     """`--points` and `--points-file` of the command line."""
-    from PIL import Image
-
     from macosnet_hf.commands import match
 
-    photo = Image.new("RGB", (50, 40))
     texts = (b"1,2;3,4", b"x,y\n1,2\n3.5,4\n", b'"1","2"\r\n\r\n"49","39"\r\n', b"49,39")
 
     def place(rng: random.Random, folder: Path) -> Read:
@@ -260,7 +257,7 @@ def _point_text() -> Kind:
             args = argparse.Namespace(points=data.decode("utf-8", "replace"), points_file=None)
 
         def read() -> None:
-            match._check_inside(match._read_points(args) or [], photo)
+            match._check_inside(match._read_points(args) or [], (50, 40))
 
         return read
 
