@@ -74,15 +74,15 @@ def match(client: Client, source, target, **options) -> tuple:
     return client.predict(*files, **options, api_name="/match")
 
 
-def segment(client: Client, photographs, **options) -> tuple:
-    return client.predict([handle_file(str(p)) for p in photographs], **options, api_name="/segment_collection")
+def segment(client: Client, photos, **options) -> tuple:
+    return client.predict([handle_file(str(p)) for p in photos], **options, api_name="/segment_collection")
 
 
 def difference(shown: str, expected: Image.Image) -> float:
     """Mean absolute difference (0 to 255) between an image of the page and the one it should be."""
-    with Image.open(shown) as picture:
-        assert picture.size == expected.size
-        return float(np.abs(np.asarray(picture.convert("RGB"), np.float64) - np.asarray(expected, np.float64)).mean())
+    with Image.open(shown) as image:
+        assert image.size == expected.size
+        return float(np.abs(np.asarray(image.convert("RGB"), np.float64) - np.asarray(expected, np.float64)).mean())
 
 
 def as_mask(path: str) -> np.ndarray:
@@ -124,7 +124,7 @@ def test_threshold_and_refinement_are_used(client, result):
         match(client, CHEETAH, LION, refine="magic")
 
 
-def test_a_large_photograph_comes_back_in_its_own_pixels(client, tmp_path, result):
+def test_a_large_photo_comes_back_in_its_own_pixels(client, tmp_path, result):
     """Worked on as a small copy, but points and masks are those of the original."""
     large = save_large(LION, (2400, 1600), tmp_path / "large.jpg")
     report, _, _, mask, warped = match(client, CHEETAH, large)
@@ -162,7 +162,7 @@ def test_nothing_in_common_is_said_in_words(client):
     assert report["words"] == VERDICTS["poor"]
 
 
-def test_the_same_photograph_twice_is_noticed(client):
+def test_the_same_photo_twice_is_noticed(client):
     report, *_ = match(client, LION, LION)
     assert "same photo twice" in report["words"]
 
@@ -257,13 +257,13 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
 @pytest.mark.parametrize(
     ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 images; these are 31")]
 )
-def test_too_few_or_too_many_photographs(client, tmp_path, count, sentence):
+def test_too_few_or_too_many_photos(client, tmp_path, count, sentence):
     paths = [save_large(LION, (20 + index, 20), tmp_path / f"{index}.jpg") for index in range(count)]
     with pytest.raises(AppError, match=sentence):
         segment(client, paths)
 
 
-def test_a_damaged_photograph_of_a_collection_is_named(client, tmp_path):
+def test_a_damaged_photo_of_a_collection_is_named(client, tmp_path):
     (tmp_path / "letter.jpg").write_text("This is a letter. " * 20)
     with pytest.raises(AppError, match=r"^'letter\.jpg' is not an image"):
         segment(client, [LION, tmp_path / "letter.jpg", CHEETAH])
@@ -330,7 +330,7 @@ def one_pixel() -> bytes:
     ],
     ids=["empty", "text", "truncated", "bomb", "one pixel"],
 )
-def test_unusable_photograph_is_named_in_one_sentence(client, tmp_path, content, sentence):
+def test_unusable_photo_is_named_in_one_sentence(client, tmp_path, content, sentence):
     path = tmp_path / "holiday.jpg"
     path.write_bytes(content())
     with pytest.raises(AppError, match=sentence) as caught:
@@ -342,7 +342,7 @@ def test_unusable_photograph_is_named_in_one_sentence(client, tmp_path, content,
 
 
 @pytest.mark.parametrize(("source", "target"), [(None, LION), (LION, None), (None, None)])
-def test_missing_photograph_is_asked_for(client, source, target):
+def test_missing_photo_is_asked_for(client, source, target):
     with pytest.raises(AppError, match=r"^Choose two photos first\.$"):
         match(client, source, target)
 
@@ -475,11 +475,11 @@ def test_failure_in_the_library(matcher, sentence, tmp_path):
 
 
 def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch):
-    kept = tmp_path / "kept"
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(kept))
+    served = tmp_path / "served"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(served))
     monkeypatch.setattr(limits, "FILE_SECONDS", 2)
     demo = app.build_demo()
-    files = lambda: [path for path in kept.rglob("*") if path.is_file()]  # noqa: E731
+    files = lambda: [path for path in served.rglob("*") if path.is_file()]  # noqa: E731
     try:
         client = Client(app.serve(demo), verbose=False, download_files=str(tmp_path / "mine"))
         own = save_large(LION, (222, 111), tmp_path / "own.jpg")

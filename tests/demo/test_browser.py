@@ -114,9 +114,9 @@ def test_a_stranger_sees_a_result_at_once(page, result):
 
 def test_upload_and_match(page, matcher, tmp_path):
     before = matcher.pairs
-    for place, photograph in (("source", LION), ("target", CHEETAH)):
+    for place, photo in (("source", LION), ("target", CHEETAH)):
         clear(page, place)
-        choose(page, place, save_large(photograph, (800, 500), tmp_path / f"my-{place}.jpg"))
+        choose(page, place, save_large(photo, (800, 500), tmp_path / f"my-{place}.jpg"))
     page.locator("#match").click()
     wait_until(page, lambda: page.locator("#viewer image").first.get_attribute("href") is not None)
     box = "document.querySelectorAll('#viewer image')[1].getBBox()"
@@ -170,7 +170,7 @@ def pin(page, number, side, size):
     return np.array([(centre[0] - x) / width, (centre[1] - y) / height]) * size - 0.5
 
 
-def test_a_clicked_point_appears_in_the_other_photograph(page, matcher, result):
+def test_a_clicked_point_appears_in_the_other_photo(page, matcher, result):
     before = matcher.pairs
     sizes = np.array([result.source.size, result.target.size])
     page.locator(".viewer-foot").scroll_into_view_if_needed()
@@ -223,7 +223,7 @@ def test_no_old_result_stays_where_there_is_no_new_one(page):
     page.locator("#viewer svg").wait_for(timeout=60_000)
 
 
-def test_a_photograph_that_browsers_do_not_show_is_shown(page, tmp_path):
+def test_a_photo_that_browsers_do_not_show_is_shown(page, tmp_path):
     with Image.open(EXAMPLES[0][1]) as photo:
         photo.save(tmp_path / "scan.tif")
         width = photo.width
@@ -265,7 +265,7 @@ def clipboard_page(browser, address):
     close_page(page, address)
 
 
-def test_pictures_are_pasted_one_after_the_other(clipboard_page):
+def test_images_are_pasted_one_after_the_other(clipboard_page):
     page = clipboard_page
     lion = page.locator("#target img").get_attribute("src")
     page.mouse.move(5, 5)
@@ -304,7 +304,7 @@ def test_pasting_words_changes_nothing(clipboard_page):
     assert page.locator("#source img").get_attribute("src") == before
 
 
-def test_a_photograph_of_the_camera(clipboard_page, matcher):
+def test_a_photo_of_the_camera(clipboard_page, matcher):
     page, before = clipboard_page, matcher.pairs
     clear(page, "source")
     page.locator("#source button[aria-label='Capture from camera']").click()
@@ -340,8 +340,8 @@ def test_collection_upload_run_and_zip(page, tmp_path):
     assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
     page.locator("#photos button[aria-label='Clear']").click()
     own = [
-        save_large(photograph, (500, 400), tmp_path / f"own{number}.jpg")
-        for number, photograph in enumerate((TOWER, LION, CHEETAH, CAT))
+        save_large(photo, (500, 400), tmp_path / f"own{number}.jpg")
+        for number, photo in enumerate((TOWER, LION, CHEETAH, CAT))
     ]
     page.locator("#photos input[type=file]").set_input_files([str(path) for path in own])
     page.locator("#photos img[src*='own3.jpg']").wait_for()
@@ -371,11 +371,11 @@ def test_wrong_files_of_a_collection_are_left_out_at_once(page, tmp_path):
     wait_until(page, lambda: page.locator("#photos img").count() == 2)
 
 
-def test_who_comes_back_to_the_collection_finds_the_own_photographs(page, tmp_path):
+def test_who_comes_back_to_the_collection_finds_the_own_photos(page, tmp_path):
     open_collection(page)
     page.locator("#photos button[aria-label='Clear']").click()
-    photographs = {"mine0.jpg": LION, "mine1.jpg": CHEETAH}
-    own = [save_large(path, (300, 200), tmp_path / name) for name, path in photographs.items()]
+    photos = {"mine0.jpg": LION, "mine1.jpg": CHEETAH}
+    own = [save_large(path, (300, 200), tmp_path / name) for name, path in photos.items()]
     page.locator("#photos input[type=file]").set_input_files([str(path) for path in own])
     page.locator("#photos img[src*='mine1.jpg']").wait_for()
     page.get_by_role("tab", name="Pair").click()
@@ -383,7 +383,7 @@ def test_who_comes_back_to_the_collection_finds_the_own_photographs(page, tmp_pa
     page.wait_for_timeout(500)
     page.locator("#segment").click()
     page.get_by_text("2 photos are too few").wait_for(timeout=60_000)
-    assert set(page.locator("#agreement .name").all_inner_texts()) == set(photographs)
+    assert set(page.locator("#agreement .name").all_inner_texts()) == set(photos)
 
 
 def test_a_name_of_a_file_is_text_and_nothing_else(page, tmp_path):

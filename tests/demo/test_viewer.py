@@ -21,14 +21,14 @@ from macosnet_hf.demo.viewer import (
 def test_lines_are_the_matches_above_the_threshold(pair):
     result = pair.result
     threshold = float(np.median(result.scores))
-    told = json.loads(viewer_lines(result, threshold, 10))
-    assert told["all"] == len(result.scores)
-    assert told["above"] == (result.scores > threshold).sum()
-    assert len(told["lines"]) == min(10, told["above"])
+    sent = json.loads(viewer_lines(result, threshold, 10))
+    assert sent["all"] == len(result.scores)
+    assert sent["above"] == (result.scores > threshold).sum()
+    assert len(sent["lines"]) == min(10, sent["above"])
     every = {
         tuple(np.round(ends.ravel(), 1)): score for ends, score in zip(result.keypoints, result.scores, strict=True)
     }
-    for *ends, color, score in told["lines"]:
+    for *ends, color, score in sent["lines"]:
         assert every[tuple(ends)] == pytest.approx(score, abs=6e-4)
         assert score > threshold - 6e-4
         assert color.startswith("#")
@@ -36,15 +36,15 @@ def test_lines_are_the_matches_above_the_threshold(pair):
     everything = json.loads(viewer_lines(result, 0, 1000))
     assert len(everything["lines"]) == everything["all"]
     colors = {tuple(line[:4]): line[4] for line in everything["lines"]}
-    assert all(colors[tuple(line[:4])] == line[4] for line in told["lines"])  # a line keeps its colour
-    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": told["all"]}
+    assert all(colors[tuple(line[:4])] == line[4] for line in sent["lines"])  # a line keeps its colour
+    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": sent["all"]}
 
 
-def test_photographs_travel_inside_the_page(pair):
-    told = json.loads(viewer_images("key", (pair.result.source, pair.result.target), ("a", "b")))
-    assert told["id"] == "key"
-    assert [(side["w"], side["h"], side["name"]) for side in told["sides"]] == [(377, 600, "a"), (960, 720, "b")]
-    assert all(side["src"].startswith("data:image/jpeg;base64,") for side in told["sides"])
+def test_photos_travel_inside_the_page(pair):
+    sent = json.loads(viewer_images("key", (pair.result.source, pair.result.target), ("a", "b")))
+    assert sent["id"] == "key"
+    assert [(side["w"], side["h"], side["name"]) for side in sent["sides"]] == [(377, 600, "a"), (960, 720, "b")]
+    assert all(side["src"].startswith("data:image/jpeg;base64,") for side in sent["sides"])
 
 
 def test_grid_lies_on_the_object():
@@ -59,10 +59,10 @@ def test_grid_lies_on_the_object():
 
 
 def test_grid_document_pairs_each_point_with_its_place(pair):
-    told = grid_document(pair.result)["points"]
-    assert len(told) > 10
-    moved = pair.result.transfer([point[:2] for point in told])
-    np.testing.assert_allclose([point[2:4] for point in told], moved, atol=1.5)
+    sent = grid_document(pair.result)["points"]
+    assert len(sent) > 10
+    moved = pair.result.transfer([point[:2] for point in sent])
+    np.testing.assert_allclose([point[2:4] for point in sent], moved, atol=1.5)
 
 
 def test_the_object_is_outlined_on_a_small_copy():
