@@ -78,7 +78,7 @@ def eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
         )
         for dataset, report in reports.items()
         for task, title, wanted in (
-            ("keypoint-matching", "Semantic matching", _MATCHING),
+            ("keypoint-detection", "Semantic matching", _MATCHING),
             ("image-segmentation", "Object co-segmentation", _MASKS),
         )
         for kind, place, name in wanted
