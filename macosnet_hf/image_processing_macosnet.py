@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
@@ -94,7 +95,7 @@ class MaCoSNetImageProcessor(PilBackend):
             InputError: not pairs or triplets, arrays that are no images, or settings that cannot be used.
             ImageError: a path that cannot be read.
         """
-        return super().preprocess(_as_groups(images), **kwargs)
+        return self._prepared(_as_groups(images), kwargs)
 
     def preprocess_views(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """N single images to `pixel_values` `(N, 3, H, W)`, for encoding each image of a collection once.
@@ -111,9 +112,15 @@ class MaCoSNetImageProcessor(PilBackend):
         views = [images] if _is_image(images) else _as_list(images)
         if not views or not all(_is_image(view) for view in views):
             raise InputError("An image or a list of images is expected.")
-        features = super().preprocess([[view] for view in views], **kwargs)
+        features = self._prepared([[view] for view in views], kwargs)
         features["pixel_values"] = features["pixel_values"][:, 0]
         return features
+
+    def _prepared(self, groups: list[list[Any]], settings: Any) -> BatchFeature:
+        try:
+            return super().preprocess(groups, **settings)
+        except StrictDataclassError as error:  # a setting of another type than transformers takes
+            raise InputError(str(error.__cause__ or error)) from error
 
     def _prepare_images_structure(self, images: Any, **kwargs: Any) -> list[list[Any]]:
         """The groups of `preprocess` with paths replaced by images."""
@@ -167,6 +174,9 @@ class MaCoSNetImageProcessor(PilBackend):
             raise InputError("MaCoSNet resizes the whole image: do_center_crop and do_pad cannot be used.")
         if str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last":
             raise InputError("pixel_values are always channels first; data_format='channels_last' cannot be used.")
+        if do_rescale and not 0 < rescale_factor < float("inf"):
+            raise InputError(f"rescale_factor must be a positive number, not {rescale_factor}.")
+        mean, std = _statistics(image_mean, image_std) if do_normalize else (None, None)
         groups = []
         for group in images:
             arrays = [
@@ -176,7 +186,6 @@ class MaCoSNetImageProcessor(PilBackend):
             if do_rescale:
                 arrays = [array * np.float32(rescale_factor) for array in arrays]
             if do_normalize:
-                mean, std = (np.asarray(value, dtype=np.float32) for value in (image_mean, image_std))
                 arrays = [(array - mean) / std for array in arrays]
             groups.append([array.transpose(2, 0, 1) for array in arrays])
         shapes = {array.shape for group in groups for array in group}
@@ -514,6 +523,20 @@ def _on_three_channels(array: np.ndarray, white: float) -> np.ndarray:
         alpha = array[:, :, 3:] / np.float32(white)
         return array[:, :, :3] * alpha + np.float32(white) * (1 - alpha)
     return array
+
+
+def _statistics(image_mean: Any, image_std: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation as float32 arrays, one number or one a channel, checked."""
+    try:
+        mean, std = (np.asarray(value, dtype=np.float32) for value in (image_mean, image_std))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"image_mean and image_std must be numbers; got {image_mean} and {image_std}.") from error
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if value.shape not in ((), (1,), (3,)) or not np.isfinite(value).all():
+            raise InputError(f"{name} must be one finite number or three, one a channel; got {value.tolist()}.")
+    if (std <= 0).any():
+        raise InputError(f"image_std must be above 0; got {std.tolist()}.")
+    return mean, std
 
 
 def _field(outputs: Any, name: str) -> Tensor:

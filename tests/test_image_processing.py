@@ -265,6 +265,26 @@ def test_what_is_no_pair(processor, pair, images):
         processor(named[images] if isinstance(images, str) else images)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"image_std": [0, 1, 1]}, "image_std"),  # some versions of transformers take floating-point numbers only
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std must be above 0"),
+        ({"image_std": [-1.0, 1.0, 1.0]}, "image_std must be above 0"),
+        ({"image_mean": [0.5] * 4}, "image_mean must be one finite number or three"),
+        ({"image_std": [0.5] * 2}, "image_std must be one finite number or three"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean must be one finite number or three"),
+        ({"image_mean": 0.5, "image_std": [[1.0, 1.0, 1.0]]}, "image_std"),
+        ({"rescale_factor": 0.0}, "rescale_factor must be a positive number"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be a positive number"),
+        ({"rescale_factor": float("inf")}, "rescale_factor must be a positive number"),
+    ],
+)
+def test_statistics_that_cannot_normalise(processor, pair, settings, named):
+    with pytest.raises(InputError, match=named):
+        processor(pair, **settings)
+
+
 @pytest.mark.parametrize("images", [[], None, [[]], 7])
 def test_what_is_no_list_of_views(processor, images):
     with pytest.raises(InputError):
