@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,27 +82,21 @@ class TrainingImages(Dataset):
         if size < 16:
             raise InputError(f"Images need a side of at least 16 pixels, not {size}.")
         self.size = size
-        # A file, a data set's row and column, or what a stream brought: identity and resized image.
-        self._items: list[Path | tuple[Any, int, str] | tuple[str, Tensor]] = []
-        self._marks: list[str] = []
-        self.class_names: list[str] = []
-        items: Any
+        self._items: list[_Item] = []
         for source in sources:
-            from_files = Path(source).exists() and not _is_prepared(Path(source))
-            if from_files:
-                items, names = find_images(source)
-            elif streaming:
-                items, names = _streamed_images(source, size, exclude, limit, stream_limit)
-            else:
-                items, names = _dataset_images(source)
-            counts: dict[str, int] = {}
-            for item, name in zip(items, names, strict=True):
-                counts[name] = counts.get(name, 0) + 1
-                if name in exclude or (limit is not None and counts[name] > limit):
+            streamed = streaming and not _holds_files(source)
+            counts: Counter[str] = Counter()
+            first = len(self._items)
+            for item in _streamed_images(source) if streamed else _stored_images(source):
+                counts[item.class_name] += 1
+                if item.class_name in exclude or (limit is not None and counts[item.class_name] > limit):
                     continue
+                if streamed:  # it does not come by again
+                    item = item._replace(read=partial(_given, item.read(size)))
                 self._items.append(item)
-                self._marks.append(_mark(item, source))
-                self.class_names.append(name)
+                if streamed and len(self._items) - first >= stream_limit:
+                    break
+        self.class_names = [item.class_name for item in self._items]
         if not self._items:
             raise DataError(f"No images are left of {', '.join(sources)}.")
         self._cache: Tensor | None = None
@@ -109,7 +105,7 @@ class TrainingImages(Dataset):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._read(index) if self._cache is None else self._cache[index]
+        return self._items[index].read(self.size) if self._cache is None else self._cache[index]
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """uint8 `(N, 3, size, size)`, the images with these numbers."""
@@ -117,15 +113,9 @@ class TrainingImages(Dataset):
 
     def fingerprint(self) -> str:
         """Equal for equal images in equal order, wherever their folder lies: a digest of names, sizes, classes."""
-        lines = [f"{mark}\t{name}" for mark, name in zip(self._marks, self.class_names, strict=True)]
+        lines = [f"{item.mark}\t{item.class_name}" for item in self._items]
         # The word of version 0.1, whose checkpoints and mask files hold such a line.
         return f"{len(self)} photographs, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
-
-    def _read(self, index: int) -> Tensor:
-        item = self._items[index]
-        if isinstance(item, Path):
-            return _resized(load_image(item), self.size)
-        return item[1] if isinstance(item[1], Tensor) else _resized(load_image(_cell(*item)), self.size)
 
     def keep_in_memory(
         self, *, quiet: bool = False, workers: int = 2, device: torch.device | str | None = None
@@ -150,7 +140,7 @@ class TrainingImages(Dataset):
     def _read_all(self, cache: Tensor | None, quiet: bool, workers: int) -> None:
         def read(index: int) -> None:
             try:
-                image = self._read(index)
+                image = self._items[index].read(self.size)
             except ImageError as error:
                 raise DataError(f"Image {index} of the data set cannot be used: {error}") from error
             if cache is not None:
@@ -171,48 +161,63 @@ class TrainingImages(Dataset):
         return groups
 
 
-def _resized(image: Image.Image, size: int) -> Tensor:
-    resized = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+class _Item(NamedTuple):
+    """An image of a source.
+
+    Attributes:
+        mark: text that distinguishes it from others without opening it.
+        read: from the side in pixels to uint8 `(3, size, size)`; an `ImageError` if it cannot be read.
+    """
+
+    mark: str
+    class_name: str
+    read: Callable[[int], Tensor]
+
+
+def _read(image: Path | bytes | str, size: int) -> Tensor:
+    resized = load_image(image).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
-def _mark(item: Path | tuple[Any, int, str] | tuple[str, Tensor], source: str) -> str:
-    """What tells one image from another without opening it."""
-    if isinstance(item, Path):
-        return f"{os.path.relpath(item, source)} {item.stat().st_size}"
-    if isinstance(item[1], Tensor):
-        return f"{source} {item[0]}"
-    return f"{source} {item[1]} {item[2]} {getattr(item[0], '_fingerprint', '')}"
+def _read_cell(dataset: Any, row: int, column: str, size: int) -> Tensor:
+    return _read(_encoded(dataset[row][column]), size)
 
 
-def _is_prepared(folder: Path) -> bool:
-    """Whether a folder was made by `macosnet prepare`, or is another data set in Parquet files."""
-    return any((folder / "data").glob("*.parquet"))
+def _read_record(place: str, value: dict[str, Any], size: int) -> Tensor:
+    try:
+        return _read(_encoded(value), size)
+    except ImageError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
-def _cell(dataset: Any, row: int, column: str) -> bytes | str:
-    """The original bytes of one image, or what they are called."""
-    return _encoded(dataset[row][column])
+def _given(image: Tensor, size: int) -> Tensor:
+    return image
 
 
 def _encoded(value: dict[str, Any]) -> bytes | str:
+    """The original bytes of an image in a data set, or what the file is called."""
     return value["bytes"] if value.get("bytes") is not None else value["path"]
 
 
-def _load_splits(source: str, streaming: bool = False) -> list[tuple[str, Any, list[str], str | None]]:
-    """The splits to train on: name, data set, image columns (not decoded), class column.
+def _holds_files(source: str) -> bool:
+    """Whether a source is a folder of images, not one made by `macosnet prepare` or another data set in Parquet files,
+    nor one of the Hub."""
+    return Path(source).exists() and not any((Path(source) / "data").glob("*.parquet"))
+
+
+def _splits(source: str, streaming: bool = False) -> Iterator[tuple[str, Any, list[str], str | None, Callable]]:
+    """The splits to train on: name, data set, image columns (not decoded), class column, and how a class is named.
 
     Raises:
         DataError: if the data set cannot be had, or has no images.
     """
-    from datasets import Image, load_dataset
+    from datasets import ClassLabel, Image, load_dataset
 
     try:
         splits = load_dataset(source, streaming=streaming)
     except Exception as error:  # the client raises many kinds; to the user all mean that the data set cannot be had.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(f"{source} is neither a folder nor a data set that can be loaded: {reason}.") from error
-    chosen = []
     for split in ["train"] if "train" in splits else sorted(splits):
         dataset = splits[split]
         known = dataset.column_names or []
@@ -221,72 +226,53 @@ def _load_splits(source: str, streaming: bool = False) -> list[tuple[str, Any, l
             raise DataError(f"The data set {source} has no column 'image' and no column 'source_image'.")
         for column in columns:
             dataset = dataset.cast_column(column, Image(decode=False))
-        chosen.append(
-            (split, dataset, columns, next((n for n in ("class_name", "class", "label") if n in known), None))
-        )
-    return chosen
-
-
-def _streamed_images(
-    source: str, size: int, exclude: tuple[str, ...], limit: int | None, stream_limit: int
-) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """The first `stream_limit` images of a stream, each once, decoded and resized as they come, and their classes."""
-    from datasets import ClassLabel
-
-    items: list[tuple[str, Tensor]] = []
-    names: list[str] = []
-    seen: set[str] = set()
-    for split, dataset, columns, class_column in _load_splits(source, streaming=True):
+        class_column = next((name for name in ("class_name", "class", "label") if name in known), None)
         kind = (dataset.features or {}).get(class_column)
-        for row, record in enumerate(dataset):
-            value = record[class_column] if class_column else "all"
-            name = kind.int2str(value) if isinstance(kind, ClassLabel) else str(value)
-            if name in exclude or (limit is not None and names.count(name) >= limit):
-                continue
-            for column in columns:
-                id_column = column.replace("_image", "_id")
-                identity = record[id_column] if id_column in record and id_column != column else f"{split} {row}"
-                if not identity or identity in seen or record[column] is None:
-                    continue
-                seen.add(identity)
-                try:
-                    image = load_image(_encoded(record[column]))
-                except ImageError as error:
-                    raise DataError(f"{source}, {split}, record {row + 1}: {error}") from error
-                items.append((identity, _resized(image, size)))
-                names.append(name)
-                if len(items) >= stream_limit:
-                    return items, names
-    return items, names
+        yield split, dataset, columns, class_column, kind.int2str if isinstance(kind, ClassLabel) else str
 
 
-def _dataset_images(source: str) -> tuple[list[tuple[Any, int, str]], list[str]]:
-    """The images of a data set of the Hub or of a prepared folder, each once, and their class names.
+def _id_column(image_column: str) -> str | None:
+    """`source_id` for `source_image`; there is none for `image`."""
+    return image_column.replace("_image", "_id") if "_image" in image_column else None
 
-    Takes the split `train` if there is one, else all splits; a column `image`, or the columns `source_image` and
-    `target_image` of this project's records, in which one image may stand in many pairs.
-    """
-    from datasets import ClassLabel
 
-    items: list[tuple[Any, int, str]] = []
-    names: list[str] = []
+def _streamed_images(source: str) -> Iterator[_Item]:
+    """The images of a stream, each once, in the order of the records."""
     seen: set[str] = set()
-    for split, dataset, columns, class_column in _load_splits(source):
-        classes = ["all"] * len(dataset)
-        if class_column:
-            kind = dataset.features[class_column]
-            classes = [kind.int2str(v) if isinstance(kind, ClassLabel) else str(v) for v in dataset[class_column]]
+    for split, dataset, columns, class_column, name_of in _splits(source, streaming=True):
+        for row, record in enumerate(dataset):
+            for column in columns:
+                identity = record.get(_id_column(column), f"{split} {row}")
+                if identity and identity not in seen and record[column] is not None:
+                    seen.add(identity)
+                    name = name_of(record[class_column]) if class_column else "all"
+                    read = partial(_read_record, f"{source}, {split}, record {row + 1}", record[column])
+                    yield _Item(f"{source} {identity}", name, read)
+
+
+def _stored_images(source: str) -> Iterator[_Item]:
+    """The images of a folder, or of a data set of the Hub or of `macosnet prepare`, each once.
+
+    Of a data set: the split `train` if there is one, else all splits; a column `image`, or the columns `source_image`
+    and `target_image` of this project's records, in which one image may stand in many pairs.
+    """
+    if _holds_files(source):
+        for path, name in zip(*find_images(source), strict=True):
+            yield _Item(f"{os.path.relpath(path, source)} {path.stat().st_size}", name, partial(_read, path))
+        return
+    seen: set[str] = set()
+    for split, dataset, columns, class_column, name_of in _splits(source):
+        rows = range(len(dataset))
+        names = [name_of(value) for value in dataset[class_column]] if class_column else ["all" for _ in rows]
         for column in columns:
-            id_column = column.replace("_image", "_id")
-            identities = dataset[id_column] if id_column != column and id_column in dataset.column_names else None
-            for row, name in enumerate(classes):
-                identity = identities[row] if identities is not None else f"{split} {column} {row}"
-                if not identity or identity in seen:
-                    continue  # a single image has no target; an image of many pairs counts once
-                seen.add(identity)
-                items.append((dataset, row, column))
-                names.append(name)
-    return items, names
+            id_column = _id_column(column)
+            known = id_column in dataset.column_names
+            identities = dataset[id_column] if known else [f"{split} {column} {row}" for row in rows]
+            for row, identity, name in zip(rows, identities, names, strict=True):
+                if identity and identity not in seen:  # a single image has no target; one of many pairs counts once
+                    seen.add(identity)
+                    mark = f"{source} {row} {column} {getattr(dataset, '_fingerprint', '')}"
+                    yield _Item(mark, name, partial(_read_cell, dataset, row, column))
 
 
 def open_images(settings: TrainingSettings, limit: int | None = None) -> TrainingImages:
