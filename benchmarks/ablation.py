@@ -22,7 +22,6 @@ import shutil
 import statistics
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +245,7 @@ def shared_masks(path: Path, photographs: TrainingImages, model: Any, processor:
     """Makes the pseudo-masks of all variants once, unless the file of an interrupted run holds them."""
     try:
         found = load_masks(path, photographs.fingerprint())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except DataError:
         found = None  # damaged: made anew
     if found is not None:
         return

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import DataError
 from ..geometry import Transform, warp
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
+from .groups import check_classes
 from .images import TrainingImages
 from .objectives import Objective
 from .synthetic import paste_on_others, photometric, random_view
@@ -32,12 +32,9 @@ def class_pairs(images: TrainingImages, partners: int, seed: int) -> list[tuple[
         DataError: if a class has a single image.
     """
     generator = torch.Generator().manual_seed(seed)
+    check_classes(images.class_names, 2)
     pairs: list[tuple[int, int]] = []
-    for name, members in images.classes().items():
-        if len(members) < 2:
-            raise DataError(
-                f"The class {name!r} has one image, and a pair takes two: add some, or pass --exclude_classes."
-            )
+    for members in images.classes().values():
         for index in members:
             others = [member for member in members if member != index]
             chosen = torch.randperm(len(others), generator=generator)[:partners].tolist()

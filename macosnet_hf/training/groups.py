@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ..datasets.sampling import Crop, GroupSampler
 from ..errors import DataError
-from .images import TrainingImages
+from .images import TrainingImages, by_class
 
 HELD_OUT_SHARE = 0.1
 
@@ -27,15 +28,14 @@ def view_of(crop: Crop, flip: bool) -> Tensor:
 
 def check_classes(class_names: Sequence[str], group_size: int) -> None:
     """Raises [`DataError`] naming the classes that have too few images for a group."""
-    counts: dict[str, int] = {}
-    for name in class_names:
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(class_names)
     small = sorted(name for name, count in counts.items() if count < group_size)
     if not small:
         return
     what = "pair" if group_size == 2 else "triplet"
     if len(counts) == 1:
-        raise DataError(f"There is {_images(counts[small[0]])} to train on, and a {what} takes {group_size}.")
+        found = "one image" if counts[small[0]] == 1 else f"only {counts[small[0]]} images"
+        raise DataError(f"There is {found} to train on, and a {what} takes {group_size}.")
     shown = ", ".join(f"{name!r} ({counts[name]})" for name in small[:3])
     more = f" and {len(small) - 3} more" if len(small) > 3 else ""
     hint = " --group_size 2," if group_size == 3 and all(counts[name] == 2 for name in small) else ""
@@ -45,19 +45,13 @@ def check_classes(class_names: Sequence[str], group_size: int) -> None:
     )
 
 
-def _images(count: int) -> str:
-    return "one image" if count == 1 else f"only {count} images"
-
-
 def hold_out(class_names: Sequence[str], group_size: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on and indices to judge on.
 
     A tenth of each class is held out where that is enough for a group. In a small collection that is true of no class:
     then nothing is held out, and the second list is empty.
     """
-    members: dict[str, list[int]] = {}
-    for index, name in enumerate(class_names):
-        members.setdefault(name, []).append(index)
+    members = by_class(class_names)
     generator = torch.Generator().manual_seed(seed)
     kept, held = [], []
     for name in sorted(members):

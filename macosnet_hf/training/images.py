@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -154,11 +154,16 @@ class TrainingImages(Dataset):
             pool.shutdown(cancel_futures=True)  # after a damaged one, nobody waits for the rest
 
     def classes(self) -> dict[str, list[int]]:
-        """Indices by class name."""
-        groups: dict[str, list[int]] = {}
-        for index, name in enumerate(self.class_names):
-            groups.setdefault(name, []).append(index)
-        return groups
+        """Numbers of the images of each class."""
+        return by_class(self.class_names)
+
+
+def by_class(class_names: Sequence[str]) -> dict[str, list[int]]:
+    """The positions of each name, in the order in which the names first appear."""
+    members: dict[str, list[int]] = {}
+    for index, name in enumerate(class_names):
+        members.setdefault(name, []).append(index)
+    return members
 
 
 class _Item(NamedTuple):

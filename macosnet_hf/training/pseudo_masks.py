@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from ..refinement import otsu_threshold, refine_mask
 from .features import encode_all
-from .images import TrainingImages
+from .groups import check_classes
+from .images import TrainingImages, by_class
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -183,24 +185,18 @@ def teacher_masks(
     Raises:
         DataError: if a class has a single image.
     """
-    classes: dict[str, list[int]] = {}
-    for index, name in enumerate(class_names):
-        classes.setdefault(name, []).append(index)
-    for name, members in classes.items():
-        if len(members) < 2:
-            raise DataError(f"The class {name!r} has one image, and a pair takes two.")
-    masks: list[Tensor | None] = [None] * len(class_names)
+    check_classes(class_names, 2)
+    masks: dict[int, Tensor] = {}
     with tqdm(total=len(class_names), desc="teacher's masks", disable=quiet) as progress:
-        for members in classes.values():
+        for members in by_class(class_names).values():
             squares = images(members)
             collection = Collection(model, processor)
             collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
             found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
             found = F.interpolate(found[:, None], size=squares.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-            for index, mask in zip(members, found >= 0.5, strict=True):
-                masks[index] = mask
+            masks |= zip(members, found >= 0.5, strict=True)
             progress.update(len(members))
-    return torch.stack([mask for mask in masks if mask is not None])
+    return torch.stack([masks[index] for index in range(len(class_names))])
 
 
 def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: TrainingImages) -> Tensor:
@@ -258,12 +254,20 @@ def save_masks(path: Path, masks: Tensor, fingerprint: str) -> None:
 
 
 def load_masks(path: Path, fingerprint: str) -> Tensor | None:
-    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other images."""
+    """What [`save_masks`] wrote; `None` if there is nothing, or it is of other images.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
     if not path.is_file():
         return None
-    with np.load(path) as saved:
-        # Version 0.1 wrote the fingerprint of the images as `photographs`.
-        if str(saved["images" if "images" in saved else "photographs"]) != fingerprint:
-            return None
-        shape = tuple(saved["shape"].tolist())
-        return torch.from_numpy(np.unpackbits(saved["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool))
+    try:
+        with np.load(path) as saved:
+            # Version 0.1 wrote the fingerprint of the images as `photographs`.
+            if str(saved["images" if "images" in saved else "photographs"]) != fingerprint:
+                return None
+            shape = tuple(saved["shape"].tolist())
+            bits = np.unpackbits(saved["masks"], count=int(np.prod(shape)))
+            return torch.from_numpy(bits.reshape(shape).astype(bool))
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path} is damaged; remove it, or leave --pseudo_masks out to make some.") from error

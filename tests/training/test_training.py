@@ -296,7 +296,7 @@ def test_bad_data_is_refused_in_one_sentence(runs):
     runs.refused("empty", "holds no images")
     runs.refused("unknown-data", "nobody/nothing is neither a folder nor a data set")
     runs.refused("one-photo", "Too few images: one step takes 2 and the data set has 1")
-    runs.refused("one-in-class", "The class 'cats' has one image")
+    runs.refused("one-in-class", "A pair takes 2 images of a class, and these have fewer: 'cats' (1)")
     for name in ("damaged", "damaged-kept", "damaged-decoder"):
         runs.refused(name, "003.png")
         assert "Training" not in runs.text(name)  # found before the first step
