@@ -1,4 +1,4 @@
-"""What each part of the joint training brings: the paper's Tables 7, 8, 9 and Figure 9, on data that 2 cores can bear.
+"""What each part of the joint training brings: the paper's Tables 7, 8, 9 and Figure 9, on data for two cores.
 
     python benchmarks/ablation.py --data DATA --output_dir OUT [--model MODEL] [--steps 60] [--only NAME ...] [--resume]
 
@@ -199,10 +199,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise DataError(f"{args.data} holds no folder {name}.")
 
 
-def training_words(args: argparse.Namespace, photographs: Sequence[str], output: Path) -> list[str]:
+def training_words(args: argparse.Namespace, images: Sequence[str], output: Path) -> list[str]:
     """The command line of `training/train.py` for the full model."""
     words = ["--config", args.config, "--model_name_or_path", str(args.model), "--output_dir", str(output)]
-    words += ["--dataset_name", *photographs]
+    words += ["--dataset_name", *images]
     settings = {
         "seed": args.seed,
         "max_train_steps": args.steps,
@@ -227,33 +227,33 @@ def training_words(args: argparse.Namespace, photographs: Sequence[str], output:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def copy_images(photographs: TrainingImages, folder: Path) -> None:
+def copy_images(images: TrainingImages, folder: Path) -> None:
     """Writes the images as they are trained on, so that each variant reads small squares and no original again."""
     from PIL import Image
 
-    numbers = {name: number for number, name in enumerate(photographs.classes())}
+    numbers = {name: number for number, name in enumerate(images.classes())}
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
-        for index, name in enumerate(photographs.class_names):
+        for index, name in enumerate(images.class_names):
             path = folder / f"{numbers[name]:03d} {name}" / f"{index:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = photographs[index].permute(1, 2, 0).contiguous().numpy()
+            pixels = images[index].permute(1, 2, 0).contiguous().numpy()
             Image.fromarray(pixels).save(path, compress_level=1)
 
 
-def shared_masks(path: Path, photographs: TrainingImages, model: Any, processor: Any) -> None:
+def shared_masks(path: Path, images: TrainingImages, model: Any, processor: Any) -> None:
     """Makes the pseudo-masks of all variants once, unless the file of an interrupted run holds them."""
     try:
-        found = load_masks(path, photographs.fingerprint())
+        found = load_masks(path, images.fingerprint())
     except DataError:
         found = None  # damaged: made anew
     if found is not None:
         return
-    print(f"Making pseudo-masks of {len(photographs)} images ...", flush=True)
-    photographs.keep_in_memory(quiet=True)
-    masks = make_masks(model.macosnet, processor, photographs)
+    print(f"Making pseudo-masks of {len(images)} images ...", flush=True)
+    images.keep_in_memory(quiet=True)
+    masks = make_masks(model.macosnet, processor, images)
     with writing(path):
-        save_masks(path, masks, photographs.fingerprint())
+        save_masks(path, masks, images.fingerprint())
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -277,12 +277,12 @@ def evaluation_records(args: argparse.Namespace) -> tuple[list[Record], list[Rec
     Raises:
         DataError: if a data set cannot be read.
     """
-    photographs = by_class(open_records("coseg", Path(args.data) / "voc2010-coseg")[0])
+    images = by_class(open_records("coseg", Path(args.data) / "voc2010-coseg")[0])
     pairs = by_class(open_records("pf-willow", Path(args.data) / "pf-willow")[0])
     # The first classes take what does not divide evenly.
     shares = [(args.evaluation_pairs + len(pairs) - 1 - k) // len(pairs) for k in range(len(pairs))]
     return (
-        [record for group in photographs.values() for record in spread(group, args.evaluation_photos)],
+        [record for group in images.values() for record in spread(group, args.evaluation_photos)],
         [record for group, share in zip(pairs.values(), shares, strict=True) for record in spread(group, share)],
     )
 
@@ -295,16 +295,17 @@ def evaluation_records(args: argparse.Namespace) -> tuple[list[Record], list[Rec
 class Judge:
     """Measures models on the same images and pairs.
 
-    Features are kept from one model to the next where their encoders are equal, and figures where all that they depend
-    on is equal: a stream that a variant does not train is not measured again.
+    Features of equal encoders are reused from one model to the next, and so are figures where all that they depend on
+    is equal: a stream that a variant does not train is not measured again.
+
 
     Args:
         images, pairs: records of [`evaluation_records`].
         refine_size: longer side when masks are refined.
     """
 
-    def __init__(self, photographs: list[Record], pairs: list[Record], refine_size: int):
-        self.images, self.pairs, self.refine_size = photographs, pairs, refine_size
+    def __init__(self, images: list[Record], pairs: list[Record], refine_size: int):
+        self.images, self.pairs, self.refine_size = images, pairs, refine_size
         self._caches: dict[tuple[str, str], ImageCache] = {}
         self._known: dict[tuple[str, ...], Figures] = {}
 
@@ -470,19 +471,19 @@ class Ablation:
         originals = TrainingImages(
             sources, full.photo_size, exclude=tuple(full.exclude_classes), limit=args.photos_per_class
         )
-        photographs, pairs = evaluation_records(args)
-        self.judge = Judge(photographs, pairs, args.refine_size)
+        images, pairs = evaluation_records(args)
+        self.judge = Judge(images, pairs, args.refine_size)
         settings = {
             "format": FORMAT,
             "model": weights_hash(model.macosnet)[:16],
             "photographs": originals.fingerprint(),
-            "evaluation images": f"{len(photographs)} ({_digest([record['id'] for record in photographs])})",
+            "evaluation images": f"{len(images)} ({_digest([record['id'] for record in images])})",
             "evaluation pairs": f"{len(pairs)} ({_digest([record['id'] for record in pairs])})",
             "refine_size": args.refine_size,
             **{f"training.{name}": value for name, value in effective(full).items()},
         }
         self.results = Results(self.out, settings, args.resume)
-        self.copies = self.out / "photographs"
+        self.copies = self.out / "images"
         originals.keep_in_memory(quiet=True)
         copy_images(originals, self.copies)
         self.masks = self.out / "pseudo_masks.npz"
@@ -491,8 +492,8 @@ class Ablation:
             shared_masks(self.masks, copied, model, processor)
         self.image_count, self.class_count = len(originals), len(originals.classes())
 
-    def _parse(self, variant: Variant, photographs: Sequence[str]) -> JointSettings:
-        words = training_words(self.args, photographs, self.out / "runs" / variant.name) + list(variant.words or ())
+    def _parse(self, variant: Variant, images: Sequence[str]) -> JointSettings:
+        words = training_words(self.args, images, self.out / "runs" / variant.name) + list(variant.words or ())
         return parse_settings(JointSettings, words)
 
     def _missing(self) -> list[Variant]:
@@ -559,8 +560,8 @@ class Ablation:
         seconds = sum(figures["seconds"] for figures in results.values())
         threads = torch.get_num_threads()
         command = shlex.join(["python", "benchmarks/ablation.py", *args.words])
-        photographs, pairs = self.judge.images, self.judge.pairs
-        classes = len({record["class_name"] for record in photographs})
+        images, pairs = self.judge.images, self.judge.pairs
+        classes = len({record["class_name"] for record in images})
         batch = self.results.settings["training.per_device_train_batch_size"]
         lines = [
             "# Ablation",
@@ -568,7 +569,7 @@ class Ablation:
             f"Every variant starts from the same weights ({self.results.settings['model']}) and trains for "
             f"{args.steps} steps of {batch} groups of images with the settings of `{Path(args.config).name}` and one "
             f"seed ({args.seed}), on {self.image_count} images of {self.class_count} classes "
-            f"({', '.join(args.photographs)}). Measured on {len(photographs)} images of {classes} classes of "
+            f"({', '.join(args.photographs)}). Measured on {len(images)} images of {classes} classes of "
             f"voc2010-coseg and {len(pairs)} pairs of PF-WILLOW, whose masks and keypoints no training saw. "
             f"{seconds / 60:.1f} minutes for {len(results)} variants, torch {torch.__version__}, {threads} "
             f"thread{'s' if threads > 1 else ''}. Masks are refined at {args.refine_size or 'full'} pixels. The "

@@ -22,11 +22,6 @@ from .settings import FREE, TrainingSettings
 _WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def writing(what: str | Path) -> Iterator[None]:
     """Turns what torch, safetensors and the system say of a disk that is full or closed into one sentence.
@@ -107,11 +102,6 @@ class BestModel:
         except OutputError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The state of a run
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Checkpoints:

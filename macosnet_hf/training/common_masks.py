@@ -14,14 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..common_object import centre_prior, object_weights
 from ..datasets.composites import compose, uniform
 from ..errors import DataError, InputError
 from ..geometry import Transform, identity_affine, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
-from .images import TrainingImages
+from .images import TrainingData, TrainingImages
 from .objectives import Objective
 from .synthetic import photometric, random_view
 
@@ -44,7 +43,7 @@ def composable_classes(images: TrainingImages) -> list[list[int]]:
     return members
 
 
-class CompositeGroups(Dataset):
+class CompositeGroups(TrainingData):
     """Groups of images with their pseudo-masks, and as many images of other classes to compose them with.
 
     A pure function of seed and number. Item: uint8 images `(2 n, 3, H, W)` and bool masks `(2 n, H, W)`, the n members

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..geometry import Transform, warp
 from ..matching import correlate
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 from .groups import check_classes
-from .images import TrainingImages
+from .images import TrainingData, TrainingImages
 from .objectives import Objective
 from .synthetic import paste_on_others, photometric, random_view
 
@@ -52,10 +51,8 @@ def with_fresh_decoder(model: MaCoSNetForKeypointMatching, inputs: str, rounds: 
     return fresh.eval()
 
 
-class MaskedPairs(Dataset):
+class MaskedPairs(TrainingData):
     """Pairs of images with their pseudo-masks."""
-
-    fresh_epochs = False
 
     def __init__(self, images: TrainingImages, masks: Tensor, pairs: list[tuple[int, int]]):
         self.images, self.masks, self.pairs = images, masks, pairs

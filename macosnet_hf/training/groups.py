@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..datasets.sampling import Crop, GroupSampler
 from ..errors import DataError
-from .images import TrainingImages, by_class
+from .images import TrainingData, TrainingImages, by_class
 
 HELD_OUT_SHARE = 0.1
 
@@ -53,18 +52,18 @@ def hold_out(class_names: Sequence[str], group_size: int, seed: int) -> tuple[li
     """
     members = by_class(class_names)
     generator = torch.Generator().manual_seed(seed)
-    kept, held = [], []
+    used, held_out = [], []
     for name in sorted(members):
         indices = members[name]
         count = int(len(indices) * HELD_OUT_SHARE)
         order = [indices[k] for k in torch.randperm(len(indices), generator=generator).tolist()]
         split = count if count >= group_size else 0
-        held += order[:split]
-        kept += order[split:]
-    return sorted(kept), sorted(held)
+        held_out += order[:split]
+        used += order[split:]
+    return sorted(used), sorted(held_out)
 
 
-class GroupedImages(Dataset):
+class GroupedImages(TrainingData):
     """Groups of images by number; numbers go on from epoch to epoch, so that no two epochs hold the same groups.
 
     An item is a dictionary: `images` uint8 `(V, 3, S, S)`, `views` `(V, 6)` (crop and mirror as affine parameters,

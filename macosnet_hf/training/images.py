@@ -49,13 +49,30 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
     return paths, [path.parent.name for path in paths]
 
 
-class TrainingImages(Dataset):
-    """Images resized to a square, as uint8 tensors `(3, size, size)`; read each time, or kept in memory.
+class TrainingData(Dataset):
+    """A map-style data set that can say which images it holds.
+
+    Attributes:
+        fresh_epochs: whether the numbers of an epoch go on where those of the one before ended.
+    """
+
+    fresh_epochs = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Text that is equal for equal contents only."""
+        raise NotImplementedError
+
+
+class TrainingImages(TrainingData):
+    """Images resized to a square, as uint8 tensors `(3, size, size)`; read each time, or once into memory.
 
     Args:
         sources: folders, or ids of Hub data sets with an `image` column (and `label` or `class` when there are
             classes).
-        size: side in pixels; no aspect is kept, as for the network's input.
+        size: side in pixels; the aspect changes, as for the network's input.
         exclude: class names to leave out, such as a folder of background clutter.
         limit: at most so many images a class.
         streaming: read data sets (not folders) as streams: nothing is stored on the disk, and the resized images
@@ -66,8 +83,6 @@ class TrainingImages(Dataset):
         DataError: if a source cannot be found, or no image is left.
         InputError: if the size is too small.
     """
-
-    fresh_epochs = False
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class JointObjective(Objective):
     Args:
         model, mean, std, trained, frozen_statistics: see [`Objective`](objectives.py). A frozen encoder runs without a
             graph.
-        losses: the weighted sum of the five losses. A perceptual network in it is kept out of this module's parameters,
+        losses: the weighted sum of the five losses. A perceptual network in it is no part of this module's parameters,
             state and copies, so that it is neither averaged nor saved.
         cascade: how the spline sees the affinely warped source: `"features"` warps its feature map, `"exact"` encodes
             its warped pixels (one more encoder pass an ordered pair).
@@ -121,10 +121,6 @@ class JointObjective(Objective):
                 raise InputError(
                     f"No loss reaches the {name}: give one that does a weight, or freeze it (--no-train_{name})."
                 )
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # A step
-    # -----------------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """All losses of a batch of groups.
@@ -271,7 +267,7 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
 
 
 def watch(outputs: MaCoSNetModelOutput, transforms: Transform) -> dict[str, Tensor]:
-    """Figures that tell a collapse early, see [`JointObjective.forward`]."""
+    """Figures that show a collapse early, see [`JointObjective.forward`]."""
     determinant = transforms.determinant()
     sane = (determinant >= 1 / LARGEST_AREA_RATIO) & (determinant <= LARGEST_AREA_RATIO)
     figures = {
@@ -290,7 +286,7 @@ def watch(outputs: MaCoSNetModelOutput, transforms: Transform) -> dict[str, Tens
 
 
 def checkpoint_activations(objective: JointObjective) -> None:
-    """Gradient checkpointing of what is trained: its activations are computed again in the backward pass, not kept.
+    """Gradient checkpointing of what is trained: its activations are computed again in the backward pass.
 
     The decoder is treated block by block, each head and (where it is trained) the encoder as a whole. Losses,
     gradients and batch-norm statistics are those of a run without it.

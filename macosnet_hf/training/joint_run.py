@@ -110,11 +110,6 @@ def _first_and_last(log: Path) -> dict[str, dict[str, float]]:
     return {"before": validations[0], "after": validations[-1]} if validations else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def make_objective(
     settings: JointSettings,
     model: MaCoSNetForKeypointMatching,

@@ -8,19 +8,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..errors import InputError, MaCoSNetError
 from .checkpoints import Checkpoints
+from .images import TrainingData
 from .reports import Reports
 from .settings import DEFAULT_STEPS, TrainingSettings
 
@@ -31,26 +32,6 @@ _TRIAL_STEPS = 32
 
 class NonFiniteLossError(MaCoSNetError):
     """The loss or its gradient became infinite or not a number; the state before the step has been saved."""
-
-
-class TrainingData(Protocol):
-    """A map-style data set that can say which images it holds."""
-
-    fresh_epochs: bool
-    """Whether the numbers of an epoch go on where those of the one before ended, as in a data set without end."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def fingerprint(self) -> str:
-        """Text that is equal for equal contents only."""
-        ...
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
@@ -84,11 +65,6 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         first = self.epoch * self.count if self.fresh else 0
         return iter((torch.randperm(self.count, generator=generator) + first).tolist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -286,7 +262,7 @@ def train(
     """
     check_enough(len(dataset), settings, accelerator, "samples")
     loader: DataLoader = DataLoader(
-        cast("Dataset[Any]", dataset),
+        dataset,
         batch_size=settings.per_device_train_batch_size,
         sampler=EpochSampler(len(dataset), settings.seed, dataset.fresh_epochs),
         drop_last=True,

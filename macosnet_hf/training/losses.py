@@ -156,7 +156,7 @@ def matching_loss(
     Args:
         outputs: of the model; `correlation` and (if guided) `mask_logits` are read.
         transforms: `(B, P)`, those of the outputs.
-        mask_guided: `False` counts every position alike (the paper's ablation, separate streams).
+        mask_guided: `False` weights every position equally (the paper's ablation, separate streams).
         detach_masks: `True` keeps this loss from training the decoder. In the paper D is among its arguments.
         stages: which transforms are counted: `"affine"` (the affine alone), `"cascade"` (affine and TPS). With both,
             the mean of the two counts, so that the scale stays that of eq. 4.
@@ -355,7 +355,7 @@ def contrastive_loss(
     statistics: tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Perceptual contrastive loss (eq. 8): alike objects in both images, unlike backgrounds within each.
+    """Perceptual contrastive loss (eq. 8): similar objects in both images, dissimilar backgrounds within each.
 
         d+ = |F(o_A) - F(o_B)|^2 / c                                                   (eq. 9)
         d- = max(0, m - (|F(o_A) - F(b_A)|^2 + |F(o_B) - F(b_B)|^2) / 2c)              (eq. 10)
@@ -594,7 +594,7 @@ class MaCoSNetObjective(nn.Module):
 
     Args:
         weights: see [`MaCoSNetLossWeights`].
-        perceptual: F, needed for the contrastive form `"pixels"`. It is frozen and kept in eval mode.
+        perceptual: F, needed for the contrastive form `"pixels"`. It is frozen and stays in eval mode.
         coupled: `False` trains the two streams apart (the paper's ablation): matching is not guided by the masks, and
             there is no consistency term.
         detach_masks: keeps the matching loss from training the decoder.

@@ -204,11 +204,6 @@ def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: 
     return pseudo_masks(images.batch(range(len(images))), encode_all(model, processor, images), images.class_names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# On the disk
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def masks_of_run(
     accelerator: Accelerator,
     settings: DecoderSettings | JointSettings,

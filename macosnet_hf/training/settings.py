@@ -59,9 +59,7 @@ def option(text: str, default: Any = MISSING, **argument: Any) -> Any:
     return field(default=default, metadata={"help": text, **argument})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Groups of options. A name with an underscore is how HfArgumentParser heads a group in `--help`.
-# ---------------------------------------------------------------------------------------------------------------------
+# Groups of options; `_argument_group_name` is how HfArgumentParser heads them in `--help`.
 
 
 @dataclass(kw_only=True)
@@ -239,11 +237,6 @@ class ValidationOptions:
     sample_groups: Count = option("groups on a sheet of samples", 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One dataclass a script
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(kw_only=True)
 class TrainingSettings(DataOptions, OptimizationOptions, CheckpointOptions, ReportOptions):
     """What every training script takes.
@@ -355,10 +348,6 @@ class JointSettings(TrainingSettings, GroupOptions, LossOptions, PartOptions, Va
         parts = {"predictor": self.freeze_predictor_statistics, "decoder": self.freeze_decoder_statistics}
         return tuple(name for name, frozen in parts.items() if frozen)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading them
-# ---------------------------------------------------------------------------------------------------------------------
 
 Settings = TypeVar("Settings", bound=TrainingSettings)
 

@@ -129,7 +129,7 @@ def make_pairs(
     """Makes pairs from single images `(B, 3, S, S)` in [0, 1].
 
     A is a random view of the image and B is A warped by a known transform. What lies outside the image is
-    filled by reflection, so that no border tells the answer. In a share of the pairs everything of B but a soft
+    filled by reflection, so that no border gives the transform away. In a share of the pairs everything of B but a soft
     ellipse around the middle of A is replaced by another image of the batch: in real pairs the background does
     not match either. `change_colours=False` leaves out the photometric changes.
     """
@@ -144,12 +144,12 @@ def make_pairs(
     other_view = random_view(batch, generator, device)
     other = warp(images.roll(1, dims=0), Transform(other_view).grid((size, size)), padding_mode="reflection")
     ellipse = soft_ellipse(batch, size, generator, device)
-    kept = warp(ellipse, transform.grid((size, size)))
+    inside = warp(ellipse, transform.grid((size, size)))
     swap = (
         torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(device) < background_swap
     ).float()
-    kept = 1 - swap * (1 - kept)
-    target = kept * target + (1 - kept) * other
+    inside = 1 - swap * (1 - inside)
+    target = inside * target + (1 - inside) * other
 
     if change_colours:
         source, target = photometric(source, generator), photometric(target, generator)

@@ -259,11 +259,6 @@ def labelled_validation(validations: Sequence[tuple[Validation, str]]) -> Valida
     return validate
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class SampleImages:
     """Draws a contact sheet of a few groups into `OUTPUT_DIR/samples/step-<number>.png`.
 

@@ -163,7 +163,7 @@ def test_masks_survive_their_file(tmp_path):
     assert load_masks(path, "other images") is None
     assert [file.name for file in tmp_path.iterdir()] == ["masks.npz"]
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DataError, match="masks.npz is damaged"):
+    with pytest.raises(DataError, match=r"masks\.npz is damaged"):
         load_masks(path, "these")
 
 
