@@ -5,8 +5,11 @@ The module travels with the model to the Hub and needs PIL and numpy only.
 
 from __future__ import annotations
 
+import functools
+import io
+
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
 # Ghostscript on an untrusted file) and formats without a signature (TGA, PCX), which read random bytes as an image.
@@ -14,6 +17,7 @@ COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
+_PROFILED_MODES = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # and what they become in sRGB
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -30,6 +34,7 @@ def exif_orientation(image: Image.Image) -> int:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as a new, upright image of mode "RGB" without EXIF, so that it is not turned twice.
 
+    Colours of an ICC profile, such as a phone's Display P3, are converted to sRGB; a broken profile is ignored.
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
     taken as 8-bit or 16-bit where they fit, floating-point images as 0..1 or 0..255 (see [`white_level`]); other images
     are stretched from their smallest to their largest value.
@@ -38,10 +43,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     orientation = exif_orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         upright = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
-    elif image.has_transparency_data:
-        upright = _on_white(image)
     else:
-        upright = image.convert("RGB")  # a copy, also of an RGB image
+        coloured = _in_srgb(image)
+        # `convert` copies, also an RGB image.
+        upright = _on_white(coloured) if coloured.has_transparency_data else coloured.convert("RGB")
     upright.info = {}
     if orientation > 1:
         # The tag alone: `exif_transpose` writes the block again, which fails where it is damaged.
@@ -56,9 +61,47 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
     A copy of 12 megapixels takes 48 MB.
     """
     image.load()
-    if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1:
+    if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1 and not _to_srgb(image):
         return image
     return upright_rgb(image)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """An image with its colours in sRGB; the image itself where they are, or its profile cannot be used."""
+    transparent = image.has_transparency_data and image.mode != "RGBA"  # as one colour, or of a palette
+    if image.info.get("icc_profile") and (transparent or image.mode not in _PROFILED_MODES):
+        image = image.convert("RGBA" if transparent else "RGB")
+    transform = _to_srgb(image)
+    return image if transform is None else transform.apply(image)
+
+
+def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    profile = image.info.get("icc_profile")
+    usable = isinstance(profile, bytes) and image.mode in _PROFILED_MODES
+    return _profile_to_srgb(profile, image.mode) if usable else None
+
+
+@functools.lru_cache(maxsize=8)
+def _profile_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The conversion of an ICC profile's colours to sRGB; None where it changes nothing or the profile is broken."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            _PROFILED_MODES[mode],
+            flags=ImageCms.Flags.NOCACHE,  # images are read by several threads
+        )
+        if mode == "CMYK":
+            return transform
+        # Most profiles are sRGB, under many names.
+        levels = np.linspace(0, 255, 6, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        samples = Image.fromarray(colours).convert(mode)
+        before, after = (np.asarray(each.convert("RGB"), dtype=int) for each in (samples, transform.apply(samples)))
+        return None if np.abs(after - before).max() <= 1 else transform
+    except Exception:  # LittleCMS and PIL raise many kinds; a viewer shows the pixels as they are
+        return None
 
 
 def white_level(values: np.ndarray) -> float | None:

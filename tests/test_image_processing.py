@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, InputError, MaCoSNetError
@@ -212,6 +212,21 @@ def test_floating_point_ranges_are_not_guessed(processor):
     dark = np.full((20, 30, 3), 3.0)  # of 8 bits by its whole numbers
     expected = processor.preprocess_views(dark.astype(np.uint8))["pixel_values"]
     np.testing.assert_allclose(processor.preprocess_views(dark)["pixel_values"], expected, atol=1e-6)
+
+
+def test_colours_of_a_profile_become_srgb(processor, pair, tmp_path):
+    """By path, as an open file and as a PIL image, as `load_image` does it."""
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = swapped.replace(b"rXYZ", b"XYZ_").replace(b"gXYZ", b"rXYZ").replace(b"XYZ_", b"gXYZ")  # green is red
+    pair[0].save(tmp_path / "profile.png", icc_profile=swapped)
+    red, green, blue = pair[0].split()
+    loaded = load_image(tmp_path / "profile.png")
+    difference = np.abs(np.asarray(loaded, int) - np.asarray(Image.merge("RGB", (green, red, blue)), int))
+    assert difference.max() <= 2
+    expected = processor.preprocess_views(loaded)["pixel_values"]
+    with Image.open(tmp_path / "profile.png") as opened:
+        for image in (str(tmp_path / "profile.png"), opened, opened.copy()):
+            np.testing.assert_array_equal(processor.preprocess_views(image)["pixel_values"], expected)
 
 
 def test_exif_orientation_is_applied_once(processor, pair):

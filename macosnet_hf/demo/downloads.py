@@ -20,6 +20,7 @@ from ..inference.result_files import (
     write_pair,
     zip_folder,
 )
+from ..io.image_files import save_image
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, Progress, SegmentedCollection
@@ -32,7 +33,7 @@ def cached_images(component: Component, images: Sequence[Image.Image], suffix: s
     whoever was fetching it for an equal request would get a part of it."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_ENCODERS) as pool:
         paths = [Path(folder, f"image{number}.{suffix}") for number in range(len(images))]
-        list(pool.map(lambda image, path: image.save(path), images, paths))
+        list(pool.map(save_image, images, paths))
         return _cached(component, paths)
 
 

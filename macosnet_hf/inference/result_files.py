@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import cutout
+from ..io.image_files import save_image
 
 if TYPE_CHECKING:
     from .files import MatchedPair, Progress, SegmentedCollection
@@ -115,12 +116,12 @@ def write_pair(
     document = pair_document(pair, threshold, model=model, points=points)
     (folder / "matches.json").write_text(_as_json(document), encoding="utf-8")
     (folder / "matches.csv").write_text(matches_table(document), encoding="utf-8", newline="")
-    pair.above(threshold).result.draw_matches().save(folder / "matches.png", compress_level=4)
+    save_image(pair.above(threshold).result.draw_matches(), folder / "matches.png", compress_level=4)
     for view, name in enumerate(VIEWS):
         mask = pair.original_mask(view)
         save_mask(mask, folder / f"{name}_mask.png")
-        cutout(pair.copies[view].open_original(), mask).save(folder / f"{name}_cutout.png", compress_level=1)
-    pair.warped_source().save(folder / "source_warped.png", compress_level=1)
+        save_image(cutout(pair.copies[view].open_original(), mask), folder / f"{name}_cutout.png", compress_level=1)
+    save_image(pair.warped_source(), folder / "source_warped.png", compress_level=1)
     if flow:
         np.savez_compressed(folder / "flow.npz", allow_pickle=False, **pair.flow())
     return document
@@ -181,13 +182,13 @@ def write_collection(
         save_mask(mask, folder / f"{collection.names[number]}_mask.png")
         # The original is read now, so that few are in memory at a time.
         whole = collection.copies[number].open_original()
-        cutout(whole, mask).save(folder / f"{collection.names[number]}_cutout.png", compress_level=1)
+        save_image(cutout(whole, mask), folder / f"{collection.names[number]}_cutout.png", compress_level=1)
         return float(mask.mean())
 
     shares = _in_parallel(write, len(collection.names), workers, progress)
-    collection.sheet(list(shares)).save(folder / "overview.png", compress_level=4)
+    save_image(collection.sheet(list(shares)), folder / "overview.png", compress_level=4)
     if collection.average is not None:
-        collection.average.save(folder / "average.png", compress_level=4)
+        save_image(collection.average, folder / "average.png", compress_level=4)
     document = _collection_document(collection, shares, model, skipped)
     (folder / "summary.json").write_text(_as_json(document), encoding="utf-8")
     return document

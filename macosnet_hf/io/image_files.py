@@ -5,10 +5,12 @@ Nowhere else in the package are bytes from outside decoded.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import ImageError
 from ..images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
@@ -82,6 +84,24 @@ def load_image(
             image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
         _decode(image, name, max_pixels)
         return upright_rgb(image)
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str] | IO[bytes], **options: Any) -> None:
+    """Writes an image whose colours are sRGB, and says so in the file.
+
+    Args:
+        image: of mode "RGB" or "RGBA".
+        path: of the file, or a file object.
+        options: of PIL's `save`.
+    """
+    image.save(path, icc_profile=_srgb_profile(), **options)
+
+
+@functools.cache
+def _srgb_profile() -> bytes:
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)  # the time now: equal images would be unequal files
+    return bytes(profile)
 
 
 def load_as_stored(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from .image_files import image_format, image_size, load_image
+from .image_files import image_format, image_size, load_image, save_image
 
 WORKING_SIDE = 960  # pixels of the longer side: four times the network's input, twice what the page shows
 _SHOWN_BY_BROWSERS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "ICO")
@@ -75,7 +75,7 @@ def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
         if image_format(path) in _SHOWN_BY_BROWSERS:
             return None
         copy = folder / f"{Path(path).stem}.png"
-        load_image(path).save(copy, compress_level=1)
+        save_image(load_image(path), copy, compress_level=1)
     except ImageError as error:
         raise _without_folder(error, path, os.path.basename(path)) from error
     return copy

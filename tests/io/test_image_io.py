@@ -7,14 +7,16 @@ import struct
 import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, MaCoSNetError
-from macosnet_hf.io.image_files import image_size, load_image
+from macosnet_hf.images import as_upright_rgb
+from macosnet_hf.io.image_files import image_size, load_image, save_image
 
 
 @pytest.fixture(scope="module")
@@ -520,3 +522,112 @@ def test_many_threads_at_once(photo):
     assert len(results) == 80
     assert all(difference(result, photo) == 0 for result in results)
     assert warnings.filters == filters, "the process's warning filters are left as they were"
+
+
+# ---- colours ---------------------------------------------------------------------------------------------------------
+
+
+def display_p3():
+    """The ICC profile of recent phones: sRGB's with other primaries."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    for entry in range(struct.unpack(">I", profile[128:132])[0]):
+        name, offset, _ = struct.unpack(">4sII", profile[132 + 12 * entry : 144 + 12 * entry])
+        if name in primaries:
+            profile[offset + 8 : offset + 20] = struct.pack(">iii", *(round(v * 65536) for v in primaries[name]))
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_of_a_phone_become_srgb(format, mode):
+    image = Image.new("RGB", (64, 48), (230, 60, 50))
+    if format != "JPEG":
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+    options = {"lossless": True} if format == "WEBP" else {"quality": 98} if format == "JPEG" else {}
+    data = encoded(image, format, icc_profile=display_p3(), **options)
+    for loaded in (load_image(data), load_image(Image.open(io.BytesIO(data))), load_image(data, reduced_to=12)):
+        assert np.abs(np.asarray(loaded, dtype=int) - (250, 31, 34)).max() <= 2
+        assert loaded.info == {}, "so that nothing converts it twice"
+    with Image.open(io.BytesIO(data)) as opened:
+        assert np.abs(np.asarray(as_upright_rgb(opened), dtype=int) - (250, 31, 34)).max() <= 2
+
+
+def linear_grey():
+    """A grey ICC profile whose values are proportional to light."""
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
+    curve = b"curv" + bytes(4) + struct.pack(">I", 0)  # no entries: the identity
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78)
+    tags, data = b"", b""
+    for name, content in ((b"wtpt", white), (b"kTRC", curve), (b"desc", text)):
+        tags += struct.pack(">4sII", name, 128 + 4 + 36 + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    body = struct.pack(">I", 3) + tags + data
+    header = struct.pack(">I", 128 + len(body)) + bytes(4) + b"\x02\x20\0\0" + b"mntrGRAYXYZ " + bytes(12) + b"acsp"
+    header += bytes(28) + struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
+    return header + bytes(128 - len(header)) + body
+
+
+def test_a_transparent_colour_stays_transparent():
+    image = Image.new("RGB", (4, 2), (230, 60, 50))
+    image.putpixel((0, 0), (1, 2, 3))
+    loaded = load_image(encoded(image, "PNG", icc_profile=display_p3(), transparency=(1, 2, 3)))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255)
+    assert np.abs(np.subtract(loaded.getpixel((1, 0)), (250, 31, 34))).max() <= 2
+
+
+def test_profiles_of_grey_images_are_used():
+    loaded = load_image(encoded(Image.new("L", (9, 9), 128), "PNG", icc_profile=linear_grey()))
+    assert np.abs(np.asarray(loaded, dtype=int) - 188).max() <= 1  # half of the light
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "CMYK"])
+def test_a_profile_of_another_colour_space_is_ignored(mode):
+    image = Image.new(mode, (9, 9), {"L": 100, "LA": (100, 255), "CMYK": (10, 200, 180, 5)}[mode])
+    format = "TIFF" if mode == "CMYK" else "PNG"
+    with_profile, without = (
+        load_image(encoded(image, format, **options)) for options in ({"icc_profile": display_p3()}, {})
+    )
+    np.testing.assert_array_equal(np.asarray(with_profile), np.asarray(without))
+
+
+@pytest.mark.parametrize("profile", [b"no profile", b"", display_p3()[:200], bytes(500)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_broken_profile_is_ignored(profile, mode):
+    image = Image.new("RGB", (64, 48), (230, 60, 50)).convert(mode)
+    loaded = load_image(encoded(image, "PNG", icc_profile=profile))
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
+
+
+def test_an_image_that_is_srgb_stays_as_it_is():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise = Image.effect_noise((60, 50), 90).convert("RGB")
+    with Image.open(io.BytesIO(encoded(noise, "PNG", icc_profile=profile))) as opened:
+        assert as_upright_rgb(opened) is opened
+        np.testing.assert_array_equal(np.asarray(load_image(opened)), np.asarray(noise))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_written_images_say_that_they_are_srgb(suffix, tmp_path):
+    image = Image.new("RGB", (64, 48), (250, 31, 34))
+    for name in ("one", "other"):
+        save_image(image, tmp_path / f"{name}.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"other.{suffix}").read_bytes()
+    with Image.open(tmp_path / f"one.{suffix}") as written:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(written.info["icc_profile"]))
+    assert "sRGB" in ImageCms.getProfileDescription(profile)
+    assert np.abs(np.asarray(load_image(tmp_path / f"one.{suffix}"), dtype=int) - (250, 31, 34)).max() <= 2
+
+
+def test_threads_convert_colours_at_the_same_time():
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (200, 300, 3), np.uint8)) for _ in range(4)]
+    files = [encoded(image, "PNG", icc_profile=display_p3()) for image in images]
+    expected = [np.asarray(load_image(file)) for file in files]
+    with ThreadPoolExecutor(8) as pool:
+        for number, found in enumerate(pool.map(load_image, files * 8)):
+            np.testing.assert_array_equal(np.asarray(found), expected[number % 4])
