@@ -203,15 +203,8 @@ def test_an_older_configuration_does_not_fit():
 
 
 def test_asking_for_a_fit_that_the_model_does_not_make(start_model, tmp_path, capsys):
-    command = [
-        "evaluate",
-        "pairs",
-        "--data",
-        str(tmp_path),
-        "--pairs",
-        str(tmp_path / "none.csv"),
-        "--model",
-        str(start_model),
-    ]
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("source_image,target_image,class,XA,YA,XB,YB\n")
+    command = ["evaluate", "pairs", "--data", str(tmp_path), "--pairs", str(pairs), "--model", str(start_model)]
     assert main([*command, "--matching", "fitted"]) == 2
     assert "mutual_fit" in capsys.readouterr().err
