@@ -110,6 +110,3 @@ def local_matching_loss(
     start = axis.expand(*flat.shape, -1, -1)
     by_affine = grid_loss(flat.without_spline().apply(start), found, trust)
     return by_affine + grid_loss(replace(flat, affine=flat.affine.detach()).apply(start), found, trust)
-
-
-__all__ = ["local_matching_loss", "local_matching_targets"]

@@ -178,19 +178,13 @@ class JointObjective(Objective):
             images = photometric(images, generator)
         return self.normalize(images).unflatten(0, shape), labels
 
-    def run_model(self, pixels: Tensor, *, with_masks: bool = True, cascade: str | None = None) -> MaCoSNetModelOutput:
-        """The model's outputs for groups.
-
-        Args:
-            pixels: `(B, V, 3, H, W)`.
-            with_masks: whether the decoder runs.
-            cascade: another one than the objective's own.
-        """
+    def run_model(self, pixels: Tensor, *, with_masks: bool = True) -> MaCoSNetModelOutput:
+        """The model's outputs for groups `(B, V, 3, H, W)`, with or without those of the decoder."""
         images = pixels.flatten(0, 1)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.model.get_image_features(images)
-        exact = (cascade or self.cascade) == "exact"
+        exact = self.cascade == "exact"
         return self.model.relate_views(features, pixels.shape[1], images if exact else None, output_masks=with_masks)
 
     def feature_statistics(self) -> tuple[Tensor, Tensor] | None:

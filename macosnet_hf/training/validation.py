@@ -316,15 +316,3 @@ def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModel
         rows.append(np.concatenate([*cells, as_image(warped[group])], axis=1))
     return rows
 
-
-__all__ = [
-    "SampleImages",
-    "keypoint_validation",
-    "label_free_validation",
-    "labelled_validation",
-    "mask_agreement",
-    "mask_separation",
-    "mask_validation",
-    "match_rank",
-    "sheet_rows",
-]
