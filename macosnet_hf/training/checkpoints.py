@@ -1,4 +1,4 @@
-"""The state of a run, its best model and its result on the disk: each there as a whole or not at all."""
+"""Files of a run: its state, its best model and its result. Each is complete or absent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
 
 @contextlib.contextmanager
 def writing(what: str | Path) -> Iterator[None]:
-    """Turns what torch, safetensors and the system say of a disk that is full or closed into one sentence.
+    """Turns the errors of torch, safetensors and the system at a full or read-only disk into one sentence.
 
     Raises:
         OutputError: if writing fails.
@@ -63,7 +63,7 @@ class BestModel:
         self.save = save
 
     def forget(self, accelerator: Accelerator) -> None:
-        """At the start of a run: what another one left in the same folder does not count."""
+        """Removes the best model that an earlier run left in the folder."""
         if accelerator.is_main_process and self.folder.exists():
             shutil.rmtree(self.folder)
         accelerator.wait_for_everyone()
@@ -95,7 +95,7 @@ class BestModel:
                 before = self.folder.with_name("partial-best-before")
                 if self.folder.exists():
                     self.folder.rename(before)
-                # A kill here leaves no best model; the run that goes on from the last checkpoint comes by again.
+                # A kill here leaves no best model; the run that continues from the last checkpoint saves it again.
                 partial.rename(self.folder)
                 if before.exists():
                     shutil.rmtree(before)

@@ -31,7 +31,7 @@ _PATIENCE = 15  # seconds; the workers of a run that was killed live on for some
 
 
 def run_script(main: Callable[[], int]) -> None:
-    """Runs a script's `main` and exits; bad input ends with one sentence and exit code 2."""
+    """Runs a script's `main` and exits; bad input gives one sentence and exit code 2."""
     try:
         _refuse_missing_processes()
         status = main()
@@ -39,7 +39,7 @@ def run_script(main: Callable[[], int]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except (RuntimeError, MemoryError) as error:
-        # A worker that the system killed, or that met with an error itself: torch says so in its own words.
+        # torch's error when a worker was killed or failed.
         if "DataLoader" not in str(error):
             raise
         print(
@@ -69,7 +69,7 @@ def _refuse_missing_processes() -> None:
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Accelerator, seeds and output folder; finds out what cannot work before any time is spent.
+    """Accelerator, seeds and output folder; what cannot work is refused before any time is spent.
 
     Raises:
         InputError: if a setting cannot work, or the checkpoint to resume from was made with other ones.

@@ -189,7 +189,7 @@ def teacher_masks(
     masks: dict[int, Tensor] = {}
     with tqdm(total=len(class_names), desc="teacher's masks", disable=quiet) as progress:
         for members in by_class(class_names).values():
-            squares = images(members)
+            squares = images(members).cpu()
             collection = Collection(model, processor)
             collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
             found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
@@ -201,7 +201,8 @@ def teacher_masks(
 
 def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: TrainingImages) -> Tensor:
     """[`pseudo_masks`] `(N, S, S)` of all images, from the encoder's features."""
-    return pseudo_masks(images.batch(range(len(images))), encode_all(model, processor, images), images.class_names)
+    pixels = images.batch(range(len(images))).cpu()
+    return pseudo_masks(pixels, encode_all(model, processor, images), images.class_names)
 
 
 def masks_of_run(

@@ -315,4 +315,3 @@ def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModel
         ]
         rows.append(np.concatenate([*cells, as_image(warped[group])], axis=1))
     return rows
-
