@@ -259,7 +259,7 @@ class Collection:
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, similarity = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)].tolist()
-        own = self._decoded_masks(chosen, progress)
+        own = self.decoder_masks(chosen, progress)
         masks = NetworkMasks.of(own, similar_cells(last, others) if propagate else None)
         return masks, chosen, similarity[:, :_AGREEMENT_PARTNERS].mean(dim=1)
 
@@ -272,8 +272,9 @@ class Collection:
         cropped.add(crops, progress=lambda *_: progress())
         return cropped
 
-    def _decoded_masks(self, chosen: Sequence[Sequence[int]], progress: Callable[[int], None] | None) -> Tensor:
-        """The decoder's soft masks `(N, S, S)` of all images, each given its partners."""
+    @torch.inference_mode()
+    def decoder_masks(self, chosen: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None) -> Tensor:
+        """The decoder's soft masks `(N, S, S)` of all images, each given the partners whose numbers are listed."""
         config = self.model.config
         rounds = 1 if config.decoder_inputs == "paper" else config.decoder_rounds
         weights = None

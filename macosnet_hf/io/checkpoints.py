@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError
 from .memory import collector_paused
-from .package import DEFAULT_CHECKPOINT
+from .package import DEFAULT_CHECKPOINT, EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,14 @@ def pick_device(device: str = "auto") -> torch.device:
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """Checks a checkpoint folder without importing torch; a name that can only be the id of a Hub repository passes.
 
+    The names in `EMBEDDED` stand for the checkpoints of the package; write `./lite` for a folder of such a name.
+
     Raises:
         CheckpointError: if there is no such folder, one of its files is missing or damaged, its weights are a pickle,
             or it holds another kind of model.
     """
     name = os.fspath(checkpoint)
+    name = EMBEDDED.get(name, name)
     if os.path.isdir(name):
         _check_folder(Path(name), f"The checkpoint folder {name}")
     elif os.path.exists(name):
@@ -71,7 +74,7 @@ def load_model_and_processor(
     Reads safetensors weights only and runs this package's classes only: a checkpoint's Python files are ignored.
 
     Args:
-        checkpoint: a folder, or the id of a Hub repository.
+        checkpoint: a folder, the id of a Hub repository, or the name of an embedded checkpoint (`"lite"`, `"common"`).
         device: `"auto"`, `"cpu"`, `"cuda"`, or a `torch.device`.
 
     Raises:
@@ -79,6 +82,7 @@ def load_model_and_processor(
         InputError: if the device is not there.
     """
     name = os.fspath(checkpoint)
+    name = EMBEDDED.get(name, name)
     check_checkpoint(name)
     folder = name if os.path.isdir(name) else _from_hub(name)  # before torch is imported, for a quick answer
     target = pick_device(device) if isinstance(device, str) else device
