@@ -153,7 +153,10 @@ DEEP_FAULTS = {
     ),
     "size is no size": (lambda d: change(d / "preprocessor_config.json", size="big"), "cannot be used"),
     "mean of two channels": (lambda d: change(d / "preprocessor_config.json", image_mean=[0.5, 0.5]), "cannot be used"),
-    "deviation of zero": (lambda d: change(d / "preprocessor_config.json", image_std=[0, 0, 0]), "not finite"),
+    "deviation of zero": (
+        lambda d: change(d / "preprocessor_config.json", image_std=[0, 0, 0]),
+        "image_std must be above 0",
+    ),
 }
 
 
