@@ -176,7 +176,7 @@ class MaCoSNetImageProcessor(PilBackend):
             raise InputError("pixel_values are always channels first; data_format='channels_last' cannot be used.")
         if do_rescale and not 0 < rescale_factor < float("inf"):
             raise InputError(f"rescale_factor must be a positive number, not {rescale_factor}.")
-        mean, std = _statistics(image_mean, image_std) if do_normalize else (None, None)
+        statistics = _statistics(image_mean, image_std) if do_normalize else None
         groups = []
         for group in images:
             arrays = [
@@ -185,7 +185,8 @@ class MaCoSNetImageProcessor(PilBackend):
             ]
             if do_rescale:
                 arrays = [array * np.float32(rescale_factor) for array in arrays]
-            if do_normalize:
+            if statistics is not None:
+                mean, std = statistics
                 arrays = [(array - mean) / std for array in arrays]
             groups.append([array.transpose(2, 0, 1) for array in arrays])
         shapes = {array.shape for group in groups for array in group}

@@ -55,6 +55,10 @@ def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
     return tuple(pair for i, j in itertools.combinations(range(num_views), 2) for pair in ((i, j), (j, i)))
 
 
+# A field that is never None in an output: `ModelOutput` wants None for a default all the same.
+_FILLED: Any = None
+
+
 @dataclass
 class MaCoSNetFeatures(ModelOutput):
     """What the encoder E says about N images; made once and used for every pair and both tasks.
@@ -66,9 +70,9 @@ class MaCoSNetFeatures(ModelOutput):
         skips (tuple of `(N, c, H/s, W/s)`): maps of the finer stages, coarsest last.
     """
 
-    last: Tensor | None = None
-    normalized: Tensor | None = None
-    skips: tuple[Tensor, ...] | None = None
+    last: Tensor = _FILLED
+    normalized: Tensor = _FILLED
+    skips: tuple[Tensor, ...] = _FILLED
 
     @classmethod
     def from_map(cls, last: Tensor, skips: Sequence[Tensor] = ()) -> MaCoSNetFeatures:
@@ -104,11 +108,11 @@ class MaCoSNetModelOutput(ModelOutput):
             minus where it lies in view j, both in pixels of the original images.
     """
 
-    affine: Tensor | None = None
-    tps: Tensor | None = None
-    correlation: Tensor | None = None
+    affine: Tensor = _FILLED
+    tps: Tensor = _FILLED
+    correlation: Tensor = _FILLED
     mask_logits: Tensor | None = None
-    features: Tensor | None = None
+    features: Tensor = _FILLED
     flow: Tensor | None = None
 
 
@@ -129,14 +133,14 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    matches: Tensor | None = None
-    matching_scores: Tensor | None = None
-    keypoints: Tensor | None = None
+    matches: Tensor = _FILLED
+    matching_scores: Tensor = _FILLED
+    keypoints: Tensor = _FILLED
     mask_logits: Tensor | None = None
-    affine: Tensor | None = None
-    tps: Tensor | None = None
-    correlation: Tensor | None = None
-    features: Tensor | None = None
+    affine: Tensor = _FILLED
+    tps: Tensor = _FILLED
+    correlation: Tensor = _FILLED
+    features: Tensor = _FILLED
     flow: Tensor | None = None
 
 
@@ -212,7 +216,7 @@ def _choose_blocks(backbone: Any, numbers: Sequence[int]) -> tuple[int, ...]:
     Raises:
         InputError: if the backbone is of another family, or has no such blocks.
     """
-    timm_model = getattr(backbone, "_backbone", None)
+    timm_model: Any = getattr(backbone, "_backbone", None)
     if not (hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks")):
         raise InputError("feature_blocks needs a backbone of timm's EfficientNet family.")
     if sorted(set(numbers)) != list(numbers) or not 0 <= numbers[0] <= numbers[-1] < len(timm_model.blocks):
@@ -225,10 +229,10 @@ def _choose_blocks(backbone: Any, numbers: Sequence[int]) -> tuple[int, ...]:
 
 def _cut_unused_stages(backbone: Any) -> None:
     """Removes the stages that no chosen output needs, where the kind of backbone is known; else leaves it alone."""
-    timm_model = getattr(backbone, "_backbone", None)
+    timm_model: Any = getattr(backbone, "_backbone", None)
     if hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks"):  # timm's EfficientNet family
         timm_model.blocks = timm_model.blocks[: max(timm_model._stage_out_idx)]
-    encoder = getattr(backbone, "encoder", None)
+    encoder: Any = getattr(backbone, "encoder", None)
     if timm_model is None and isinstance(getattr(encoder, "stages", None), nn.ModuleList):  # transformers' ResNets
         names = list(backbone.stage_names)
         last = max(names.index(name) for name in backbone.out_features)
@@ -620,6 +624,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             None if pixel_values is None else pixel_values[source],
             correlation,
         ).unflatten(0, (batch, len(pairs)))
+        assert transform.tps is not None  # the cascade predicts both
         masks = None
         if output_masks:
             masks = self.predict_masks_of_pairs(features, source, target, correlation).unflatten(0, (batch, len(pairs)))

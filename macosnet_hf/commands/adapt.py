@@ -63,6 +63,7 @@ def settings_of(args: argparse.Namespace, output: Path, left_out: list[str]) -> 
         seed=args.seed,
     )
     steps = args.max_train_steps or settings.max_train_steps
+    assert steps is not None  # the preset has them
     return replace(
         settings,
         max_train_steps=steps,

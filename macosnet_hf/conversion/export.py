@@ -133,7 +133,7 @@ def _random_pairs(count: int, size: int, seed: int) -> Tensor:
 def _write_onnx(network: torch.nn.Module, example: Tensor, path: Path, processor: MaCoSNetImageProcessor) -> None:
     import torch
 
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         network,
         (),
         kwargs={"pixel_values": example},

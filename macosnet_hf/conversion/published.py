@@ -303,8 +303,9 @@ def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
     with torch.no_grad():
         for prefix in set(_HEADS.values()) - stages:  # the fresh bias is the identity
             getattr(model.macosnet, prefix.rstrip(".")).linear.weight.zero_()
-        model.macosnet.decoder.classifier.weight.zero_()
-        model.macosnet.decoder.classifier.bias.fill_(_OBJECT_EVERYWHERE)
+        weight, bias = model.macosnet.decoder.classifier.parameters()
+        weight.zero_()
+        bias.fill_(_OBJECT_EVERYWHERE)
     return model.eval()
 
 
@@ -315,11 +316,10 @@ def _head_settings(ours: dict[str, Tensor], where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where} lacks FeatureRegression.conv.0.weight: it holds no transformation head.")
     found = []
     for prefix in prefixes:
-        weights = [ours.get(f"{prefix}conv.{number}.weight") for number in (0, 3)]
-        linear = ours.get(f"{prefix}linear.weight")
-        if any(weight is None or weight.dim() != 4 for weight in weights) or linear is None or linear.dim() != 2:
-            lacking = [f"{prefix}conv.3.weight", f"{prefix}linear.weight"]
-            raise CheckpointError(f"{where} lacks a fitting {' or '.join(_their_name(name) for name in lacking)}.")
+        names = [f"{prefix}{name}.weight" for name in ("conv.0", "conv.3", "linear")]
+        if any(name not in ours or ours[name].dim() != dim for name, dim in zip(names, (4, 4, 2), strict=True)):
+            raise CheckpointError(f"{where} lacks a fitting {' or '.join(_their_name(name) for name in names[1:])}.")
+        *weights, linear = (ours[name] for name in names)
         grid = math.isqrt(weights[0].shape[1])
         kernels = [weight.shape[-1] for weight in weights]
         side = grid - sum(kernel - 1 for kernel in kernels)

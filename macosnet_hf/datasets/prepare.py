@@ -89,9 +89,12 @@ def locate(
         DataError: if `data` is neither a folder nor a Hub id, or the list is missing.
         InputError: if nothing is named.
     """
-    if data is None and pairs is None:
+    if data is not None:
+        folder = Path(data)
+    elif pairs is not None:
+        folder = Path(pairs).parent
+    else:
         raise InputError("Either a data folder or a list of pairs is needed.")
-    folder = Path(data) if data is not None else Path(pairs).parent
     if benchmark == "pairs" and folder.suffix.lower() == ".csv" and folder.is_file():
         return folder.parent, folder
     if pairs is not None and not Path(pairs).exists():

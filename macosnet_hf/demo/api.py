@@ -11,7 +11,7 @@ from ..inference import DIRECTIONS
 from ..inference.result_files import pair_document
 from . import limits
 from .components import checked_pair, on_uploads
-from .downloads import cached_images, collection_archive, pair_masks
+from .downloads import cached_images, collection_archive, pair_masks, sheet_and_average
 from .sessions import Sessions
 from .texts import REFINEMENTS, errors_for_visitors, pair_verdict
 
@@ -91,7 +91,7 @@ def _segment_collection_endpoint(sessions: Sessions) -> None:
         with errors_for_visitors(), sessions.run(request) as progress:
             collection = sessions.matcher.collection(photographs or [], refine, progress)
             archive, document = collection_archive(sheet, collection, sessions.matcher.name, progress)
-            return document, *cached_images(sheet, [collection.sheet(), collection.average]), archive
+            return document, *sheet_and_average(sheet, collection), archive
 
     inputs = [gr.File(label="photographs", type="filepath", file_count="multiple"), _refine()]
     outputs = [gr.JSON(label="report"), sheet, gr.Image(label="average"), gr.File(label="zip")]

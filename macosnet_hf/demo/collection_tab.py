@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..drawing import cutout
 from . import components
-from .downloads import cached_images, collection_archive
+from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions
 from .texts import agreement, collection_verdict, errors_for_visitors
@@ -105,7 +105,7 @@ class CollectionTab:
             collection_verdict(collection),
             list(zip(cached_images(self.cutouts, cutouts, "png"), captions, strict=True)),
             list(zip(cached_images(self.masks, masks, "png"), captions, strict=True)),
-            *cached_images(self.sheet, [collection.sheet(), collection.average]),
+            *sheet_and_average(self.sheet, collection),
             agreement(collection),
             None,
             gr.Column(visible=True),

@@ -37,6 +37,11 @@ def cached_images(component: Component, images: Sequence[Image.Image], suffix: s
         return _cached(component, paths)
 
 
+def sheet_and_average(component: Component, collection: SegmentedCollection) -> list[str]:
+    """Contact sheet and average of a collection as cached files."""
+    return cached_images(component, [image for image in (collection.sheet(), collection.average) if image is not None])
+
+
 def pair_files(component: Component, pair: MatchedPair, threshold: float, model: str) -> list[str]:
     """All result files of a pair."""
     with tempfile.TemporaryDirectory() as folder:

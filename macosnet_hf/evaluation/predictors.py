@@ -58,12 +58,12 @@ class EncodedImage:
 
     Attributes:
         size: (height, width) of the original.
-        features: encoder's features of this image alone (N = 1), `None` for predictors without an encoder.
+        features: encoder's features of this image alone (N = 1); predictors without an encoder have and ask for none.
         pixel_values: `(1, 3, H, W)`, for the exact cascade.
     """
 
     size: tuple[int, int]
-    features: MaCoSNetFeatures | None = None
+    features: MaCoSNetFeatures = None  # type: ignore[assignment]
     pixel_values: Tensor | None = None
 
     def nbytes(self) -> int:
@@ -352,6 +352,7 @@ class FeaturePredictor(Predictor):
 
     def batch(self, images: list[EncodedImage]) -> EncodedImage:
         features = [image.features for image in images]
+        pixels = [image.pixel_values for image in images if image.pixel_values is not None]
         skips = tuple(
             torch.cat([feature.skips[level] for feature in features]) for level in range(len(features[0].skips or ()))
         )
@@ -362,7 +363,7 @@ class FeaturePredictor(Predictor):
                 normalized=torch.cat([feature.normalized for feature in features]),
                 skips=skips,
             ),
-            pixel_values=torch.cat([image.pixel_values for image in images]) if self.keep_pixels else None,
+            pixel_values=torch.cat(pixels) if pixels else None,
         )
 
 

@@ -234,6 +234,7 @@ def match_collection(
         if collection.model.config.mutual_fit:
             found = _fitted(collection, some, found)
         found = found.to("cpu", torch.float32)
+        assert found.tps is not None  # the cascade predicts both
         affine[i, j], tps[i, j] = found.affine, found.tps
         similarity[i, j] = _mean_similarity(cells, found)
         done += len(some)

@@ -141,7 +141,7 @@ class JointObjective(Objective):
         transforms = self.model.transforms(outputs)
         losses = self._objective_losses(outputs, transforms, pixels)
         if self.prior_weight:
-            if labels is None:
+            if labels is None or outputs.mask_logits is None:
                 raise InputError("The prior has a weight, but the batch holds no pseudo-masks.")
             view = [i for i, _ in ordered_pairs(pixels.shape[1])]
             losses["prior"] = F.binary_cross_entropy_with_logits(outputs.mask_logits.float(), labels[:, view])
@@ -328,12 +328,16 @@ def _statistics_unchanged(block: nn.Module) -> Iterator[None]:
     """The second forward pass must not move the running statistics a second time. (With `track_running_stats` off it
     would save other tensors than the first, which torch refuses.)"""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [
+        (norm, norm.momentum, tracked, tracked.clone())
+        for norm in norms
+        if (tracked := norm.num_batches_tracked) is not None
+    ]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum, tracked, count in before:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            tracked.copy_(count)

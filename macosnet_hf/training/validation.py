@@ -19,7 +19,7 @@ from ..datasets.masks import read_mask
 from ..datasets.prepare import open_records
 from ..datasets.schema import Record
 from ..drawing import overlay_mask
-from ..errors import DataError
+from ..errors import DataError, InputError
 from ..evaluation.predictors import EncodedImage, ModelPredictor
 from ..evaluation.protocols import PROTOCOLS, Options
 from ..evaluation.runner import evaluate
@@ -62,17 +62,23 @@ def match_rank(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tensor:
 
 def mask_agreement(outputs: MaCoSNetModelOutput, transforms: Transform) -> Tensor:
     """Correlation of each mask with that of its partner, warped onto it: `(B, P)` in [-1, 1], 0 for constant masks."""
-    shape = outputs.mask_logits.shape[:2]
-    masks = outputs.mask_logits.float().sigmoid()
+    masks = _mask_logits(outputs).sigmoid()
     grid = transforms.flatten(0, 1).grid(masks.shape[-2:])
     warped = warp(masks.flatten(0, 1).unsqueeze(1), grid).squeeze(1)
     own = masks.unflatten(1, (-1, 2)).flip(2).flatten(1, 2).flatten(0, 1)
-    return pearson(own, warped).unflatten(0, shape)
+    return pearson(own, warped).unflatten(0, masks.shape[:2])
+
+
+def _mask_logits(outputs: MaCoSNetModelOutput) -> Tensor:
+    """`(B, P, H, W)` float32, which these outputs must hold."""
+    if outputs.mask_logits is None:
+        raise InputError("The outputs hold no masks.")
+    return outputs.mask_logits.float()
 
 
 def mask_separation(outputs: MaCoSNetModelOutput, statistics: tuple[Tensor, Tensor] | None) -> Tensor:
     """Similarity of an object to its partner's object, minus that to its own background: `(B, P / 2)` in [-1, 1]."""
-    objects, backgrounds = pooled_features(outputs.features.float(), outputs.mask_logits.float(), statistics)
+    objects, backgrounds = pooled_features(outputs.features.float(), _mask_logits(outputs), statistics)
     between = (objects[:, 0::2] * objects[:, 1::2]).sum(-1)
     within = (objects * backgrounds).sum(-1)
     return (between - (within[:, 0::2] + within[:, 1::2]) / 2) / 2
@@ -302,7 +308,7 @@ def sheet_rows(objective: JointObjective, pixels: Tensor, outputs: MaCoSNetModel
     images = (pixels * objective.std + objective.mean).clamp(0, 1)
     warped = warp(images[:, 0], objective.model.transforms(outputs)[:, 0].grid(pixels.shape[-2:]))
     first_pair = [next(p for p, (i, _) in enumerate(pairs) if i == view) for view in range(pixels.shape[1])]
-    masks = (outputs.mask_logits[:, first_pair] > 0).cpu().numpy()
+    masks = (_mask_logits(outputs)[:, first_pair] > 0).cpu().numpy()
 
     def as_image(image: Tensor) -> np.ndarray:
         return (image.float().permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()

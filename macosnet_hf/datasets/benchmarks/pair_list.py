@@ -77,7 +77,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise DataError(f"{path}: the pair list cannot be read ({error}).") from error
 
 
-def _narrow(row: dict[str, str]) -> dict[str, str]:
+def _narrow(row: dict[Any, Any]) -> dict[Any, Any]:
     """A row with one column a number, as a row with one column a coordinate; the class is the folder of the image."""
     narrow = {"source_image": row["imageA"], "target_image": row["imageB"]}
     narrow["class"] = row.get("class") or Path(row["imageA"] or "").parent.name
