@@ -10,8 +10,9 @@ its reverse:
 * `mask_logits[:, p]`: mask of view i given partner j.
 
 The paper writes its losses for one unordered pair {A, B}, as a sum over both directions. A batch is averaged over its
-samples, and a triplet over its three unordered pairs, so that pairs and triplets keep the same weights. Everything is
-computed in float32, whatever the precision of the outputs.
+samples (`reduction="none"`: one value per sample, `(B,)`), and a triplet over its three unordered pairs, so that pairs
+and triplets keep the same weights. Everything is computed in float32, whatever the precision of the outputs. All losses
+raise [`InputError`] if a field of the outputs is missing, shapes do not fit or an option is unknown.
 """
 
 from __future__ import annotations
@@ -161,10 +162,6 @@ def matching_loss(
         stages: which transforms are counted: `"affine"` (the affine alone), `"cascade"` (affine and TPS). With both,
             the mean of the two counts, so that the scale stays that of eq. 4.
         radius: phi of eq. 2, in feature cells.
-        reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
-
-    Raises:
-        InputError: if a field is missing or an option unknown.
     """
     pairs = transforms.shape[1]
     _check_pairs(pairs)
@@ -231,10 +228,6 @@ def cycle_loss(
             `"normalized"` (the image is 2 wide).
         image_size: side, or (height, width), of the network's input; used with `"pixel"`.
         squared: `False` is the paper's plain norm; `True` squares it, as the authors' published code does.
-        reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
-
-    Raises:
-        InputError: if a field is missing or an option unknown.
     """
     pairs = transforms.shape[1]
     _check_pairs(pairs)
@@ -371,10 +364,6 @@ def contrastive_loss(
         margin: m.
         features: `(B, V, C, h, w)`, replaces the outputs' own features in form `"features"`.
         statistics: per-channel mean and standard deviation, see [`pooled_features`].
-        reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
-
-    Raises:
-        InputError: if something the form needs is missing, shapes do not fit or an option is unknown.
     """
     mask_logits = _field(outputs, "mask_logits")
     _check_pairs(mask_logits.shape[1])
@@ -416,10 +405,6 @@ def consistency_loss(outputs: Outputs, transforms: Transform, *, reduction: str 
     Args:
         outputs: of the model; `mask_logits` is read.
         transforms: `(B, P)`, those of the outputs.
-        reduction: `"mean"` over the batch, or `"none"` for one value per sample `(B,)`.
-
-    Raises:
-        InputError: if a field is missing or an option unknown.
     """
     _check_pairs(transforms.shape[1])
     logits = _field(outputs, "mask_logits")
