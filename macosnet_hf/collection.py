@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .common_object import object_weights
+from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .mask_sharing import NetworkMasks, drop_small_components, propagate_refined, refine_masks, similar_cells
 from .matching import correlate
@@ -26,7 +27,7 @@ from .refinement import check_method
 
 if TYPE_CHECKING:
     from .image_processing_macosnet import MaCoSNetImageProcessor
-    from .modeling_macosnet import MaCoSNetFeatures, MaCoSNetForKeypointMatching
+    from .modeling_macosnet import MaCoSNetForKeypointMatching
 
 Progress = Callable[[int, int], None]
 
@@ -178,7 +179,7 @@ class Collection:
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
         """Stride-16 features of some of the images, without skips."""
         last = torch.stack([self._encoded[self.keys[number]].last for number in numbers])
-        return self.model.macosnet.features_from_map(last)
+        return MaCoSNetFeatures.from_map(last)
 
     def pixel_values(self, numbers: Sequence[int]) -> Tensor:
         """`(n, 3, S, S)` input of the encoder, on the model's device."""

@@ -76,19 +76,28 @@ def partner_cues(own: Tensor, partners: Tensor, weights: Tensor) -> Tensor:
 
 
 def common_context(
-    own: Tensor, partners: Tensor, own_weights: Tensor, weights: Tensor, present: Tensor | None = None
+    own: Tensor,
+    partners: Tensor,
+    own_weights: Tensor | None = None,
+    weights: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """The decoder's input beside the features: cues over all partners, and where the image's own object is assumed.
 
     Args:
         own, partners, weights: as in [`partner_cues`].
-        own_weights: `(B, h, w)` in [0, 1].
+        own_weights: `(B, h, w)` in [0, 1]. It and `weights` are [`centre_prior`] if not given.
         present: `(B, K)` bool, which partners count; all if not given. One at least in every row.
 
     Returns:
         `(B, 37, h, w)` in the features' dtype: mean and maximum over the partners of each cue; the same, standardised
         over the image; the own weights.
     """
+    middle = centre_prior(*own.shape[-2:], device=own.device)
+    if own_weights is None:
+        own_weights = middle.expand(own.shape[0], -1, -1)
+    if weights is None:
+        weights = middle.expand(*partners.shape[:2], -1, -1)
     cues = partner_cues(own, partners, weights)
     if present is None:
         mean, largest = cues.mean(1), cues.amax(1)

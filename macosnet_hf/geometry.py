@@ -59,6 +59,18 @@ def _half_extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
     return half
 
 
+def check_sizes(image_sizes: Any, batch: int, views: int) -> Tensor:
+    """Sizes (height, width) of the images of a batch as a tensor `(batch, views, 2)`.
+
+    Raises:
+        InputError: if they have another shape.
+    """
+    sizes = torch.as_tensor(image_sizes)
+    if tuple(sizes.shape) != (batch, views, 2):
+        raise InputError(f"image_sizes must be ({batch}, {views}, 2) as (height, width); got {tuple(sizes.shape)}.")
+    return sizes
+
+
 def normalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
     """Pixels to normalised coordinates.
 

@@ -15,7 +15,21 @@ from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_macosnet import MaCoSNetConfig
-from .geometry import Transform, cell_centres, corner_weights, identity_affine, inside, make_grid, sample_at
+from .errors import InputError
+from .geometry import (
+    Transform,
+    cell_centres,
+    check_sizes,
+    corner_weights,
+    denormalize_points,
+    identity_affine,
+    inside,
+    make_grid,
+    normalize_points,
+    sample_at,
+)
+
+DIRECTIONS = ("source_to_target", "target_to_source")  # in which points of a pair are transferred
 
 # Added under the root of every L2 normalisation, as in the published networks (converted weights depend on it).
 _NORM_EPSILON = 1e-6
@@ -24,22 +38,6 @@ _NORM_EPSILON = 1e-6
 def l2_normalize(tensor: Tensor, dim: int = 1) -> Tensor:
     """Unit length over a dimension, as in the published networks: `x / sqrt(sum x^2 + 1e-6)`."""
     return tensor * torch.rsqrt(tensor.float().square().sum(dim, keepdim=True) + _NORM_EPSILON).to(tensor.dtype)
-
-
-def resample_map(maps: Tensor, stride: int, size: Sequence[int]) -> Tensor:
-    """Maps `(N, C, h', w')` of a stage on the grid `(h, w)` of the stage of stride 16: means of finer cells, bilinear
-    interpolation of coarser ones.
-
-    Cells stand where the strided convolutions put them. Over an odd number of cells (15 to 8) a stride of 2 centres
-    every output on an even cell, the last one included: corner lies on corner. Over an even number (20 to 10) it may
-    centre it on either cell of two, as the padding decides; half-pixel centres are half a cell from both, and on
-    leordeanu-cars (EfficientNet-Lite2, 320 pixels) none of the three is better by more than half a point of PCK.
-    """
-    height, width = size
-    if stride <= 16:
-        return F.avg_pool2d(maps, 16 // stride)
-    corners = (maps.shape[-1] - 1) * stride == (width - 1) * 16 and (maps.shape[-2] - 1) * stride == (height - 1) * 16
-    return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=corners)
 
 
 def correlate(source: Tensor, target: Tensor) -> Tensor:
@@ -261,6 +259,62 @@ def match_grid(
     scores = torch.where(matched, scores, torch.zeros_like(scores))
     keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
     return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
+
+
+def start_of(direction: str) -> int:
+    """The image that points start on: 0 the source, 1 the target. Raises `InputError` for an unknown direction."""
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}; got {direction!r}.")
+    return DIRECTIONS.index(direction)
+
+
+def transfer_points(
+    points: Tensor,
+    direction: str,
+    image_sizes: Any,
+    features: Tensor,
+    transforms: Transform,
+    config: MaCoSNetConfig,
+    local_matching: bool | None = None,
+) -> Tensor:
+    """Points `(B, N, 2)` of one image of a pair in the other, in pixels of the original images.
+
+    Args:
+        points: as (x, y) of the image that they are on.
+        direction: one of `DIRECTIONS`.
+        image_sizes: `(B, 2, 2)` sizes (height, width) of source and target.
+        features, transforms, config, local_matching: as in [`map_points`].
+
+    Raises:
+        InputError: for another direction or shapes that do not fit.
+    """
+    batch, view = transforms.shape[0], start_of(direction)
+    if points.dim() != 3 or points.shape[0] != batch or points.shape[-1] != 2:
+        raise InputError(f"points must be ({batch}, N, 2) as (x, y); got {tuple(points.shape)}.")
+    sizes = check_sizes(image_sizes, batch, 2).to(transforms.device)
+    normalized = normalize_points(points.to(transforms.affine), sizes[:, view])
+    mapped = map_points(normalized, view, features, transforms, config, local_matching)
+    return denormalize_points(mapped, sizes[:, 1 - view])
+
+
+def keypoint_loss(labels: Tensor, features: Tensor, transforms: Transform, config: MaCoSNetConfig) -> Tensor:
+    """Mean distance of transferred keypoints from their labels, both ways, the image's side being 1.
+
+    Args:
+        labels: `(B, 2, K, 2)` corresponding keypoints of source and target as (x, y) in [0, 1], negative where absent.
+        features, transforms, config: as in [`map_points`].
+
+    Raises:
+        InputError: for labels of another shape.
+    """
+    if labels.dim() != 4 or labels.shape[1] != 2 or labels.shape[-1] != 2:
+        raise InputError(f"labels must be (B, 2, K, 2); got {tuple(labels.shape)}.")
+    labels = labels.to(transforms.affine)
+    present = (labels >= 0).all(dim=-1).all(dim=1)
+    points = labels * 2 - 1
+    mapped = [map_points(points[:, view], view, features, transforms, config) for view in (0, 1)]
+    error = sum((mapped[view] - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1))
+    return (error * present).sum() / (2 * present.sum().clamp(min=1))
 
 
 # Settings of `fit_mutually`, chosen on leordeanu-cars: points a side; width of the search and half the side of the

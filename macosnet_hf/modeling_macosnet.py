@@ -14,34 +14,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, maybe_autocast
 
-from .common_object import CONTEXT_CHANNELS, centre_prior, common_context, object_weights
+from .common_object import CONTEXT_CHANNELS, common_context, object_weights
 from .configuration_macosnet import MaCoSNetConfig
+from .encoder import FILLED, MaCoSNetEncoder, MaCoSNetFeatures
 from .errors import InputError
-from .geometry import (
-    TPS_PARAMETERS,
-    Transform,
-    denormalize_points,
-    dense_flow,
-    identity_affine,
-    identity_tps,
-    normalize_points,
-    warp,
-)
+from .geometry import TPS_PARAMETERS, Transform, check_sizes, dense_flow, identity_affine, identity_tps, warp
 from .matching import (
     cell_products,
     cell_similarity,
     correlate,
     fit_mutually,
-    l2_normalize,
-    map_points,
+    keypoint_loss,
     match_grid,
     normalize_similarity,
-    resample_map,
+    transfer_points,
     warp_similarity,
 )
 from .saving import AtomicSaving
@@ -53,43 +43,6 @@ def ordered_pairs(num_views: int) -> tuple[tuple[int, int], ...]:
     2 views give ((0, 1), (1, 0)); 3 views give ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)).
     """
     return tuple(pair for i, j in itertools.combinations(range(num_views), 2) for pair in ((i, j), (j, i)))
-
-
-# A field that is never None in an output: `ModelOutput` wants None for a default all the same.
-_FILLED: Any = None
-
-
-@dataclass
-class MaCoSNetFeatures(ModelOutput):
-    """What the encoder E says about N images; made once and used for every pair and both tasks.
-
-    Args:
-        last (`(N, C, h, w)`): stride-16 feature map, as the encoder gives it. Of several fused stages: their
-            concatenation, each as long at every position as its weight times the stage of stride 16 is there.
-        normalized (`(N, C, h, w)`): the same with unit length over channels: f in the paper.
-        skips (tuple of `(N, c, H/s, W/s)`): maps of the finer stages, coarsest last.
-    """
-
-    last: Tensor = _FILLED
-    normalized: Tensor = _FILLED
-    skips: tuple[Tensor, ...] = _FILLED
-
-    @classmethod
-    def from_map(cls, last: Tensor, skips: Sequence[Tensor] = ()) -> MaCoSNetFeatures:
-        """The features of stride-16 maps `(N, C, h, w)`, and of finer ones where the decoder needs them."""
-        return cls(last=last, normalized=l2_normalize(last), skips=tuple(skips))
-
-    def without_skips(self) -> MaCoSNetFeatures:
-        """The same without the maps that only the decoder needs: what a matcher may copy at little cost."""
-        return MaCoSNetFeatures(last=self.last, normalized=self.normalized, skips=())
-
-    def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
-        """The features of some of the images, in the given order."""
-        if isinstance(index, list):
-            index = torch.tensor(index, device=self.last.device)
-        return MaCoSNetFeatures(
-            last=self.last[index], normalized=self.normalized[index], skips=tuple(skip[index] for skip in self.skips)
-        )
 
 
 @dataclass
@@ -108,11 +61,11 @@ class MaCoSNetModelOutput(ModelOutput):
             minus where it lies in view j, both in pixels of the original images.
     """
 
-    affine: Tensor = _FILLED
-    tps: Tensor = _FILLED
-    correlation: Tensor = _FILLED
+    affine: Tensor = FILLED
+    tps: Tensor = FILLED
+    correlation: Tensor = FILLED
     mask_logits: Tensor | None = None
-    features: Tensor = _FILLED
+    features: Tensor = FILLED
     flow: Tensor | None = None
 
 
@@ -133,111 +86,20 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    matches: Tensor = _FILLED
-    matching_scores: Tensor = _FILLED
-    keypoints: Tensor = _FILLED
+    matches: Tensor = FILLED
+    matching_scores: Tensor = FILLED
+    keypoints: Tensor = FILLED
     mask_logits: Tensor | None = None
-    affine: Tensor = _FILLED
-    tps: Tensor = _FILLED
-    correlation: Tensor = _FILLED
-    features: Tensor = _FILLED
+    affine: Tensor = FILLED
+    tps: Tensor = FILLED
+    correlation: Tensor = FILLED
+    features: Tensor = FILLED
     flow: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sub-networks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class MaCoSNetEncoder(nn.Module):
-    """E: any backbone with a stride-16 stage. Stages behind the last one that is used are cut off, not just ignored.
-
-    Attributes:
-        strides, channels: of each chosen stage.
-        skip_channels: of the maps for the decoder's skip connections, by stride.
-        feature_channels: C of the features, over all fused stages.
-    """
-
-    def __init__(self, config: MaCoSNetConfig):
-        super().__init__()
-        self.strides = tuple(config.feature_strides)
-        self.fused_weights = dict(zip(config.fused_strides, config.fused_weights, strict=True))
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
-        self.channels = tuple(self.backbone.channels)
-        if config.feature_blocks is not None:
-            self.channels = _choose_blocks(self.backbone, config.feature_blocks)
-        if len(self.channels) != len(self.strides):
-            raise InputError(
-                f"The backbone gives {len(self.channels)} stages, but feature_strides names {len(self.strides)}."
-            )
-        _cut_unused_stages(self.backbone)
-        channels = dict(zip(self.strides, self.channels, strict=True))
-        self.skip_channels = {stride: count for stride, count in channels.items() if stride < 16}
-        self.feature_channels = sum(channels[stride] for stride in self.fused_weights)
-
-    def forward(self, pixel_values: Tensor) -> MaCoSNetFeatures:
-        """`(N, 3, H, W)` normalised images to [`MaCoSNetFeatures`]."""
-        maps = dict(zip(self.strides, self.backbone(pixel_values).feature_maps, strict=True))
-        for stride, feature_map in maps.items():
-            expected = tuple(side // stride for side in pixel_values.shape[-2:])
-            above = tuple(-(-side // stride) for side in pixel_values.shape[-2:])  # 240 pixels at stride 32: 7 or 8
-            if tuple(feature_map.shape[-2:]) not in (expected, above):
-                raise InputError(
-                    f"The backbone's stage for stride {stride} gives a map of {tuple(feature_map.shape[-2:])}, not "
-                    f"{expected}: choose other stages (out_indices) or other feature_strides."
-                )
-        return MaCoSNetFeatures.from_map(self._fuse(maps), [maps[stride] for stride in self.strides if stride < 16])
-
-    def _fuse(self, maps: dict[int, Tensor]) -> Tensor:
-        """`last` of [`MaCoSNetFeatures`] from the maps of the stages, by stride.
-
-        Each stage takes over the length of stride 16. So one map serves everything: its L2 normalisation is that of the
-        weighted concatenation, it may be warped and pooled as the map of a single stage is, and the decoder sees
-        how strong a position is, which is a cue for objects.
-        """
-        middle = maps[16]
-        if tuple(self.fused_weights) == (16,):
-            return middle
-        length = (middle.float().square().sum(dim=1, keepdim=True) + 1e-6).sqrt().to(middle.dtype)
-        parts = [
-            weight * length * resample_map(l2_normalize(maps[stride]), stride, middle.shape[-2:])
-            for stride, weight in self.fused_weights.items()
-        ]
-        return torch.cat(parts, dim=1)
-
-
-def _choose_blocks(backbone: Any, numbers: Sequence[int]) -> tuple[int, ...]:
-    """Lets a timm EfficientNet give the maps of these blocks; returns their channels.
-
-    timm itself offers the last block of each stride only. That of stride 32 is wide and a poor descriptor: fused with
-    stride 16 (EfficientNet-Lite0, nearest neighbours on leordeanu-cars, PCK at 0.1) `blocks.6` gives 0.614, `blocks.5`
-    0.657, stride 16 alone 0.623.
-
-    Raises:
-        InputError: if the backbone is of another family, or has no such blocks.
-    """
-    timm_model: Any = getattr(backbone, "_backbone", None)
-    if not (hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks")):
-        raise InputError("feature_blocks needs a backbone of timm's EfficientNet family.")
-    if sorted(set(numbers)) != list(numbers) or not 0 <= numbers[0] <= numbers[-1] < len(timm_model.blocks):
-        raise InputError(f"feature_blocks must rise within 0 to {len(timm_model.blocks) - 1}; got {list(numbers)}.")
-    timm_model._stage_out_idx = {number + 1: index for index, number in enumerate(numbers)}
-    # A block ends with the normalisation of its last convolution.
-    norms = [[m for m in timm_model.blocks[k].modules() if isinstance(m, nn.BatchNorm2d)][-1] for k in numbers]
-    return tuple(norm.num_features for norm in norms)
-
-
-def _cut_unused_stages(backbone: Any) -> None:
-    """Removes the stages that no chosen output needs, where the kind of backbone is known; else leaves it alone."""
-    timm_model: Any = getattr(backbone, "_backbone", None)
-    if hasattr(timm_model, "_stage_out_idx") and hasattr(timm_model, "blocks"):  # timm's EfficientNet family
-        timm_model.blocks = timm_model.blocks[: max(timm_model._stage_out_idx)]
-    encoder: Any = getattr(backbone, "encoder", None)
-    if timm_model is None and isinstance(getattr(encoder, "stages", None), nn.ModuleList):  # transformers' ResNets
-        names = list(backbone.stage_names)
-        last = max(names.index(name) for name in backbone.out_features)
-        if last >= 1:
-            encoder.stages = encoder.stages[:last]
 
 
 class MaCoSNetTransformationHead(nn.Module):
@@ -445,10 +307,6 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             raise InputError(f"Images of shape (N, 3, {size}, {size}) are expected; got {tuple(pixel_values.shape)}.")
         return self.encoder(pixel_values.to(self.dtype))
 
-    def features_from_map(self, last: Tensor) -> MaCoSNetFeatures:
-        """The features, without skips, of stride-16 maps `(N, C, h, w)` that [`get_image_features`] gave earlier."""
-        return MaCoSNetFeatures.from_map(last)
-
     def predict_transforms(
         self,
         source: MaCoSNetFeatures,
@@ -524,11 +382,6 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         """
         maps = features.normalized
         own = maps if index is None else maps[index]
-        middle = centre_prior(*maps.shape[-2:], device=maps.device)
-        if own_weights is None:
-            own_weights = middle.expand(partners.shape[0], -1, -1)
-        if partner_weights is None:
-            partner_weights = middle.expand(*partners.shape, -1, -1)
         context = common_context(own, maps[partners], own_weights, partner_weights, present)
         return self.decoder(features, context, index, projected)
 
@@ -585,11 +438,10 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             raise InputError(
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
             )
-        views = pixel_values.shape[1]
         images = pixel_values.flatten(0, 1)
+        warpable = images if self.config.cascade == "exact" else None
         features = self.get_image_features(images)
-        exact = self.config.cascade == "exact"
-        output = self.relate_views(features, views, images if exact else None, output_masks=output_masks)
+        output = self.relate_views(features, pixel_values.shape[1], warpable, output_masks=output_masks)
         if output_flow:
             output.flow = self.dense_flow(output, image_sizes)
         return output
@@ -649,19 +501,10 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         if image_sizes is None:
             raise InputError("output_flow needs image_sizes: the flow is in pixels of the original images.")
         views = 2 if output.affine.shape[1] == 2 else 3
-        image_sizes = _check_sizes(image_sizes, output.affine, views)
+        image_sizes = check_sizes(image_sizes, len(output.affine), views).to(output.affine.device)
         pairs, side = ordered_pairs(views), self.config.image_size
         source_sizes, target_sizes = (image_sizes[:, [pair[end] for pair in pairs]] for end in (0, 1))
         return dense_flow(self.transforms(output), (side, side), source_sizes, target_sizes)
-
-
-def _check_sizes(image_sizes: Tensor, affine: Tensor, views: int) -> Tensor:
-    """Sizes `(B, V, 2)` of the original images, on the device of their transforms `(B, ...)`."""
-    image_sizes = torch.as_tensor(image_sizes, device=affine.device)
-    if tuple(image_sizes.shape) != (len(affine), views, 2):
-        expected = f"({len(affine)}, {views}, 2)"
-        raise InputError(f"image_sizes must be {expected} as (height, width); got {tuple(image_sizes.shape)}.")
-    return image_sizes
 
 
 class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
@@ -710,7 +553,9 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
         base = self.macosnet(pixel_values, output_masks=output_masks, return_dict=True, **kwargs)
-        loss = None if labels is None else self._keypoint_loss(base, labels)
+        loss = None
+        if labels is not None:
+            loss = keypoint_loss(labels, base.features, self.transforms(base), self.config)
         if self.config.mutual_fit:
             fitted = fit_mutually(
                 base.features, self.transforms(base), temperature=self.config.local_matching_temperature
@@ -747,28 +592,9 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         Raises:
             InputError: for another direction or shapes that do not fit.
         """
-        views = {"source_to_target": 0, "target_to_source": 1}
-        if direction not in views:
-            raise InputError(f"direction must be 'source_to_target' or 'target_to_source'; got {direction!r}.")
-        batch = outputs.affine.shape[0]
-        if points.dim() != 3 or points.shape[0] != batch or points.shape[-1] != 2:
-            raise InputError(f"points must be ({batch}, N, 2) as (x, y); got {tuple(points.shape)}.")
-        image_sizes = _check_sizes(image_sizes, outputs.affine, 2)
-        view = views[direction]
-        normalized = normalize_points(points.to(outputs.affine), image_sizes[:, view])
-        transforms = self.transforms(outputs)
-        mapped = map_points(normalized, view, outputs.features, transforms, self.config, local_matching)
-        return denormalize_points(mapped, image_sizes[:, 1 - view])
-
-    def _keypoint_loss(self, outputs: MaCoSNetModelOutput, labels: Tensor) -> Tensor:
-        if labels.dim() != 4 or labels.shape[1] != 2 or labels.shape[-1] != 2:
-            raise InputError(f"labels must be (B, 2, K, 2); got {tuple(labels.shape)}.")
-        labels = labels.to(outputs.affine)
-        present = (labels >= 0).all(dim=-1).all(dim=1)
-        points, transforms = labels * 2 - 1, self.transforms(outputs)
-        mapped = [map_points(points[:, view], view, outputs.features, transforms, self.config) for view in (0, 1)]
-        error = sum((mapped[view] - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1))
-        return (error * present).sum() / (2 * present.sum().clamp(min=1))
+        return transfer_points(
+            points, direction, image_sizes, outputs.features, self.transforms(outputs), self.config, local_matching
+        )
 
 
 MaCoSNetModel.register_for_auto_class("AutoModel")

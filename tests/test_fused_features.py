@@ -14,12 +14,13 @@ from macosnet_hf.collection import Collection
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
 from macosnet_hf.conversion.export import export
 from macosnet_hf.conversion.published import original_state_dict
+from macosnet_hf.encoder import MaCoSNetEncoder, MaCoSNetFeatures
 from macosnet_hf.errors import InputError
 from macosnet_hf.geometry import warp
 from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.inference.collection_transforms import match_collection
 from macosnet_hf.matching import correlate, l2_normalize, match_locally
-from macosnet_hf.modeling_macosnet import MaCoSNetEncoder, MaCoSNetForKeypointMatching, MaCoSNetModel
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 ALL_STAGES = {**FUSED, "fused_strides": [8, 16, 32], "fused_weights": [0.5, 1.0, 2.0]}
 
@@ -129,7 +130,7 @@ def test_blocks_of_an_efficientnet_are_chosen_by_number():
 def test_a_stored_map_gives_the_same_features(settings):
     model = small_model(MaCoSNetModel, **settings)
     features = model.get_image_features(random_pictures(3))
-    assert torch.equal(model.features_from_map(features.last).normalized, features.normalized)
+    assert torch.equal(MaCoSNetFeatures.from_map(features.last).normalized, features.normalized)
 
 
 def test_the_fast_cascade_warps_the_fused_map():

@@ -211,6 +211,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
         "common_object.py",
         "configuration_macosnet.py",
         "drawing.py",
+        "encoder.py",
         "errors.py",
         "geometry.py",
         "image_processing_macosnet.py",
