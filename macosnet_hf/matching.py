@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_macosnet import MaCoSNetConfig
+from .directions import start_of
 from .errors import InputError
 from .geometry import (
     Transform,
@@ -28,8 +29,6 @@ from .geometry import (
     normalize_points,
     sample_at,
 )
-
-DIRECTIONS = ("source_to_target", "target_to_source")  # in which points of a pair are transferred
 
 # Added under the root of every L2 normalisation, as in the published networks (converted weights depend on it).
 _NORM_EPSILON = 1e-6
@@ -259,13 +258,6 @@ def match_grid(
     scores = torch.where(matched, scores, torch.zeros_like(scores))
     keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
     return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
-
-
-def start_of(direction: str) -> int:
-    """The image that points start on: 0 the source, 1 the target. Raises `InputError` for an unknown direction."""
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}; got {direction!r}.")
-    return DIRECTIONS.index(direction)
 
 
 def transfer_points(

@@ -210,6 +210,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
         "collection.py",
         "common_object.py",
         "configuration_macosnet.py",
+        "directions.py",
         "drawing.py",
         "encoder.py",
         "errors.py",

@@ -94,15 +94,18 @@ class CompositeGroups(TrainingData):
         classes, common = [chosen] * size, [True] * size
         chance = draw.random()
         if chance < _UNRELATED_SHARE:
-            classes = [int(k) for k in draw.choice(count, size, replace=count < size)]
-            common = [False] * size
-        elif chance < _UNRELATED_SHARE + _ODD_SHARE and size > 2:
+            if count >= size:  # else two of them would have something in common
+                classes = [int(k) for k in draw.choice(count, size, replace=False)]
+                common = [False] * size
+        elif chance < _UNRELATED_SHARE + _ODD_SHARE and size > 2 and count > 2:
             classes[-1], common[-1] = other_class(chosen), False
+        # No object of the group's classes stands beside a member, or it would be in common after all.
+        strangers = [k for k in range(count) if k not in classes] or [k for k in range(count) if k != chosen]
         own: list[int] = []
         for k in range(size):
             pool = [row for row in self.members[classes[k]] if row not in own] or self.members[classes[k]]
             own.append(int(draw.choice(pool)))
-        beside = [int(draw.choice(self.members[other_class(k)])) for k in classes]
+        beside = [int(draw.choice(self.members[int(draw.choice(strangers))])) for _ in classes]
         return own, beside, common
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +144,13 @@ class CommonObjective(Objective):
 
     def forward(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Items of [`CompositeGroups`], batched, to the loss and the share of the object."""
-        groups, members = batch[2].shape
+        groups = len(batch[2])
         if self.draw_on_device:
             generator = torch.Generator(batch[0].device).manual_seed(generator.initial_seed())
         with torch.no_grad():
             images, labels = self.make_images(batch, generator)
             features = self.model.encoder(self.normalize(images).to(memory_format=torch.channels_last))
-            partners, present = self._choose_partners(groups, members, generator, images.device)
+            partners, present = self._choose_partners(batch[2].to(images.device), generator)
             own_weights, partner_weights = self._weights(features, partners, present, groups, generator)
         logits = self.model.predict_common_masks(
             features, partners, own_weights=own_weights, partner_weights=partner_weights, present=present
@@ -177,17 +180,23 @@ class CommonObjective(Objective):
         return photometric(images, generator), labels
 
     @staticmethod
-    def _choose_partners(
-        groups: int, members: int, generator: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Numbers `(B n, n - 1)` of the others of each member's group, and which of them count: one at least."""
+    def _choose_partners(common: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Numbers `(B n, n - 1)` of the others of each member's group, and which of them count.
+
+        One counts at least, and one that belongs to the group where there is one.
+
+        Args:
+            common: `(B, n)` bool, which members belong.
+        """
+        (groups, members), device = common.shape, common.device
         order = torch.arange(members)
         others = torch.stack([order[order != k] for k in range(members)])
         partners = (torch.arange(groups).view(-1, 1, 1) * members + others).flatten(0, 1).to(device)
         count = groups * members
         dropped = uniform(generator, groups, (0, _DROPPED_PARTNERS), device).repeat_interleave(members).unsqueeze(1)
         chance = uniform(generator, count * (members - 1), (0, 1), device).view(count, -1)
-        return partners, (chance >= dropped) | (chance == chance.amax(dim=1, keepdim=True))
+        first = chance + common.flatten()[partners]
+        return partners, (chance >= dropped) | (first == first.amax(dim=1, keepdim=True))
 
     def _weights(
         self, features: MaCoSNetFeatures, partners: Tensor, present: Tensor, groups: int, generator: torch.Generator

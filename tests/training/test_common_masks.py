@@ -11,13 +11,15 @@ from macosnet_hf import DataError, InputError, MaCoSNetModel
 from macosnet_hf.datasets.composites import compose, object_boxes, pasted, side_by_side
 from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, dice_loss
 
+COLOURS = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1), "cyan": (1, 2)}  # channels
+
 
 class Images:
-    """Images of three classes; each image holds a rectangle of its class's colour on noise."""
+    """Images of five classes; each image holds a rectangle of its class's colour on noise."""
 
     def __init__(self, size=96, per_class=5):
         draw = np.random.default_rng(0)
-        self.size, self.names = size, [name for name in ("red", "green", "blue") for _ in range(per_class)]
+        self.size, self.names = size, [name for name in COLOURS for _ in range(per_class)]
         self.pixels, self.masks = [], []
         for name in self.names:
             image = draw.integers(0, 60, (3, size, size), dtype=np.uint8)
@@ -98,7 +100,9 @@ def test_groups_are_of_one_class_but_for_the_odd_ones():
         names = [images.names[row] for row in own]
         kinds.append("".join("x" if belongs else "-" for belongs in common))
         assert len({name for name, belongs in zip(names, common, strict=True) if belongs}) <= 1
-        assert all(images.names[a] != images.names[b] for a, b in zip(own, beside, strict=True))
+        assert not {images.names[row] for row in beside} & set(names)
+        if not any(common):
+            assert len(set(names)) == len(names)
         assert groups.rows(number) == (own, beside, common)
     shares = {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)}
     assert set(shares) == {"xxxx", "xxx-", "----"}
@@ -171,7 +175,11 @@ def test_members_that_do_not_belong_are_taught_an_empty_mask():
 
 
 def test_every_member_has_a_partner_of_its_own_group_that_counts():
-    partners, present = CommonObjective._choose_partners(5, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    common = torch.ones(5, 4, dtype=torch.bool)
+    common[1, 3], common[2] = False, False
+    partners, present = CommonObjective._choose_partners(common, torch.Generator().manual_seed(0))
+    belongs = common.flatten()[partners]
+    assert ((belongs & present).any(dim=1) == belongs.any(dim=1)).all()
     assert present.any(dim=1).all()
     assert not present.all()
     rows = torch.arange(20).unsqueeze(1)
