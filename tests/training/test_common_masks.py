@@ -26,7 +26,8 @@ class Images:
             top, left = draw.integers(10, size // 2, 2)
             mask = np.zeros((size, size), bool)
             mask[top : top + 30, left : left + 24] = True
-            image[["red", "green", "blue"].index(name)][mask] = 255
+            for channel in COLOURS[name]:
+                image[channel][mask] = 255
             self.pixels.append(torch.from_numpy(image))
             self.masks.append(torch.from_numpy(mask))
         self.masks = torch.stack(self.masks)
