@@ -90,7 +90,7 @@ class MaCoSNetConfig(PretrainedConfig):
             [`MaCoSNetForKeypointMatching`] does so, [`MaCoSNetModel`] always answers with the paper's transforms.
         match_consistency_sigma (`float`):
             forward-backward error, in normalised coordinates, at which a match's score falls to exp(-1/2).
-        match_mask_threshold (`float`, defaults to 0.5): matches are kept where both masks exceed it.
+        match_mask_threshold (`float`, defaults to 0.5): a match counts where both masks exceed it.
         config_version (`int`, defaults to 3): of this list of settings; a later one is refused rather than misread.
 
     Example:

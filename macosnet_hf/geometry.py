@@ -193,7 +193,7 @@ def _tps_system(grid_size: int, regularization: float) -> tuple[tuple[float, ...
 
     Bookstein, "Principal warps" (1989), with `U(r) = r^2 log r^2`. Row k < n gives the weight of the radial function
     at control point k, the last three rows the affine part (constant, x, y), both as a linear function of the moved
-    control points. Kept as Python floats: a tensor made in one inference mode, device or dtype must not leak into
+    control points. Stored as Python floats: a tensor made in one inference mode, device or dtype must not leak into
     another.
     """
     axis = np.linspace(-1.0, 1.0, grid_size)

@@ -50,13 +50,13 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        kept = {name: report[name] for name in _KEPT if name in report}
-        kept["model"] = Path(str(kept["model"])).name
-        if not kept["samples"] or not isinstance(kept["metrics"], dict):
+        chosen = {name: report[name] for name in _KEPT if name in report}
+        chosen["model"] = Path(str(chosen["model"])).name
+        if not chosen["samples"] or not isinstance(chosen["metrics"], dict):
             raise KeyError("metrics")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no report of `macosnet evaluate --json` ({error}).") from error
-    return kept
+    return chosen
 
 
 def eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:

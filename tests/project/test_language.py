@@ -17,6 +17,7 @@ MORE_WORDS = re.compile(
 DELIBERATE = (
     ("macosnet_hf/demo/api.py", "photographs"),  # argument of the endpoint `/segment_collection`
     ("macosnet_hf/training/images.py", "photographs, "),  # fingerprint in the checkpoints of 0.1
+    ("training/README.md", "`--photographs`"),  # option of benchmarks/ablation.py
     ("macosnet_hf/training/pseudo_masks.py", "photographs"),  # key of the files of 0.1
 )
 MORE_DELIBERATE = (
