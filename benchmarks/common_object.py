@@ -128,7 +128,10 @@ def main() -> int:
     parser.add_argument("--composites", type=int, default=50, help="each is asked twice (default: 50)")
     parser.add_argument("--per_class", type=int, default=8, help="images asked with other company (default: 8)")
     args = parser.parse_args()
-    asker, classes = Asker(args.model), read_classes(args.data)
+    classes = read_classes(args.data)
+    if len(classes) < 4:
+        parser.error(f"{args.data} has {len(classes)} classes of five or more images with masks; four are needed.")
+    asker = Asker(args.model)
     print("| composites | right | J asked | J other | IoU of answers |\n|---|---:|---:|---:|---:|")
     for count in (3, 1):
         print(row(f"{count} partners", ask_composites(asker, classes, args.composites, count)), flush=True)

@@ -16,6 +16,7 @@ from gradio.media import get_image
 from packaging.requirements import Requirement
 
 import macosnet_hf
+from macosnet_hf.io.package import EMBEDDED
 
 pytest.importorskip("setuptools", minversion="77.0.3", reason="building needs setuptools 77.0.3 or newer")
 
@@ -85,10 +86,10 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def package_files() -> set[str]:
-    """What the package consists of: its modules, the checkpoint with copies of those that travel with it, the demo's
+    """What the package consists of: its modules, the checkpoints with copies of those that travel with it, the demo's
     JavaScript, CSS and HTML, and the settings of `macosnet adapt`."""
     package = ROOT / "macosnet_hf"
-    folders = (Path(macosnet_hf.DEFAULT_CHECKPOINT), package / "demo" / "assets")
+    folders = (*map(Path, EMBEDDED.values()), package / "demo" / "assets")
     files = [*package.rglob("*.py"), *(path for folder in folders for path in folder.iterdir() if path.is_file())]
     own = {path.relative_to(ROOT).as_posix() for path in files}
     return own | {"macosnet_hf/py.typed", "macosnet_hf/training/adapt.yaml"}
@@ -153,11 +154,10 @@ def test_the_installed_command_matches_two_photographs_with_the_embedded_checkpo
 def test_the_installed_checkpoint_s_own_code_is_that_of_the_package(installed, tmp_path):
     """`trust_remote_code` on the installed folder: the copies that travel with the weights work by themselves."""
     code = """
-import sys
-import macosnet_hf
-folder = macosnet_hf.DEFAULT_CHECKPOINT
-for name in [name for name in sys.modules if name.startswith("macosnet_hf")]:
-    del sys.modules[name]
+import importlib.util
+from pathlib import Path
+# Found, not imported: the package would register its own classes.
+folder = Path(importlib.util.find_spec("macosnet_hf").origin).parent / "pretrained" / "macosnet-lite"
 from transformers import AutoModelForKeypointMatching
 model = AutoModelForKeypointMatching.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
