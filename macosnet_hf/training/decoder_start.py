@@ -59,7 +59,7 @@ class MaskedPairs(TrainingData):
 
     def fingerprint(self) -> str:
         """Of images and masks; the pairs follow from the images and the settings."""
-        masks = hashlib.sha256(np.packbits(self.masks.numpy()).tobytes()).hexdigest()[:16]
+        masks = hashlib.sha256(np.packbits(self.masks.cpu().numpy()).tobytes()).hexdigest()[:16]
         return f"{self.images.fingerprint()}, masks {masks}"
 
     def __len__(self) -> int:
