@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder or the id of a Hub repository.")
     elif not name or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise CheckpointError(f"There is no checkpoint folder {name!r}.")
+    elif close := difflib.get_close_matches(name, EMBEDDED, n=1, cutoff=0.75):
+        raise CheckpointError(f"There is no checkpoint {name!r}; is {close[0]!r} meant, which is in the package?")
 
 
 @collector_paused()

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from macosnet_hf import DEFAULT_CHECKPOINT, load_image
+from macosnet_hf import DEFAULT_CHECKPOINT, CheckpointError, load_image
 from macosnet_hf.collection import Collection
 from macosnet_hf.io.checkpoints import check_checkpoint, load_model_and_processor
 from macosnet_hf.io.package import EMBEDDED, checkpoint_name
@@ -16,6 +16,17 @@ def test_an_embedded_checkpoint_is_found_by_its_name(name):
     check_checkpoint(name)
     assert os.path.isfile(os.path.join(EMBEDDED[name], "README.md"))
     assert checkpoint_name(name) == checkpoint_name(EMBEDDED[name]) == f"macosnet-{name}"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("comon", "common"), ("litte", "lite")])
+def test_a_mistyped_name_is_answered_with_the_nearest_one(typed, meant):
+    with pytest.raises(CheckpointError, match=f"is '{meant}' meant"):
+        check_checkpoint(typed)
+
+
+def test_names_that_are_unlike_may_be_repositories_of_the_hub():
+    check_checkpoint("somebody/common")
+    check_checkpoint("gpt2")
 
 
 def test_a_checkpoint_has_the_modules_that_the_package_has():
