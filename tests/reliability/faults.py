@@ -69,7 +69,13 @@ class Run:
             os.write(tell, b"r")
             os.close(tell)
             faulthandler.dump_traceback_later(PATIENCE - 30, file=sys.__stderr__)
-            os._exit(_exit_code(work))
+            # Whatever happens in it ends here: an exception of a signal handler (that of torch for a dead worker
+            # comes at any line) would otherwise unwind this fork through `main`, which deletes the scratch folder.
+            code = 1
+            try:
+                code = _exit_code(work)
+            finally:
+                os._exit(code)
         os.close(tell)
         os.read(ready, 1)
         os.close(ready)
