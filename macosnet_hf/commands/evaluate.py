@@ -8,9 +8,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..datasets.benchmarks import BENCHMARKS
 from ..errors import InputError
 from ..evaluation import BASELINES
+from ..evaluation.protocols import PROTOCOLS
 from ..io.output_folder import check_writable, write_file
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet evaluate`."""
     parser.description = "Measure a model, or a baseline that needs no training, on a benchmark of the paper."
     add = parser.add_argument
-    add("benchmark", choices=tuple(BENCHMARKS), help="which protocol; coseg is images/ and masks/ class folders")
+    benchmark = "which protocol; coseg and which-object take images/ and masks/ class folders"
+    add("benchmark", choices=tuple(PROTOCOLS), help=benchmark)
     data = "original archive, folder made by `macosnet prepare`, or Hub data set"
     add("--data", metavar="FOLDER_OR_HUB_ID", help=data)
     add("--pairs", metavar="CSV", help="list of pairs in PF's columns (benchmark pairs; others: instead of theirs)")
@@ -56,11 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--refine", choices=REFINEMENT_METHODS, default="grabcut", help="soft to hard masks (default: grabcut)")
     size = "longer side when refining, 0: original (default: 320)"
     add("--refine-size", type=int, default=320, metavar="PIXELS", help=size)
-    partners = "coseg, internet: partners of each image (default: 3)"
+    partners = "coseg, internet, which-object: partners of each image (default: 3)"
     add("--partners", type=_positive, default=3, metavar="K", help=partners)
-    masks = "coseg, internet: masks of pairs, or of each class as one collection (default: pairs)"
+    masks = (
+        "single images: masks of pairs, or of each class (which-object: question) as one collection (default: pairs)"
+    )
     add("--masks", choices=("pairs", "collection"), default="pairs", help=masks)
-    add("--seed", type=int, default=0, help="of the choice of partners (default: 0)")
+    add("--composites", type=_positive, default=100, metavar="N", help="which-object: how many (default: 100)")
+    add("--seed", type=int, default=0, help="of the choice of partners and composites (default: 0)")
     add("--alphas", type=_alpha_list, metavar="A,B,...", help="thresholds instead of the protocol's own")
     add("--json", metavar="FILE", help="write all figures here")
     add("--markdown", metavar="FILE", help="write the table here")
@@ -97,7 +101,7 @@ class EvaluationJob:
 
     def __init__(self, args: argparse.Namespace):
         from ..datasets.prepare import locate
-        from ..evaluation.protocols import PROTOCOLS, Options
+        from ..evaluation.protocols import Options
 
         for name in (args.json, args.markdown):
             if name is not None:
@@ -111,9 +115,11 @@ class EvaluationJob:
         self.args, self.protocol = args, PROTOCOLS[args.benchmark]
         if args.masks != "pairs" and self.protocol.kind != "images":
             raise InputError(f"--masks collection is for single images in classes; {args.benchmark} is of pairs.")
-        names = ("refine", "refine_size", "partners", "seed", "masks", "alphas", "batch_size")
+        if self.protocol.composites and (args.predictions or args.baseline):
+            raise InputError(f"{args.benchmark} asks a model for its masks: no --predictions, no --baseline.")
+        names = ("refine", "refine_size", "partners", "seed", "masks", "alphas", "batch_size", "composites")
         self.options = Options(**{name: getattr(args, name) for name in names})
-        locate(args.benchmark, args.data, args.pairs)
+        locate(self.protocol.data, args.data, args.pairs)
 
     def load(self, device: str = "auto") -> None:
         """Loads the model, or the baseline.
@@ -154,7 +160,9 @@ class EvaluationJob:
 
         args = self.args
         reading, treating = Problems(skip=args.skip_invalid), Problems(skip=args.skip_invalid)
-        records, total = open_records(args.benchmark, args.data, args.split, pairs=args.pairs, problems=reading)
+        records, total = open_records(self.protocol.data, args.data, args.split, pairs=args.pairs, problems=reading)
+        if self.protocol.composites:
+            total = None
         with tqdm(total=total, unit="sample", desc=args.benchmark, disable=rank != 0) as bar:
             result = evaluate(
                 records,
@@ -187,8 +195,14 @@ class EvaluationJob:
         args, protocol, options = self.args, self.protocol, self.options
         finish(result, protocol, self.predictor, options, split=args.split, predictions=args.predictions)
         model, variant = self.predictor.name, next(iter(result.variants))
-        title = model if variant in ("masks", model) else f"{model}, matching {variant}"
-        table = markdown_table(protocol, result.variants[variant], options, title)
+        if protocol.composites:
+            title = f"{model}, {options.partners} partner{'s' if options.partners > 1 else ''}"
+            table = markdown_table(protocol, result.variants[variant], options, title, text="") + "\n"
+            table += markdown_table(protocol, result.variants["company"], options, title)
+        else:
+            title = model if variant in ("masks", model) else f"{model}, matching {variant}"
+            table = markdown_table(protocol, result.variants[variant], options, title)
+        table += "".join(f"\n{note}\n" for note in result.notes)
         data = json_report(protocol, result, options, model=model, variant=variant, split=args.split, seconds=seconds)
         print(table)
         print(f"{data['samples']} samples in {seconds:.1f} s")

@@ -258,6 +258,21 @@ class Predictor:
         """
         raise InputError(f"{self.name} segments single pairs only: leave out --masks collection.")
 
+    def answer(
+        self, image: Image.Image, companies: Sequence[Sequence[Image.Image]], refine: str | None = None
+    ) -> list[np.ndarray]:
+        """Soft masks `(S, S)` of what an image has in common with the partners of each company.
+
+        Args:
+            image: upright RGB, as all others.
+            companies: one or more partners each.
+            refine: refinement of the image and its partners as one collection; `None`: the decoder's own mask.
+
+        Raises:
+            InputError: if the predictor looks at no partner.
+        """
+        raise InputError(f"{self.name} looks at no partner, so it cannot be asked for one object or the other.")
+
     def _add_points(
         self,
         predictions: list[Prediction],
@@ -433,6 +448,22 @@ class ModelPredictor(FeaturePredictor):
             image.thumbnail((COLLECTION_SIDE, COLLECTION_SIDE))
             collection.add([image])
         return collection.segment().probabilities, collection.segment(refine=refine).probabilities
+
+    def answer(
+        self, image: Image.Image, companies: Sequence[Sequence[Image.Image]], refine: str | None = None
+    ) -> list[np.ndarray]:
+        from ..collection import Collection
+
+        whole, masks = Collection(self.whole, self.processor), []
+        (first,) = whole.add([image])
+        for company in companies:
+            part = whole.subset([first, *whole.add(company)])
+            if refine is not None:
+                masks.append(part.segment(refine=refine).probabilities[0])
+                continue
+            others = [[other for other in range(len(part)) if other != number] for number in range(len(part))]
+            masks.append(part.decoder_masks(others)[0].cpu().numpy())
+        return masks
 
 
 def weights_hash(model: Any) -> str:

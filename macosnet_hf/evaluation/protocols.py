@@ -27,6 +27,8 @@ class Protocol:
         alphas: thresholds of PCK or flow PCK.
         flow, masks, label_transfer: what else is measured.
         annotated_box: PCK `bbox` needs the annotated box; the box of the keypoints is no substitute.
+        layout: name of the benchmark whose folders it reads, where it is not the protocol's own.
+        composites: masks of composites are measured, see [`which_object`](which_object.py).
     """
 
     benchmark: str
@@ -38,11 +40,18 @@ class Protocol:
     masks: bool = False
     label_transfer: bool = False
     annotated_box: bool = False
+    layout: str = ""
+    composites: bool = False
+
+    @property
+    def data(self) -> str:
+        """The benchmark whose records it reads."""
+        return self.layout or self.benchmark
 
     @property
     def kind(self) -> str:
         """`"pairs"`, or `"images"` that are paired within their class."""
-        return BENCHMARKS[self.benchmark].kind
+        return BENCHMARKS[self.data].kind
 
 
 _KEYPOINT_TEXT = (
@@ -86,6 +95,16 @@ PROTOCOLS: dict[str, Protocol] = {
             label_transfer=True,
         ),
         Protocol("coseg", _MASK_TEXT, masks=True, label_transfer=True),
+        Protocol(
+            "which-object",
+            "Composites of objects of two or three classes, asked for each of them by partners of its class. right: "
+            "share of questions in which the asked object has more mask than every other. J asked, J others: of the "
+            "answer with the asked object, and with all others together, where less is better. IoU of answers: of two "
+            "answers about one composite, where less is better. Below: J of the masks of whole images, given partners "
+            "of their class, of other classes, or the image itself. Means over the questions of a row, then over rows.",
+            layout="coseg",
+            composites=True,
+        ),
     )
 }
 
@@ -103,6 +122,7 @@ class Options:
         masks: `pairs`, or `collection`: each group of a class (at most 65 images) is segmented as one collection.
         alphas: thresholds instead of the protocol's own.
         batch_size: pairs at a time.
+        composites: `which-object`: how many.
     """
 
     refine: str = "grabcut"
@@ -112,14 +132,15 @@ class Options:
     masks: str = "pairs"
     alphas: tuple[float, ...] | None = None
     batch_size: int = 8
+    composites: int = 100
 
     def __post_init__(self) -> None:
         if self.masks not in MASKS:
             raise InputError(f"masks must be one of {', '.join(MASKS)}; got {self.masks!r}.")
         if self.refine not in REFINEMENT_METHODS:
             raise InputError(f"refine must be one of {', '.join(REFINEMENT_METHODS)}; got {self.refine!r}.")
-        if self.partners < 1 or self.batch_size < 1 or self.refine_size < 0:
-            raise InputError("partners and batch_size must be at least 1, refine_size at least 0.")
+        if min(self.partners, self.batch_size, self.composites) < 1 or self.refine_size < 0:
+            raise InputError("partners, batch_size and composites must be at least 1, refine_size at least 0.")
         if self.alphas is not None and (not self.alphas or min(self.alphas) <= 0):
             raise InputError("alphas must be positive numbers.")
 

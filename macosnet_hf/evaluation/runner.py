@@ -26,6 +26,7 @@ from .predictions import (
 from .predictors import Prediction, Predictor
 from .protocols import Options, Protocol
 from .scoring import Evaluation, Scores, Tally, all_mask_scores, dense_scores, keypoint_scores, true_mask
+from .which_object import ask_for_objects
 
 GROUP_SIZE = 64
 """Single images of a class that are paired among themselves; a longer class is cut into such groups."""
@@ -121,6 +122,13 @@ def evaluate(
     """
     options = options or Options()
     problems = problems if problems is not None else Problems()
+    if protocol.composites:
+        if predictions is not None:
+            raise InputError(f"{protocol.benchmark} stores no predictions.")
+        groups = class_groups(records)
+        return ask_for_objects(
+            groups, predictor, options, problems, rank=rank, world_size=world_size, progress=progress
+        )
     variants = predictor.variants if predictor.gives_points else ()
     result = Evaluation(
         {variant: Tally() for variant in (variants or ("masks",))}, {variant: Tally() for variant in variants}

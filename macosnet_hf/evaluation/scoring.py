@@ -83,12 +83,14 @@ class Evaluation:
         difficulty: by variant the sums by difficulty, such as `viewpoint 2` (SPair-71k).
         problems: what was left out.
         index: where each prediction was written.
+        notes: sentences for the table and the JSON, about the data.
     """
 
     variants: dict[str, Tally]
     difficulty: dict[str, Tally]
     problems: list[str] = field(default_factory=list)
     index: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, record: Record, scored: dict[str, Scores]) -> None:
         """Adds the scores of one sample by variant."""
@@ -104,6 +106,7 @@ class Evaluation:
             for variant, tally in others.items():
                 own.setdefault(variant, Tally()).merge(tally)
         self.problems += [message for message in other.problems if message not in self.problems]
+        self.notes += [note for note in other.notes if note not in self.notes]
         self.index.update(other.index)
 
 

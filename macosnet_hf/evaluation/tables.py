@@ -62,12 +62,19 @@ def columns_of(protocol: Protocol, tally: Tally, options: Options) -> dict[str, 
         "jaccard": f"J{refined}",
         "label_transfer.accuracy": "label transfer accuracy",
         "label_transfer.iou": "label transfer IoU",
+        "right": "right",
+        "jaccard.asked": "J asked",
+        "jaccard.others": "J others",
+        "answers_iou": "IoU of answers",
+        "jaccard.same": "J, same class",
+        "jaccard.strangers": "J, other classes",
+        "jaccard.itself": "J, itself",
     }
     measured = tally.overall()
     return {metric: heading for metric, heading in columns.items() if metric in measured}
 
 
-def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str) -> str:
+def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str, *, text: str | None = None) -> str:
     """A table by class in Markdown; each metric of which the paper has a figure is followed by the paper's.
 
     Args:
@@ -75,6 +82,7 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
         tally: the sums of one variant.
         options: of the evaluation.
         name: the predictor's name, for the title.
+        text: under the table, instead of the protocol's.
     """
     paper = PAPER.get(protocol.benchmark, {})
     means = tally.class_means()
@@ -96,11 +104,11 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     ]
     lines.insert(1, f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths))
     if options.masks == "collection":
-        name += ", each class as one collection"
-    text = protocol.text
+        name += f", each {'image and its partners' if protocol.composites else 'class'} as one collection"
+    text = protocol.text if text is None else text
     if without_box := _without_box(protocol, tally, options):
         text += f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: one keypoint spans no box."
-    return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + f"\n\n{text}\n"
+    return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + (f"\n\n{text}\n" if text else "\n")
 
 
 def _without_box(protocol: Protocol, tally: Tally, options: Options) -> int:
@@ -158,7 +166,7 @@ def json_report(
         "split": split,
         "model": model,
         "matching": variant,
-        "refine": options.refine if protocol.masks else None,
+        "refine": options.refine if protocol.masks or (protocol.composites and options.masks == "collection") else None,
         "masks": options.masks if protocol.kind == "images" else None,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
@@ -175,8 +183,12 @@ def json_report(
     if without_box := _without_box(protocol, tally, options):
         report["left_out_of_bbox"] = without_box
     others = {name: {"metrics": nested(other.overall())} for name, other in result.variants.items() if name != variant}
+    if protocol.composites:
+        others["company"]["per_class"] = _by_class(result.variants["company"])
     if others:
         report["variants"] = others
+    if result.notes:
+        report["notes"] = result.notes
     if variant in result.difficulty and result.difficulty[variant].sums:
         report["by_difficulty"] = _by_class(result.difficulty[variant])
     return report

@@ -176,7 +176,7 @@ class CommonObjective(Objective):
         composed = uniform(generator, count, (0, 1), device) < self.composite_share
         rows = composed[:, None, None]
         images = torch.where(rows.unsqueeze(1), made.images, single[0])
-        labels = torch.where(rows, made.first, single[1]) * batch[2].flatten().to(device)[:, None, None]
+        labels = torch.where(rows, made.masks[:, 0], single[1]) * batch[2].flatten().to(device)[:, None, None]
         return photometric(images, generator), labels
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from small_models import small_model
 
 from macosnet_hf import DataError, InputError, MaCoSNetModel
-from macosnet_hf.datasets.composites import compose, object_boxes, pasted, side_by_side
+from macosnet_hf.datasets.composites import compose, in_a_row, object_boxes, pasted, scattered, side_by_side
 from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, dice_loss
 
 COLOURS = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1), "cyan": (1, 2)}  # channels
@@ -62,15 +62,40 @@ def test_a_mask_lies_on_its_object_and_on_nothing_else(make):
         made = (pasted if make == "paste" else compose)(first, second, backgrounds, generator)
     red, green = made.images[:, 0], made.images[:, 1]
     for row in range(len(red)):
-        for mask, colour, other in ((made.first[row], red[row], green[row]), (made.second[row], green[row], red[row])):
+        own, beside = made.masks[row]
+        for mask, colour, other in ((own, red[row], green[row]), (beside, green[row], red[row])):
             sure = mask > 0.95
             if not sure.any():  # the other object covers it, or the window shows none of it
                 continue
             assert (colour - other)[sure].min() > 0.2, (make, row)
-        unmasked = (made.first[row] + made.second[row]) < 0.02
+        unmasked = made.masks[row].sum(0) < 0.02
         strong = (red[row] > 0.8) ^ (green[row] > 0.8)
         assert float((strong & unmasked).sum()) < 0.02 * unmasked.numel()  # reflected borders may repeat a piece
-    assert float((made.first * made.second).max()) < 0.6
+    assert float(made.masks.prod(1).max()) < 0.6
+
+
+@pytest.mark.parametrize("make", ["in a row", "scattered"])
+def test_three_objects_share_an_image_in_every_order(make):
+    first, second = both_objects(60)
+    third = (first[0][:, [1, 2, 0]], first[1].flip(2))  # blue, and elsewhere
+    objects, generator = (first, second, (third[0].flip(3), third[1])), torch.Generator().manual_seed(3)
+    backgrounds = torch.zeros_like(first[0])
+    made = in_a_row(objects, generator) if make == "in a row" else scattered(objects, backgrounds, generator)
+    assert made.masks.shape == (60, 3, *first[0].shape[-2:])
+    orders, seen = set(), 0
+    for row, masks in enumerate(made.masks):
+        for number, channel in enumerate((0, 1, 2)):
+            sure = masks[number] > 0.95
+            if not sure.any():
+                continue
+            seen += 1
+            pixels = made.images[row][:, sure]
+            assert (pixels[channel] - pixels[[k for k in range(3) if k != channel]].amax(0)).min() > 0.2, (make, row)
+        if all(mask.gt(0.5).any() for mask in masks):
+            centres, _ = object_boxes(masks)
+            orders.add(tuple(centres[:, 0].argsort().tolist()))
+    assert seen > 120
+    assert len(orders) == 6
 
 
 def test_composites_follow_the_seed_alone():
