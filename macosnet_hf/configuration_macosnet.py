@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .directions import check_orientations
 from .errors import InputError
 
 # Raised when a setting changes its meaning, or a new one changes what a model answers.
@@ -88,6 +89,9 @@ class MaCoSNetConfig(PretrainedConfig):
         mutual_fit (`bool`, defaults to `False`):
             fit both transforms of a pair to the local matches on which its two directions agree; see `fit_mutually`.
             [`MaCoSNetForKeypointMatching`] does so, [`MaCoSNetModel`] always answers with the paper's transforms.
+        orientations (`str`, defaults to `"none"`):
+            in which orientations [`MaCoSNetForKeypointMatching`] looks for the source's object in the target: `"none"`,
+            as it is (the paper); `"mirror"`, also as its mirror image; `"all"`, in all eight symmetries of the square.
         match_consistency_sigma (`float`):
             forward-backward error, in normalised coordinates, at which a match's score falls to exp(-1/2).
         match_mask_threshold (`float`, defaults to 0.5): a match counts where both masks exceed it.
@@ -128,6 +132,7 @@ class MaCoSNetConfig(PretrainedConfig):
         local_matching_windows: list[float] | None = None,
         local_matching_temperature: float = 60.0,
         mutual_fit: bool = False,
+        orientations: str = "none",
         match_consistency_sigma: float = 0.2,
         match_mask_threshold: float = 0.5,
         config_version: int = _CONFIG_VERSION,
@@ -168,6 +173,7 @@ class MaCoSNetConfig(PretrainedConfig):
         self.local_matching_windows = [0.4, 0.25] if local_matching_windows is None else list(local_matching_windows)
         self.local_matching_temperature = local_matching_temperature
         self.mutual_fit = mutual_fit
+        self.orientations = orientations
         self.match_consistency_sigma = match_consistency_sigma
         self.match_mask_threshold = match_mask_threshold
         _check_version(config_version)
@@ -225,6 +231,7 @@ class MaCoSNetConfig(PretrainedConfig):
             raise InputError("local_matching_sigmas and local_matching_windows need one number a pass, both as many.")
         if not all(width > 0 for width in (*self.local_matching_sigmas, *self.local_matching_windows)):
             raise InputError("local_matching_sigmas and local_matching_windows must be positive numbers.")
+        check_orientations(self.orientations)
         if self.padding_mode not in ("zeros", "border", "reflection"):
             raise InputError(f"padding_mode must be 'zeros', 'border' or 'reflection'; got {self.padding_mode!r}.")
 

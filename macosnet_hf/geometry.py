@@ -443,14 +443,38 @@ def symmetry_matrix(name: str) -> Tensor:
     return torch.tensor(SYMMETRIES[name], dtype=torch.float32)
 
 
+def inverse_symmetry(name: str) -> str:
+    """Name of the inverse of one of [`SYMMETRIES`]."""
+    (a, b), (c, d) = SYMMETRIES[name]
+    return next(other for other, matrix in SYMMETRIES.items() if matrix == ((a, c), (b, d)))
+
+
+def seen_through(maps: Tensor, symmetry: str) -> Tensor:
+    """Maps `(..., S, S)` of an image seen through a symmetry R of the square: they show at p what these show at R p.
+
+    Of an image A it is A' of [`Transform.compose_symmetry`], `x_A = R x_A'`. No value changes, they only move.
+
+    Raises:
+        InputError: if there is no such symmetry.
+    """
+    (a, b), (c, d) = symmetry_matrix(symmetry).int().tolist()
+    maps = maps.transpose(-1, -2) if b else maps
+    # A row or column of R has one entry, and x runs along the last dimension.
+    moved = [dim for dim, sign in ((-1, a + c), (-2, b + d)) if sign < 0]
+    return maps.flip(moved) if moved else maps
+
+
 def folded(transform: Transform, *, samples: int = 12) -> Tensor:
-    """Share of the grid's cells that transforms flatten or turn inside out: `(...)` in [0, 1]; 0 is sane."""
+    """Share of the grid's cells that transforms flatten or turn inside out: `(...)` in [0, 1]; 0 is sane.
+
+    Inside out is what the affine part as a whole does not do: a mirrored pair's transform mirrors every cell.
+    """
     grid = transform.grid((samples, samples))
     right = grid[..., :-1, 1:, :] - grid[..., :-1, :-1, :]
     down = grid[..., 1:, :-1, :] - grid[..., :-1, :-1, :]
     area = right[..., 0] * down[..., 1] - right[..., 1] * down[..., 0]
     # Not `area <= 0`: a transform that is not a number is no sane one either.
-    return (~(area > 0)).float().mean(dim=(-2, -1))
+    return (~(area * transform.determinant().sign()[..., None, None] > 0)).float().mean(dim=(-2, -1))
 
 
 def apply_cascade(points: Tensor, affine: Tensor, tps: Tensor | None = None, *, regularization: float = 0.0) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, may
 
 from .common_object import CONTEXT_CHANNELS, common_context, object_weights
 from .configuration_macosnet import MaCoSNetConfig
+from .directions import check_orientations
 from .encoder import FILLED, MaCoSNetEncoder, MaCoSNetFeatures
 from .errors import InputError
 from .geometry import TPS_PARAMETERS, Transform, check_sizes, dense_flow, identity_affine, identity_tps, warp
@@ -34,6 +35,7 @@ from .matching import (
     transfer_points,
     warp_similarity,
 )
+from .orientation import orient, turn_back
 from .saving import AtomicSaving
 
 
@@ -59,6 +61,9 @@ class MaCoSNetModelOutput(ModelOutput):
         features (`(B, V, C, h, w)`): stride-16 features, unit length over channels.
         flow (`(B, P, H, W, 2)`, on request): for each pixel of view j at network resolution, where it lies in view i
             minus where it lies in view j, both in pixels of the original images.
+        orientation (`(B,)`, of pairs): number in `SYMMETRIES` (`geometry.py`) of the symmetry R that the source shows
+            the object moved by, compared with the target; 0 is the identity. The transforms contain it. All maps lie as
+            the images do; `features` are what the encoder says of an image seen through its symmetry.
     """
 
     affine: Tensor = FILLED
@@ -67,6 +72,7 @@ class MaCoSNetModelOutput(ModelOutput):
     mask_logits: Tensor | None = None
     features: Tensor = FILLED
     flow: Tensor | None = None
+    orientation: Tensor | None = None
 
 
 @dataclass
@@ -80,9 +86,9 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
         matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
         keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
         mask_logits (`(B, 2, H, W)`), affine (`(B, 2, 6)`), tps (`(B, 2, 18)`), correlation (`(B, 2, h*w, h, w)`),
-            features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request): as in [`MaCoSNetModelOutput`]; the
-            transforms, and with them the flow, are those of [`fit_mutually`] where the configuration's `mutual_fit`
-            says so.
+            features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request), orientation (`(B,)`): as in
+            [`MaCoSNetModelOutput`]; the transforms, and with them the flow, are those of [`fit_mutually`] where the
+            configuration's `mutual_fit` says so.
     """
 
     loss: Tensor | None = None
@@ -95,6 +101,7 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
     correlation: Tensor = FILLED
     features: Tensor = FILLED
     flow: Tensor | None = None
+    orientation: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,6 +423,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         output_masks: bool = True,
         output_flow: bool = False,
         image_sizes: Tensor | None = None,
+        orientations: str = "none",
         **kwargs: Any,
     ) -> MaCoSNetModelOutput | tuple[Tensor, ...]:
         """Both directions of every pair of views: transforms, correlations and masks.
@@ -425,6 +433,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             output_masks: whether to run the decoder.
             output_flow: whether to add the dense flow of every ordered pair.
             image_sizes: `(B, V, 2)` sizes (height, width) of the original images, the unit of the flow.
+            orientations: how the source of a pair may face, compared with the target: one of `ORIENTATIONS`.
             return_dict: whether to return a [`MaCoSNetModelOutput`] (default) or a tuple.
 
         Raises:
@@ -438,10 +447,20 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             raise InputError(
                 f"pixel_values must be (B, 2, 3, H, W) or (B, 3, 3, H, W); got {tuple(pixel_values.shape)}."
             )
-        images = pixel_values.flatten(0, 1)
+        check_orientations(orientations)
+        views, oriented = pixel_values.shape[1], None
+        if orientations != "none":
+            if views != 2:
+                raise InputError("Only pairs have an orientation: triplets need orientations='none'.")
+            oriented = orient(self, pixel_values, orientations)
+            images, features = oriented.pixel_values, oriented.features
+        else:
+            images = pixel_values.flatten(0, 1)
+            features = self.get_image_features(images)
         warpable = images if self.config.cascade == "exact" else None
-        features = self.get_image_features(images)
-        output = self.relate_views(features, pixel_values.shape[1], warpable, output_masks=output_masks)
+        output = self.relate_views(features, views, warpable, output_masks=output_masks)
+        if oriented is not None:
+            turn_back(output, self.transforms(output), oriented.symmetries)
         if output_flow:
             output.flow = self.dense_flow(output, image_sizes)
         return output
@@ -486,6 +505,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
             correlation=correlation.unflatten(0, (batch, len(pairs))),
             mask_logits=masks,
             features=features.normalized.unflatten(0, (batch, num_views)),
+            orientation=torch.zeros(batch, dtype=torch.long, device=device) if num_views == 2 else None,
         )
 
     def dense_flow(self, output: MaCoSNetModelOutput, image_sizes: Tensor | None) -> Tensor:
@@ -536,6 +556,7 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
         output_flow: bool = False,
         image_sizes: Tensor | None = None,
         output_masks: bool = True,
+        orientations: str | None = None,
         **kwargs: Any,
     ) -> MaCoSNetKeypointMatchingOutput | tuple[Tensor, ...]:
         """Matches and masks of a batch of pairs.
@@ -546,12 +567,14 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
                 (The paper's weakly supervised objective is in `macosnet_hf.training.losses`.)
             output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
             output_masks: whether to run the decoder; without masks the scores have no mask factor.
+            orientations: as in [`MaCoSNetModel`]; by default what the configuration says.
 
         Raises:
             InputError, TypeError: as in [`MaCoSNetModel`].
         """
         if pixel_values.dim() != 5 or pixel_values.shape[1] != 2:
             raise InputError(f"pixel_values must be (B, 2, 3, H, W); got {tuple(pixel_values.shape)}.")
+        kwargs["orientations"] = self.config.orientations if orientations is None else orientations
         base = self.macosnet(pixel_values, output_masks=output_masks, return_dict=True, **kwargs)
         loss = None
         if labels is not None:

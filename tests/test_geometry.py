@@ -622,17 +622,22 @@ def test_inside_counts_the_border_and_a_margin():
 
 
 def test_folded_tells_sane_transforms_from_torn_ones():
-    affine, tps = geometry.identity_affine(5), geometry.identity_tps(5)
-    affine[1, 0] = -1  # mirrored: inside out everywhere
+    affine, tps = geometry.identity_affine(6), geometry.identity_tps(6)
+    affine[1, 0] = -1  # mirrored as a whole
+    tps[5, :9] *= -1  # inside out, compared with its affine part
     affine[2, 3:5] = 0  # flattened on to a line
     tps[3, [0, 1, 2]], tps[3, [3, 4, 5]] = tps[3, [3, 4, 5]], tps[3, [0, 1, 2]]  # left and middle columns swapped
     affine[4] = torch.tensor([0.0, -1, 0, 1, 0, 0])  # a quarter turn
     share = geometry.folded(Transform(affine, tps, 0.0))
     assert share[0] == 0
-    assert share[1] == 1
+    assert share[1] == 0
     assert share[2] == 1
     assert 0.1 < share[3] < 0.9
     assert share[4] == 0
+    assert share[5] == 1
+    torn = Transform(affine, tps, 0.0)[3:4].compose_symmetry("mirror", "source")
+    assert geometry.folded(torn) == share[3]
+    assert geometry.folded(Transform(affine * float("nan"))).tolist() == [1.0] * 6
     gentle = Transform(random_affine(5, spread=0.05), random_tps(5, spread=0.03), 0.0)
     assert geometry.folded(gentle).tolist() == [0.0] * 5
     assert geometry.folded(gentle.unflatten(0, (5, 1))).shape == (5, 1)

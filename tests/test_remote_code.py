@@ -220,6 +220,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
         "mask_sharing.py",
         "matching.py",
         "modeling_macosnet.py",
+        "orientation.py",
         "pipeline_macosnet.py",
         "refinement.py",
         "saving.py",

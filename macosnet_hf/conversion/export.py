@@ -110,7 +110,7 @@ def _graph_module(model: MaCoSNetForKeypointMatching) -> torch.nn.Module:
             self.model = model
 
         def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-            outputs = self.model(pixel_values, return_dict=True)
+            outputs = self.model(pixel_values, orientations="none", return_dict=True)  # a graph cannot choose
             return tuple(getattr(outputs, name) for name in OUTPUTS)
 
     return Graph().eval()

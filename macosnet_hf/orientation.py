@@ -1,0 +1,149 @@
+"""In which of the symmetries of the square the object of a source faces as that of its target. Not in the paper.
+
+A smooth transform cannot match an object with its mirror image, nor with itself turned by a quarter. Here a source is
+also looked at through symmetries R of the square, `x_A = R x_A'`, the pair (A', B) that fits best is chosen, and its
+output is brought back to the images as they are, which is exact (`Transform.compose_symmetry`).
+
+The module travels with the model to the Hub.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common_object import centre_prior
+from .encoder import MaCoSNetFeatures
+from .geometry import SYMMETRIES, Transform, inverse_symmetry, make_grid, seen_through, symmetry_matrix
+from .matching import cell_products, cell_similarity
+
+if TYPE_CHECKING:
+    from .modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput
+
+# Symmetries of the source and of the target. Every combination is a hypothesis, the identity first, so that eight cost
+# six encoder passes, not nine.
+HYPOTHESES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "mirror": (("identity", "mirror"), ("identity",)),
+    "all": (("identity", "turn_90", "turn_180", "turn_270"), ("identity", "mirror")),
+}
+
+IDENTITY_MARGIN = 0.0
+
+
+class OrientedPairs(NamedTuple):
+    """Images of B pairs seen through the chosen symmetries, source and target of a pair side by side.
+
+    Attributes:
+        pixel_values: `(2 B, 3, S, S)`.
+        features: of these images.
+        symmetries: the names of both symmetries R of each pair, `x = R x_seen`.
+    """
+
+    pixel_values: Tensor
+    features: MaCoSNetFeatures
+    symmetries: list[tuple[str, str]]
+
+
+def orient(model: MaCoSNetModel, pixel_values: Tensor, orientations: str) -> OrientedPairs:
+    """Encodes pairs under all hypotheses on how their images face, and chooses the one that fits best for each pair.
+
+    Args:
+        model: encodes and judges.
+        pixel_values: `(B, 2, 3, S, S)`.
+        orientations: `"mirror"` or `"all"`.
+    """
+    of_source, of_target = HYPOTHESES[orientations]
+    names, batch = (*of_source, *of_target), len(pixel_values)
+    sides = (0,) * len(of_source) + (1,) * len(of_target)
+    images = torch.cat([seen_through(pixel_values[:, side], name) for side, name in zip(sides, names, strict=True)])
+    features = model.get_image_features(images)
+    rows = torch.arange(len(images), device=images.device).view(-1, batch)  # image number k of each pair
+    hypotheses = list(itertools.product(range(len(of_source)), range(len(of_source), len(names))))
+    source, target = (rows[[pair[side] for pair in hypotheses]].flatten() for side in (0, 1))
+    scores = orientation_scores(model, features, source, target).view(-1, batch)
+    best = [hypotheses[number] for number in choose(scores).tolist()]
+    index = torch.stack([rows[number, pair] for pair, both in enumerate(best) for number in both])
+    return OrientedPairs(
+        images[index], features.select(index), [(names[first], names[second]) for first, second in best]
+    )
+
+
+def fit_score(similarity: Tensor, there: Transform, back: Transform) -> Tensor:
+    side = similarity.shape[-1]
+    prior = centre_prior(side, side, device=similarity.device).flatten()
+    grid = make_grid(side, side, device=similarity.device).reshape(1, -1, 2)
+    total = 0
+    for of_pairs, transform in ((similarity.flatten(2), there), (similarity.flatten(2).transpose(1, 2), back)):
+        distance = torch.cdist(transform.apply(grid), grid).transpose(1, 2)  # source cells, target cells
+        best = (of_pairs - 0.05 * distance.square() / 0.18).amax(1)
+        total = total + (best * prior).sum(-1) / prior.sum()
+    return total / 2
+
+
+def choose(scores: Tensor) -> Tensor:
+    """Numbers `(B,)` of the hypotheses that fit best, by their scores `(K, B)`; number 0, the identity, has an edge."""
+    scores = scores.nan_to_num(nan=0.0)
+    return torch.cat((scores[:1] + IDENTITY_MARGIN, scores[1:])).argmax(dim=0)
+
+
+def orientation_scores(model: MaCoSNetModel, features: MaCoSNetFeatures, source: Tensor, target: Tensor) -> Tensor:
+    """How well images fit as they face: `(P,)`, see [`fit_score`], by the cascade that needs no encoder pass.
+
+    Args:
+        model: its heads predict the transforms.
+        features: of N images, each perhaps seen through a symmetry.
+        source, target: `(P,)` numbers of images.
+    """
+    similarity = cell_similarity(features.normalized[source], features.normalized[target])
+    reverse = similarity.flatten(2).transpose(1, 2).unflatten(2, similarity.shape[-2:])
+    lengths, gram = cell_products(features.last)
+    there = model.predict_transforms_from_similarity(similarity, lengths, gram, source)
+    back = model.predict_transforms_from_similarity(reverse, lengths, gram, target)
+    return fit_score(similarity.float(), there, back)
+
+
+def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Sequence[tuple[str, str]]) -> None:
+    """Brings the output of pairs of images seen through symmetries to the images as they are, in place.
+
+    Args:
+        output: of B pairs.
+        transforms: `(B, 2)`, those of the output.
+        symmetries: as of [`OrientedPairs`].
+    """
+    matrices = torch.stack([torch.stack([symmetry_matrix(name) for name in both]) for both in symmetries])
+    # x_A = R_A x_A' and x_B = R_B x_B', so T_AB = R_A T_A'B' R_B^-1.
+    whole = transforms.compose_symmetry(matrices, "source").compose_symmetry(matrices.flip(1), "target")
+    output.affine, output.tps = whole.affine, whole.tps
+    output.orientation = orientation_numbers(matrices[:, 0] @ matrices[:, 1].transpose(1, 2)).to(whole.device)
+    if all(name == "identity" for both in symmetries for name in both):
+        return
+    inverse = [[inverse_symmetry(name) for name in both] for both in symmetries]
+
+    def turned(maps: Tensor, flip: bool = False) -> Tensor:
+        """Maps `(B, 2, ..., S, S)` in the layout of source and target (flip: target and source), turned back."""
+        return torch.stack(
+            [
+                torch.stack(
+                    [seen_through(one, name) for one, name in zip(pair, both[::-1] if flip else both, strict=True)]
+                )
+                for pair, both in zip(maps, inverse, strict=True)
+            ]
+        )
+
+    if output.mask_logits is not None:
+        output.mask_logits = turned(output.mask_logits)
+    output.features = turned(output.features)
+    # S_ij has the layout of view j, and one channel per position of view i.
+    side = output.correlation.shape[-1]
+    channels = turned(output.correlation, flip=True).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
+    output.correlation = turned(channels).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
+
+
+def orientation_numbers(matrices: Tensor) -> Tensor:
+    """Numbers `(...)` in `SYMMETRIES` of matrices `(..., 2, 2)` of symmetries."""
+    known = torch.tensor(list(SYMMETRIES.values()), dtype=matrices.dtype, device=matrices.device)
+    return (matrices.unsqueeze(-3) == known).flatten(-2).all(-1).int().argmax(-1)
