@@ -73,10 +73,16 @@ def orient(model: MaCoSNetModel, pixel_values: Tensor, orientations: str) -> Ori
 
 
 def fit_score(similarity: Tensor, there: Transform, back: Transform) -> Tensor:
+    """How well pairs fit: the mean similarity of each cell's best match near where the transforms send it, `(P,)`.
+
+    Args:
+        similarity: `(P, h*w, h, w)`, see `cell_similarity` (`matching.py`).
+        there, back: `(P)`, T_AB and T_BA.
+    """
     side = similarity.shape[-1]
     prior = centre_prior(side, side, device=similarity.device).flatten()
     grid = make_grid(side, side, device=similarity.device).reshape(1, -1, 2)
-    total = 0
+    total = similarity.new_zeros(len(similarity))
     for of_pairs, transform in ((similarity.flatten(2), there), (similarity.flatten(2).transpose(1, 2), back)):
         distance = torch.cdist(transform.apply(grid), grid).transpose(1, 2)  # source cells, target cells
         best = (of_pairs - 0.05 * distance.square() / 0.18).amax(1)
@@ -117,6 +123,7 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     matrices = torch.stack([torch.stack([symmetry_matrix(name) for name in both]) for both in symmetries])
     # x_A = R_A x_A' and x_B = R_B x_B', so T_AB = R_A T_A'B' R_B^-1.
     whole = transforms.compose_symmetry(matrices, "source").compose_symmetry(matrices.flip(1), "target")
+    assert whole.tps is not None  # as the output's have one
     output.affine, output.tps = whole.affine, whole.tps
     output.orientation = orientation_numbers(matrices[:, 0] @ matrices[:, 1].transpose(1, 2)).to(whole.device)
     if all(name == "identity" for both in symmetries for name in both):
