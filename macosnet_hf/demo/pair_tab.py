@@ -8,7 +8,7 @@ import gradio as gr
 
 from . import components
 from .downloads import cached_images, pair_files
-from .examples import EXAMPLES
+from .examples import EXAMPLES, pair_examples
 from .sessions import Sessions
 from .texts import errors_for_visitors, marked, pair_verdict
 from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
@@ -38,7 +38,7 @@ class PairTab:
                 elem_id="examples",
                 label="Or try one of these",
                 components=self.uploads,
-                samples=[list(pair) for pair in EXAMPLES],
+                samples=pair_examples(self.sessions.matcher.name),
                 show_label=False,
             )
         self.verdict = gr.HTML(elem_id="verdict")

@@ -7,7 +7,7 @@ import json
 import gradio as gr
 
 from . import limits
-from .examples import CAT, EXAMPLES_FOLDER
+from .examples import CAT, COMPANY_FOLDER, EXAMPLES_FOLDER, TABBY
 from .viewer import asset
 
 
@@ -25,7 +25,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         css=asset("page.css") + asset("viewer.css"),
         js=asset("paste.js"),
         footer_links=["api"],
-        allowed_paths=[str(EXAMPLES_FOLDER), CAT],
+        allowed_paths=[str(EXAMPLES_FOLDER), CAT, TABBY, str(COMPANY_FOLDER)],
         quiet=True,
     )
     return address

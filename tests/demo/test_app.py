@@ -29,9 +29,10 @@ import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 from macosnet_hf.demo import limits  # noqa: E402
 from macosnet_hf.demo.downloads import cached_images  # noqa: E402
-from macosnet_hf.demo.examples import CAT, COLLECTION_EXAMPLE, EXAMPLES  # noqa: E402
+from macosnet_hf.demo.examples import CAT, COLLECTION_EXAMPLE, EXAMPLES, pair_examples  # noqa: E402
 from macosnet_hf.demo.sessions import Sessions, Stopped  # noqa: E402
 from macosnet_hf.demo.texts import VERDICTS  # noqa: E402
+from macosnet_hf.io.package import EMBEDDED  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -669,9 +670,24 @@ def test_verdict_has_words_for_every_quality():
 
 
 def test_examples_are_there_without_a_network():
-    for path in {*(path for pair in EXAMPLES for path in pair), *COLLECTION_EXAMPLE}:
+    offered = pair_examples("macosnet-common")
+    assert [list(pair) for pair in EXAMPLES] == pair_examples("macosnet-lite") == offered[:-2]
+    for path in {*(path for pair in offered for path in pair), *COLLECTION_EXAMPLE}:
         with Image.open(path) as photo:
             photo.load()
+
+
+def test_the_same_photo_in_other_company_has_another_object():
+    """The entry that the page offers with the checkpoint `common`: a dog beside a cup."""
+    matcher = app.Matcher(EMBEDDED["common"])
+    shares = []
+    for source, target in pair_examples(matcher.name)[-2:]:
+        mask = matcher.pair(source, target, "grabcut").result.source_mask
+        halves = mask[:, : mask.shape[1] // 2], mask[:, mask.shape[1] // 2 :]
+        shares.append([half.mean() for half in halves])
+    (dog, cup), (other_dog, other_cup) = shares
+    assert dog > 0.25 > 4 * cup
+    assert other_cup > 0.25 > 4 * other_dog
 
 
 def test_front_matter_is_what_a_space_needs():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -220,13 +221,21 @@ def test_the_readme_is_short_and_says_what_a_reader_looks_for():
 
 
 def test_every_example_image_is_small_and_has_a_licence():
-    images = [path for path in (ROOT / "examples").iterdir() if path.name != "README.md"]
-    assert len(images) >= 4
+    images = [path for path in (ROOT / "examples").rglob("*.*") if path.name != "README.md"]
+    assert len(images) >= 9
     listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for path in images:
-        assert f"| `{path.name}` |" in listed
+        assert f"| `{path.relative_to(ROOT / 'examples').as_posix()}` |" in listed
         assert path.stat().st_size < 60_000
         assert max(Image.open(path).size) <= 512
+
+
+def test_the_photos_of_two_things_are_those_that_the_script_makes():
+    drawing = runpy.run_path(str(DOCS / "images" / "draw_company.py"))
+    for file, name in drawing["OFFERED"].items():
+        kept = np.asarray(Image.open(ROOT / "examples" / "company" / f"{file}.jpg"), dtype=int)
+        made = np.asarray(drawing["photo"](name).resize((512, 384), Image.Resampling.LANCZOS), dtype=int)
+        assert np.abs(kept - made).mean() < 4  # JPEG
 
 
 def test_the_picture_of_the_coordinates_is_what_its_script_draws(tmp_path):
