@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 def test_kills_disks_workers_clocks_and_two_runs_at_a_time(tmp_path):
     """One kill of each command, and the rest with two of them; a minute of work on one core."""
     commands = ("segment", "prepare", "evaluate", "save", "train")
-    scenarios = [f"kill-{name}" for name in commands] + ["disk", "read-only", "worker", "clock"]
+    scenarios = [f"kill-{name}" for name in commands] + ["disk", "read-only", "worker", "clock", "end-segment"]
     scenarios += [f"together-{name}" for name in ("segment", "prepare", "evaluate")]
     options = ["--moments", "1", "--only", ",".join(scenarios), "--commands", "prepare,evaluate"]
     done = subprocess.run(
@@ -58,8 +58,8 @@ def test_kills_disks_workers_clocks_and_two_runs_at_a_time(tmp_path):
     assert report["faults"] == []
     assert done.returncode == 0
     counts = report["counts"]
-    for name in commands:
-        figures = counts[f"kill-{name}"]
+    for name in (*(f"kill-{name}" for name in commands), "end-segment"):
+        figures = counts[name]
         killed = figures.get("killed", 0) + figures.get("killed over an older output", 0)
         assert killed == 1
         assert figures["restarted and ended as if undisturbed"] == killed + figures.get("was through already", 0)
@@ -124,7 +124,7 @@ output_folder.write_file(sys.argv[1], "half")
 def test_what_a_killed_writer_left_of_a_file_is_removed(tmp_path):
     path = tmp_path / "figures [1].json"
     write_file(path, "old")
-    (tmp_path / ".other.json.abc.partial").write_text("of another file")
+    (tmp_path / ".other.json.abc.partial").write_text("of another program")
     command = [sys.executable, "-c", KILLED_BEFORE_THE_NAME, str(path)]
     assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 3

@@ -33,7 +33,7 @@ from macosnet_hf.pipeline_macosnet import MaCoSNetCosegmentationPipeline, MaCoSN
 
 RELIABILITY = Path(__file__).resolve().parents[2] / "tests" / "reliability"
 FUZZ = RELIABILITY / "fuzz.py"
-KINDS = 21
+KINDS = 24
 
 
 def fuzz(folder: Path, *arguments: object) -> dict:

@@ -99,7 +99,6 @@ def test_a_hostile_setting_is_refused_by_name(checkpoint, name, value):
     with pytest.raises(InputError, match=rf"{name}\b.*(takes|version)"):
         small_config(**{name: value})
     change(checkpoint, **{name: value})
-    load_model_and_processor  # imported, which takes seconds, before the clock starts
     began = time.process_time()
     with pytest.raises(CheckpointError, match=name if name != "config_version" else "version"):
         load_model_and_processor(checkpoint, "cpu")
@@ -149,3 +148,50 @@ def test_settings_at_the_ends_of_their_ranges_are_taken(settings):
     config = small_config(**settings)
     assert all(list(getattr(config, name)) == list(value) for name, value in settings.items() if type(value) is tuple)
     assert MaCoSNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))])
+YAML = {
+    "aliases": (f"{_BOMB}\nexclude_classes: *a9\n", "aliases are not read here"),
+    "an alias to itself": ("exclude_classes: &a [*a]\n", "aliases are not read here"),
+    "a merged alias": ("a: &a {seed: 1}\n<<: *a\n", "aliases are not read here"),
+    "lists in lists": ("exclude_classes: " + "[" * 10_000, "too many levels"),
+    "closed lists in lists": ("exclude_classes: " + "[" * 10_000 + "]" * 10_000, "too many levels"),
+    "mappings in mappings": ("seed: " + "{a: " * 10_000, "too many levels"),
+    "sequences in lines": ("seed:\n" + "".join(" " * n + "-\n" for n in range(1, 300)), "too many levels"),
+    "keys of keys": ("? " * 10_000, "too many levels"),
+    "an integer of 5,000 digits": ("seed: " + "9" * 5000, "cannot be read"),
+    "a hexadecimal one": ("seed: 0x" + "f" * 5000, "the number is too large"),
+    "one of base 60": ("seed: 1" + ":59" * 3000, "cannot be read|the number is too large"),
+    "a million of characters": ("a" * 1_000_000, "longer than 64000 characters"),
+    "many keys": ("".join(f"k{n}: 1\n" for n in range(6000)), "unknown key"),
+    "no date": ("seed: 2001-99-99", "cannot be read"),
+    "no number": ("seed: 1e99999", "takes a whole number"),
+    "a key that is no text": ("? [seed]\n: 1", "cannot be read"),
+    "an object": ("seed: !!python/object/apply:os.system [true]", "cannot be read"),
+    "bytes": ("seed: !!binary ////", "takes a whole number"),
+    "a tag that does not fit": ("seed: !!int {a: 1}", "cannot be read"),
+    "a float that is none": ("learning_rate: !!float x", "cannot be read"),
+    "no number for a rate": ("learning_rate: .nan", "learning_rate"),
+    "without end": ("learning_rate: .inf", "learning_rate"),
+}
+
+
+@pytest.mark.parametrize("kind", YAML)
+def test_hostile_yaml_is_refused_in_a_sentence_within_a_second(tmp_path, kind):
+    pytest.importorskip("accelerate", reason="accelerate is not installed (extra `train`)")
+    settings = pytest.importorskip("macosnet_hf.training.settings", reason="PyYAML is not installed (extra `train`)")
+    text, words = YAML[kind]
+    path = tmp_path / "hostile.yaml"
+    path.write_text(text)
+    required = {"dataset_name": ["d"], "model_name_or_path": "m", "output_dir": "o"}
+    began = time.process_time()
+    with pytest.raises(InputError, match=words) as caught:
+        settings.read_settings(settings.JointSettings, path, **required)
+    assert time.process_time() - began < 1
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
