@@ -37,6 +37,7 @@ HOSTILE = [
     ("local_matching", "no"),
     ("local_matching", 1),
     ("mutual_fit", None),
+    ("orientations", "both"),
     ("local_matching_windows", [0.3] * 300),
     ("local_matching_windows", [INFINITE, INFINITE]),
     ("local_matching_sigmas", [NAN, 0.1]),
