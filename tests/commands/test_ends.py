@@ -140,7 +140,7 @@ def test_a_run_that_is_told_to_end_leaves_nothing(photos, tmp_path, model, name,
     process = waiting(photos, out, model)
     assert [path.name for path in out.iterdir() if path.name.startswith(".macosnet-")]
     process.send_signal(getattr(signal, name))
-    _, words = process.communicate(timeout=120)
+    _, words = process.communicate()
     assert process.returncode == 128 + getattr(signal, name)
     assert words == f"macosnet: ended by {name}; nothing half-written is left.\n"
     assert (sorted(path.name for path in out.iterdir()) if older else out.exists()) == (
@@ -154,7 +154,7 @@ def test_nohup_goes_on(photos, tmp_path, model):
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 143
+    assert process.wait() == 143
     process.communicate()
 
 
@@ -177,7 +177,7 @@ with ended_by_signals(), output_folder(sys.argv[1]) as folder:
 
 
 def test_a_fork_that_is_told_to_end_does_not_remove_what_its_parent_writes(tmp_path):
-    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "out")], env=environment(), check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "out")], env=environment(), check=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.txt"]
 
 

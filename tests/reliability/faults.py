@@ -43,7 +43,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "training"), str(HERE.parents[1
 import seeds  # noqa: E402 (it lies beside this file, wherever that is started from)
 
 Work = Callable[[], Any]
-PATIENCE = 240  # seconds after which a run counts as hanging
+PATIENCE = 900  # seconds after which a run counts as hanging
 
 
 # ---------------------------------------------------------------------------------------------------------------------

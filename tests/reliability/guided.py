@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import random
 import sys
 import tempfile
 import warnings
@@ -150,6 +151,27 @@ def sound_inputs(name: str) -> list[bytes]:
     return made.get(name, seeds.published_checkpoints)()
 
 
+def _mutator(name: str, mutate: Callable[[bytes, int], bytes]) -> Callable[[bytes, int, int], bytes]:
+    """libFuzzer's own changes, and those of the other fuzzer, which keep the form of a container or document."""
+    import damage
+
+    forms: dict[str, damage.Damage] = {
+        "config": damage.damage_json,
+        "yaml": damage.damage_yaml,
+        "converter": damage.damage_zip,
+        "csv": damage.damage_text,
+    }
+
+    def change(data: bytes, longest: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if name in forms and rng.random() < 0.7:
+            with contextlib.suppress(Exception):  # it has no such form any more
+                return forms[name](data, rng)[:longest]
+        return mutate(data, longest)
+
+    return change
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
@@ -174,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
         for number, data in enumerate([*sound_inputs(args.target), *(path.read_bytes() for path in known)]):
             (begin / str(number)).write_bytes(data)
         options = [f"-max_total_time={args.seconds}", "-timeout=10", "-rss_limit_mb=2500", "-print_final_stats=1"]
-        atheris.Setup([sys.argv[0], *options, "-max_len=100000", str(kept), str(begin)], target)
+        words = [sys.argv[0], *options, "-max_len=100000", str(kept), str(begin)]
+        atheris.Setup(words, target, custom_mutator=_mutator(args.target, atheris.Mutate))
         atheris.Fuzz()  # ends the process
     return 0
 
