@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+import reprlib
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from .directions import check_orientations
+from .directions import ORIENTATIONS
 from .errors import InputError
 
 # Raised when a setting changes its meaning, or a new one changes what a model answers.
@@ -42,6 +44,42 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "vgg16": {"backbone": "vgg16", "out_indices": [1, 2, 3, 4], "decoder_widths": [64, 48, 24, 16]},
 }
 _STRIDES = [2, 4, 8, 16, 32]
+
+# What a setting takes: whole numbers (`int`) or any (`float`), the least and the most. A file of settings comes from a
+# stranger: each range holds what was ever found useful with room to spare, and bounds what a match can cost.
+# (transformers' strict dataclasses know types only, refuse 1 for 1.0, and take NaN.)
+_NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "image_size": (int, 16, 1024),
+    "tps_regularization": (float, 0, 1e4),
+    "decoder_input_width": (int, 1, 4096),
+    "decoder_rounds": (int, 1, 2),
+    "local_matching_temperature": (float, 1e-3, 1e4),
+    "match_consistency_sigma": (float, 1e-3, 1e3),
+    "match_mask_threshold": (float, 0, 1),
+    "config_version": (int, 1, _CONFIG_VERSION),
+}
+# The same for lists, and the fewest and most numbers in one.
+_LISTS: dict[str, tuple[type[int] | type[float], float, float, int, int]] = {
+    "feature_strides": (int, 2, 32, 1, 5),
+    "fused_strides": (int, 2, 32, 1, 5),
+    "fused_weights": (float, 1e-3, 1e3, 1, 5),
+    "feature_blocks": (int, 0, 1000, 1, 5),
+    "predictor_channels": (int, 1, 4096, 1, 8),
+    "predictor_kernel_sizes": (int, 1, 63, 1, 8),
+    "decoder_widths": (int, 1, 4096, 4, 4),
+    "local_matching_sigmas": (float, 1e-3, 1e3, 0, 8),
+    "local_matching_windows": (float, 1e-3, 1e3, 0, 8),
+}
+_CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "cascade": ("exact", "features"),
+    "padding_mode": ("zeros", "border", "reflection"),
+    "decoder_inputs": ("paper", "common"),
+    "local_matching": (False, True),
+    "mutual_fit": (False, True),
+    "orientations": ORIENTATIONS,
+}
+# The numbers of a backbone's own settings: widths up to the one, stages and layers up to the other.
+_MOST_IN_BACKBONE, _MOST_LAYERS = 65_536, 512
 
 
 class MaCoSNetConfig(PretrainedConfig):
@@ -138,51 +176,42 @@ class MaCoSNetConfig(PretrainedConfig):
         config_version: int = _CONFIG_VERSION,
         **kwargs: Any,
     ):
-        if backbone_config is None:
-            backbone_config = _preset_arguments("lite")["backbone_config"]
-        if isinstance(backbone_config, dict):
-            arguments = dict(backbone_config)
-            model_type = arguments.pop("model_type", None)
-            if model_type is None:
-                raise InputError("backbone_config needs a model_type, such as 'timm_backbone' or 'resnet'.")
-            try:
-                backbone_config = AutoConfig.for_model(model_type, **arguments)
-            except ValueError as error:
-                raise InputError(f"backbone_config names an unknown model_type, {model_type!r}.") from error
-        self.backbone_config = backbone_config
-        self.fused_strides = [16] if fused_strides is None else list(fused_strides)
-        self.fused_weights = [1.0] * len(self.fused_strides) if fused_weights is None else list(fused_weights)
-        if feature_strides is None:
-            known = [stride for stride in _STRIDES if stride <= 16 or stride in self.fused_strides]
-            stages = len(getattr(backbone_config, "out_indices", None) or [0])
-            feature_strides = known[-max(1, min(len(known), stages)) :]
-        self.feature_strides = list(feature_strides)
-        self.feature_blocks = None if feature_blocks is None else list(feature_blocks)
-        self.image_size = image_size
-        self.predictor_channels = list(predictor_channels or [128, 64])
-        self.predictor_kernel_sizes = list(predictor_kernel_sizes or [7, 5])
-        self.tps_regularization = tps_regularization
-        self.cascade = cascade
-        self.padding_mode = padding_mode
-        self.decoder_widths = list(decoder_widths or [64, 32, 24, 16])
-        self.decoder_inputs = decoder_inputs
-        self.decoder_input_width = decoder_input_width
-        self.decoder_rounds = decoder_rounds
-        self.local_matching = local_matching
-        self.local_matching_sigmas = [0.3, 0.15] if local_matching_sigmas is None else list(local_matching_sigmas)
-        self.local_matching_windows = [0.4, 0.25] if local_matching_windows is None else list(local_matching_windows)
-        self.local_matching_temperature = local_matching_temperature
-        self.mutual_fit = mutual_fit
-        self.orientations = orientations
-        self.match_consistency_sigma = match_consistency_sigma
-        self.match_mask_threshold = match_mask_threshold
         _check_version(config_version)
         self.config_version = _CONFIG_VERSION  # what is saved has the settings of this version
+        self.backbone_config = backbone_config = _backbone(backbone_config)
+        self.fused_strides = _checked("fused_strides", fused_strides, [16])
+        self.fused_weights = _checked("fused_weights", fused_weights, [1.0] * len(self.fused_strides))
+        known = [stride for stride in _STRIDES if stride <= 16 or stride in self.fused_strides]
+        stages = len(getattr(backbone_config, "out_indices", None) or [0])
+        self.feature_strides = _checked("feature_strides", feature_strides, known[-max(1, min(len(known), stages)) :])
+        self.feature_blocks = None if feature_blocks is None else _checked("feature_blocks", feature_blocks)
+        self.image_size = _checked("image_size", image_size)
+        self.predictor_channels = _checked("predictor_channels", predictor_channels, [128, 64])
+        self.predictor_kernel_sizes = _checked("predictor_kernel_sizes", predictor_kernel_sizes, [7, 5])
+        self.tps_regularization = _checked("tps_regularization", tps_regularization)
+        self.cascade = _checked("cascade", cascade)
+        self.padding_mode = _checked("padding_mode", padding_mode)
+        self.decoder_widths = _checked("decoder_widths", decoder_widths, [64, 32, 24, 16])
+        self.decoder_inputs = _checked("decoder_inputs", decoder_inputs)
+        self.decoder_input_width = _checked("decoder_input_width", decoder_input_width)
+        self.decoder_rounds = _checked("decoder_rounds", decoder_rounds)
+        self.local_matching = _checked("local_matching", local_matching)
+        self.local_matching_sigmas = _checked("local_matching_sigmas", local_matching_sigmas, [0.3, 0.15])
+        self.local_matching_windows = _checked("local_matching_windows", local_matching_windows, [0.4, 0.25])
+        self.local_matching_temperature = _checked("local_matching_temperature", local_matching_temperature)
+        self.mutual_fit = _checked("mutual_fit", mutual_fit)
+        self.orientations = _checked("orientations", orientations)
+        self.match_consistency_sigma = _checked("match_consistency_sigma", match_consistency_sigma)
+        self.match_mask_threshold = _checked("match_mask_threshold", match_mask_threshold)
         if not __name__.startswith("transformers_modules."):
             # The installed package registers its pipelines. A list of those in the model's folder would make
             # `pipeline` ask for `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:  # transformers and its strict dataclasses raise many kinds for their own settings
+            reason = " ".join(str(error).split())
+            raise InputError(f"One of the settings {', '.join(sorted(kwargs))} cannot be used ({reason}).") from error
         self._check()
 
     @property
@@ -210,55 +239,125 @@ class MaCoSNetConfig(PretrainedConfig):
         return cls(**{**_preset_arguments(name), **kwargs})
 
     def _check(self) -> None:
-        if not isinstance(self.image_size, int) or self.image_size % 16 or self.image_size < 16:
-            raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size!r}.")
+        """Refuses settings that do not fit together; each alone is checked before."""
+        if self.image_size % 16:
+            raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size}.")
         if len(self.predictor_channels) != len(self.predictor_kernel_sizes):
             raise InputError("predictor_channels and predictor_kernel_sizes must have the same length.")
         if self.grid_size - sum(kernel - 1 for kernel in self.predictor_kernel_sizes) < 1:
             raise InputError(f"image_size {self.image_size} is too small for kernels {self.predictor_kernel_sizes}.")
-        self._check_strides()
-        if len(self.decoder_widths) != 4:
-            raise InputError(f"decoder_widths needs four numbers, one a block; got {self.decoder_widths}.")
-        if self.cascade not in ("exact", "features"):
-            raise InputError(f"cascade must be 'exact' or 'features'; got {self.cascade!r}.")
-        if self.decoder_inputs not in ("paper", "common"):
-            raise InputError(f"decoder_inputs must be 'paper' or 'common'; got {self.decoder_inputs!r}.")
-        if self.decoder_rounds not in (1, 2):
-            raise InputError(f"decoder_rounds must be 1 or 2; got {self.decoder_rounds!r}.")
-        if not isinstance(self.decoder_input_width, int) or self.decoder_input_width < 1:
-            raise InputError(f"decoder_input_width must be a positive whole number; got {self.decoder_input_width!r}.")
         if len(self.local_matching_sigmas) != len(self.local_matching_windows):
             raise InputError("local_matching_sigmas and local_matching_windows need one number a pass, both as many.")
-        if not all(width > 0 for width in (*self.local_matching_sigmas, *self.local_matching_windows)):
-            raise InputError("local_matching_sigmas and local_matching_windows must be positive numbers.")
-        check_orientations(self.orientations)
-        if self.padding_mode not in ("zeros", "border", "reflection"):
-            raise InputError(f"padding_mode must be 'zeros', 'border' or 'reflection'; got {self.padding_mode!r}.")
-
-    def _check_strides(self) -> None:
-        strides, fused, weights = self.feature_strides, self.fused_strides, self.fused_weights
+        strides, fused = self.feature_strides, self.fused_strides
         if 16 not in strides or strides != sorted(set(strides)) or not set(strides) <= set(_STRIDES):
             raise InputError(f"feature_strides must rise within 2, 4, 8, 16, 32 and name 16; got {strides}.")
-        if not fused or fused != sorted(set(fused)) or not set(fused) <= set(strides):
+        if fused != sorted(set(fused)) or not set(fused) <= set(strides):
             raise InputError(
                 f"fused_strides must rise within the strides of the backbone's chosen stages, {strides} "
                 f"(feature_strides); got {fused}."
             )
         if strides[-1] > 16 and strides[-1] not in fused:
             raise InputError(f"feature_strides names {strides[-1]}, which nothing uses: add it to fused_strides.")
-        if len(weights) != len(fused) or not all(0 < weight < float("inf") for weight in weights):
-            raise InputError(f"fused_weights needs one positive number for each of fused_strides; got {weights}.")
-        blocks = self.feature_blocks
-        if blocks is not None and not (len(blocks) == len(strides) and all(isinstance(block, int) for block in blocks)):
-            raise InputError(f"feature_blocks needs one number for each of feature_strides, {strides}; got {blocks}.")
+        if len(self.fused_weights) != len(fused):
+            raise InputError(f"fused_weights needs one number for each of fused_strides; got {self.fused_weights}.")
+        if self.feature_blocks is not None and len(self.feature_blocks) != len(strides):
+            raise InputError(
+                f"feature_blocks needs one number for each of feature_strides, {strides}; got {self.feature_blocks}."
+            )
 
 
-def _check_version(version: int) -> None:
-    if not isinstance(version, int) or version > _CONFIG_VERSION:
+def _checked(name: str, value: Any, default: list[Any] | None = None) -> Any:
+    """The value of a setting, as a list of its own where it is one; the default for a list that is not given.
+
+    Raises:
+        InputError: if the setting does not take it; the text says what it takes.
+    """
+    if name in _CHOICES:
+        choices = _CHOICES[name]
+        if any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            return value
+        takes = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    elif name in _NUMBERS:
+        kind, least, most = _NUMBERS[name]
+        if _is_number(value, kind, least, most):
+            return value
+        takes = f"a {'whole ' if kind is int else ''}number from {least:g} to {most:g}"
+    else:
+        kind, least, most, fewest, longest = _LISTS[name]
+        value = default if value is None and default is not None else value
+        fits = isinstance(value, list | tuple) and fewest <= len(value) <= longest
+        if fits and all(_is_number(number, kind, least, most) for number in value):
+            return list(value)
+        count = fewest if fewest == longest else f"{fewest} to {longest}"
+        takes = f"a list of {count} {'whole ' if kind is int else ''}numbers from {least:g} to {most:g}"
+    raise InputError(f"{name} takes {takes}; got {_shown(value)}.")
+
+
+def _is_number(value: Any, kind: type[int] | type[float], least: float, most: float) -> bool:
+    """Whether it is a number of this kind and range; `True` is none, nor is NaN."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _backbone(given: Any) -> PretrainedConfig:
+    """The configuration of the encoder, which is an architecture that the installed libraries know by its plain name.
+
+    Raises:
+        InputError: if it is not: timm would ask a repository for what `hf-hub:owner/name` stands for.
+    """
+    if given is None:
+        given = _preset_arguments("lite")["backbone_config"]
+    if isinstance(given, dict):
+        arguments = dict(given)
+        model_type = arguments.pop("model_type", None)
+        if model_type is None:
+            raise InputError("backbone_config needs a model_type, such as 'timm_backbone' or 'resnet'.")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise InputError(f"backbone_config names an unknown model_type, {_shown(model_type)}.")
+        _check_sizes(arguments)
+        try:
+            given = AutoConfig.for_model(model_type, **arguments)
+        except Exception as error:  # each kind of backbone raises others
+            raise InputError(f"backbone_config cannot be used: {' '.join(str(error).split())}.") from error
+    if not isinstance(given, PretrainedConfig):
+        raise InputError(f"backbone_config takes a configuration or a dictionary; got {_shown(given)}.")
+    name = getattr(given, "backbone", "")
+    if given.model_type == "timm_backbone" and not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name)):
         raise InputError(
-            f"This configuration has version {version}, but only versions up to {_CONFIG_VERSION} are known here; a "
-            "newer macosnet-hf reads it."
+            f"backbone_config.backbone takes the plain name of one of timm's architectures, such as resnet101; got "
+            f"{_shown(name)}."
         )
+    return given
+
+
+def _check_sizes(settings: Any, name: str = "backbone_config") -> None:
+    """Refuses numbers that no backbone has, in settings and all that is nested in them: one asks for any memory."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key not in ("id2label", "label2id"):
+                _check_sizes(value, f"{name}.{key}")
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            _check_sizes(value, name)
+    elif isinstance(settings, int | float):
+        most = _MOST_LAYERS if "depth" in name or name.endswith("layers") else _MOST_IN_BACKBONE
+        if not -most <= settings <= most:
+            raise InputError(f"{name} takes numbers up to {most}; got {_shown(settings)}.")
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, int) and version > _CONFIG_VERSION:
+        raise InputError(
+            f"This configuration has version {_shown(version)}, but only versions up to {_CONFIG_VERSION} are known "
+            "here; a newer macosnet-hf reads it."
+        )
+    _checked("config_version", version)
 
 
 def _preset_arguments(name: str) -> dict[str, Any]:

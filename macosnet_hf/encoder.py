@@ -71,6 +71,7 @@ class MaCoSNetEncoder(nn.Module):
         super().__init__()
         self.strides = tuple(config.feature_strides)
         self.fused_weights = dict(zip(config.fused_strides, config.fused_weights, strict=True))
+        _check_architecture(config.backbone_config)
         self.backbone = AutoBackbone.from_config(config.backbone_config)
         self.channels = tuple(self.backbone.channels)
         if config.feature_blocks is not None:
@@ -113,6 +114,19 @@ class MaCoSNetEncoder(nn.Module):
             for stride, weight in self.fused_weights.items()
         ]
         return torch.cat(parts, dim=1)
+
+
+def _check_architecture(backbone: Any) -> None:
+    """Refuses what the installed timm does not know; timm itself looks elsewhere for some names.
+
+    Raises:
+        InputError: with the name.
+    """
+    if backbone.model_type == "timm_backbone":
+        import timm
+
+        if not timm.is_model(backbone.backbone):
+            raise InputError(f"The installed timm knows no architecture {backbone.backbone!r}.")
 
 
 def _choose_blocks(backbone: Any, numbers: Sequence[int]) -> tuple[int, ...]:

@@ -90,7 +90,6 @@ def run_elsewhere(folder: Path, pictures: torch.Tensor, scratch: Path) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -191,7 +190,6 @@ def test_a_folder_of_version_0_1_loads_with_its_own_code_and_with_the_package(tm
         cwd=tmp_path / "old",
         env={**os.environ, "PYTHONPATH": str(tmp_path / "old"), "HF_HUB_OFFLINE": "1"},
         check=True,
-        timeout=240,
     )
     expected = load_file(outputs)
     assert (folder / "agreement.py").is_file()

@@ -114,7 +114,6 @@ class Runs:
             text=True,
             env=environment(),
             cwd=self.folder,
-            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]

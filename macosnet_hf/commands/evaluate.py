@@ -183,7 +183,7 @@ class EvaluationJob:
         return result
 
     def report(self, result: Evaluation, seconds: float) -> None:
-        """Completes the predictions, prints the table and writes the files.
+        """Completes the predictions, writes the files and prints the table.
 
         Raises:
             DataError: if nothing was scored.
@@ -204,10 +204,10 @@ class EvaluationJob:
             table = markdown_table(protocol, result.variants[variant], options, title)
         table += "".join(f"\n{note}\n" for note in result.notes)
         data = json_report(protocol, result, options, model=model, variant=variant, split=args.split, seconds=seconds)
-        print(table)
-        print(f"{data['samples']} samples in {seconds:.1f} s")
-        print_left_out(result.problems)
-        if args.json:
+        if args.json:  # before anything is printed: nobody may be reading any more
             write_file(args.json, json.dumps(data, indent=2) + "\n")
         if args.markdown:
             write_file(args.markdown, table)
+        print(table)
+        print(f"{data['samples']} samples in {seconds:.1f} s")
+        print_left_out(result.problems)

@@ -6,14 +6,17 @@ Commands check what they can before they import torch, so that a typing error is
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
-import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from ..errors import MaCoSNetError
-from ..io.memory import no_collection_at_exit
+from ..io.ends import close_output, ended_by_signals, flush_output, open_streams
+from ..io.memory import no_collection_at_exit, ran_out_of_memory
 from ..io.package import VERSION
 
 # One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.
@@ -30,28 +33,56 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 bad input (one sentence on standard error), 130 interrupted."""
+    """Runs a command.
+
+    Returns:
+        the exit code: 0 done, 2 bad input (one sentence on standard error), 128 + N ended by signal N: 130 by Ctrl+C,
+        141 where what reads its output has ended before it.
+    """
     # Waiting threads sleep instead of spinning: with all cores busy, one forward pass takes 0.2 s instead of 4.7 s.
     # OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     no_collection_at_exit()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a finished run
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        args = _parser().parse_args(arguments)
-        code: int = args.run(args)
-        return code
-    except MaCoSNetError as error:
-        return _fail(str(error))
-    except MemoryError:
-        return _fail("There is not enough memory for this; try smaller images.")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which cannot be named before torch is imported
+    open_streams()
+    with ended_by_signals() as ended:
+        try:
+            args = _parser().parse_args(arguments)
+            code: int = args.run(args)
+            flush_output()
+            return code
+        except KeyboardInterrupt:
+            print("macosnet: interrupted; nothing half-written is left.", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            close_output()
+            return 128 + signal.SIGPIPE
+        except Exception as error:
+            sentence = _sentence(error)
+            if sentence is None:
+                raise
+            return _fail(sentence)
+        except SystemExit:
+            with contextlib.suppress(OSError):  # of --help
+                flush_output()
+            if ended:
+                print(f"macosnet: ended by {ended[0].name}; nothing half-written is left.", file=sys.stderr)
             raise
-        return _fail("The CUDA device has not enough free memory; use --device cpu.")
-    except KeyboardInterrupt:
-        print("macosnet: interrupted; nothing half-written is left.", file=sys.stderr)
-        return 130
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What an error means for a person; `None` for a fault of the program."""
+    if ran_out_of_memory(error):
+        return "There is not enough memory for this; try smaller images."
+    if isinstance(error, MaCoSNetError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's own, which cannot be named before torch is imported
+        return "The CUDA device has not enough free memory; use --device cpu."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO) and error.filename is None:
+        close_output()
+        return (
+            f"The standard output cannot be written ({error.strerror}); files that the command has written are whole."
+        )
+    return None
 
 
 def _fail(sentence: str) -> int:

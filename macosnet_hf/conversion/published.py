@@ -12,12 +12,13 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InputError
-from ..io.checkpoints import PICKLE_STARTS
+from ..io.checkpoints import PICKLE_STARTS, fault_of_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +119,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     name = os.fspath(path)
     _check_kind(name)
+    _check_members(name)
     try:
         # The training scripts put their arguments into the file; a namespace only holds values.
         safe = torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()])
@@ -146,6 +148,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if len(tensors) < len(content):
         odd = next(key for key in content if key not in tensors)
         raise CheckpointError(f"{name} holds no state dict: {odd} is no tensor.")
+    for key, tensor in tensors.items():
+        if fault := _fault(key, tensor):
+            raise CheckpointError(f"{name} is refused: {key} {fault}.")
     return {re.sub(r"^(?:module\.)+", "", key).replace(".vgg.", ".model."): value for key, value in tensors.items()}
 
 
@@ -177,6 +182,50 @@ def _check_kind(name: str) -> None:
         raise CheckpointError(f"{name} is no PyTorch checkpoint: torch.save writes no file that begins like this one.")
 
 
+def _check_members(name: str) -> None:
+    """Refuses an archive that is larger unpacked: torch.save compresses nothing, and 2.7 MB can stand for 2.7 GB.
+
+    Raises:
+        CheckpointError: with both sizes.
+    """
+    if not zipfile.is_zipfile(name):  # PyTorch's older format, or damaged
+        return
+    try:
+        with zipfile.ZipFile(name) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise CheckpointError(f"{name} is damaged or cut off: its list of members cannot be read.") from error
+    if unpacked > os.path.getsize(name):
+        raise CheckpointError(
+            f"{name} is refused: its members would take {unpacked} bytes, more than the file's "
+            f"{os.path.getsize(name)}, but torch.save compresses none."
+        )
+
+
+def _fault(name: str, tensor: Tensor) -> str:
+    """What keeps a tensor of a file from being a weight, after its name in a sentence; empty if nothing does.
+
+    Nothing is copied: a tensor with strides of 0 has any number of elements in a file of any size.
+    """
+    import torch
+
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else "sparse"
+        return f"is a {kind} tensor, not a plain one"
+    if tensor.device.type != "cpu":
+        return f"has no values (it is on the device {tensor.device.type})"
+    counter = name.endswith("num_batches_tracked")
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if tensor.dtype not in ((torch.int64,) if counter else floats):
+        return (
+            f"holds {str(tensor.dtype).removeprefix('torch.')}, not {'int64' if counter else 'floating-point numbers'}"
+        )
+    held = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > held:
+        return f"has the shape {tuple(tensor.shape)}, but the file holds {held} bytes for it"
+    return ""
+
+
 def _numpy_scalars() -> list[Any]:
     """Classes of a pickled numpy number, under the names of old and new versions; none of them runs code."""
     import numpy as np
@@ -184,7 +233,16 @@ def _numpy_scalars() -> list[Any]:
     current = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
     scalar = importlib.import_module(f"numpy.{'_core' if current else 'core'}.multiarray").scalar
     named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    return [*named, np.dtype, type(np.dtype("float64")), np.float64]
+    return [*named, (_number_type, "numpy.dtype"), type(np.dtype("float64")), np.float64]
+
+
+def _number_type(name: Any, *_: Any) -> Any:
+    """NumPy's type of one number; one of its other types lets a scalar of a hundred bytes ask for gigabytes."""
+    import numpy as np
+
+    if not isinstance(name, str) or not re.fullmatch("[fiu][1248]", name):
+        raise pickle.UnpicklingError(f"{name!r} is no type of a number")
+    return np.dtype(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +336,11 @@ def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
 
     settings = _head_settings(ours, where)
     # The published figures are those of the transform alone.
-    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset("paper", local_matching=False, **settings))
+    try:
+        config = MaCoSNetConfig.from_preset("paper", local_matching=False, **settings)
+    except InputError as error:
+        raise CheckpointError(f"{where} has heads of a size that none has: {error}") from error
+    model = MaCoSNetForKeypointMatching(config)
     wanted = model.macosnet.state_dict()
     stages = {prefix for prefix in _HEADS.values() if any(name.startswith(prefix) for name in ours)}
     needed = {name for name in wanted if name.startswith((_OUR_ENCODER, *stages))}
@@ -297,9 +359,10 @@ def _build(ours: dict[str, Tensor], where: str) -> MaCoSNetForKeypointMatching:
         )
     if faults:
         raise CheckpointError(f"{where} is no ResNet-101 with CNNGeometric's heads: it {'; it '.join(faults)}.")
-    if broken := [name for name, tensor in ours.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{where} is damaged: {_names(_their_name(n) for n in broken)} holds no finite numbers.")
     model.macosnet.load_state_dict(ours, strict=False)
+    for name in sorted(ours):  # as they are now: 1e300 of a file in float64 is infinite here
+        if fault := fault_of_values(name, wanted[name]):
+            raise CheckpointError(f"{where} is damaged: {_their_name(name)} {fault}.")
     with torch.no_grad():
         for prefix in set(_HEADS.values()) - stages:  # the fresh bias is the identity
             getattr(model.macosnet, prefix.rstrip(".")).linear.weight.zero_()

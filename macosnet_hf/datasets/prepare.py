@@ -25,7 +25,7 @@ from ..io.output_folder import release_folder, start_folder
 from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .images import open_image
 from .masks import read_mask
-from .schema import IMAGE_COLUMNS, MEANINGS, Record, check_record, features
+from .schema import IMAGE_COLUMNS, MEANINGS, Record, as_text, check_record, features
 
 MARKER = ".macosnet-partial"  # in unfinished outputs of version 0.1
 CARD_MARK = "Prepared by `macosnet prepare "
@@ -310,7 +310,7 @@ def _embedded(image: dict[str, Any], where: str, root: str) -> dict[str, Any]:
     if not Path(os.path.realpath(image["path"])).is_relative_to(root):
         raise DataError(f"{where}: {image['path']} is a link out of the data folder; put the file in its place.")
     try:
-        return {"bytes": Path(image["path"]).read_bytes(), "path": os.path.basename(image["path"])}
+        return {"bytes": Path(image["path"]).read_bytes(), "path": as_text(os.path.basename(image["path"]))}
     except OSError as error:
         raise DataError(f"{where}: {image['path']} cannot be read.") from error
 

@@ -82,8 +82,15 @@ def make_record(where: str, **values: Any) -> Record:
         raise DataError(f"{where}: unknown column {sorted(unknown)[0]!r}.")
     record: Record = dict.fromkeys(COLUMNS)
     record.update(values)
+    for column in ("id", "class_name", "source_id", "target_id"):
+        record[column] = as_text(record[column])
     check_record(record, where)
     return record
+
+
+def as_text(name: Any) -> Any:
+    """A name of a file as text that can be written: bytes that are no UTF-8 show as `\\udcff`, each in its own way."""
+    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else name
 
 
 def check_record(record: Record, where: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import gc
 from collections.abc import Iterator
 
@@ -53,10 +54,26 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+# What the system, the loader of libraries, torch and C++ say of it.
+_NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "failed to map", "bad_alloc")
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out: under `ulimit -v` it has many kinds."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        library = isinstance(error, (ImportError, OSError, RuntimeError))
+        if library and any(words in str(error) for words in (*_NO_MEMORY, "start new thread")):
+            return type(error).__name__ != "OutOfMemoryError"  # that of a CUDA device
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def no_collection_at_exit() -> None:
     """Skips the interpreter's last collections, which walk through all of torch and transformers: 1.5 s saved."""
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
 
 
-__all__ = ["collector_paused", "give_memory_back", "no_collection_at_exit", "trim"]
+__all__ = ["collector_paused", "give_memory_back", "no_collection_at_exit", "ran_out_of_memory", "trim"]

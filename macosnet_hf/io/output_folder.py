@@ -7,7 +7,6 @@ package `filelock` would need a lock file beside each, which a kill leaves behin
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 import tempfile
@@ -46,9 +45,7 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             with _alone_in(target):
-                for path in target.glob(f"{_PREFIX}*"):
-                    if path.is_dir() and not path.is_symlink():
-                        _remove_left_over(path)
+                _remove_left_overs(target)
                 partial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
                 held = hold_folder(partial)
         except OSError as error:
@@ -80,15 +77,19 @@ def _move_all(partial: Path, target: Path) -> None:
         os.replace(path, target / path.name)
 
 
-def _remove_left_over(path: Path) -> None:
-    """Removes a temporary folder or file of a run that was killed; a living run holds its own."""
-    with contextlib.suppress(OSError):  # held, or gone
-        held = hold_folder(path)
-        if held is not None:
-            try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            finally:
-                release_folder(held)
+def _remove_left_overs(folder: Path) -> None:
+    """Removes the temporary folders and files, directly in a folder, of runs that were killed; a living run holds its
+    own."""
+    for path in folder.glob(f"{_PREFIX}????????"):  # as `tempfile` names them
+        if path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # held, or gone
+            held = hold_folder(path)
+            if held is not None:
+                try:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    release_folder(held)
 
 
 _held_here: dict[int, str] = {}  # what this process has marked, by descriptor
@@ -175,7 +176,9 @@ def _alone_in(target: Path) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all, text as UTF-8; an older one stays until then. Removes what killed runs left.
+    """Writes a file whole or not at all, text as UTF-8; an older one stays until then.
+
+    Removes what killed runs left in the folder.
 
     Raises:
         OutputError: if it cannot be written.
@@ -184,9 +187,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     try:
         # A name of its own for each writer: several processes may write the same file.
         with _alone_in(path.parent):
-            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                _remove_left_over(left)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            _remove_left_overs(path.parent)
+            handle, name = tempfile.mkstemp(prefix=_PREFIX, dir=path.parent)
             held = hold_folder(Path(name))
         try:
             with os.fdopen(handle, "wb") as file:
@@ -216,7 +218,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:  # permissions are not enough: to root everything seems writable, read-only file systems included
         with (
             _alone_in(path.parent),
-            tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".partial", dir=path.parent),
+            tempfile.NamedTemporaryFile(prefix=_PREFIX, dir=path.parent),
         ):
             pass
     except (OSError, ValueError) as error:

@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
+from accelerate.utils.other import load as read_pickle
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -170,8 +170,8 @@ class Checkpoints:
         _refuse_code(path)
         try:
             self.accelerator.load_state(str(path))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{path} cannot be resumed: {_first_line(error)}.") from error
+        except Exception as error:  # accelerate, torch and safetensors raise many kinds for damaged files
+            raise InputError(f"{path} cannot be resumed ({_first_line(error)}); {_before(path)}.") from error
         # With `--allow_changes` the rates are the new ones; else this changes nothing.
         schedule = self.scheduler.scheduler
         schedule.base_lrs = list(self.rates)
@@ -241,6 +241,14 @@ def _checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=_step)
 
 
+def _before(path: Path) -> str:
+    """The way out of a damaged checkpoint: the one before it, where there is one."""
+    earlier = [other for other in _checkpoints(str(path.parent)) if _step(other) < _step(path)]
+    if not earlier:
+        return "there is no earlier one: move it away and start anew"
+    return f"move it away, and --resume_from_checkpoint latest goes on from {earlier[-1].name}"
+
+
 def _step(path: Path) -> int:
     digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
@@ -250,20 +258,23 @@ def _description(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a checkpoint of this version of the script.") from error
+        raise InputError(f"{path} is not a checkpoint of this version of the script; {_before(path)}.") from error
 
 
 def _refuse_code(path: Path) -> None:
-    """accelerate reads its custom checkpoints, here the moving average, with all that a pickle can do.
+    """accelerate reads its custom checkpoints, here the moving average, with all that a pickle can do; and where the
+    states of the random numbers cannot be read, it goes on with others without a word.
 
     Raises:
-        InputError: if there is more in one than tensors and plain values.
+        InputError: if there is more in one than tensors and plain values, or less than there was.
     """
-    for file in sorted(path.glob("custom_checkpoint_*.pkl")):
+    for file in sorted(path.glob("*.pkl")):
         try:
-            torch.load(file, map_location="cpu", weights_only=True)
+            read_pickle(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
-            raise InputError(f"{file} is damaged, or holds more than numbers; it is not loaded.") from error
+            raise InputError(
+                f"{file} is damaged, or holds more than numbers, and is not loaded; {_before(path)}."
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -130,7 +130,9 @@ class TrainingImages(TrainingData):
         """Equal for equal images in equal order, wherever their folder lies: a digest of names, sizes, classes."""
         lines = [f"{item.mark}\t{item.class_name}" for item in self._items]
         # The word of version 0.1, whose checkpoints and mask files hold such a line.
-        return f"{len(self)} photographs, {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+        # Names that are no UTF-8 as well.
+        digest = hashlib.sha256("\n".join(lines).encode(errors="backslashreplace"))
+        return f"{len(self)} photographs, {digest.hexdigest()[:16]}"
 
     def keep_in_memory(
         self, *, quiet: bool = False, workers: int = 2, device: torch.device | str | None = None

@@ -25,6 +25,7 @@ from .losses import BENCHMARK_WEIGHTS, CONTRASTIVE_FORMS, UNITS, MaCoSNetLossWei
 from .synthetic import WarpRange
 
 DEFAULT_STEPS = 1000
+_MOST_TEXT, _MOST_LEVELS = 64_000, 8  # of a YAML file: characters and levels
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 # What may change between a run and its continuation, because it does not touch the result. The images are compared
@@ -425,11 +426,42 @@ def _parser(kind: type[TrainingSettings], description: str | None) -> _Parser:
     return parser
 
 
+class _FlatLoader(yaml.SafeLoader):
+    """Refuses what settings do not need and a stranger's file may use: a few lines of aliases stand for any number of
+    values, and thousands of levels end in a `RecursionError`."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read here", problem_mark=event.start_mark)
+        self.depth += 1
+        if self.depth > _MOST_LEVELS:
+            raise yaml.MarkedYAMLError(problem="there are too many levels", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 1 << 63:
+            raise yaml.MarkedYAMLError(problem="the number is too large", problem_mark=node.start_mark)
+        return value
+
+
+_FlatLoader.add_constructor("tag:yaml.org,2002:int", _FlatLoader.construct_yaml_int)
+
+
 def _read_config(path: str, parser: _Parser) -> dict[str, Any]:
     """The values of a YAML file, by name, as the command line would give them."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_TEXT + 1)
+        if len(text) > _MOST_TEXT:
+            raise ValueError(f"it is longer than {_MOST_TEXT} characters")
+        values = yaml.load(text, _FlatLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"The configuration {path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise InputError(f"The configuration {path} holds no lines of the form `name: value`.")

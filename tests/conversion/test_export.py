@@ -112,9 +112,7 @@ def onnx_folder(checkpoint, tmp_path_factory):
         "--model",
         str(checkpoint),
     ]
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2]
-    )
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     (folder.parent / "said").write_text(done.stdout)
     return folder
@@ -227,7 +225,6 @@ def test_first_result_comes_within_seconds():
     command = [sys.executable, "-c", code, str(PHOTOS / "cheetah1.jpg"), str(PHOTOS / "lion.jpg")]
     folder = Path(__file__).parents[2]
     runs = [
-        float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=120).stdout)
-        for _ in range(2)
+        float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout) for _ in range(2)
     ]
     assert min(runs) < 6

@@ -37,7 +37,6 @@ def launch(processes: int, script: Path, *arguments: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=300,
         check=False,
     )
 
@@ -84,7 +83,6 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=300,
         check=False,
     )
     assert one.returncode == 0, one.stderr[-3000:]

@@ -79,6 +79,6 @@ def test_a_command_ends_without_a_last_collection():
         "import atexit, gc, sys; atexit.register(lambda: print('frozen', gc.get_freeze_count()));"
         "from macosnet_hf.commands.main import main; main(['match', 'no.jpg', 'no.jpg'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     word, count = done.stdout.split()
     assert (word, int(count) > 1000) == ("frozen", True), done.stderr

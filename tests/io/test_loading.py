@@ -228,4 +228,4 @@ def test_the_quick_check_does_not_import_torch():
         "check_checkpoint(DEFAULT_CHECKPOINT); assert 'safetensors' in sys.modules; assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root)

@@ -158,10 +158,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_figures(ablation, setting, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    path, deadline = tmp_path / "out" / "ablation.json", time.monotonic() + 120
+    path = tmp_path / "out" / "ablation.json"
     while not (path.exists() and "start" in results(path.parent)):
         assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

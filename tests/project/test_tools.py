@@ -34,7 +34,5 @@ def test_every_script_explains_itself(kind):
     pytest.importorskip("gradio", reason="some scripts drive the demo")
     scripts = [path.as_posix() for path in SCRIPTS[kind]]
     assert len(scripts) >= 4
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *scripts], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250
-    )
+    done = subprocess.run([sys.executable, "-c", HELP, *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -215,6 +215,93 @@ def damage_zip(data: bytes, rng: random.Random) -> bytes:
     return stream.getvalue()
 
 
+def damage_tensors(state: dict[str, Any], rng: random.Random) -> bytes:
+    """A file of `torch.save` with some tensors of another kind; sometimes compressed, or with damaged bytes."""
+    import torch
+
+    changed = dict(state)
+    for _ in range(_how_many(rng)):
+        changed[rng.choice(list(changed))] = _other_tensor(torch, rng)
+    stream = io.BytesIO()
+    document = {"state_dict": changed} if rng.random() < 0.5 else changed
+    torch.save(document, stream, _use_new_zipfile_serialization=rng.random() < 0.6)
+    data = stream.getvalue()
+    if data.startswith(b"PK") and rng.random() < 0.1:
+        stream = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
+            for member in archive.infolist():
+                packed.writestr(member.filename, archive.read(member))
+        data = stream.getvalue()
+    if rng.random() < 0.2:
+        data = (damage_zip if data.startswith(b"PK") else damage_bytes)(data, rng)
+    return data
+
+
+def _other_tensor(torch: Any, rng: random.Random) -> Any:
+    """One of the ways in which a tensor can be odd."""
+    kinds = (torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool, torch.int8, torch.int64)
+    size = rng.choice((1, 3, 1000, 60_000, 10**6))
+    plain = torch.ones(rng.choice((1, 6, 18, 64)))
+    shape = rng.choice(((), (0,), (6,), (1, 0, 3), (3, 3, 1, 1), (2, 3, 7, 7), (4, 225, 7, 7), (1,) * 30))
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: torch.zeros(1).expand(size, size),
+        lambda: torch.zeros(1).expand(4, 225, 7, 7),
+        lambda: torch.zeros(70_000).as_strided((60_000, 9_000), (1, 1)),
+        lambda: torch.empty(size, size, device="meta"),
+        lambda: plain.to_sparse(),
+        lambda: torch.eye(6).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([plain, plain]),
+        lambda: torch.full_like(plain, rng.choice((1e300, float("nan"), float("inf"), -1.0)), dtype=torch.float64),
+        lambda: plain.to(rng.choice(kinds)),
+        lambda: torch.nn.Parameter(plain),
+        lambda: torch.zeros(shape),
+        lambda: rng.choice(_VALUES[:-4]),
+    )
+    return rng.choice(ways)()
+
+
+_YAML_VALUES = (
+    "*a",
+    "&a [*a]",
+    "&a x",
+    "!!python/object/apply:os.system [x]",
+    "!!int x",
+    "!!float {}",
+    "!!binary /",
+    "0o9",
+    "1:59:59",
+    "2001-99-99",
+    ".nan",
+    "-.inf",
+    "~",
+    "<<",
+    "'",
+    "|",
+    ">-",
+    "%",
+    "--- x",
+    "...",
+    "\u2028",
+    "9" * 5000,
+    "0x" + "f" * 5000,
+    *(word * deep for word in ("[", "{a: ", "? ", "- ", "!a ") for deep in (2, 9, 3000)),
+    "[" * 3000 + "]" * 3000,
+)
+
+
+def damage_yaml(data: bytes, rng: random.Random) -> bytes:
+    """A file of settings with a value that YAML reads in another way than one thinks, or as [`damage_text`]."""
+    if rng.random() < 0.4:
+        return damage_text(data, rng)
+    lines = data.decode().splitlines()
+    for _ in range(_how_many(rng)):
+        place, value = rng.randrange(len(lines)), rng.choice(_YAML_VALUES)
+        key = lines[place].partition(":")[0]
+        lines[place] = rng.choice((f"{key}: {value}", value, f"{value}: 1", f"{lines[place]}\n<<: {value}"))
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
 def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
     """A safetensors file with a damaged header, with the right length before it, or with damaged bytes near its
     start."""

@@ -1,4 +1,4 @@
-"""Killed, out of disk, out of memory, in each other's way: is anything half-written ever taken for whole?
+"""Killed, told to end, out of disk, out of memory, in each other's way: is anything half-written ever taken for whole?
 
     python tests/reliability/faults.py [--moments 30] [--seed 0] [--only kill-prepare,disk] [--report figures.json]
 
@@ -43,7 +43,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "training"), str(HERE.parents[1
 import seeds  # noqa: E402 (it lies beside this file, wherever that is started from)
 
 Work = Callable[[], Any]
-PATIENCE = 240  # seconds after which a run counts as hanging
+PATIENCE = 900  # seconds after which a run counts as hanging
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,11 +81,11 @@ class Run:
         os.close(ready)
         self.began = time.monotonic()
 
-    def kill(self, seconds: float) -> bool:
-        """Kills it so long after its start; whether it was still running."""
+    def kill(self, seconds: float, how: signal.Signals = signal.SIGKILL) -> bool:
+        """Kills it, or tells it to end, so long after its start; whether it was still running."""
         time.sleep(max(0.0, self.began + seconds - time.monotonic()))
-        os.kill(self.pid, signal.SIGKILL)
-        return self.end() == -signal.SIGKILL
+        os.kill(self.pid, how)
+        return self.end() in (-how, 128 + how)
 
     def end(self) -> int:
         """Waits for it; its exit code, the negative signal, or 1000 if it hangs. Nothing of it goes on."""
@@ -480,9 +480,13 @@ def _undisturbed(bench: Bench, name: str, kind: str) -> tuple[Any, float, set[st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def kills(bench: Bench, name: str) -> None:
-    """SIGKILL at random moments, half of them over an older output; then the same once more, to the end."""
-    scenario, command = f"kill-{name}", COMMANDS[name]
+def kills(bench: Bench, name: str, orderly: bool = False) -> None:
+    """SIGKILL at random moments, half of them over an older output; then the same once more, to the end.
+
+    Args:
+        orderly: SIGTERM and SIGHUP in turn instead, after which nothing temporary is there.
+    """
+    scenario, command = f"{'end' if orderly else 'kill'}-{name}", COMMANDS[name]
     over_older = name in ("segment", "prepare", "save")
     whole, seconds = whole_outputs(bench, name, ("new", "old") if over_older else ("new",))
     clean = names_left(bench, name)
@@ -495,8 +499,12 @@ def kills(bench: Bench, name: str) -> None:
         run = bench.run(command.work(bench, out, "new"), out)
         # The last part, in which files get their names, is short; a third of the kills go there.
         share = bench.rng.random() if tries % 3 else bench.rng.uniform(0.75, 1.05)
-        if run.kill(share * seconds):
+        how = (signal.SIGTERM, signal.SIGHUP)[killed % 2] if orderly else signal.SIGKILL
+        if run.kill(share * seconds, how):
             killed += 1
+            left = [path for path in _listing(out) if re.search(r"\.macosnet-|partial|replaced", path)]
+            if orderly and (left or "Traceback" in run.text()):
+                bench.fault(scenario, f"{how.name} left {sorted(left)[:5]}, said {run.text()[-800:]!r}")
             bench.count(scenario, "killed over an older output" if over_older and tries % 2 == 0 else "killed")
         else:
             bench.count(scenario, "was through already")
@@ -731,6 +739,10 @@ def together(bench: Bench, names: tuple[str, ...]) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {
+    **{
+        f"end-{name}": lambda bench, name=name: kills(bench, name, orderly=True)  # type: ignore[misc]
+        for name in ("segment", "prepare", "evaluate")
+    },
     **{f"kill-{name}": lambda bench, name=name: kills(bench, name) for name in COMMANDS},  # type: ignore[misc]
     "disk": full_disk,
     "read-only": read_only,

@@ -237,6 +237,76 @@ def _published() -> Kind:
     return Kind(3.0, place)
 
 
+def _tensors() -> Kind:
+    """A `.pth.tar` of which whole tensors are of another kind: strides, layouts, types, devices, values."""
+    from macosnet_hf.conversion.published import convert, read_state_dict
+
+    state = seeds.published_state()
+
+    def place(rng: random.Random, folder: Path) -> Read:
+        path = folder / "hostile.pth.tar"
+        path.write_bytes(damage.damage_tensors(state, rng))
+        return (lambda: convert(path)) if rng.random() < 0.5 else (lambda: read_state_dict(path))
+
+    return Kind(3.0, place)
+
+
+def _settings(scratch: Path) -> Kind:
+    """Values of MaCoSNetConfig; what it takes must also serve for a match that gives numbers."""
+    import torch
+
+    from macosnet_hf import MaCoSNetConfig
+    from macosnet_hf.io.checkpoints import load_model_and_processor
+
+    model, _ = load_model_and_processor(_tiny(scratch), "cpu")
+    document = model.config.to_dict()
+    names = [name for name in document if not name.startswith(("_", "auto_map", "architectures", "transformers"))]
+    at_match = [
+        name for name in names if name.startswith(("local_", "match_", "tps_", "mutual_", "cascade", "padding"))
+    ]
+    pixels = torch.rand(1, 2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+    def place(rng: random.Random, _: Path) -> Read:
+        changed = {}
+        for _ in range(rng.randrange(1, 3)):
+            name = rng.choice(at_match if rng.random() < 0.7 else names)
+            extreme = rng.choice((1e-3, 1e-2, 0.5, 1, 1e2, 1e3, 1e4))
+            old = document[name]
+            if isinstance(old, list) and rng.random() < 0.4:
+                changed[name] = [extreme] * len(old)
+            else:
+                changed[name] = extreme if rng.random() < 0.3 else damage.damage_value(old, rng)
+
+        def read() -> None:
+            config = MaCoSNetConfig(**{**document, **changed})
+            for name in at_match:
+                setattr(model.config, name, getattr(config, name))
+            with torch.inference_mode():
+                found = model(pixels)
+            if not all(bool(getattr(found, name).isfinite().all()) for name in ("keypoints", "matching_scores")):
+                raise ValueError("a match with numbers that are not finite")
+
+        return read
+
+    return Kind(2.0, place)
+
+
+def _yaml() -> Kind:
+    """A file of settings for training."""
+    from macosnet_hf.training.settings import JointSettings, read_settings
+
+    root = Path(__file__).resolve().parents[2]
+    files = [path.read_bytes() for path in sorted((root / "training" / "configs").glob("*.yaml"))]
+    required = {"dataset_name": ["d"], "model_name_or_path": "m", "output_dir": "o"}
+
+    def place(rng: random.Random, folder: Path) -> Read:
+        path = folder / "settings.yaml"
+        path.write_bytes(damage.damage_yaml(rng.choice(files), rng))
+        return lambda: read_settings(JointSettings, path, **required)
+
+    return Kind(3.0, place)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +457,9 @@ def kinds(scratch: Path) -> dict[str, Kind]:
         "safetensors": _checkpoint(scratch, "model.safetensors", damage.damage_safetensors, 1.0),
         "weights index": _index(scratch),
         "published checkpoints": _published(),
+        "hostile tensors": _tensors(),
+        "settings": _settings(scratch),
+        "YAML": _yaml(),
         "points as text": _point_text(),
         "points as values": _point_values(),
         "requests": _requests(scratch),

@@ -19,7 +19,7 @@ from typing import Any
 
 SECONDS = 5
 MEGABYTES = 1024
-_HANG_SECONDS = 120  # of the clock: a child that sleeps for ever uses no processor time
+_HANG_SECONDS = 600  # of the clock: a child that sleeps for ever uses no processor time
 OUTCOMES = ("handled", "typed error", "other error", "crash", "too slow", "left files")
 
 

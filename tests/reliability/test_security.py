@@ -222,7 +222,6 @@ def test_a_token_is_not_said_when_the_hub_cannot_be_had(arguments, tmp_path, sou
         text=True,
         cwd=tmp_path,
         env={**environment(), "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")},
-        timeout=120,
         check=False,
     )
     assert done.returncode == 2, done.stderr[-2000:]
@@ -438,7 +437,6 @@ def test_names_that_the_terminal_cannot_show_do_not_end_a_finished_run(tmp_path,
         [sys.executable, "-m", "macosnet_hf", "segment", *photos, *options],
         capture_output=True,
         env={**environment(), "PYTHONIOENCODING": encoding},
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()

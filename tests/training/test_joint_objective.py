@@ -271,7 +271,7 @@ def launched(processes: int, option: str, *words: object) -> subprocess.Complete
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", str(20000 + (os.getpid() + 13) % 20000)]
     command = [*launcher, str(TRAINING / "train.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
 
 
 def test_processes_that_accelerate_does_not_start_are_missed_at_once(tmp_path, start_model):
