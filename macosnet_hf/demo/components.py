@@ -7,13 +7,12 @@ import html
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
-from ..io.working_copy import for_browser
+from .reading import PhotoReader
 from .texts import REFINEMENTS
 
 DISPLAY_SIDE = 720  # pixels of the longer side of small result images
@@ -24,7 +23,7 @@ PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a functi
 
 # The camera at the back of a phone, and not mirrored: a mirrored partner is not recognised.
 _WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"ideal": "environment"}}})
-_OF_FILES = (gr.Image, gr.Gallery, gr.File)
+OF_FILES = (gr.Image, gr.Gallery, gr.File)
 
 
 def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]
     @functools.wraps(fn)
     def reading(*values: Any) -> Any:
         read = [
-            uploaded(value, component.GRADIO_CACHE) if isinstance(component, _OF_FILES) else component.preprocess(value)
+            uploaded(value, component.GRADIO_CACHE) if isinstance(component, OF_FILES) else component.preprocess(value)
             for component, value in zip(inputs, values[: len(inputs)], strict=True)
         ]
         return fn(*read, *values[len(inputs) :])  # behind the inputs: the request, the progress
@@ -58,7 +57,7 @@ def uploaded(value: Any, folder: str) -> Any:
     """
     if isinstance(value, list):
         return [uploaded(each, folder) for each in value]
-    if not value:
+    if value is None:
         return None
     folder, path = os.path.realpath(folder), os.path.realpath(value.get("image", value).get("path") or "")
     if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
@@ -86,13 +85,13 @@ def image_upload(name: str) -> gr.Image:
     )
 
 
-def check_on_upload(place: gr.Image | gr.Gallery) -> None:
+def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader) -> None:
     """Replaces an uploaded file that browsers do not show; takes one that cannot be used away, and a toast says why."""
 
     def shown(path: str) -> str | None:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                copy = for_browser(path, Path(folder))
+                copy = reader.for_browser(path, folder)
                 return path if copy is None else place.move_resource_to_block_cache(copy)
         except MaCoSNetError as error:
             gr.Warning(html.escape(str(error), quote=False))
