@@ -7,17 +7,55 @@ from __future__ import annotations
 
 import functools
 import io
+from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
 # Ghostscript on an untrusted file) and formats without a signature (TGA, PCX), which read random bytes as an image.
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
+FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF where pillow-heif is installed
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _PROFILED_MODES = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # and what they become in sRGB
+
+
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """Opens an image of the formats that are read; nothing is decoded yet.
+
+    Args:
+        file: a path, or a seekable binary file, which is read from its start.
+
+    Raises:
+        UnidentifiedImageError: if it is none, and whatever else PIL raises.
+    """
+    try:
+        return Image.open(file, formats=COMMON_FORMATS)
+    except UnidentifiedImageError:
+        Image.init()
+        reads_heif()
+        return Image.open(file, formats=[known for known in FURTHER_FORMATS if known in Image.OPEN])
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC, the images of iPhones, can be read: where `pillow-heif` is installed, which is registered here."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -36,8 +74,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Colours of an ICC profile, such as a phone's Display P3, are converted to sRGB; a broken profile is ignored.
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
-    taken as 8-bit or 16-bit where they fit, floating-point images as 0..1 or 0..255 (see [`white_level`]); other images
-    are stretched from their smallest to their largest value.
+    taken as 8-bit (values a quarter beyond are clipped) or 16-bit where they fit, floating-point images as 0..1 or
+    0..255 (see [`white_level`]); other images are stretched from their smallest to their largest value.
     """
     image.load()  # before the orientation is read: TIFF turns its pixels itself while loading
     orientation = exif_orientation(image)
@@ -48,11 +86,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         # `convert` copies, also an RGB image.
         upright = _on_white(coloured) if coloured.has_transparency_data else coloured.convert("RGB")
     upright.info = {}
-    if orientation > 1:
-        # The tag alone: `exif_transpose` writes the block again, which fails where it is damaged.
-        upright.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(upright, in_place=True)
-    return upright
+    return turned(upright, orientation)
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """An image that was stored with an EXIF orientation, upright and in its own mode; the image itself for 1.
+
+    PIL's `exif_transpose` writes the EXIF block again, which fails where it is damaged.
+    """
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:
@@ -134,8 +176,10 @@ def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
         white = white_level(values)
     else:
         low, high = float(values.min()), float(values.max())
-        white = 65535.0 if mode != "I" or high > 255 else 255.0
-        white = white if low >= 0 and high <= white else None
+        wide = mode != "I" or high > 255 * (1 + _OVERSHOOT)
+        white = 65535.0 if wide else 255.0
+        fits = low >= 0 and high <= white if wide else low >= -_OVERSHOOT * white
+        white = white if fits else None
     offset, scale = (0.0, 255.0 / white) if white is not None else (low, 255.0 / max(high - low, 1e-12))
     if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
         values, offset, scale = values / 2, offset / 2, scale * 2
