@@ -46,9 +46,7 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             with _alone_in(target):
-                for path in target.glob(f"{_PREFIX}*"):
-                    if path.is_dir() and not path.is_symlink():
-                        _remove_left_over(path)
+                clear_left_overs(target)
                 partial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
                 held = hold_folder(partial)
         except OSError as error:
@@ -78,6 +76,13 @@ def _move_all(partial: Path, target: Path) -> None:
             (target / path.name).unlink(missing_ok=True)
     for path in results:
         os.replace(path, target / path.name)
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Removes what killed runs of [`output_folder`] left in a folder."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        if path.is_dir() and not path.is_symlink():
+            _remove_left_over(path)
 
 
 def _remove_left_over(path: Path) -> None:
