@@ -12,7 +12,7 @@ from . import components
 from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions
-from .texts import agreement, collection_verdict, errors_for_visitors
+from .texts import PRESS_FIND, agreement, collection_verdict, errors_for_visitors
 
 if TYPE_CHECKING:
     from ..inference.files import SegmentedCollection
@@ -76,7 +76,7 @@ class CollectionTab:
 
     def _events(self, tab: gr.Tab) -> None:
         components.check_on_upload(self.photos)
-        tab.select(
+        opening = tab.select(
             **components.on_uploads(self.show_example, [self.photos]),
             outputs=[self.photos, *self.shown],
             concurrency_limit=2,
@@ -87,12 +87,21 @@ class CollectionTab:
         segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
         segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
         chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)
-        runs = [self.button.click(**segmenting), chosen.then(**segmenting)]
-        for run in runs:
-            components.hide_on_failure(run, self.key, self.verdict, self.results)
+        result = components.Result(self.key, self.verdict, self.results)
+        runs = [opening, *(result.start(event, **segmenting) for event in (self.button.click, chosen.then))]
         queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
         zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
-        self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
+        runs.append(zipping)
+        self.stop.click(self.sessions.stop, cancels=runs, **components.INSTANT)
+        changes = [self.photos.upload, self.photos.delete]
+        result.forget(changes, PRESS_FIND, runs)
+        gr.on(changes, self.sessions.stop, **components.INSTANT)
+        # Its button "Clear" triggers nothing else.
+        self.photos.change(
+            **components.on_uploads(self.emptied, [self.photos]),
+            outputs=[self.key, self.verdict, self.results],
+            **components.INSTANT,
+        )
 
     def show(self, collection: SegmentedCollection, owner: str | None) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`."""
@@ -107,7 +116,7 @@ class CollectionTab:
             list(zip(cached_images(self.masks, masks, "png"), captions, strict=True)),
             *sheet_and_average(self.sheet, collection),
             agreement(collection),
-            None,
+            gr.File(None, visible=False),
             gr.Column(visible=True),
         )
 
@@ -124,6 +133,13 @@ class CollectionTab:
             return gr.skip()
         with errors_for_visitors():
             return (list(COLLECTION_EXAMPLE), *self.show(self.sessions.example_collection(), request.session_hash))
+
+    def emptied(self, photos: list[str] | None, request: gr.Request) -> Any:
+        """Takes the result away where no photo is left."""
+        if photos:
+            return gr.skip()
+        self.sessions.stop(request)
+        return components.Result.none()
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> gr.File:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:

@@ -14,7 +14,7 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from ..io.working_copy import for_browser
-from .texts import REFINEMENTS
+from .texts import REFINEMENTS, marked
 
 DISPLAY_SIDE = 720  # pixels of the longer side of small result images
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
@@ -108,9 +108,27 @@ def check_on_upload(place: gr.Image | gr.Gallery) -> None:
     place.upload(**on_uploads(check, [place]), outputs=place, **QUIET)
 
 
-def hide_on_failure(run: Any, key: gr.State, verdict: gr.HTML, results: gr.Column) -> None:
-    """Takes an old result away where a run fails: it does not belong to what is chosen now."""
-    run.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, verdict, results], **INSTANT)
+class Result:
+    """What a tab shows of a result: its key, the verdict, and the column below. None stays that is not of the photos
+    that are chosen now."""
+
+    def __init__(self, key: gr.State, verdict: gr.HTML, results: gr.Column) -> None:
+        self._none: dict[str, Any] = {"outputs": [key, verdict, results], **INSTANT}
+
+    def start(self, event: Callable[..., Any], **run: Any) -> Any:
+        """Runs at an event, such as the click of a button. The old result goes first, or if the run fails."""
+        done = event(self.none, **self._none).then(**run)
+        done.failure(self.none, **self._none)
+        return done
+
+    def forget(self, events: Sequence[Callable[..., Any]], words: str, runs: Sequence[Any]) -> None:
+        """Takes the result away when photos change, ends runs that are of the old ones, and says what to do now."""
+        gr.on(events, functools.partial(self.none, words), cancels=runs, **self._none)
+
+    @staticmethod
+    def none(words: str = "") -> tuple[Any, ...]:
+        """The values of key, verdict and column while there is no result."""
+        return None, marked("new photos", "new", words) if words else "", gr.Column(visible=False)
 
 
 def result_image(label: str, **options: Any) -> gr.Image:
@@ -118,6 +136,7 @@ def result_image(label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options})
 
 
-def refinement_choice() -> gr.Radio:
-    """The choice of how masks get their edges."""
-    return gr.Radio(REFINEMENTS, value="grabcut", label="Edges of the masks", min_width=240)
+def refinement_choice(**options: Any) -> gr.Radio:
+    """The choice of how masks get their edges, in words for visitors unless `choices` and `label` are given."""
+    words = {"choices": REFINEMENTS, "label": "Edges of the masks"}
+    return gr.Radio(**{**words, **options}, value=REFINEMENTS[0][1], min_width=240)

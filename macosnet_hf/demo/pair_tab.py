@@ -10,7 +10,7 @@ from . import components
 from .downloads import cached_images, pair_files
 from .examples import EXAMPLES, pair_examples
 from .sessions import Sessions
-from .texts import errors_for_visitors, marked, pair_verdict
+from .texts import PRESS_MATCH, errors_for_visitors, marked, pair_verdict
 from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ class PairTab:
         self._results()
         self.shown = [self.key, self.verdict, self.drawing, *self.masks, self.warped, self.files, self.results]
         self._matching_events(demo)
-        self._result_events()
 
     def _inputs(self) -> None:
         with gr.Row(equal_height=True):
@@ -69,7 +68,7 @@ class PairTab:
             self.files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
 
     def _matching_events(self, demo: gr.Blocks) -> None:
-        demo.load(
+        opening = demo.load(
             self.show_example,
             [self.threshold, self.count],
             [*self.uploads, *self.shown],
@@ -81,22 +80,18 @@ class PairTab:
         inputs = [*self.uploads, self.threshold, self.count, self.refine]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
         chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
-        for run in (self.button.click(**matching), chosen.then(**matching)):
-            components.hide_on_failure(run, self.key, self.verdict, self.results)
+        result = components.Result(self.key, self.verdict, self.results)
+        runs = [opening, *(result.start(event, **matching) for event in (self.button.click, chosen.then))]
+        changes = [event for place in self.uploads for event in (place.upload, place.clear, place.input)]
+        result.forget(changes, PRESS_MATCH, [*runs, *self._result_events()])
 
-    def _result_events(self) -> None:
+    def _result_events(self) -> list[Any]:
+        """What happens to a result; returns the runs among it."""
         options = [self.threshold, self.count]
-        # One listener for both, so that answers cannot overtake each other.
-        gr.on(
-            [slider.input for slider in options],
-            self.redraw,
-            [self.key, *options],
-            self.drawing,
-            trigger_mode="always_last",
-            **components.QUIET,
+        refining = self.refine.input(
+            self.refine_again, [self.key, *options, self.refine], **{**self._of_runs(), "show_progress_on": self.masks}
         )
-        self.refine.input(self.refine_again, [self.key, *options, self.refine], **self._of_runs())
-        self.make_files.click(
+        writing = self.make_files.click(
             self.write_files,
             [self.key, self.threshold],
             self.files,
@@ -104,6 +99,17 @@ class PairTab:
             show_progress_on=self.make_files,
             **components.PRIVATE,
         )
+        # One listener for both, so that answers cannot overtake each other.
+        gr.on(
+            [slider.input for slider in options],
+            self.redraw,
+            [self.key, *options],
+            [self.drawing, self.files],
+            trigger_mode="always_last",
+            cancels=[writing],  # the files of the threshold that was
+            **components.QUIET,
+        )
+        return [refining, writing]
 
     def _of_runs(self) -> dict[str, Any]:
         queue = {"concurrency_id": "pair", "concurrency_limit": 2}
@@ -131,7 +137,7 @@ class PairTab:
             source_object,
             target_object,
             tuple(slides),
-            None,
+            _no_files(),
             gr.Column(visible=True),
         )
 
@@ -146,9 +152,10 @@ class PairTab:
         with errors_for_visitors():
             return (*EXAMPLES[0], *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
 
-    def redraw(self, key: str | None, threshold: float, count: int) -> str:
+    def redraw(self, key: str | None, threshold: float, count: int) -> tuple[str, gr.Files]:
+        """The lines; the files for download are of another threshold, so they go."""
         with errors_for_visitors():
-            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count)
+            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count), _no_files()
 
     def refine_again(
         self, key: str | None, threshold: float, count: int, refine: str, request: gr.Request
@@ -160,3 +167,7 @@ class PairTab:
         with errors_for_visitors():
             paths = pair_files(self.files, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
             return gr.Files(paths, visible=True)
+
+
+def _no_files() -> gr.Files:
+    return gr.Files(None, visible=False)
