@@ -11,7 +11,7 @@ from ..drawing import cutout
 from . import components
 from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
-from .sessions import Sessions
+from .sessions import Sessions, Stopped
 from .texts import PRESS_FIND, agreement, collection_verdict, errors_for_visitors
 
 if TYPE_CHECKING:
@@ -87,21 +87,19 @@ class CollectionTab:
         segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
         segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
         chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)
-        result = components.Result(self.key, self.verdict, self.results)
-        runs = [opening, *(result.start(event, **segmenting) for event in (self.button.click, chosen.then))]
+        blank = [self.key, self.verdict, self.results]
+        changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
+        changed |= components.on_uploads(self.changed, [self.photos])
+        runs = [components.run_on(event, blank, **segmenting) for event in (self.button.click, chosen.then)]
+        for run in runs:
+            run.then(**changed)  # its answer may overtake that of a change
         queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
         zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
-        runs.append(zipping)
-        self.stop.click(self.sessions.stop, cancels=runs, **components.INSTANT)
-        changes = [self.photos.upload, self.photos.delete]
-        result.forget(changes, PRESS_FIND, runs)
-        gr.on(changes, self.sessions.stop, **components.INSTANT)
-        # Its button "Clear" triggers nothing else.
-        self.photos.change(
-            **components.on_uploads(self.emptied, [self.photos]),
-            outputs=[self.key, self.verdict, self.results],
-            **components.INSTANT,
-        )
+        self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
+        gr.on([self.photos.upload, self.photos.delete], **changed)
+        self.photos.change(**components.on_uploads(self.emptied, [self.photos]), outputs=blank, **components.INSTANT)
+        # Of a page that is still loading, the example would replace the photos.
+        self.photos.upload(None, cancels=[opening], **components.INSTANT)
 
     def show(self, collection: SegmentedCollection, owner: str | None) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`."""
@@ -123,9 +121,29 @@ class CollectionTab:
     def segment_photos(
         self, paths: list[str] | None, refine: str, request: gr.Request, progress: Any = components.PROGRESS
     ) -> tuple[Any, ...]:
-        with errors_for_visitors(), self.sessions.run(request, progress) as report:
-            collection = self.sessions.matcher.collection(paths or [], refine, report)
+        place = self.sessions.place(request, "collection")
+        with errors_for_visitors(), place.run(paths), self.sessions.run(request, progress) as report:
+            try:
+                collection = self.sessions.matcher.collection(paths or [], refine, report)
+            except Stopped:
+                if place.photos == paths:
+                    raise
+            if place.photos != paths:
+                key, verdict, results = components.no_result(PRESS_FIND if place.photos else "")
+                return key, verdict, *([gr.skip()] * 6), results
+            place.shown = paths
             return self.show(collection, request.session_hash)
+
+    def changed(self, photos: list[str] | None, request: gr.Request) -> Any:
+        """Takes a result away that is not of these photos, and ends a run of others."""
+        place = self.sessions.place(request, "collection")
+        if place.photos != photos:
+            self.sessions.stop(request)
+        return components.no_result(PRESS_FIND if photos else "") if place.changed(photos) else gr.skip()
+
+    def emptied(self, photos: list[str] | None, request: gr.Request) -> Any:
+        """Takes the result away where no photo is left: the gallery's button "Clear" triggers a change only."""
+        return gr.skip() if photos else self.changed(photos, request)
 
     def show_example(self, paths: list[str] | None, request: gr.Request) -> Any:
         """Fills the tab of a visitor who comes to it with nothing."""
@@ -133,13 +151,6 @@ class CollectionTab:
             return gr.skip()
         with errors_for_visitors():
             return (list(COLLECTION_EXAMPLE), *self.show(self.sessions.example_collection(), request.session_hash))
-
-    def emptied(self, photos: list[str] | None, request: gr.Request) -> Any:
-        """Takes the result away where no photo is left."""
-        if photos:
-            return gr.skip()
-        self.sessions.stop(request)
-        return components.Result.none()
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> gr.File:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:

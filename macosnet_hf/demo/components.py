@@ -108,27 +108,21 @@ def check_on_upload(place: gr.Image | gr.Gallery) -> None:
     place.upload(**on_uploads(check, [place]), outputs=place, **QUIET)
 
 
-class Result:
-    """What a tab shows of a result: its key, the verdict, and the column below. None stays that is not of the photos
-    that are chosen now."""
+def no_result(words: str = "") -> tuple[Any, ...]:
+    """The values of key, verdict and column of results while there is no result; the words say what to do."""
+    return None, marked("new photos", "new", words) if words else "", gr.Column(visible=False)
 
-    def __init__(self, key: gr.State, verdict: gr.HTML, results: gr.Column) -> None:
-        self._none: dict[str, Any] = {"outputs": [key, verdict, results], **INSTANT}
 
-    def start(self, event: Callable[..., Any], **run: Any) -> Any:
-        """Runs at an event, such as the click of a button. The old result goes first, or if the run fails."""
-        done = event(self.none, **self._none).then(**run)
-        done.failure(self.none, **self._none)
-        return done
+def run_on(event: Callable[..., Any], blank: list[Any], **run: Any) -> Any:
+    """Runs at an event, such as the click of a button. The old result goes first, and if the run fails.
 
-    def forget(self, events: Sequence[Callable[..., Any]], words: str, runs: Sequence[Any]) -> None:
-        """Takes the result away when photos change, ends runs that are of the old ones, and says what to do now."""
-        gr.on(events, functools.partial(self.none, words), cancels=runs, **self._none)
-
-    @staticmethod
-    def none(words: str = "") -> tuple[Any, ...]:
-        """The values of key, verdict and column while there is no result."""
-        return None, marked("new photos", "new", words) if words else "", gr.Column(visible=False)
+    Args:
+        blank: key, verdict and column of results.
+        run: of the event that runs.
+    """
+    done = event(no_result, outputs=blank, **INSTANT).then(**run)
+    done.failure(no_result, outputs=blank, **INSTANT)
+    return done
 
 
 def result_image(label: str, **options: Any) -> gr.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -27,6 +28,7 @@ class PairTab:
         self._results()
         self.shown = [self.key, self.verdict, self.drawing, *self.masks, self.warped, self.files, self.results]
         self._matching_events(demo)
+        self._result_events()
 
     def _inputs(self) -> None:
         with gr.Row(equal_height=True):
@@ -80,25 +82,22 @@ class PairTab:
         inputs = [*self.uploads, self.threshold, self.count, self.refine]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
         chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
-        result = components.Result(self.key, self.verdict, self.results)
-        runs = [opening, *(result.start(event, **matching) for event in (self.button.click, chosen.then))]
-        changes = [event for place in self.uploads for event in (place.upload, place.clear, place.input)]
-        result.forget(changes, PRESS_MATCH, [*runs, *self._result_events()])
+        blank = [self.key, self.verdict, self.results]
+        changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
+        changed |= components.on_uploads(self.changed, self.uploads)
+        for event in (self.button.click, chosen.then):
+            # Once more at the end: its answer may overtake that of a change.
+            components.run_on(event, blank, **matching).then(**changed)
+        for place in self.uploads:
+            gr.on([place.upload, place.clear, place.input], **changed)
+            # Of a page that is still loading, the example would replace the photo.
+            place.upload(None, cancels=[opening], **components.INSTANT)
 
-    def _result_events(self) -> list[Any]:
-        """What happens to a result; returns the runs among it."""
+    def _result_events(self) -> None:
         options = [self.threshold, self.count]
-        refining = self.refine.input(
-            self.refine_again, [self.key, *options, self.refine], **{**self._of_runs(), "show_progress_on": self.masks}
-        )
-        writing = self.make_files.click(
-            self.write_files,
-            [self.key, self.threshold],
-            self.files,
-            concurrency_limit=2,
-            show_progress_on=self.make_files,
-            **components.PRIVATE,
-        )
+        inputs = [*self.uploads, self.key, *options, self.refine]
+        refining: dict[str, Any] = {**self._of_runs(), "show_progress_on": self.masks}
+        self.refine.input(**components.on_uploads(self.refine_again, inputs), **refining)
         # One listener for both, so that answers cannot overtake each other.
         gr.on(
             [slider.input for slider in options],
@@ -106,10 +105,16 @@ class PairTab:
             [self.key, *options],
             [self.drawing, self.files],
             trigger_mode="always_last",
-            cancels=[writing],  # the files of the threshold that was
             **components.QUIET,
         )
-        return [refining, writing]
+        self.make_files.click(
+            self.write_files,
+            [self.key, self.threshold],
+            self.files,
+            concurrency_limit=2,
+            show_progress_on=self.make_files,
+            **components.PRIVATE,
+        )
 
     def _of_runs(self) -> dict[str, Any]:
         queue = {"concurrency_id": "pair", "concurrency_limit": 2}
@@ -145,28 +150,65 @@ class PairTab:
         self, source: str | None, target: str | None, threshold: float, count: int, refine: str, request: gr.Request
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
-            pair = self.sessions.matcher.pair(*components.checked_pair(source, target), refine)
-            return self.show(pair, threshold, count, request.session_hash)
+            photos = components.checked_pair(source, target)
+            return self._show_if_chosen(
+                photos, lambda: self.sessions.matcher.pair(*photos, refine), threshold, count, request
+            )
+
+    def _show_if_chosen(
+        self,
+        photos: tuple[str | None, ...],
+        work: Callable[[], MatchedPair],
+        threshold: float,
+        count: int,
+        request: gr.Request,
+    ) -> tuple[Any, ...]:
+        """The values of `shown`; those without a result if other photos were chosen during the work."""
+        place = self.sessions.place(request, "pair")
+        with place.run(photos):
+            pair = work()
+        if place.photos != photos:
+            key, verdict, results = components.no_result(PRESS_MATCH)
+            return key, verdict, *([gr.skip()] * 4), _no_files(), results
+        place.shown = photos
+        return self.show(pair, threshold, count, request.session_hash)
+
+    def changed(self, source: str | None, target: str | None, request: gr.Request) -> Any:
+        """Takes a result away that is not of these photos."""
+        other = self.sessions.place(request, "pair").changed((source, target))
+        return components.no_result(PRESS_MATCH) if other else gr.skip()
 
     def show_example(self, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         with errors_for_visitors():
             return (*EXAMPLES[0], *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
 
-    def redraw(self, key: str | None, threshold: float, count: int) -> tuple[str, gr.Files]:
+    def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[str, gr.Files]:
         """The lines; the files for download are of another threshold, so they go."""
         with errors_for_visitors():
+            self.sessions.place(request, "pair").files = None
             return viewer_lines(self.sessions.pairs.get(key).result, threshold, count), _no_files()
 
     def refine_again(
-        self, key: str | None, threshold: float, count: int, refine: str, request: gr.Request
+        self,
+        source: str | None,
+        target: str | None,
+        key: str | None,
+        threshold: float,
+        count: int,
+        refine: str,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
-            return self.show(self.sessions.pairs.get(key).refined(refine), threshold, count, request.session_hash)
+            pair = self.sessions.pairs.get(key)
+            return self._show_if_chosen((source, target), lambda: pair.refined(refine), threshold, count, request)
 
-    def write_files(self, key: str | None, threshold: float) -> gr.Files:
+    def write_files(self, key: str | None, threshold: float, request: gr.Request) -> gr.Files:
+        """All files of what is shown; none if that has changed meanwhile."""
         with errors_for_visitors():
+            place = self.sessions.place(request, "pair")
+            place.files = asked = (key, threshold)
             paths = pair_files(self.files, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
-            return gr.Files(paths, visible=True)
+            return gr.Files(paths, visible=True) if place.files == asked else _no_files()
 
 
 def _no_files() -> gr.Files:
