@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import re
 import reprlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from .directions import ORIENTATIONS
 from .errors import InputError
+
+if TYPE_CHECKING:
+    # transformers copies what a module imports relatively, here too. Hence every module that travels is written by
+    # whatever is saved, also by a processor or a configuration alone: beside modules of an older version, which stay
+    # in the folder otherwise, those of this version would not load.
+    from .modeling_macosnet import MaCoSNetModel  # noqa: F401
 
 # Raised when a setting changes its meaning, or a new one changes what a model answers.
 _CONFIG_VERSION = 3

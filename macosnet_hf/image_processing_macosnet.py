@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, load_image
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .configuration_macosnet import MaCoSNetConfig
 from .drawing import draw_matches
 from .errors import ImageError, InputError
 from .geometry import Transform, denormalize_points, normalize_points, relative_to_pixels, resize_masks
-from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb, white_level
+from .images import MAX_PIXELS, as_upright_rgb, open_image, upright_rgb, white_level
 from .refinement import check_method, refine_mask
 
 _VIEWS = (2, 3)  # pairs and triplets
@@ -394,7 +397,10 @@ class MaCoSNetImageProcessor(PilBackend):
 
 
 def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.Image:
-    """The upright RGB image at a path or URL, in base64, or of a PIL image, by transformers' `load_image`.
+    """The upright RGB image at a path or URL, in base64, or of a PIL image.
+
+    transformers' `load_image` takes the same, but opens any format, and loses colour profiles of palettes,
+    transparency and 16-bit greyscale.
 
     Args:
         image: path, URL, base64 or PIL image.
@@ -403,22 +409,28 @@ def read_image(image: str | Image.Image, timeout: float | None = None) -> Image.
     Raises:
         ImageError: if it cannot be read, or a file has more than [`MAX_PIXELS`] pixels; its header is read first.
     """
-    name = "The image" if isinstance(image, Image.Image) else f"The image '{image[:200]}'"
+    if isinstance(image, Image.Image):
+        return _decoded(image)
+    name = f"The image '{image[:200]}'"
     try:
-        if isinstance(image, str) and os.path.isfile(image):
-            Image.init()
-            formats = [known for known in (*COMMON_FORMATS, *FURTHER_FORMATS) if known in Image.OPEN]
-            with Image.open(image, formats=formats) as header:
-                pixels = header.width * header.height
+        with open_image(image if os.path.isfile(image) else io.BytesIO(_fetched(image, timeout))) as opened:
+            pixels = opened.width * opened.height
             if pixels > MAX_PIXELS:
                 raise ImageError(f"{name} has {pixels / 1e6:.6g} megapixels, more than {MAX_PIXELS / 1e6:.6g}.")
-        return load_image(image, timeout=timeout)
+            return upright_rgb(opened)
     except ImageError:
         raise
-    except Exception as error:  # the library's loader and PIL raise many kinds
-        if isinstance(image, str) and not os.path.isfile(image) and not image.startswith(("http:", "https:", "data:")):
+    except Exception as error:  # PIL and the web raise many kinds
+        if not os.path.isfile(image) and not image.startswith(("http:", "https:", "data:")):
             raise ImageError(f"{name} does not exist: it is no file, no web address and no base64.") from error
         raise ImageError(f"{name} cannot be read ({error}).") from error
+
+
+def _fetched(source: str, timeout: float | None) -> bytes:
+    """The bytes at a web address, or in base64 with or without `data:image/...,` before it."""
+    if source.startswith(("http://", "https://")):
+        return httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content
+    return base64.decodebytes(source.rpartition(",")[2].encode())
 
 
 def _decoded(image: Image.Image) -> Image.Image:

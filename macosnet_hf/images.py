@@ -8,18 +8,56 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
 # Ghostscript on an untrusted file) and formats without a signature (TGA, PCX), which read random bytes as an image.
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
+FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF where pillow-heif is installed
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
 _BAND_PIXELS = 1 << 20  # of a large image that are converted at once
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _PROFILED_MODES = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # and what they become in sRGB
+
+
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """Opens an image of the formats that are read; nothing is decoded yet.
+
+    Args:
+        file: a path, or a seekable binary file, which is read from its start.
+
+    Raises:
+        UnidentifiedImageError: if it is none, and whatever else PIL raises.
+    """
+    try:
+        return Image.open(file, formats=COMMON_FORMATS)
+    except UnidentifiedImageError:
+        Image.init()
+        reads_heif()
+        return Image.open(file, formats=[known for known in FURTHER_FORMATS if known in Image.OPEN])
+
+
+@functools.cache
+def reads_heif() -> bool:
+    """Whether HEIC, the images of iPhones, can be read: where `pillow-heif` is installed, which is registered here."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -38,8 +76,8 @@ def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Ima
 
     Colours of an ICC profile, such as a phone's Display P3, are converted to sRGB; a broken profile is ignored.
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
-    taken as 8-bit or 16-bit where they fit, floating-point images as 0..1 or 0..255 (see [`white_level`]); other images
-    are stretched from their smallest to their largest value.
+    taken as 8-bit (values a quarter beyond are clipped) or 16-bit where they fit, floating-point images as 0..1 or
+    0..255 (see [`white_level`]); other images are stretched from their smallest to their largest value.
 
     Large images are converted in bands, which takes little memory beside the image and the new one.
 
@@ -52,11 +90,15 @@ def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Ima
     wide = image.mode.startswith("I") or image.mode == "F"
     upright = _by_bands(image, _eight_bits(image) if wide else _to_rgb)
     upright.info = {}
-    if orientation > 1:
-        # The tag alone: `exif_transpose` writes the block again, which fails where it is damaged.
-        upright.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(upright, in_place=True)
-    return upright
+    return turned(upright, orientation)
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """An image that was stored with an EXIF orientation, upright and in its own mode; the image itself for 1.
+
+    PIL's `exif_transpose` writes the EXIF block again, which fails where it is damaged.
+    """
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -166,8 +208,10 @@ def _eight_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     if mode == "F":
         white = _white_level(low, high, lambda: all(_is_whole(_finite(band)) for _, band in _bands(image)))
     else:
-        white = 65535.0 if mode != "I" or high > 255 else 255.0
-        white = white if low >= 0 and high <= white else None
+        wide = mode != "I" or high > 255 * (1 + _OVERSHOOT)
+        white = 65535.0 if wide else 255.0
+        fits = low >= 0 and high <= white if wide else low >= -_OVERSHOOT * white
+        white = white if fits else None
     offset, scale = (0.0, 255.0 / white) if white is not None else (low, 255.0 / max(high - low, 1e-12))
     halved = high - low > float(np.finfo(np.float32).max)  # found by hypothesis: the difference has no place in 32 bits
     if halved:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from gradio.media import get_image
@@ -41,9 +42,12 @@ class CountingMatcher(app.Matcher):
         self.pairs = 0
         self.collections = 0
         self.stopped = 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
 
     def pair(self, source, target, refine):
         self.pairs += 1
+        assert self.may_answer.wait(60)
         return super().pair(source, target, refine)
 
     def collection(self, paths, refine, progress):

@@ -4,6 +4,7 @@ The images of a pair are never square and never of the same size here, so that n
 source and target, can hide.
 """
 
+import base64
 import io
 import math
 import os
@@ -19,7 +20,7 @@ from real_photos import PHOTOS
 
 from macosnet_hf.errors import ImageError, InputError, MaCoSNetError
 from macosnet_hf.geometry import Transform
-from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
+from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor, read_image
 from macosnet_hf.io.image_files import load_image
 from macosnet_hf.modeling_macosnet import MaCoSNetKeypointMatchingOutput
 
@@ -214,11 +215,15 @@ def test_floating_point_ranges_are_not_guessed(processor):
     np.testing.assert_allclose(processor.preprocess_views(dark)["pixel_values"], expected, atol=1e-6)
 
 
+def green_is_red() -> bytes:
+    """An ICC profile."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"XYZ_").replace(b"gXYZ", b"rXYZ").replace(b"XYZ_", b"gXYZ")
+
+
 def test_colours_of_a_profile_become_srgb(processor, pair, tmp_path):
     """By path, as an open file and as a PIL image, as `load_image` does it."""
-    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = swapped.replace(b"rXYZ", b"XYZ_").replace(b"gXYZ", b"rXYZ").replace(b"XYZ_", b"gXYZ")  # green is red
-    pair[0].save(tmp_path / "profile.png", icc_profile=swapped)
+    pair[0].save(tmp_path / "profile.png", icc_profile=green_is_red())
     red, green, blue = pair[0].split()
     loaded = load_image(tmp_path / "profile.png")
     difference = np.abs(np.asarray(loaded, int) - np.asarray(Image.merge("RGB", (green, red, blue)), int))
@@ -313,6 +318,34 @@ def test_a_path_that_cannot_be_read(processor, pair, tmp_path):
             processor([str(path), pair[0]])
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK"])
+def test_a_path_a_url_of_bytes_and_an_image_are_read_alike(pair, tmp_path, mode):
+    """transformers' loader clips 16 bits, shows what lies under transparency and loses a palette's profile."""
+    image = pair[0].convert("RGB").resize((80, 60))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    image.save(path, **({"icc_profile": green_is_red()} if mode == "P" else {}))
+    expected = np.asarray(load_image(path))
+    inline = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    with Image.open(path) as opened:
+        for source in (str(path), inline, opened):
+            np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+
+
+@pytest.mark.parametrize("where", ["path", "inline"])
+def test_formats_that_start_programs_are_not_opened(tmp_path, where):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_bytes(eps)
+    inline = "data:image/png;base64," + base64.b64encode(eps).decode()
+    with pytest.raises(ImageError, match="cannot identify image file"):
+        read_image(str(tmp_path / "a.png") if where == "path" else inline)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -389,15 +422,9 @@ def test_what_travels_to_the_hub():
 
     import macosnet_hf.image_processing_macosnet as module
 
-    needed = [Path(file).name for file in get_relative_import_files(module.__file__)]
-    assert sorted(needed) == [
-        "configuration_macosnet.py",
-        "drawing.py",
-        "errors.py",
-        "geometry.py",
-        "images.py",
-        "refinement.py",
-    ]
+    needed = {Path(file).name for file in get_relative_import_files(module.__file__)}
+    flat = {path.name for path in Path(module.__file__).parent.glob("[a-z]*.py")}
+    assert needed == flat, "beside modules of another version it would not load"
     for file in [module.__file__, *get_relative_import_files(module.__file__)]:
         assert "macosnet_hf" not in get_imports(file)
         assert "cv2" not in get_imports(file)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_models import random_pictures, small_model
 
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
+from macosnet_hf.image_processing_macosnet import MaCoSNetImageProcessor
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 # Runs in a process of its own. Writes what the models say to files, so that the test can compare bits.
@@ -199,6 +200,20 @@ def test_a_folder_of_version_0_1_loads_with_its_own_code_and_with_the_package(tm
     for name, value in expected.items():
         assert torch.equal(installed[name], value), name
         assert torch.equal(remote[name], value), name
+
+
+@pytest.mark.parametrize("saved", [MaCoSNetImageProcessor, MaCoSNetConfig])
+def test_what_is_saved_alone_leaves_no_module_of_another_version(saved, tmp_path):
+    """Into a folder of 0.1, whose modeling_macosnet.py imports names that this version's modules do not have."""
+    small_model(MaCoSNetForKeypointMatching).save_pretrained(tmp_path / "model")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.py")}
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in (*expected, "agreement.py"):
+        (folder / name).write_text("from .geometry import a_name_of_0_1\n")
+    saved().save_pretrained(folder)
+    for name, content in expected.items():
+        assert (folder / name).read_bytes() == content, name
 
 
 def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, OutputError
 from ..io.checkpoints import check_checkpoint
-from ..io.output_folder import output_folder
+from ..io.output_folder import clear_left_overs, output_folder
 from ..io.package import DEFAULT_CHECKPOINT
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     resolved, images = output.resolve(), folder.resolve()
     if resolved == images or images in resolved.parents:
         raise InputError("The output folder lies in the folder of the images; choose another one.")
+    if output.is_dir():
+        clear_left_overs(output)
     if output.is_dir() and any(output.iterdir()):
         raise OutputError(f"The output folder {args.output_dir} is not empty; choose a new one.")
     check_checkpoint(args.model)

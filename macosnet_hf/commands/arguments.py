@@ -1,4 +1,4 @@
-"""What `macosnet match` and `macosnet segment` share: options, the network, the progress bar."""
+"""What commands share: options, the network, the progress bar."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .arguments import progress_bar
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet convert`."""
@@ -25,8 +27,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..conversion.published import convert, save
 
-    conversion = convert(args.checkpoint, args.second)
-    save(conversion, args.output)
+    with progress_bar() as progress:
+        progress(0.0, "Reading the checkpoint")
+        conversion = convert(args.checkpoint, args.second)
+        progress(0.7, "Writing the model")
+        save(conversion, args.output)
     for note in conversion.notes:
         print(note)
     print(f"Converted; load it with MaCoSNetForKeypointMatching.from_pretrained({str(Path(args.output))!r})")

@@ -6,6 +6,7 @@ import argparse
 
 from ..conversion.export import FORMATS
 from ..io.package import DEFAULT_CHECKPOINT
+from .arguments import progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +31,10 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "onnx":
         need("onnx", "onnxscript", "onnxruntime")
     check_checkpoint(args.model)
-    model, processor = load_model_and_processor(args.model, "cpu")
-    done = export(model, processor, args.output, args.format)
+    with progress_bar() as progress:
+        progress(0.0, "Loading the network")
+        model, processor = load_model_and_processor(args.model, "cpu")
+        done = export(model, processor, args.output, args.format, progress)
     print(f"{done.path}, {done.path.stat().st_size / 1e6:.1f} MB")
     worst = max(done.difference, key=lambda name: done.difference[name])
     print(f"largest difference from PyTorch: {done.difference[worst]:.1e} ({worst})")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="an image")
     parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # to name the mistake
     add_model_arguments(parser, PAIR_ARCHIVE)
     parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
     points = parser.add_mutually_exclusive_group()
@@ -52,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold must lie between 0 and 1; got {args.threshold:g}.")
+    if args.more:
+        count = 2 + len(args.more)
+        raise InputError(f"`macosnet match` takes two images, not {count}; `macosnet segment` takes any number.")
+    for path in (args.source, args.target):
+        if os.path.isdir(path):
+            raise InputError(f"'{path}' is a folder; name two images, or give the folder to `macosnet segment`.")
     points = _read_points(args)
     check_checkpoint(args.model)
     give_memory_back()
@@ -77,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.zip:
             zip_folder(folder, PAIR_ARCHIVE)
+    if pair.same_image:
+        print("macosnet: both images are the same, so each point finds itself; name two images.", file=sys.stderr)
     count = len(document["matches"])
     words = f"{count} {'match' if count == 1 else 'matches'}, quality {document['quality']}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
-    for pair in document.get("points", []):
-        print("source {:g},{:g} lies at target {:g},{:g}".format(*pair["source"], *pair["target"]))
+    for point in document.get("points", []):
+        print("source {:g},{:g} lies at target {:g},{:g}".format(*point["source"], *point["target"]))
     return 0
 
 

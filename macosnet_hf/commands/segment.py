@@ -7,15 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ImageError, InputError
 from ..inference import COLLECTION_SIDE
 from ..inference.result_files import COLLECTION_ARCHIVE, collection_file_names, write_collection, zip_folder
-from ..io.image_files import is_image_file
+from ..io.image_files import image_size, is_image_file
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
 from .arguments import add_model_arguments, load_network, progress_bar
+
+if TYPE_CHECKING:
+    from ..inference.files import Progress
 
 _READERS = min(8, os.cpu_count() or 1)  # images that are decoded at the same time
 _WRITERS = 2  # images that are in memory in full size at the same time
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if from_folder and os.path.realpath(args.output_dir) == os.path.realpath(args.photos[0]):
         raise InputError("The output folder is the folder of the images; a second run would take masks for them.")
     give_memory_back()
-    copies, skipped = _read_copies(paths, skip_damaged=from_folder)
+    with progress_bar() as progress:
+        copies, skipped = _read_copies(paths, skip_damaged=from_folder, progress=progress)
     if len(copies) < 2:
         raise InputError(
             f"Co-segmentation needs two or more images; of the {len(paths)} in {args.photos[0]} {len(copies)} can "
@@ -126,11 +131,14 @@ def _image_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
         named.setdefault(os.path.realpath(argument), Path(argument))
     paths = list(named.values())
     if len(paths) < 2:
+        image_size(paths[0])  # an archive or a film is a mistake that can be named
         raise InputError("Co-segmentation needs two or more different images, or a folder of them.")
     return paths, False
 
 
-def _read_copies(paths: Sequence[Path], *, skip_damaged: bool) -> tuple[list[WorkingCopy], list[tuple[str, str]]]:
+def _read_copies(
+    paths: Sequence[Path], *, skip_damaged: bool, progress: Progress
+) -> tuple[list[WorkingCopy], list[tuple[str, str]]]:
     """Working copies of the images that can be read, and the names of the others with the reason.
 
     Raises:
@@ -147,7 +155,8 @@ def _read_copies(paths: Sequence[Path], *, skip_damaged: bool) -> tuple[list[Wor
     copies: list[WorkingCopy] = []
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_READERS) as pool:
-        for path, found in zip(paths, pool.map(read, paths), strict=True):
+        for number, (path, found) in enumerate(zip(paths, pool.map(read, paths), strict=True), 1):
+            progress(number / len(paths), f"Read {number} of {len(paths)}")
             if isinstance(found, WorkingCopy):
                 copies.append(found)
             elif skip_damaged:

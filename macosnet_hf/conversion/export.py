@@ -53,12 +53,13 @@ def export(
     processor: MaCoSNetImageProcessor,
     folder: str | os.PathLike[str],
     format: str = "onnx",
+    progress: Callable[[float, str], None] | None = None,
 ) -> Export:
     """Writes `model.onnx` or `model.pt2`, config.json and preprocessor_config.json, if the graph agrees with the model.
 
     Input `pixel_values` `(B, 2, 3, S, S)`, B free; outputs as in [`MaCoSNetKeypointMatchingOutput`]: `affine`
     `(B, 2, 6)`, `tps` `(B, 2, 18)`, `mask_logits` `(B, 2, S, S)`, `keypoints` `(B, 2, N, 2)` and `matching_scores`
-    `(B, 2, N)`, 0 for unmatched.
+    `(B, 2, N)`, 0 for unmatched. `progress` is called with the share that is done and the current step.
 
     Raises:
         InputError: for an unknown format, or if the packages that it needs are not installed.
@@ -72,12 +73,14 @@ def export(
         raise InputError(f"There is no export format {format!r}; choose one of {', '.join(FORMATS)}.")
     if format == "onnx":
         need("onnx", "onnxscript", "onnxruntime")
+    report = progress or (lambda share, text: None)
     # Float32 on the CPU, whatever the model has: tools of the graph's format move and quantise it.
     network = _graph_module(copy.deepcopy(model).float().cpu().eval())
     with output_folder(folder) as partial, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about their internals
         example = _random_pairs(2, model.config.image_size, seed=0)
         path = partial / f"model.{format}"
+        report(0.1, f"Writing the graph, {format}")
         if format == "onnx":
             _write_onnx(network, example, path, processor)
             run = _onnx_session(path)
@@ -86,7 +89,9 @@ def export(
             torch.export.save(torch.export.export(network, (), {"pixel_values": example}, dynamic_shapes=shapes), path)
             loaded = torch.export.load(path).module()
             run = lambda pixels: loaded(pixel_values=pixels)  # noqa: E731
+        report(0.7, "Comparing with PyTorch")
         difference = _compare(network, run, model.config.image_size)
+        report(0.8, "Measuring the time")
         seconds, torch_seconds = _time(network, run, model.config.image_size)
         model.config.to_json_file(partial / "config.json")
         processor.to_json_file(partial / "preprocessor_config.json")

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, ImageError
+from ..images import exif_orientation, turned
 from ..io import image_files
 from .images import image_name, source_of
 
@@ -55,6 +56,7 @@ def read_mask(image: Any, where: str, size: tuple[int, int] | None = None) -> Ob
     try:
         opened = image if isinstance(image, Image.Image) else image_files.load_as_stored(source_of(image))
         opened.load()
+        opened = turned(opened, exif_orientation(opened))
     except (ImageError, OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         # Of an image that a caller has opened, this is the first that its pixels are looked at.
         raise DataError(f"{where}: {image_name(image)} cannot be read as a mask.") from error

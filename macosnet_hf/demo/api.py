@@ -9,7 +9,7 @@ import gradio as gr
 from ..inference import DIRECTIONS
 from ..inference.result_files import pair_document
 from . import limits
-from .components import checked_pair, on_uploads
+from .components import checked_pair, on_uploads, refinement_choice
 from .downloads import cached_images, collection_archive, pair_masks, sheet_and_average
 from .sessions import Sessions
 from .texts import REFINEMENTS, errors_for_visitors, pair_verdict
@@ -24,7 +24,7 @@ def public_api(sessions: Sessions) -> None:
 
 
 def _refine() -> gr.Radio:
-    return gr.Radio([value for _, value in REFINEMENTS], value="grabcut", label="refine")
+    return refinement_choice(choices=[value for _, value in REFINEMENTS], label="refine")
 
 
 def _match_endpoint(sessions: Sessions) -> None:

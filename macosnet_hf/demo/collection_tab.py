@@ -11,8 +11,8 @@ from ..drawing import cutout
 from . import components, limits
 from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
-from .sessions import Sessions
-from .texts import agreement, collection_verdict, errors_for_visitors
+from .sessions import Sessions, Stopped
+from .texts import PRESS_FIND, agreement, collection_verdict, errors_for_visitors
 
 if TYPE_CHECKING:
     from ..inference.files import SegmentedCollection
@@ -76,7 +76,7 @@ class CollectionTab:
 
     def _events(self, tab: gr.Tab) -> None:
         components.check_on_upload(self.photos, self.sessions.matcher.reader)
-        tab.select(
+        opening = tab.select(
             **components.on_uploads(self.show_example, [self.photos]),
             outputs=[self.photos, *self.shown],
             concurrency_limit=2,
@@ -88,12 +88,19 @@ class CollectionTab:
         segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
         segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
         chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)
-        runs = [self.button.click(**segmenting), chosen.then(**segmenting)]
+        blank = [self.key, self.verdict, self.results]
+        changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
+        changed |= components.on_uploads(self.changed, [self.photos])
+        runs = [components.run_on(event, blank, **segmenting) for event in (self.button.click, chosen.then)]
         for run in runs:
-            components.hide_on_failure(run, self.key, self.verdict, self.results)
+            run.then(**changed)  # its answer may overtake that of a change
         queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
         zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
         self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
+        gr.on([self.photos.upload, self.photos.delete], **changed)
+        self.photos.change(**components.on_uploads(self.emptied, [self.photos]), outputs=blank, **components.INSTANT)
+        # Of a page that is still loading, the example would replace the photos.
+        self.photos.upload(None, cancels=[opening], **components.INSTANT)
 
     def show(self, collection: SegmentedCollection, owner: str | None) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`."""
@@ -108,16 +115,36 @@ class CollectionTab:
             list(zip(cached_images(self.masks, masks, "png"), captions, strict=True)),
             *sheet_and_average(self.sheet, collection),
             agreement(collection),
-            None,
+            gr.File(None, visible=False),
             gr.Column(visible=True),
         )
 
     def segment_photos(
         self, paths: list[str] | None, refine: str, request: gr.Request, progress: Any = components.PROGRESS
     ) -> tuple[Any, ...]:
-        with errors_for_visitors(), self.sessions.run(request, progress) as report:
-            collection = self.sessions.matcher.collection(paths or [], refine, report)
+        place = self.sessions.place(request, "collection")
+        with errors_for_visitors(), place.run(paths), self.sessions.run(request, progress) as report:
+            try:
+                collection = self.sessions.matcher.collection(paths or [], refine, report)
+            except Stopped:
+                if place.photos == paths:
+                    raise
+            if place.photos != paths:
+                key, verdict, results = components.no_result(PRESS_FIND if place.photos else "")
+                return key, verdict, *([gr.skip()] * 6), results
+            place.shown = paths
             return self.show(collection, request.session_hash)
+
+    def changed(self, photos: list[str] | None, request: gr.Request) -> Any:
+        """Takes a result away that is not of these photos, and ends a run of others."""
+        place = self.sessions.place(request, "collection")
+        if place.photos != photos:
+            self.sessions.stop(request)
+        return components.no_result(PRESS_FIND if photos else "") if place.changed(photos) else gr.skip()
+
+    def emptied(self, photos: list[str] | None, request: gr.Request) -> Any:
+        """Takes the result away where no photo is left: the gallery's button "Clear" triggers a change only."""
+        return gr.skip() if photos else self.changed(photos, request)
 
     def show_example(self, paths: list[str] | None, request: gr.Request) -> Any:
         """Fills the tab of a visitor who comes to it with nothing."""

@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
-from .texts import REFINEMENTS
+from .texts import REFINEMENTS, marked
 
 DISPLAY_SIDE = 720  # pixels of the longer side of small result images
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
@@ -107,9 +107,21 @@ def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader) -> None:
     place.upload(**on_uploads(check, [place]), outputs=place, **QUIET)
 
 
-def hide_on_failure(run: Any, key: gr.State, verdict: gr.HTML, results: gr.Column) -> None:
-    """Takes an old result away where a run fails: it does not belong to what is chosen now."""
-    run.failure(lambda: (None, "", gr.Column(visible=False)), outputs=[key, verdict, results], **INSTANT)
+def no_result(words: str = "") -> tuple[Any, ...]:
+    """The values of key, verdict and column of results while there is no result; the words say what to do."""
+    return None, marked("new photos", "new", words) if words else "", gr.Column(visible=False)
+
+
+def run_on(event: Callable[..., Any], blank: list[Any], **run: Any) -> Any:
+    """Runs at an event, such as the click of a button. The old result goes first, and if the run fails.
+
+    Args:
+        blank: key, verdict and column of results.
+        run: of the event that runs.
+    """
+    done = event(no_result, outputs=blank, **INSTANT).then(**run)
+    done.failure(no_result, outputs=blank, **INSTANT)
+    return done
 
 
 def result_image(label: str, **options: Any) -> gr.Image:
@@ -117,6 +129,7 @@ def result_image(label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options})
 
 
-def refinement_choice() -> gr.Radio:
-    """The choice of how masks get their edges."""
-    return gr.Radio(REFINEMENTS, value="grabcut", label="Edges of the masks", min_width=240)
+def refinement_choice(**options: Any) -> gr.Radio:
+    """The choice of how masks get their edges, in words for visitors unless `choices` and `label` are given."""
+    words = {"choices": REFINEMENTS, "label": "Edges of the masks"}
+    return gr.Radio(**{**words, **options}, value=REFINEMENTS[0][1], min_width=240)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -10,7 +11,7 @@ from . import components, limits
 from .downloads import cached_images, pair_files
 from .examples import EXAMPLES, pair_examples
 from .sessions import Sessions
-from .texts import errors_for_visitors, marked, pair_verdict
+from .texts import PRESS_MATCH, errors_for_visitors, marked, pair_verdict
 from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class PairTab:
             self.files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
 
     def _matching_events(self, demo: gr.Blocks) -> None:
-        demo.load(
+        opening = demo.load(
             self.show_example,
             [self.threshold, self.count],
             [*self.uploads, *self.shown],
@@ -81,21 +82,31 @@ class PairTab:
         inputs = [*self.uploads, self.threshold, self.count, self.refine]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
         chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
-        for run in (self.button.click(**matching), chosen.then(**matching)):
-            components.hide_on_failure(run, self.key, self.verdict, self.results)
+        blank = [self.key, self.verdict, self.results]
+        changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
+        changed |= components.on_uploads(self.changed, self.uploads)
+        for event in (self.button.click, chosen.then):
+            # Once more at the end: its answer may overtake that of a change.
+            components.run_on(event, blank, **matching).then(**changed)
+        for place in self.uploads:
+            gr.on([place.upload, place.clear, place.input], **changed)
+            # Of a page that is still loading, the example would replace the photo.
+            place.upload(None, cancels=[opening], **components.INSTANT)
 
     def _result_events(self) -> None:
         options = [self.threshold, self.count]
+        inputs = [*self.uploads, self.key, *options, self.refine]
+        refining: dict[str, Any] = {**self._of_runs(), "show_progress_on": self.masks}
+        self.refine.input(**components.on_uploads(self.refine_again, inputs), **refining)
         # One listener for both, so that answers cannot overtake each other.
         gr.on(
             [slider.input for slider in options],
             self.redraw,
             [self.key, *options],
-            self.drawing,
+            [self.drawing, self.files],
             trigger_mode="always_last",
             **components.QUIET,
         )
-        self.refine.input(self.refine_again, [self.key, *options, self.refine], **self._of_runs())
         self.make_files.click(
             self.write_files,
             [self.key, self.threshold],
@@ -131,7 +142,7 @@ class PairTab:
             source_object,
             target_object,
             tuple(slides),
-            None,
+            _no_files(),
             gr.Column(visible=True),
         )
 
@@ -139,24 +150,66 @@ class PairTab:
         self, source: str | None, target: str | None, threshold: float, count: int, refine: str, request: gr.Request
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
-            pair = self.sessions.matcher.pair(*components.checked_pair(source, target), refine)
-            return self.show(pair, threshold, count, request.session_hash)
+            photos = components.checked_pair(source, target)
+            return self._show_if_chosen(
+                photos, lambda: self.sessions.matcher.pair(*photos, refine), threshold, count, request
+            )
+
+    def _show_if_chosen(
+        self,
+        photos: tuple[str | None, ...],
+        work: Callable[[], MatchedPair],
+        threshold: float,
+        count: int,
+        request: gr.Request,
+    ) -> tuple[Any, ...]:
+        """The values of `shown`; those without a result if other photos were chosen during the work."""
+        place = self.sessions.place(request, "pair")
+        with place.run(photos):
+            pair = work()
+        if place.photos != photos:
+            key, verdict, results = components.no_result(PRESS_MATCH)
+            return key, verdict, *([gr.skip()] * 4), _no_files(), results
+        place.shown = photos
+        return self.show(pair, threshold, count, request.session_hash)
+
+    def changed(self, source: str | None, target: str | None, request: gr.Request) -> Any:
+        """Takes a result away that is not of these photos."""
+        other = self.sessions.place(request, "pair").changed((source, target))
+        return components.no_result(PRESS_MATCH) if other else gr.skip()
 
     def show_example(self, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         with errors_for_visitors():
             return (*EXAMPLES[0], *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
 
-    def redraw(self, key: str | None, threshold: float, count: int) -> str:
+    def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[str, gr.Files]:
+        """The lines; the files for download are of another threshold, so they go."""
         with errors_for_visitors():
-            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count)
+            self.sessions.place(request, "pair").files = None
+            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count), _no_files()
 
     def refine_again(
-        self, key: str | None, threshold: float, count: int, refine: str, request: gr.Request
+        self,
+        source: str | None,
+        target: str | None,
+        key: str | None,
+        threshold: float,
+        count: int,
+        refine: str,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
-            return self.show(self.sessions.pairs.get(key).refined(refine), threshold, count, request.session_hash)
+            pair = self.sessions.pairs.get(key)
+            return self._show_if_chosen((source, target), lambda: pair.refined(refine), threshold, count, request)
 
-    def write_files(self, key: str | None, threshold: float) -> gr.Files:
+    def write_files(self, key: str | None, threshold: float, request: gr.Request) -> gr.Files:
+        """All files of what is shown; none if that has changed meanwhile."""
         with errors_for_visitors():
+            place = self.sessions.place(request, "pair")
+            place.files = asked = (key, threshold)
             paths = pair_files(self.files, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
-            return gr.Files(paths, visible=True)
+            return gr.Files(paths, visible=True) if place.files == asked else _no_files()
+
+
+def _no_files() -> gr.Files:
+    return gr.Files(None, visible=False)

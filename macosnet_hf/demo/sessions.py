@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from cachetools import LRUCache
 
 from ..errors import MaCoSNetError
 from . import limits
@@ -20,8 +22,43 @@ class Stopped(MaCoSNetError):
     """A visitor pressed stop, or closed the page."""
 
 
+@dataclass
+class Place:
+    """What a tab of a page holds now. A run that ends later compares it with what it was started for.
+
+    Attributes:
+        photos: the paths that are chosen.
+        running: the paths that a run works on.
+        shown: the paths that the result is of; None where there is no result, or one of the examples.
+        files: what the files for download are made of; None once that is no longer what is shown.
+    """
+
+    photos: Any = None
+    running: Any = None
+    shown: Any = None
+    files: Any = None
+
+    def changed(self, photos: Any) -> bool:
+        """Notes what is chosen now; returns whether what is shown is of something else, and no run is of this."""
+        self.photos = photos
+        if photos and photos in (self.shown, self.running):
+            return False
+        self.shown = self.files = None
+        return True
+
+    @contextlib.contextmanager
+    def run(self, photos: Any) -> Iterator[None]:
+        """A run on these photos, which are what is chosen."""
+        self.photos = self.running = photos
+        self.files = None
+        try:
+            yield
+        finally:
+            self.running = None
+
+
 class Sessions:
-    """Results by unguessable key, the results of the examples, and the runs of sessions."""
+    """Results by unguessable key, the results of the examples, and what the tabs and the runs of sessions do."""
 
     def __init__(self, matcher: Matcher) -> None:
         self.matcher = matcher
@@ -31,6 +68,13 @@ class Sessions:
         self._running: dict[str, threading.Event] = {}
         self._examples: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._places: LRUCache[tuple[str | None, str], Place] = LRUCache(2 * limits.MAX_SESSIONS)
+        self._places_lock = threading.Lock()
+
+    def place(self, request: gr.Request, tab: str) -> Place:
+        """What a tab of the session's page holds."""
+        with self._places_lock:
+            return self._places.setdefault((request.session_hash, tab), Place())
 
     def example_pair(self) -> Any:
         """The pair that a new visitor sees; matched once for all of them."""

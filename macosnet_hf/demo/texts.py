@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import MaCoSNetError
 from . import limits
+from .viewer import data_address, reduced
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
@@ -31,6 +32,8 @@ VERDICTS = {
     "fair": "These two fit together in part.",
     "poor": "These two seem to have nothing in common; do not rely on the matches.",
 }
+PRESS_MATCH = "Press Match when both photos are there."
+PRESS_FIND = "Press the button above to find what these photos have in common."
 REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
 
 
@@ -67,9 +70,10 @@ def collection_verdict(collection: SegmentedCollection) -> str:
     odd = [collection.copies[number].name for number in collection.odd]
     rest = len(collection.copies) - len(odd)
     if odd:
+        thumbnails = "".join(_thumbnail(collection, number) for number in collection.odd)
         named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
         words = f"{named} {'does' if len(odd) == 1 else 'do'} not seem to belong; the other {rest} agree."
-        return marked("odd one out", "fair", words)
+        return marked("odd one out", "fair", words, thumbnails)
     words = f"All {rest} photos seem to show the same kind of object."
     if rest < 4:
         words = f"{rest} photos are too few to tell whether one does not belong; four will do."
@@ -80,9 +84,14 @@ def collection_verdict(collection: SegmentedCollection) -> str:
 # JavaScript template string, hence also a name with `${...}` in it.
 
 
-def marked(mark: str, kind: str, words: str) -> str:
-    """HTML: words behind a mark in the colour of its kind, "good", "fair" or "poor"."""
-    return f'<div class="verdict"><b class="mark {kind}">{html.escape(mark)}</b><span>{html.escape(words)}</span></div>'
+def marked(mark: str, kind: str, words: str, images: str = "") -> str:
+    """HTML: words behind a mark in the colour of its kind, "good", "fair" or "poor"; HTML of images stands between."""
+    mark = f'<b class="mark {kind}">{html.escape(mark)}</b>'
+    return f'<div class="verdict">{mark}{images}<span>{html.escape(words)}</span></div>'
+
+
+def _thumbnail(collection: SegmentedCollection, number: int) -> str:
+    return f'<img class="thumbnail" alt="" src="{data_address(reduced(collection.copies[number].image, 64))}">'
 
 
 def agreement(collection: SegmentedCollection) -> str:
@@ -94,7 +103,8 @@ def agreement(collection: SegmentedCollection) -> str:
         name = html.escape(collection.copies[number].name)
         odd, said = ("odd", "odd one out") if number in collection.odd else ("", f"{values[number]:.2f}")
         rows.append(
-            f'<span class="{odd} name" title="{name}">{name}</span><span class="{odd} bar">'
-            f'<i style="width: {shares[number]:.0f}%"></i></span><span class="{odd} said">{said}</span>'
+            f'<span class="{odd} name" title="{name}">{_thumbnail(collection, number)}{name}</span>'
+            f'<span class="{odd} bar"><i style="width: {shares[number]:.0f}%"></i></span>'
+            f'<span class="{odd} said">{said}</span>'
         )
     return f'<div class="agreement">{"".join(rows)}</div>'

@@ -74,7 +74,7 @@ def viewer_images(key: str, images: tuple[Image.Image, Image.Image], names: tupl
         images, names: source and target.
     """
     sides = [
-        {"src": _data_address(image), "w": image.width, "h": image.height, "name": name}
+        {"src": data_address(image), "w": image.width, "h": image.height, "name": name}
         for image, name in zip(images, names, strict=True)
     ]
     return json.dumps({"id": key, "sides": sides})
@@ -156,7 +156,8 @@ def _hex(color: Color) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _data_address(image: Image.Image) -> str:
+def data_address(image: Image.Image) -> str:
+    """An image as the address of itself, so that a page holds it and nobody can fetch it from the server."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

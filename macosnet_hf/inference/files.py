@@ -5,7 +5,6 @@ Points are (x, y) in pixels of the *original* images; `original_mask` gives mask
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_coll
 from ..drawing import overview
 from ..errors import ImageError, InputError
 from ..geometry import dense_flow
-from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
+from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
 from . import DIRECTIONS, start_of
 from .average import aligned_average
 from .pair import PairResult, check_points, match_images
@@ -227,15 +226,16 @@ class SegmentedCollection:
 
     def sheet(self, numbers: Sequence[int] | None = None) -> Image.Image:
         """The contact sheet of all images or some: each with its object outlined, and the cutout below it."""
-        images, masks, names = [], [], []
-        for number in range(len(self.copies)) if numbers is None else numbers:
+        images, masks = [], []
+        names = told_apart([copy.name for copy in self.copies])
+        numbers = range(len(self.copies)) if numbers is None else numbers
+        for number in numbers:
             image = self.copies[number].image.copy()
             image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
             mask = Image.fromarray(self.masks[number].astype(np.uint8) * 255)
             images.append(image)
             masks.append(np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR)) >= 128)
-            names.append(os.path.basename(self.copies[number].name))
-        return overview(images, masks, names)
+        return overview(images, masks, [names[number] for number in numbers])
 
 
 def check_collection_size(count: int) -> None:
@@ -258,7 +258,7 @@ def segment_files(
     """Segments the object that 2 to 30 image files have in common, and averages it.
 
     Args:
-        paths, names: N files and what messages and results call them.
+        paths, names: N files and what messages and results call them; equal names are numbered.
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
         progress: see [`Progress`].
 
@@ -285,7 +285,7 @@ def open_collection(
     """
     check_collection_size(len(paths))
     copies = []
-    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+    for number, (path, name) in enumerate(zip(paths, told_apart(names), strict=True)):
         if progress is not None:
             progress(_READING * number / len(paths), f"Reading {name}")
         copies.append(read(path, name, _DEMO_SIDE))

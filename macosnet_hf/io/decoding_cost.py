@@ -23,7 +23,8 @@ MAX_SCANS = 100  # of a JPEG; cameras and optimisers write at most 18. One of 10
 MAX_TILES, MAX_LAYERS = 4096, 100  # of a JPEG 2000: 4,096 tiles of 256 x 256 are 268 megapixels
 MAX_CHUNKS = 100_000  # of a PNG; 30 MB in the usual 8 kB are 3,800
 
-REDUCIBLE = ("JPEG", "MPO", "JPEG2000")  # formats that can be decoded at a fraction of their size
+_DRAFTED = ("JPEG", "MPO")
+REDUCIBLE = (*_DRAFTED, "JPEG2000")  # formats that can be decoded at a fraction of their size
 OF_WEBP = 20  # bytes of a pixel, most of them from the moment when the file is opened
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes of a pixel in memory; else 4
 _RGB = 4
@@ -62,10 +63,10 @@ def check_cost(
     whole, extra = image.width * image.height, float(_OF_DECODERS.get(image.format or "", 0))
     stored = _STORED.get(image.mode, 4)
     each = stored + _RGB + (_RGB if turned else 0)
-    if reduced_to is not None:
+    if reduced_to is not None and image.format in _DRAFTED:  # HEIF would give its thumbnail
         image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
     pixels = image.width * image.height
-    if image.format in ("JPEG", "MPO"):
+    if image.format in _DRAFTED:
         scans = _counted(stream, jpeg_scans)
         if scans > MAX_SCANS:
             raise ImageError(f"{name} consists of {scans} scans, more than {MAX_SCANS}; save it anew and try again.")

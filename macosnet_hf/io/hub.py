@@ -25,6 +25,7 @@ KINDS = ("model", "dataset", "space")
 
 # What is not uploaded of a training run's folder.
 _LEFT_OUT = ("checkpoint-*", "partial-*", "samples", "best", "macosnet", "runs", "log.jsonl", "*.npz", "__pycache__")
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini", "__MACOSX")  # and hidden files; what operating systems leave in folders
 # Of a checkout, the Space needs the app and what it shows, what it installs, and the package with its checkpoint.
 _SPACE_FILES = (
     "app.py",
@@ -99,7 +100,7 @@ def _files(start: Path, *, top: bool) -> Iterator[Path]:
         yield start
     elif start.is_dir():
         for path in sorted(start.iterdir()):
-            patterns = _LEFT_OUT if top else ("__pycache__", "*.pyc")
+            patterns = (*_OF_SYSTEMS, *(_LEFT_OUT if top else ("__pycache__", "*.pyc")))
             hidden = path.name.startswith(".") and path.name != ".gitattributes"
             if not hidden and not any(fnmatch(path.name, pattern) for pattern in patterns):
                 yield from _files(path, top=False)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import ImageError
-from ..images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
+from ..images import MAX_PIXELS, exif_orientation, open_image, reads_heif, upright_rgb
 from .decoding_cost import MAX_DECODED_BYTES, OF_WEBP, REDUCIBLE, check_bytes, check_cost, late_exif, webp_size
 
 ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
@@ -315,23 +315,30 @@ def _open_header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         # PIL warns from 89 megapixels on and refuses more than 179; the limit here is `max_pixels`.
         warnings.simplefilter("ignore")
         try:
-            try:
-                return Image.open(stream, formats=COMMON_FORMATS)
-            except UnidentifiedImageError:
-                Image.init()
-                return Image.open(stream, formats=[f for f in FURTHER_FORMATS if f in Image.OPEN])
+            return open_image(stream)
         except Image.DecompressionBombError as error:
             limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
             raise ImageError(
                 f"{name} has more than {_megapixels(limit)} megapixels; make it smaller and try again."
             ) from error
         except UnidentifiedImageError as error:
-            stream.seek(4)
-            if stream.read(4) == b"ftyp":
-                raise ImageError(f"{name} is a HEIC image or a film, which cannot be read; save it as JPEG.") from error
-            raise ImageError(
-                f"{name} is not an image in a format that can be read, or its start is damaged."
-            ) from error
+            stream.seek(0)
+            raise ImageError(f"{name} {_what_it_is(stream.read(12), name)}.") from error
+
+
+def _what_it_is(start: bytes, name: str) -> str:
+    """The fault of a file that PIL does not know, and the way out, from its first 12 bytes and its name."""
+    brand = start[8:] if start[4:8] == b"ftyp" else b""
+    heif = brand.startswith((b"he", b"mif", b"msf"))
+    if brand.startswith(b"avi") or (heif and reads_heif()):
+        return "is a HEIC or AVIF image that is damaged, cut off or of an unusual kind and cannot be read"
+    if heif:
+        return "is a HEIC image, which cannot be read without pillow-heif; install that, or save it as JPEG"
+    if brand or name.strip("'").lower().endswith((".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")):
+        return "is a film, not an image; save one of its frames as JPEG"
+    if start.startswith((b"PK", b"\x1f\x8b", b"Rar!", b"7z")):
+        return "is an archive, not an image; unpack it and give the images or their folder"
+    return "is not an image in a format that can be read, or its start is damaged; save it as JPEG or PNG"
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:

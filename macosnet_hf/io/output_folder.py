@@ -45,7 +45,7 @@ def output_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         try:
             with _alone_in(target):
-                _remove_left_overs(target)
+                clear_left_overs(target)
                 partial = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
                 held = hold_folder(partial)
         except OSError as error:
@@ -77,19 +77,22 @@ def _move_all(partial: Path, target: Path) -> None:
         os.replace(path, target / path.name)
 
 
-def _remove_left_overs(folder: Path) -> None:
-    """Removes the temporary folders and files, directly in a folder, of runs that were killed; a living run holds its
-    own."""
+def clear_left_overs(folder: Path) -> None:
+    """Removes what killed runs left directly in a folder."""
     for path in folder.glob(f"{_PREFIX}????????"):  # as `tempfile` names them
-        if path.is_symlink():
-            continue
-        with contextlib.suppress(OSError):  # held, or gone
-            held = hold_folder(path)
-            if held is not None:
-                try:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    release_folder(held)
+        if not path.is_symlink():
+            _remove_left_over(path)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Removes a temporary folder or file of a run that was killed; a living run holds its own."""
+    with contextlib.suppress(OSError):  # held, or gone
+        held = hold_folder(path)
+        if held is not None:
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                release_folder(held)
 
 
 _held_here: dict[int, str] = {}  # what this process has marked, by descriptor
@@ -187,7 +190,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     try:
         # A name of its own for each writer: several processes may write the same file.
         with _alone_in(path.parent):
-            _remove_left_overs(path.parent)
+            clear_left_overs(path.parent)
             handle, name = tempfile.mkstemp(prefix=_PREFIX, dir=path.parent)
             held = hold_folder(Path(name))
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
@@ -118,6 +119,23 @@ def open_working_copy(
 
 def _without_folder(error: ImageError, path: str | os.PathLike[str], name: str) -> ImageError:
     return type(error)(str(error).replace(os.fspath(path), name))
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """Short names of files for people: without folders, with as many as tell equal ones apart, else with numbers.
+
+    The numbers are those of the photos in the sequence, from 1: `["cat.jpg (photo 1)", "cat.jpg (photo 2)"]`.
+    """
+    parts = [PurePath(path).parts for path in paths]
+    depth = [1] * len(parts)
+    while True:
+        names = ["/".join(part[-count:]) for part, count in zip(parts, depth, strict=True)]
+        often = Counter(names)
+        longer = [often[name] > 1 and count < len(part) for name, part, count in zip(names, parts, depth, strict=True)]
+        if not any(longer):
+            break
+        depth = [count + more for count, more in zip(depth, longer, strict=True)]
+    return [f"{name} (photo {number})" if often[name] > 1 else name for number, name in enumerate(names, 1)]
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:

@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..configuration_macosnet import MaCoSNetConfig
-from ..errors import DataError, InputError
+from ..datasets.benchmarks import Problems
+from ..datasets.benchmarks.pair_list import read_pair_list
+from ..errors import InputError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.image_files import load_image
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
@@ -72,13 +74,10 @@ def _webp(image: Image.Image, quality: int) -> bytes:
 
 def _pack_pairs(table: Path, path: Path) -> None:
     """Images keep their size, since keypoints are in their pixels, and their names, since the list has these."""
-    try:
-        text = table.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{table} cannot be read ({error.strerror}).") from error
-    names = {name for line in text.splitlines()[1:] for name in line.split(",", 2)[:2]}
+    records = list(read_pair_list(table.parent, table, "validation", Problems(), None))
+    names = {record[f"{side}_id"] for record in records for side in ("source", "target")}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pairs.csv", text)
+        archive.writestr("pairs.csv", table.read_bytes())
         for name in sorted(names):
             archive.writestr(name, _webp(load_image(table.parent / name), _VALIDATION_QUALITY))
 

@@ -174,6 +174,24 @@ def test_the_size_of_an_image_in_memory_is_its_upright_size(tmp_path):
     assert image_size(image, "here") == (200, 130)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_a_mask_is_turned_as_its_image_is(tmp_path, mode):
+    """A program that copies the EXIF block of a phone's photo into the mask; square, so that no size tells."""
+    stored = np.zeros((60, 60), bool)
+    stored[5:20, 30:50] = True
+    image = Image.fromarray(stored.astype(np.uint8) * 255)
+    if mode == "P":
+        image = palette(stored.astype(np.uint8) * 3, voc_palette())
+    elif mode == "RGBA":
+        image = Image.merge("RGBA", [Image.new("L", (60, 60), 9)] * 3 + [image])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "tiff"):
+        image.save(tmp_path / f"mask.{suffix}", exif=exif)
+        found = mask_from_image(tmp_path / f"mask.{suffix}", "here")
+        np.testing.assert_array_equal(found, np.rot90(stored, -1))
+
+
 def test_the_disc_of_the_archives_is_read(tmp_path):
     Image.fromarray(disc()).save(tmp_path / "a.png")
     np.testing.assert_array_equal(mask_from_image(tmp_path / "a.png", "here"), disc())

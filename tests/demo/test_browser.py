@@ -223,6 +223,83 @@ def test_no_old_result_stays_where_there_is_no_new_one(page):
     page.locator("#viewer svg").wait_for(timeout=60_000)
 
 
+def nothing_stands_there(page, words="Press Match when both photos are there."):
+    """No result, and what to do."""
+    tab = "collection" if "above" in words else "pair"
+    verdict = page.locator("#collection-verdict" if tab == "collection" else "#verdict")
+    wait_until(page, lambda: verdict.inner_text().splitlines()[-1:] == [words])
+    page.locator(f"#{tab}-results").wait_for(state="hidden")
+
+
+def test_a_changed_photo_takes_the_result_away(page, tmp_path):
+    clear(page, "source")
+    nothing_stands_there(page)
+    choose(page, "source", save_large(TOWER, (500, 400), tmp_path / "tower.jpg"))
+    page.wait_for_timeout(300)
+    nothing_stands_there(page)
+    page.locator("#match").click()
+    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    for place in ("source", "target"):  # both
+        clear(page, place)
+        nothing_stands_there(page)
+        choose(page, place, save_large(LION, (500, 400), tmp_path / f"{place}.jpg"))
+    nothing_stands_there(page)
+    page.locator("#match").click()
+    page.get_by_text("This is the same photo twice").wait_for(timeout=60_000)
+    assert page.locator("#viewer").is_visible()
+
+
+def test_a_photo_that_is_changed_during_a_run_ends_it(page, matcher, tmp_path):
+    before, tower = matcher.pairs, save_large(TOWER, (500, 400), tmp_path / "tower.jpg")
+    matcher.may_answer.clear()
+    try:
+        page.locator("#match").click()
+        wait_until(page, lambda: matcher.pairs == before + 1)
+        assert "matching points" not in page.locator("#verdict").inner_text(), "progress replaces the old verdict"
+        assert not page.locator("#pair-results").is_visible()
+        clear(page, "source")
+        nothing_stands_there(page)
+    finally:
+        matcher.may_answer.set()
+    choose(page, "source", tower)
+    page.wait_for_timeout(2000)  # in which the answer of the old run would come
+    nothing_stands_there(page)
+    page.locator("#match").click()
+    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+
+
+def test_tabs_do_not_disturb_each_other(page, address):
+    """Neither those of the page nor those of the browser."""
+    other = page.context.new_page()
+    other.goto(address)
+    other.locator("#viewer svg").wait_for(timeout=60_000)
+    open_collection(page)
+    page.get_by_role("tab", name="Pair").click()
+    clear(page, "target")
+    nothing_stands_there(page)
+    page.get_by_role("tab", name="Collection").click()
+    assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
+    assert page.locator("#collection-results").is_visible()
+    assert "matching points" in other.locator("#verdict").inner_text()
+    assert other.locator("#pair-results").is_visible()
+    page.locator("#photos button[aria-label='Clear']").click()
+    page.locator("#collection-results").wait_for(state="hidden")
+    assert other.locator("#pair-results").is_visible()
+
+
+def test_a_photo_of_a_phone(page, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif")
+    pillow_heif.register_heif_opener()
+    with Image.open(EXAMPLES[0][1]) as photo:
+        photo.save(tmp_path / "IMG_0001.HEIC", quality=95)
+        width = photo.width
+    clear(page, "source")
+    page.locator("#source input[type=file]").set_input_files(str(tmp_path / "IMG_0001.HEIC"))
+    page.wait_for_function(f"document.querySelector('#source img')?.naturalWidth == {width}")
+    page.locator("#match").click()
+    page.locator("#verdict .mark.good").wait_for(timeout=60_000)
+
+
 def test_a_photo_that_browsers_do_not_show_is_shown(page, tmp_path):
     with Image.open(EXAMPLES[0][1]) as photo:
         photo.save(tmp_path / "scan.tif")
@@ -328,6 +405,16 @@ def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
     document = json.loads((tmp_path / "matches.json").read_text())
     assert len(document["matches"]) == len(result.matches)
     assert page.locator("#files a").count() >= 8
+    page.locator("#threshold input[type=number]").fill("0.6")  # files of another threshold than what is shown
+    page.locator("#files a").first.wait_for(state="hidden")
+    page.locator("#make-files").click()
+    page.locator("#files a").first.wait_for(timeout=60_000)
+    with page.expect_download() as started:
+        page.locator("#files a[download='matches.json']").click()
+    started.value.save_as(tmp_path / "matches.json")
+    document = json.loads((tmp_path / "matches.json").read_text())
+    assert document["threshold"] == 0.6
+    assert len(document["matches"]) == int((result.scores > 0.6).sum())
 
 
 def open_collection(page):
@@ -403,6 +490,39 @@ def test_a_name_of_a_file_is_text_and_nothing_else(page, tmp_path):
     assert page.title() == title
 
 
+PRESS_THE_BUTTON = "Press the button above to find what these photos have in common."
+
+
+def test_photos_of_the_same_name_are_told_apart_and_a_change_takes_the_result_away(page, tmp_path):
+    open_collection(page)
+    page.locator("#photos button[aria-label='Clear']").click()
+    page.locator("#collection-results").wait_for(state="hidden")
+    own = []
+    for number, photo in enumerate((LION, TOWER, CHEETAH, CAT)):
+        (tmp_path / str(number)).mkdir()
+        name = "image_0001.jpg" if number < 2 else f"own{number}.jpg"
+        own.append(save_large(photo, (500, 400), tmp_path / str(number) / name))
+    page.locator("#photos input[type=file]").set_input_files([str(path) for path in own])
+    page.locator("#photos img[src*='own3.jpg']").wait_for()
+    nothing_stands_there(page, PRESS_THE_BUTTON)
+    page.locator("#segment").click()
+    page.get_by_text("image_0001.jpg (photo 2) does not seem to belong").wait_for(timeout=60_000)
+    assert page.locator("#collection-verdict img").count() == 1
+    assert len(set(page.locator("#agreement .name").all_inner_texts())) == 4
+    assert page.locator("#agreement .name img").count() == 4
+    page.locator("#make-zip").click()
+    page.locator("#zip a").first.wait_for(timeout=60_000)
+    with page.expect_download() as started:
+        page.locator("#zip a").first.click()
+    started.value.save_as(tmp_path / "collection.zip")
+    with zipfile.ZipFile(tmp_path / "collection.zip") as archive:
+        document = json.loads(archive.read("summary.json"))
+        assert {"image_0001_mask.png", "image_0001_2_mask.png"} <= set(archive.namelist())
+    assert document["odd_ones_out"] == ["image_0001.jpg (photo 2)"]
+    page.locator("#photos button[aria-label='Remove']").first.click(force=True)
+    nothing_stands_there(page, PRESS_THE_BUTTON)
+
+
 def start_long_run(page, matcher, tmp_path):
     open_collection(page)
     page.locator("#photos button[aria-label='Clear']").click()
@@ -422,6 +542,15 @@ def test_a_run_can_be_stopped(page, matcher, tmp_path):
     start_long_run(page, matcher, tmp_path)
     page.locator("#stop").click()
     wait_until(page, lambda: matcher.stopped == stopped + 1, 20)
+
+
+def test_photos_that_are_changed_during_a_run_end_it(page, matcher, tmp_path):
+    stopped = matcher.stopped
+    start_long_run(page, matcher, tmp_path)
+    page.locator("#photos button[aria-label='Clear']").click()
+    wait_until(page, lambda: matcher.stopped == stopped + 1, 20)
+    page.wait_for_timeout(1000)
+    assert not page.locator("#collection-results").is_visible()
 
 
 def test_a_closed_browser_ends_its_run_and_the_server_lives_on(browser, address, matcher, tmp_path):

@@ -104,6 +104,16 @@ def test_a_dry_run_lists_files_and_sizes_and_uploads_nothing(hub, checkpoint, tm
     assert hub.requests == []
 
 
+def test_what_operating_systems_leave_in_folders_is_not_uploaded(checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    before = {upload.name for upload in plan("model", folder)}
+    (folder / "__MACOSX").mkdir()
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._config.json", "__MACOSX/._config.json"):
+        (folder / name).write_bytes(b"of the system")
+    assert {upload.name for upload in plan("model", folder)} == before
+
+
 def test_the_embedded_checkpoint_travels_with_its_code():
     uploads = {upload.name: upload for upload in plan("model", DEFAULT_CHECKPOINT)}
     assert uploads["modeling_macosnet.py"].size == (ROOT / "macosnet_hf" / "modeling_macosnet.py").stat().st_size

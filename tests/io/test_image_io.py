@@ -182,6 +182,8 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
     [
         ([0, 100, 255], [0, 100, 255]),  # 8-bit values in a wide container
         ([0, 25700, 65535], [0, 100, 255]),  # 16-bit values
+        ([0, 100, 256], [0, 100, 255]),  # a value too high turned an image black
+        ([-5, 100, 300], [0, 100, 255]),  # a cubic filter's overshoot
         ([-1000, 0, 1000], [0, 128, 255]),  # anything else is stretched
         ([0, 10_000_000, 20_000_000], [0, 128, 255]),
     ],
@@ -371,7 +373,7 @@ def test_one_clear_sentence_that_names_the_file(tmp_path, make):
     }
     if make in contents:
         path.write_bytes(contents[make])
-        words = {"heic": "save it as JPEG", "empty": "is empty"}.get(make, words)
+        words = {"heic": "is a HEIC", "empty": "is empty"}.get(make, words)
     elif make == "folder":
         path.mkdir()
         words = "is a folder"

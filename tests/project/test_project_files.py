@@ -42,6 +42,17 @@ def test_the_map_of_contributing_shows_every_folder_and_flat_module():
         assert f"`{name}/`" in text, name
 
 
+def test_every_kind_of_wrong_value_names_tests_that_exist():
+    section = read("docs/reliability.md").split("\n## Wrong values\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 16
+    for row in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for path, name in tests:
+            assert re.search(rf"^def {name}\(", read(path), re.MULTILINE), f"{path}::{name}"
+
+
 def test_contributing_says_how_to_add_what_is_added_most():
     text = read("CONTRIBUTING.md")
     for what in ("A benchmark", "A metric", "A command", "A loss", "A demo control"):

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from macosnet_hf.images import reads_heif
+
 
 def image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
     """Smooth coloured noise, neither square nor symmetric."""
@@ -89,6 +91,14 @@ def images() -> dict[str, list[bytes]]:
                 found["other images"].append(_encoded(photo, kind))
             except OSError:  # PIL was built without this codec
                 continue
+    if reads_heif():
+        found["heif"] = [
+            _encoded(photo, "HEIF", exif=exif.tobytes()),
+            _encoded(clear, "HEIF", quality=30),
+            _encoded(wide, "HEIF"),
+            _encoded(photo, "HEIF", save_all=True, append_images=frames, thumbnails=[16]),
+            _encoded(photo.resize((96, 80)), "HEIF", tile_size=64, icc_profile=b"not a profile" * 9),
+        ]
     return found
 
 

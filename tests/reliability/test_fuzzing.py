@@ -27,13 +27,14 @@ from macosnet_hf.datasets.benchmarks.mat import read_matrix
 from macosnet_hf.datasets.benchmarks.tss import read_flow
 from macosnet_hf.datasets.masks import mask_from_image
 from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
+from macosnet_hf.images import reads_heif
 from macosnet_hf.inference.pair import check_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 from macosnet_hf.pipeline_macosnet import MaCoSNetCosegmentationPipeline, MaCoSNetKeypointMatchingPipeline
 
 RELIABILITY = Path(__file__).resolve().parents[2] / "tests" / "reliability"
 FUZZ = RELIABILITY / "fuzz.py"
-KINDS = 24
+KINDS = 24 + reads_heif()
 
 
 def fuzz(folder: Path, *arguments: object) -> dict:

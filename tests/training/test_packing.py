@@ -42,8 +42,8 @@ def folders(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels[..., 0].sigmoid() * 255).byte().numpy()).resize((90 + number, 60)).save(path)
     table = root / "images" / "pairs.csv"
-    row = "cats/0.png,cats/2.png,10;20;40,10;20;30,12;22;41,11;21;31"
-    table.write_text(f"source_image,target_image,XA,YA,XB,YB\n{row}\n")
+    row = "cats,cats/0.png,cats/2.png,10;20;40,10;20;30,12;22;41,11;21;31"
+    table.write_text(f"class,source_image,target_image,XA,YA,XB,YB\n{row}\n", encoding="utf-8-sig")  # as Excel does
     words = ("--dataset_name", root / "images", "--images_per_class", 2, "--photo_size", 64, "--presets", "lite-fused")
     done = run("pack", "--output_dir", root / "packed", *words, "--validation_pairs", table)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
 () => {
-  // The page runs this function once. A pasted image goes to the place under the pointer, else to an empty place, else
+  // What the page does with files before gradio sees them; it runs this function once. A pasted image goes to the place under the pointer, else to an empty place, else
   // to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
   let pointed = null, last = null;
   document.addEventListener("pointerover", (event) => { pointed = event.target; });
@@ -23,6 +23,31 @@
     place.querySelector("button[aria-label='Remove Image']")?.click();
     if (tries > 0) setTimeout(give, 50, place, files, tries - 1);
   };
+
+  // Where a system does not know HEIC, as Windows and Linux, its files have no type, and gradio refuses them.
+  const typed = (list) => {
+    const files = new DataTransfer();
+    for (const file of list) {
+      const heic = !file.type && /\.hei[cf]$/i.test(file.name);
+      files.items.add(heic ? new File([file], file.name, { type: "image/heic" }) : file);
+    }
+    return [...list].some((file, i) => files.files[i].type !== file.type) ? files.files : null;
+  };
+  document.addEventListener("change", (event) => {
+    const files = event.target.type === "file" && typed(event.target.files);
+    if (!files) return;
+    event.stopImmediatePropagation();
+    event.target.files = files;
+    event.target.dispatchEvent(new Event("change", { bubbles: true }));
+  }, true);
+  document.addEventListener("drop", (event) => {
+    const place = visible().find((each) => each.contains(event.target));
+    const files = place && event.dataTransfer && typed(event.dataTransfer.files);
+    if (!files) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    give(place, files, 20);
+  }, true);
 
   document.addEventListener("paste", (event) => {
     const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
