@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .common_object import centre_prior
 from .refinement import opencv, refine_mask
 
 # Mask propagation, chosen on every second image of msrc-coseg: each cell asks the cells that resemble it most in the
@@ -30,6 +31,8 @@ _PROPAGATED_SHARE_OF_TWO = 0.3
 _REFINED_SHARES = (0.3, 0.4, 0.3)
 # Components of the final mask that are smaller than this share of the largest are dropped.
 _SMALL_COMPONENT = 0.1
+# The centre prior counts so much beside a mask where objects are compared: a mask may be empty.
+_CENTRE_SHARE = 0.3
 # Refinement works on images of at most so many pixels a side, as `refine_mask` does.
 _REFINED_SIDE = 320
 
@@ -46,6 +49,14 @@ class SimilarCells(NamedTuple):
     places: Tensor
     weights: Tensor
     size: tuple[int, int]
+
+    def without(self, alone: Tensor) -> SimilarCells:
+        """The same, but no mask reaches the images where `alone` `(N,)` bool holds: their cells resemble themselves."""
+        images, count, several = self.places.shape
+        own = torch.arange(images * count, device=self.places.device).view(images, count, 1)
+        rows = alone[:, None, None]
+        weights = torch.where(rows, 1 / several, self.weights)
+        return SimilarCells(torch.where(rows, own, self.places), weights, self.size)
 
 
 def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
@@ -80,6 +91,26 @@ def similar_cells(features: Tensor, others: Tensor) -> SimilarCells:
         indices.append(starts[best.indices // count] + best.indices % count)
         weights.append((best.values / _SIMILAR_TEMPERATURE).softmax(dim=1))
     return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
+
+
+def object_similarity(features: Tensor, masks: Tensor) -> Tensor:
+    """`(N, N)` cosine similarities in [-1, 1] of the objects of N images: of the mean features of their cells, weighted
+    by the soft masks and, less, by a centre prior.
+
+    Args:
+        features: `(N, C, h, w)`.
+        masks: `(N, S, S)` in [0, 1].
+    """
+    size = features.shape[-2:]
+    weights = F.interpolate(masks[:, None], size=size, mode="area")
+    weights = weights + _CENTRE_SHARE * centre_prior(*size, device=masks.device)
+    # In double precision, a few at once: see `choose_partners`.
+    means = [
+        (F.normalize(maps.double(), dim=1) * weight).sum(dim=(2, 3))
+        for maps, weight in zip(features.split(16), weights.split(16), strict=True)
+    ]
+    unit = F.normalize(torch.cat(means), dim=1)
+    return unit @ unit.t()
 
 
 class NetworkMasks(NamedTuple):

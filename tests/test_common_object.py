@@ -163,7 +163,7 @@ def test_a_collection_of_two_has_the_masks_of_the_pair(rounds):
     ]
     collection = Collection(model, processor)
     collection.add(images)
-    found, _, _ = collection.first_pass(propagate=False)
+    found = collection.first_pass(propagate=False, common=torch.tensor([True, True])).masks
     with torch.inference_mode():
         expected = model(processor([images], return_tensors="pt")["pixel_values"]).mask_logits[0].sigmoid()
     torch.testing.assert_close(found.own, expected, atol=1e-4, rtol=1e-4)

@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
             zip_folder(folder, COLLECTION_ARCHIVE)
     for name in document["odd_ones_out"]:
         print(f"{name} does not seem to show what the others show")
+    for photo in document["photos"]:
+        if not photo["common"]:
+            print(f"{photo['file']} has no object in common with its partners: its mask is what stands out in it")
     count = len(document["photos"])
     print(f"{count} images; see {Path(args.output_dir) / 'overview.png'}")
     if document["not_done"]:

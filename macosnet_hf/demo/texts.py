@@ -57,15 +57,19 @@ def pair_verdict(pair: MatchedPair) -> str:
     if pair.same_image:
         return "This is the same photo twice, so every point should find itself."
     quality, count = pair.result.quality, len(pair.result.matches)
+    alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
     if quality == "poor":
-        return VERDICTS[quality]  # a number of matches would contradict it
-    return f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+        return VERDICTS[quality] + alone  # a number of matches would contradict it
+    return f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object.{alone}"
 
 
 def collection_verdict(collection: SegmentedCollection) -> str:
     """HTML: which photos of a collection do not belong."""
     odd = [collection.copies[number].name for number in collection.odd]
     rest = len(collection.copies) - len(odd)
+    if not any(collection.has_common_object(number) for number in range(len(collection.copies))):
+        words = "These photos seem to have nothing in common: each mask is what stands out in its photo."
+        return marked("nothing shared", "poor", words)
     if odd:
         named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
         words = f"{named} {'does' if len(odd) == 1 else 'do'} not seem to belong; the other {rest} agree."

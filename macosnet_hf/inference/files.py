@@ -201,6 +201,10 @@ class SegmentedCollection:
     average: Image.Image | None
     refine: str
 
+    def has_common_object(self, number: int) -> bool:
+        """Whether the mask of an image shows an object that others have too; if not, what stands out in it."""
+        return self.result.common is None or bool(self.result.common[number])
+
     def original_mask(self, number: int) -> np.ndarray:
         """Mask `(H, W)` bool of an original."""
         return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])

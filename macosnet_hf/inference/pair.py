@@ -12,14 +12,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..collection import Box, Collection, Crops, crop_to_box, crop_to_objects, hard_mask, refine_crops
+from ..collection import (
+    COMMON_SIMILARITY,
+    Box,
+    Collection,
+    Crops,
+    crop_to_box,
+    crop_to_objects,
+    hard_mask,
+    refine_crops,
+)
 from ..drawing import draw_matches
 from ..errors import InputError
 from ..geometry import Transform, denormalize_points, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
-from ..mask_sharing import NetworkMasks, reduce_for_refinement, similar_cells
+from ..mask_sharing import NetworkMasks, object_similarity, reduce_for_refinement, similar_cells
 from ..refinement import check_method
 from . import start_of
 
@@ -43,6 +52,7 @@ class _Found:
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
         agreement: see [`object_agreement`].
+        common: see [`PairResult`].
         crops: of the second pass, which the first refinement makes.
     """
 
@@ -53,6 +63,7 @@ class _Found:
     scores: np.ndarray
     probabilities: np.ndarray
     agreement: float
+    common: bool
     crops: Crops | None = None
 
 
@@ -90,6 +101,11 @@ class PairResult:
             {"source": tuple(pair[0].tolist()), "target": tuple(pair[1].tolist()), "score": float(score)}
             for pair, score in zip(self.keypoints, self.scores, strict=True)
         ]
+
+    @property
+    def common(self) -> bool:
+        """Whether the masks show an object that the images have in common; if not, what stands out in each of them."""
+        return self._found.common
 
     @property
     def image_sizes(self) -> torch.Tensor:
@@ -333,14 +349,17 @@ def match_images(
         outputs = model(pixels.to(model.device))
     points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
     soft = outputs.mask_logits[0].float().sigmoid()
+    common = bool(object_similarity(outputs.features[0], soft)[0, 1] >= COMMON_SIMILARITY)
+    own = _salient_masks(images, model, processor) if _stand_alone(model, common) else soft
     found = _Found(
         model,
         processor,
         outputs,
         points=torch.stack((points["keypoints0"], points["keypoints1"]), dim=1).float().cpu().numpy(),
         scores=points["matching_scores"].float().cpu().numpy(),
-        probabilities=soft.cpu().numpy(),
+        probabilities=own.cpu().numpy(),
         agreement=object_agreement(outputs.features[0], soft, model.transforms(outputs)[0]),
+        common=common,
     )
     return _result(images, found, refine, threshold)
 
@@ -378,14 +397,29 @@ def _second_pass(images: tuple[Image.Image, Image.Image], found: _Found) -> Crop
         side = found.model.config.image_size
         collection = Collection(found.model, found.processor)
         collection.add([crop_to_box(image, box, side) for image, box in zip(images, boxes, strict=True)])
-        return collection.images, collection.first_pass()[0].cpu()
+        return collection.images, collection.first_pass(common=torch.tensor([found.common] * 2)).masks.cpu()
 
     cells = similar_cells(found.outputs.features[0].float().cpu(), _EACH_OTHER)
+    if _stand_alone(found.model, found.common):
+        cells = cells.without(torch.tensor([True, True]))
     crops = crop_to_objects(
         Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(found.probabilities), cells)), look_at
     )
     # Reduced at once: a server stores the result, and refines it again.
     return crops._replace(images=[reduce_for_refinement(image) for image in crops.images])
+
+
+def _stand_alone(model: MaCoSNetForKeypointMatching, common: bool) -> bool:
+    """Whether each mask is made without the other image, see [`Collection.segment`]."""
+    return model.config.decoder_inputs == "common" and not common
+
+
+def _salient_masks(
+    images: tuple[Image.Image, Image.Image], model: MaCoSNetForKeypointMatching, processor: MaCoSNetImageProcessor
+) -> torch.Tensor:
+    """`(2, S, S)` soft masks of what stands out in each image."""
+    collection = Collection(model, processor)
+    return torch.stack([collection.salient_mask(number) for number in collection.add(images)])
 
 
 def _check_options(refine: str, threshold: float) -> None:

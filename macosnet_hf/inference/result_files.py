@@ -65,6 +65,7 @@ def pair_document(
         for view, copy, mask in zip(VIEWS, pair.copies, (pair.result.source_mask, pair.result.target_mask), strict=True)
     }
     document["quality"] = pair.result.quality
+    document["common"] = pair.result.common
     document["matches"] = [
         {"source": _rounded(source), "target": _rounded(target), "score": round(float(score), 4)}
         for (source, target), score in zip(pair.keypoints[chosen], pair.result.scores[chosen], strict=True)
@@ -215,6 +216,7 @@ def _collection_document(
             "object_share": round(share, 4),
             "agreement": round(float(collection.result.agreement[number]), 4),
             "belongs": number not in collection.odd,
+            "common": collection.has_common_object(number),
             "partners": [files[other] for other in collection.result.partners[number]],
         }
         for number, share in shares.items()
