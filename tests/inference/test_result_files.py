@@ -30,10 +30,34 @@ from macosnet_hf.inference.result_files import (
 )
 
 # Keys that readers of version 0.1 know: those of its command line, then those of its demo.
-PAIR_KEYS = {"source", "target", "quality", "matches", "affine", "tps", "reverse", "model", "refine", "threshold"}
+PAIR_KEYS = {
+    "source",
+    "target",
+    "quality",
+    "common",
+    "matches",
+    "affine",
+    "tps",
+    "reverse",
+    "model",
+    "refine",
+    "threshold",
+}
 VIEW_KEYS = {"file", "width", "height", "object_share"}
 COLLECTION_KEYS = {"photos", "odd_ones_out", "skipped", "not_done", "model", "refine", "reference_of_the_average"}
-PHOTO_KEYS = {"photo", "file", "mask", "cutout", "width", "height", "object_share", "agreement", "belongs", "partners"}
+PHOTO_KEYS = {
+    "photo",
+    "file",
+    "mask",
+    "cutout",
+    "width",
+    "height",
+    "object_share",
+    "agreement",
+    "belongs",
+    "common",
+    "partners",
+}
 
 
 @pytest.fixture(scope="module")
