@@ -72,7 +72,8 @@ NEEDS_ALL = ("stride 0, right shape", "another shape", "no dimension", "1e300", 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("kind", "older_format"),
-    [(kind, older) for kind in HOSTILE for older in (False, True) if not (older and kind in NEEDS_ALL)],
+    # torch's older format names a storage by its address: those of a nested tensor, made on the way, may share one.
+    [(kind, older) for kind in HOSTILE for older in (False, True) if not (older and kind in (*NEEDS_ALL, "nested"))],
 )
 def test_a_hostile_tensor_is_refused_by_name_before_it_is_copied(published, tmp_path, kind, older_format):
     name, change, words = HOSTILE[kind]

@@ -26,6 +26,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     words = ("--dataset_name", photographs(root / "photos", 4), "--model_name_or_path", start_model)
     words += ("--per_device_train_batch_size", 2, "--photo_size", 96, "--num_warmup_steps", 0, "--logging_steps", 1)
     words += ("--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    words += ("--checkpoints_total_limit", 9)
     runs.add("whole", "pretrain", *words, "--output_dir", root / "whole", "--ema_decay", 0.5)
     runs.start()
     runs.succeeded("whole")
