@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"Open {address} in a browser. Stop with Ctrl+C.", flush=True)
     try:
+        matcher.reader.start()
         matcher.load()  # while the visitor looks at the page, so that the first match does not wait for it
         demo.block_thread()
     except MaCoSNetError as error:

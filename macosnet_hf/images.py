@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -17,6 +18,7 @@ COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
+_BAND_PIXELS = 4 << 20  # of a large image that are converted at once
 _PROFILED_MODES = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # and what they become in sRGB
 
 
@@ -31,28 +33,56 @@ def exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Image:
     """An image of any mode as a new, upright image of mode "RGB" without EXIF, so that it is not turned twice.
 
     Colours of an ICC profile, such as a phone's Display P3, are converted to sRGB; a broken profile is ignored.
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
     taken as 8-bit or 16-bit where they fit, floating-point images as 0..1 or 0..255 (see [`white_level`]); other images
     are stretched from their smallest to their largest value.
+
+    Large images are converted in bands, which takes little memory beside the image and the new one.
+
+    Args:
+        image: loaded, otherwise not changed.
+        orientation: how its pixels lie, 1 to 8, where the caller has read that already.
     """
     image.load()  # before the orientation is read: TIFF turns its pixels itself while loading
-    orientation = exif_orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        upright = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
-    else:
-        coloured = _in_srgb(image)
-        # `convert` copies, also an RGB image.
-        upright = _on_white(coloured) if coloured.has_transparency_data else coloured.convert("RGB")
+    orientation = exif_orientation(image) if orientation is None else orientation
+    wide = image.mode.startswith("I") or image.mode == "F"
+    upright = _by_bands(image, _eight_bits(image) if wide else _to_rgb)
     upright.info = {}
     if orientation > 1:
         # The tag alone: `exif_transpose` writes the block again, which fails where it is damaged.
         upright.getexif()[ExifTags.Base.Orientation] = orientation
         ImageOps.exif_transpose(upright, in_place=True)
     return upright
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image in bands from top to bottom, each with its first row; a small one as it is."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if image.height <= rows:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A new image of mode "RGB": what `convert`, which looks at each pixel alone, makes of the image."""
+    if image.width * image.height <= _BAND_PIXELS:
+        return convert(image)
+    upright = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        upright.paste(convert(band), (0, top))
+    return upright
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    coloured = _in_srgb(image)
+    # `convert` copies, also an RGB image.
+    return _on_white(coloured) if coloured.has_transparency_data else coloured.convert("RGB")
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:
@@ -110,11 +140,14 @@ def white_level(values: np.ndarray) -> float | None:
     Both ranges may be exceeded by a quarter at both ends, since a cubic filter overshoots. Whole numbers of 0..255 are
     pixels of 8 bits, however dark.
     """
-    low, high = float(values.min()), float(values.max())
+    return _white_level(float(values.min()), float(values.max()), lambda: _is_whole(values))
+
+
+def _white_level(low: float, high: float, whole: Callable[[], bool]) -> float | None:
     for white, brightest in ((1.0, 0.0), (255.0, 254.0)):
         if low >= -_OVERSHOOT * white and brightest <= high <= (1 + _OVERSHOOT) * white:
             return white
-    return 255.0 if low >= 0 and high <= 255 and bool((values == np.rint(values)).all()) else None
+    return 255.0 if low >= 0 and high <= 255 and whole() else None
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -124,19 +157,37 @@ def _on_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Wide greyscale `(H, W)` of PIL mode "I", "I;16*" or "F" to uint8."""
+def _eight_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """The conversion of wide greyscale of PIL mode "I", "I;16*" or "F" to RGB that suits all pixels of an image."""
+    mode = image.mode
+    ends = [(part.min(), part.max()) for part in (_finite(band) for _, band in _bands(image)) if part.size]
+    low, high = (float(min(low for low, _ in ends)), float(max(high for _, high in ends))) if ends else (0.0, 0.0)
     white: float | None
     if mode == "F":
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
-        white = white_level(values)
+        white = _white_level(low, high, lambda: all(_is_whole(_finite(band)) for _, band in _bands(image)))
     else:
-        low, high = float(values.min()), float(values.max())
         white = 65535.0 if mode != "I" or high > 255 else 255.0
         white = white if low >= 0 and high <= white else None
     offset, scale = (0.0, 255.0 / white) if white is not None else (low, 255.0 / max(high - low, 1e-12))
-    if high - low > float(np.finfo(np.float32).max):  # found by hypothesis: the difference has no place in 32 bits
-        values, offset, scale = values / 2, offset / 2, scale * 2
-    return np.clip((values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5, 0, 255).astype(np.uint8)
+    halved = high - low > float(np.finfo(np.float32).max)  # found by hypothesis: the difference has no place in 32 bits
+    if halved:
+        offset, scale = offset / 2, scale * 2
+
+    def convert(band: Image.Image) -> Image.Image:
+        values = np.asarray(band)
+        if mode == "F":
+            values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
+        values = values / 2 if halved else values
+        levels = (values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5
+        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+
+    return convert
+
+
+def _finite(band: Image.Image) -> np.ndarray:
+    values = np.asarray(band)
+    return values[np.isfinite(values)] if band.mode == "F" else values
+
+
+def _is_whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())

@@ -55,7 +55,11 @@ def _match_endpoint(sessions: Sessions) -> None:
     images = [gr.Image(label=label) for label in ("source mask", "target mask", "source warped onto the target")]
     outputs = [gr.JSON(label="report"), drawing, *images]
     gr.Button().click(
-        **on_uploads(match, inputs), outputs=outputs, api_name="match", concurrency_id="pair", concurrency_limit=2
+        **on_uploads(match, inputs),
+        outputs=outputs,
+        api_name="match",
+        concurrency_id="pair",
+        concurrency_limit=limits.STARTED["pair"],
     )
 
 
@@ -100,5 +104,5 @@ def _segment_collection_endpoint(sessions: Sessions) -> None:
         outputs=outputs,
         api_name="segment_collection",
         concurrency_id="collection",
-        concurrency_limit=1,
+        concurrency_limit=limits.STARTED["collection"],
     )

@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from ..drawing import cutout
-from . import components
+from . import components, limits
 from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions
@@ -75,7 +75,7 @@ class CollectionTab:
         self.shown = [self.key, self.verdict, *images, self.agreement, self.archive, self.results]
 
     def _events(self, tab: gr.Tab) -> None:
-        components.check_on_upload(self.photos)
+        components.check_on_upload(self.photos, self.sessions.matcher.reader)
         tab.select(
             **components.on_uploads(self.show_example, [self.photos]),
             outputs=[self.photos, *self.shown],
@@ -83,7 +83,8 @@ class CollectionTab:
             show_progress_on=self.verdict,
             **components.PRIVATE,
         )
-        queue = {"concurrency_id": "collection", "concurrency_limit": 1, **components.PRIVATE}
+        started = limits.STARTED["collection"]
+        queue = {"concurrency_id": "collection", "concurrency_limit": started, **components.PRIVATE}
         segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
         segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
         chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)

@@ -7,13 +7,12 @@ import html
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
-from ..io.working_copy import for_browser
+from .reading import PhotoReader
 from .texts import REFINEMENTS
 
 DISPLAY_SIDE = 720  # pixels of the longer side of small result images
@@ -86,13 +85,13 @@ def image_upload(name: str) -> gr.Image:
     )
 
 
-def check_on_upload(place: gr.Image | gr.Gallery) -> None:
+def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader) -> None:
     """Replaces an uploaded file that browsers do not show; takes one that cannot be used away, and a toast says why."""
 
     def shown(path: str) -> str | None:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                copy = for_browser(path, Path(folder))
+                copy = reader.for_browser(path, folder)
                 return path if copy is None else place.move_resource_to_block_cache(copy)
         except MaCoSNetError as error:
             gr.Warning(html.escape(str(error), quote=False))

@@ -15,6 +15,7 @@ from ..io.checkpoints import load_model_and_processor
 from ..io.memory import trim
 from ..io.package import DEFAULT_CHECKPOINT, checkpoint_name
 from . import limits
+from .reading import PhotoReader
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
@@ -28,6 +29,8 @@ class Matcher:
         self.name = checkpoint_name(checkpoint)  # in result files
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
+        self.reader = PhotoReader()
+        self._turns = {kind: threading.Semaphore(count) for kind, count in limits.AT_ONCE.items()}
         self._trimmed = time.monotonic()
 
     def load(self) -> dict[str, Any]:
@@ -42,15 +45,19 @@ class Matcher:
             return self._loaded
 
     def pair(self, source: str, target: str, refine: str) -> MatchedPair:
-        """Matches the photos in two files."""
+        """Matches the photos in two files. Who waits until large photos are read does not hold up others."""
         with self._working() as loaded:
-            return _files().match_files(source, target, refine=refine, **loaded)
+            copies = _files().open_pair(source, target, read=self.reader.working_copy)
+            with self._turns["pair"]:
+                return _files().match_copies(copies, refine=refine, **loaded)
 
     def collection(self, paths: list[str], refine: str, progress: Any) -> SegmentedCollection:
         """Segments the photos in some files; `progress` as in `segment_files`."""
         with self._working() as loaded:
             names = [os.path.basename(path) for path in paths]
-            return _files().segment_files(paths, names, refine=refine, progress=progress, **loaded)
+            copies = _files().open_collection(paths, names, progress, read=self.reader.working_copy)
+            with self._turns["collection"]:
+                return _files().segment_opened(copies, refine=refine, progress=progress, **loaded)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[dict[str, Any]]:

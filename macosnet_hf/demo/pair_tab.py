@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from . import components
+from . import components, limits
 from .downloads import cached_images, pair_files
 from .examples import EXAMPLES, pair_examples
 from .sessions import Sessions
@@ -77,7 +77,7 @@ class PairTab:
             **components.PRIVATE,
         )
         for place in self.uploads:
-            components.check_on_upload(place)
+            components.check_on_upload(place, self.sessions.matcher.reader)
         inputs = [*self.uploads, self.threshold, self.count, self.refine]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
         chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
@@ -106,7 +106,7 @@ class PairTab:
         )
 
     def _of_runs(self) -> dict[str, Any]:
-        queue = {"concurrency_id": "pair", "concurrency_limit": 2}
+        queue = {"concurrency_id": "pair", "concurrency_limit": limits.STARTED["pair"]}
         return {"outputs": self.shown, "show_progress_on": self.verdict, **queue, **components.PRIVATE}
 
     def show(self, pair: MatchedPair, threshold: float, count: int, owner: str | None) -> tuple[Any, ...]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Progress = Callable[[float, str], None]
 """Called often with the share that is done, 0 to 1, and the current step in words; may raise to stop the work."""
 
+ReadCopy = Callable[..., WorkingCopy]
+"""As [`~macosnet_hf.io.working_copy.open_working_copy`]: takes a path, a name and a side."""
+
+_READING = 0.15  # share of the work of a collection
 _DEMO_SIDE = 512  # longer side of a collection's working copies, many of which a server holds at once
 SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
@@ -151,13 +155,28 @@ def match_files(
         ImageError: if one cannot be read; the text says whether it is the source or the target.
         InputError: for an unknown refinement.
     """
+    return match_copies(open_pair(source, target, names), model=model, processor=processor, refine=refine)
+
+
+def open_pair(
+    source: str, target: str, names: tuple[str, str] | None = None, *, read: ReadCopy = open_working_copy
+) -> tuple[WorkingCopy, WorkingCopy]:
+    """Working copies of two image files.
+
+    Args:
+        source, target, names: as in [`match_files`].
+        read: makes a working copy of a path and a name.
+
+    Raises:
+        ImageError: if one cannot be read; the text says whether it is the source or the target.
+    """
     copies = []
     for index, (role, path) in enumerate((("Source", source), ("Target", target))):
         try:
-            copies.append(open_working_copy(path, names[index] if names else None))
+            copies.append(read(path, names[index] if names else None))
         except ImageError as error:
             raise ImageError(f"{role}: {error}") from error
-    return match_copies((copies[0], copies[1]), model=model, processor=processor, refine=refine)
+    return copies[0], copies[1]
 
 
 def match_copies(
@@ -250,19 +269,48 @@ def segment_files(
         ImageError: if an image cannot be read.
         InputError: for too few or too many images, or an unknown refinement.
     """
+    copies = open_collection(paths, names, progress)
+    return segment_opened(copies, model=model, processor=processor, refine=refine, progress=progress)
+
+
+def open_collection(
+    paths: Sequence[str],
+    names: Sequence[str],
+    progress: Progress | None = None,
+    *,
+    read: ReadCopy = open_working_copy,
+) -> list[WorkingCopy]:
+    """Working copies of 2 to 30 image files: the first step of [`segment_files`], whose arguments these are.
+
+    Args:
+        paths, names, progress: as there.
+        read: as in [`open_pair`].
+    """
     check_collection_size(len(paths))
-    report = progress or (lambda share, text: None)
     copies = []
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
-        report(0.15 * number / len(paths), f"Reading {name}")
-        copies.append(open_working_copy(path, name, _DEMO_SIDE))
+        if progress is not None:
+            progress(_READING * number / len(paths), f"Reading {name}")
+        copies.append(read(path, name, _DEMO_SIDE))
+    return copies
+
+
+def segment_opened(
+    copies: Sequence[WorkingCopy],
+    *,
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    refine: str,
+    progress: Progress | None,
+) -> SegmentedCollection:
+    """The second step of [`segment_files`]."""
     return segment_copies(
         copies,
-        distinct_names(names),
+        distinct_names([copy.name for copy in copies]),
         model=model,
         processor=processor,
         refine=refine,
-        progress=lambda share, text: report(0.15 + 0.85 * share, text),
+        progress=progress and (lambda share, text: progress(_READING + (1 - _READING) * share, text)),
     )
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import ImageError
 from ..images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, exif_orientation, upright_rgb
+from .decoding_cost import MAX_DECODED_BYTES, OF_WEBP, REDUCIBLE, check_bytes, check_cost, late_exif, webp_size
 
 ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
 ImageSource: TypeAlias = "ImageFile | Image.Image | np.ndarray"
@@ -47,24 +48,28 @@ def load_image(
     source: ImageSource,
     *,
     max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_DECODED_BYTES,
     min_side: int = MIN_SIDE,
     reduced_to: int | None = None,
 ) -> Image.Image:
     """Reads an image of any source and kind, upright and in RGB.
 
     Applies the EXIF orientation, lays transparent images on white, converts every other mode to 8-bit RGB (see
-    [`~macosnet_hf.images.upright_rgb`]), and takes the first frame of an animation. The size is checked in the header,
-    before any pixel is decoded. The result carries no EXIF block, so nothing can turn it twice.
+    [`~macosnet_hf.images.upright_rgb`]), and takes the first frame of an animation. The size, and what decoding will cost,
+    are checked in the header, before any pixel is decoded. The result carries no EXIF block, so nothing can turn it twice.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its start, left open), an image (not
             changed) or an array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of uint8.
         max_pixels: an image with more pixels than this is refused. PIL's own limit (`2 *
             PIL.Image.MAX_IMAGE_PIXELS`, 179 megapixels unless changed) holds as well.
+        max_bytes: a file that takes more memory than this until it is upright RGB is refused. A pixel takes 8 to 24
+            bytes, which depends on the format; those of 8 bits are below up to 100 megapixels.
         min_side: an image with a side shorter than this many pixels is refused: it can show no object.
         reduced_to: if given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays at
             least this many pixels, which is several times faster and smaller. Coordinates then refer to the reduced
-            image; [`image_size`] gives the size of the whole one. Other formats are not affected.
+            image; [`load_with_size`] gives the size of the whole one as well. JPEG 2000 is reduced likewise where it
+            would be refused otherwise; other formats are not affected.
 
     Returns:
         An image of mode "RGB", independent of `source`.
@@ -79,11 +84,37 @@ def load_image(
             return upright_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels, min_side)
-    with _opened(source, max_pixels, min_side) as image:
-        if reduced_to is not None:
-            image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
-        _decode(image, name, max_pixels)
-        return upright_rgb(image)
+    return load_with_size(source, max_pixels=max_pixels, max_bytes=max_bytes, min_side=min_side, reduced_to=reduced_to)[
+        0
+    ]
+
+
+def load_with_size(
+    source: ImageFile,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_DECODED_BYTES,
+    min_side: int = MIN_SIDE,
+    reduced_to: int | None = None,
+    longer_side: int | None = None,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An image file as [`load_image`] reads it, and the size (height, width) of the whole upright image.
+
+    The file is opened once and its orientation read once, so both always agree.
+
+    Args:
+        source, max_pixels, max_bytes, min_side, reduced_to: as in [`load_image`].
+        longer_side: instead of `reduced_to`, the pixels that the longer side must keep.
+    """
+    with _opened(source, max_pixels, min_side, max_bytes) as (image, stream):
+        orientation, whole = _stored_orientation(image), image.size
+        if longer_side is not None:
+            reduced_to = round(longer_side * min(whole) / max(whole))
+        _decode(image, stream, _name(source), max_pixels, max_bytes, turned=orientation > 1, reduced_to=reduced_to)
+        upright = upright_rgb(image, orientation)
+        if image.size == whole or image.format not in REDUCIBLE:  # some containers (ICO) tell their true size only now
+            return upright, (upright.height, upright.width)
+        return upright, whole if orientation >= 5 else whole[::-1]
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str] | IO[bytes], **options: Any) -> None:
@@ -104,14 +135,16 @@ def _srgb_profile() -> bytes:
     return bytes(profile)
 
 
-def load_as_stored(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_as_stored(
+    source: ImageFile, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_DECODED_BYTES
+) -> Image.Image:
     """Reads an image whose values have a meaning, such as a mask: not turned, in its own mode.
 
     Raises:
         ImageError: as [`load_image`]; one pixel is enough here.
     """
-    with _opened(source, max_pixels, 1) as image:
-        _decode(image, _name(source), max_pixels)
+    with _opened(source, max_pixels, 1, max_bytes) as (image, stream):
+        _decode(image, stream, _name(source), max_pixels, max_bytes, turned=False)
         return image
 
 
@@ -121,15 +154,23 @@ def image_size(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
     Raises:
         ImageError: as [`load_image`], as far as the header shows.
     """
-    with _opened(source, max_pixels) as image:
-        return upright_size(image)
+    with _opened(source, max_pixels) as (image, _):
+        width, height = image.size
+        return (width, height) if _stored_orientation(image) >= 5 else (height, width)
+
+
+def _stored_orientation(image: Image.Image) -> int:
+    """The orientation of an open file's pixels, read once and before they are decoded: 1 where PIL turns them itself.
+
+    Decoding may change what PIL knows, as where a PNG has a second EXIF block behind its pixels.
+    """
+    return 1 if image.format == "TIFF" else exif_orientation(image)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """The size `(height, width)` that an open image has once it is upright."""
-    # The orientations 5 to 8 lie on their side. PIL's TIFF reader has turned the size already.
-    sideways = image.format != "TIFF" and exif_orientation(image) >= 5
-    return (image.width, image.height) if sideways else (image.height, image.width)
+    """The size `(height, width)` that an image in memory has once it is upright."""
+    # The orientations 5 to 8 lie on their side.
+    return (image.width, image.height) if _stored_orientation(image) >= 5 else (image.height, image.width)
 
 
 def image_format(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> str:
@@ -138,22 +179,51 @@ def image_format(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> str:
     Raises:
         ImageError: as [`load_image`], as far as the header shows.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels) as (image, _):
         return image.format or ""
 
 
 @contextmanager
-def _opened(source: ImageFile, max_pixels: int, min_side: int = MIN_SIDE) -> Iterator[Image.Image]:
-    """An image file whose header is read and checked; nothing is decoded yet."""
+def _opened(
+    source: ImageFile, max_pixels: int, min_side: int = MIN_SIDE, max_bytes: int = MAX_DECODED_BYTES
+) -> Iterator[tuple[Image.Image, IO[bytes]]]:
+    """An image file whose header is read and checked, and its bytes; nothing is decoded yet."""
     name = _name(source)
     with _stream(source, name) as stream:
+        if (size := webp_size(stream)) is not None:
+            _check_size(size, name, max_pixels, min_side)
+            check_bytes(OF_WEBP * size[0] * size[1], name, max_bytes)
+        stream.seek(0)
         image = _open_header(stream, name, max_pixels)
         with _damage_as_image_error(name), image:
             _check_size(image.size, name, max_pixels, min_side)
-            yield image
+            if image.format == "PNG":
+                _find_exif(image, stream, name)
+            yield image, stream
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> None:
+def _find_exif(image: Image.Image, stream: IO[bytes], name: str) -> None:
+    """Lets the EXIF block of a PNG be known without decoding: where none is before the pixels, PIL decodes them."""
+    if "exif" in image.info:
+        return
+    position = stream.tell()
+    image.info["exif"] = late_exif(stream, name)
+    stream.seek(position)
+    if not image.info["exif"] and (text := image.info.get("Raw profile type exif")):  # of old versions of ImageMagick
+        image.info["exif"] = bytes.fromhex("".join(text.split("\n")[3:]))
+
+
+def _decode(
+    image: Image.Image,
+    stream: IO[bytes],
+    name: str,
+    max_pixels: int,
+    max_bytes: int,
+    *,
+    turned: bool,
+    reduced_to: int | None = None,
+) -> None:
+    check_cost(image, stream, name, max_bytes=max_bytes, turned=turned, reduced_to=reduced_to)
     image.load()
     _check_size(image.size, name, max_pixels, 1)  # some containers (ICO) tell their true size only now
 
@@ -198,6 +268,8 @@ def _open_file(path: str | os.PathLike[str], name: str) -> IO[bytes]:
         if not stat.S_ISREG(mode):  # opening a pipe or a device could wait forever
             raise ImageError(f"{name} is not a regular file.")
         return open(path, "rb")
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(f"{name} does not exist.") from error
     except PermissionError as error:

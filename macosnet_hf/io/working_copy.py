@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from .image_files import image_format, image_size, load_image, save_image
+from .image_files import image_format, load_image, load_with_size, save_image
 
 WORKING_SIDE = 960  # pixels of the longer side: four times the network's input, twice what the page shows
 _SHOWN_BY_BROWSERS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "AVIF", "ICO")
@@ -26,12 +26,14 @@ class WorkingCopy:
         name: what messages and results call it.
         image: the copy, upright RGB.
         size: (width, height) of the upright original.
+        read: reads the original; a server has it read elsewhere.
     """
 
     path: str
     name: str
     image: Image.Image
     size: tuple[int, int]
+    read: Callable[[str], Image.Image] = load_image
 
     @property
     def is_whole(self) -> bool:
@@ -55,7 +57,7 @@ class WorkingCopy:
         if self.is_whole:
             return self.image
         try:
-            return load_image(self.path)
+            return self.read(self.path)
         except ImageError as error:
             raise ImageError(f"'{self.name}' can no longer be read; choose it again.") from error
 
@@ -65,8 +67,10 @@ class WorkingCopy:
         return np.array([max(self.size[0] - 1, 1) / width, max(self.size[1] - 1, 1) / height])
 
 
-def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
+def for_browser(path: str | os.PathLike[str], folder: Path, **limits: int) -> Path | None:
     """A PNG copy, in `folder`, of an image that browsers cannot show; None, after a look at the header, if they can.
+
+    The limits are `max_pixels` and `max_bytes` of [`load_image`].
 
     Raises:
         ImageError: as [`open_working_copy`].
@@ -75,14 +79,19 @@ def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:
         if image_format(path) in _SHOWN_BY_BROWSERS:
             return None
         copy = folder / f"{Path(path).stem}.png"
-        save_image(load_image(path), copy, compress_level=1)
+        save_image(load_image(path, **limits), copy, compress_level=1)
     except ImageError as error:
         raise _without_folder(error, path, os.path.basename(path)) from error
     return copy
 
 
 def open_working_copy(
-    path: str | os.PathLike[str], name: str | None = None, side: int | None = WORKING_SIDE, *, fine: bool = False
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    side: int | None = WORKING_SIDE,
+    *,
+    fine: bool = False,
+    **limits: int,
 ) -> WorkingCopy:
     """Reads an image at a bounded size; a JPEG is decoded at a fraction of its size where that is enough.
 
@@ -91,30 +100,26 @@ def open_working_copy(
         name: what messages and results call it; the file's name by default.
         side: longer side of the copy in pixels; smaller images stay as they are, and all do with None.
         fine: whether to decode at least `side` pixels of the shorter side too, and to interpolate with a cubic kernel.
+        limits: `max_pixels` and `max_bytes` of [`load_image`].
 
     Raises:
         ImageError: as [`load_image`]; the text calls the image by its name, without its folder.
     """
     name = name or os.path.basename(path)
     try:
-        height, width = image_size(path)
-        if side is None:
-            image = load_image(path)
-            return WorkingCopy(os.fspath(path), name, image, image.size)
-        # The reduction bounds the shorter side, hence the longer one by `side`.
-        shorter = side if fine else max(1, round(side * min(width, height) / max(width, height)))
-        image = load_image(path, reduced_to=shorter)
+        bound = {"reduced_to": side} if fine else {"longer_side": side}
+        image, (height, width) = load_with_size(path, **bound, **limits)
     except ImageError as error:
         raise _without_folder(error, path, name) from error
-    if image.size != (width, height) and max(width, height) <= side:
-        width, height = image.size  # some containers (ICO) tell their true size only when decoded
+    if side is None:
+        return WorkingCopy(os.fspath(path), name, image, image.size)
     kernel = Image.Resampling.BICUBIC if fine else Image.Resampling.BILINEAR
     image.thumbnail((side, side), kernel, reducing_gap=2.0)
     return WorkingCopy(os.fspath(path), name, image, (width, height))
 
 
 def _without_folder(error: ImageError, path: str | os.PathLike[str], name: str) -> ImageError:
-    return ImageError(str(error).replace(os.fspath(path), name))
+    return type(error)(str(error).replace(os.fspath(path), name))
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
