@@ -5,7 +5,9 @@ Run it with `make demo`, or `python app.py --port 7860 --host 127.0.0.1 --model 
 
 import argparse
 import os
+import signal
 import sys
+from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait slow each other down wherever cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,13 +17,14 @@ from macosnet_hf.demo.matcher import Matcher
 from macosnet_hf.demo.page import build_demo
 from macosnet_hf.demo.server import serve
 from macosnet_hf.demo.texts import SUMMARY
+from macosnet_hf.demo.visitor_files import folder_of_a_run
 from macosnet_hf.io.memory import give_memory_back
 
 __all__ = ["Matcher", "build_demo", "main", "serve"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves the page until Ctrl+C; returns 2 if the port is taken or the checkpoint cannot be loaded."""
+    """Serves the page until Ctrl+C or SIGTERM; returns 2 if the port is taken or the checkpoint cannot be loaded."""
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address")
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")), help="port")
@@ -30,13 +33,28 @@ def main(arguments: list[str] | None = None) -> int:
         default=os.environ.get("MACOSNET_MODEL") or DEFAULT_CHECKPOINT,
         help="folder or Hub id of a checkpoint (default: the variable MACOSNET_MODEL, else the embedded one)",
     )
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        metavar="NAME",
+        help="names under which browsers may address the server, such as demo.example.org, *.example.org or * for any "
+        "(default: those of this machine where --host is one of them, else any)",
+    )
     options = parser.parse_args(arguments)
-
+    for name in ("SIGTERM", "SIGHUP"):  # of services and terminals that end; as Ctrl+C
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     give_memory_back()
+    with folder_of_a_run() as files:
+        return run(options, files)
+
+
+def run(options: argparse.Namespace, files: Path) -> int:
+    """Serves the page; `files` is the base folder of what visitors upload."""
     matcher = Matcher(options.model)
     demo = build_demo(matcher)
     try:
-        address = serve(demo, options.host, options.port)
+        address = serve(demo, options.host, options.port, allowed_hosts=options.allowed_hosts, files=files)
     except OSError:
         print(f"error: cannot listen on {options.host}:{options.port}; choose another --port.", file=sys.stderr)
         return 2
@@ -51,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:  # gradio handles it while blocking; this is Ctrl+C while the model loads
         demo.close(verbose=False)
+    finally:
+        matcher.reader.close()
     return 0
 
 

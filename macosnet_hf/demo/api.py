@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import InputError
 from ..inference import DIRECTIONS
 from ..inference.result_files import pair_document
 from . import limits
@@ -72,8 +71,6 @@ def _transfer_points_endpoint(sessions: Sessions) -> None:
         of the other photo; one may lie outside of it. The network does not run again.
         """
         with errors_for_visitors():
-            if not isinstance(points, list) or len(points) > limits.MAX_POINTS:
-                raise InputError(f"Points are a list of at most {limits.MAX_POINTS} pairs of numbers [x, y].")
             return sessions.pairs.get(result).transfer(points, direction).round(2).tolist()
 
     direction = gr.Radio(DIRECTIONS, value=DIRECTIONS[0], label="direction")

@@ -23,7 +23,7 @@ PROGRESS = gr.Progress()  # what gradio looks for among the defaults of a functi
 
 # The camera at the back of a phone, and not mirrored: a mirrored partner is not recognised.
 _WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"ideal": "environment"}}})
-_OF_FILES = (gr.Image, gr.Gallery, gr.File)
+OF_FILES = (gr.Image, gr.Gallery, gr.File)
 
 
 def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]
     @functools.wraps(fn)
     def reading(*values: Any) -> Any:
         read = [
-            uploaded(value, component.GRADIO_CACHE) if isinstance(component, _OF_FILES) else component.preprocess(value)
+            uploaded(value, component.GRADIO_CACHE) if isinstance(component, OF_FILES) else component.preprocess(value)
             for component, value in zip(inputs, values[: len(inputs)], strict=True)
         ]
         return fn(*read, *values[len(inputs) :])  # behind the inputs: the request, the progress
@@ -57,7 +57,7 @@ def uploaded(value: Any, folder: str) -> Any:
     """
     if isinstance(value, list):
         return [uploaded(each, folder) for each in value]
-    if not value:
+    if value is None:
         return None
     folder, path = os.path.realpath(folder), os.path.realpath(value.get("image", value).get("path") or "")
     if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):

@@ -1,7 +1,7 @@
 """A process that reads images of visitors and nothing else, under limits of memory and processor time.
 
-`reading.py` starts it with the limits as its argument in JSON. Each line of standard input is a request; the answer is a
-line of JSON, followed by the pixels of an image. It ends with its standard input, or when a file exceeds a limit.
+`reading.py` starts it with the limits as its argument in JSON. Each line of standard input is a request; the answer is
+a line of JSON, followed by the pixels of an image. It ends with its standard input, or when a file exceeds a limit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ Answer = tuple[dict[str, Any], "Image.Image | None"]
 
 
 def _working_copy(path: str, name: str | None, side: int, **limits: int) -> Answer:
-    copy = open_working_copy(path, name, side, **limits)
+    copy = open_working_copy(path, name, side, limits=limits)
     return {"size": copy.size}, copy.image
 
 
@@ -35,11 +36,15 @@ def _whole(path: str, **limits: int) -> Answer:
 
 
 def _for_browser(path: str, folder: str, **limits: int) -> Answer:
-    made = for_browser(path, Path(folder), **limits)
+    made = for_browser(path, Path(folder), limits)
     return {"file": made and str(made)}, None
 
 
-_REQUESTS = {"working_copy": _working_copy, "whole": _whole, "for_browser": _for_browser}
+_REQUESTS: dict[str, Callable[..., Answer]] = {
+    "working_copy": _working_copy,
+    "whole": _whole,
+    "for_browser": _for_browser,
+}
 
 
 def _answer(request: dict[str, Any], limits: dict[str, int]) -> Answer:
@@ -67,7 +72,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not be taken for an answer
     give_memory_back()
     _limit(settings["memory"], settings["nice"])
-    timer = getattr(signal, "setitimer", lambda *_: None)
+    timer: Any = getattr(signal, "setitimer", lambda *_: None)
     for line in sys.stdin.buffer:
         # The default action of its signal ends the process, also in the middle of a library.
         timer(getattr(signal, "ITIMER_PROF", None), settings["seconds"])

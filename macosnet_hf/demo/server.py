@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from . import limits
 from .examples import CAT, COMPANY_FOLDER, EXAMPLES_FOLDER, TABBY
+from .guard import LOOPBACK, guard
 from .viewer import asset
+from .visitor_files import sweeping
 
 
-def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Starts the page in the background and returns its address. Raises `OSError` if the port is taken."""
+def serve(
+    demo: gr.Blocks,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    *,
+    allowed_hosts: Sequence[str] | None = None,
+    files: Path | None = None,
+) -> str:
+    """Starts the page in the background and returns its address.
+
+    Args:
+        demo, host, port: the page and where it listens.
+        allowed_hosts: names under which it may be addressed, "*" for any; by default those of this machine where it
+            listens to this machine alone, and else any.
+        files: a base folder to sweep, see `visitor_files.py`.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    if allowed_hosts is None:
+        allowed_hosts = LOOPBACK if host in LOOPBACK else ["*"]
+    options: dict[str, Any] = guard(allowed_hosts)
+    if files is not None:
+        options["lifespan"] = sweeping(files)
     _, address, _ = demo.launch(
         server_name=host,
         server_port=port,
@@ -27,6 +54,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None) -> 
         footer_links=["api"],
         allowed_paths=[str(EXAMPLES_FOLDER), CAT, TABBY, str(COMPANY_FOLDER)],
         quiet=True,
+        app_kwargs=options,
     )
     return address
 

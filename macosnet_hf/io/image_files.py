@@ -55,8 +55,9 @@ def load_image(
     """Reads an image of any source and kind, upright and in RGB.
 
     Applies the EXIF orientation, lays transparent images on white, converts every other mode to 8-bit RGB (see
-    [`~macosnet_hf.images.upright_rgb`]), and takes the first frame of an animation. The size, and what decoding will cost,
-    are checked in the header, before any pixel is decoded. The result carries no EXIF block, so nothing can turn it twice.
+    [`~macosnet_hf.images.upright_rgb`]), and takes the first frame of an animation. The size, and what decoding will
+    cost, are checked in the header, before any pixel is decoded. The result carries no EXIF block, so nothing can turn
+    it twice.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its start, left open), an image (not

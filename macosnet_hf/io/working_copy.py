@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class WorkingCopy:
         return np.array([max(self.size[0] - 1, 1) / width, max(self.size[1] - 1, 1) / height])
 
 
-def for_browser(path: str | os.PathLike[str], folder: Path, **limits: int) -> Path | None:
+def for_browser(path: str | os.PathLike[str], folder: Path, limits: Mapping[str, int] | None = None) -> Path | None:
     """A PNG copy, in `folder`, of an image that browsers cannot show; None, after a look at the header, if they can.
 
     The limits are `max_pixels` and `max_bytes` of [`load_image`].
@@ -79,7 +79,7 @@ def for_browser(path: str | os.PathLike[str], folder: Path, **limits: int) -> Pa
         if image_format(path) in _SHOWN_BY_BROWSERS:
             return None
         copy = folder / f"{Path(path).stem}.png"
-        save_image(load_image(path, **limits), copy, compress_level=1)
+        save_image(load_image(path, **(limits or {})), copy, compress_level=1)
     except ImageError as error:
         raise _without_folder(error, path, os.path.basename(path)) from error
     return copy
@@ -91,7 +91,7 @@ def open_working_copy(
     side: int | None = WORKING_SIDE,
     *,
     fine: bool = False,
-    **limits: int,
+    limits: Mapping[str, int] | None = None,
 ) -> WorkingCopy:
     """Reads an image at a bounded size; a JPEG is decoded at a fraction of its size where that is enough.
 
@@ -107,8 +107,8 @@ def open_working_copy(
     """
     name = name or os.path.basename(path)
     try:
-        bound = {"reduced_to": side} if fine else {"longer_side": side}
-        image, (height, width) = load_with_size(path, **bound, **limits)
+        bound = {} if side is None else {"reduced_to": side} if fine else {"longer_side": side}
+        image, (height, width) = load_with_size(path, **bound, **(limits or {}))
     except ImageError as error:
         raise _without_folder(error, path, name) from error
     if side is None:

@@ -38,7 +38,7 @@ def flat(format: str, mode: str, side: int, **options: object) -> bytes:
         mode, (9, 80, 160)
     )
     stream = io.BytesIO()
-    Image.new(mode, (side, side), (9, 80, 160, 7) if mode == "CMYK" else color).save(stream, format, **options)
+    Image.new(mode, (side, side), color).save(stream, format, **options)
     return stream.getvalue()
 
 
@@ -223,7 +223,7 @@ def peak():  # of this program; what `getrusage` gives includes that of the one 
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 base, start, said = peak(), time.process_time(), "read"
 try:
-    open_working_copy(sys.argv[1], max_bytes=int(sys.argv[2]))
+    open_working_copy(sys.argv[1], limits={"max_bytes": int(sys.argv[2])})
 except ImageError as error:
     said = str(error)
 print(time.process_time() - start, (peak() - base) / 1e3, said)

@@ -44,16 +44,20 @@ class ServedDemo:
     Attributes:
         address: where it listens.
         process: of the server.
-        uploads: where it keeps what was uploaded, and its results.
-        scratch: its folder for temporary files, which should be empty whenever nothing is computed.
+        uploads: the base folder of what was uploaded, and its results; each run has a folder in it.
         log: what it has printed so far, line by line.
     """
 
     address: str
     process: subprocess.Popen
     uploads: Path
-    scratch: Path
     log: list[str]
+
+    @property
+    def scratch(self) -> Path:
+        """Its folder for temporary files, which should be empty whenever nothing is computed."""
+        (folder,) = self.uploads.glob("run-*/scratch")
+        return folder
 
     def memory(self) -> float:
         """Resident memory of all its processes, in GB."""
@@ -85,8 +89,7 @@ def served_demo(folder: Path, *, max_waiting: int | None = None) -> Iterator[Ser
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    uploads, scratch = folder / "served", folder / "scratch"
-    scratch.mkdir(parents=True)
+    uploads = folder / "served"
     program = ["app.py"]
     if max_waiting is not None:
         program = ["-c", _WITH_QUEUE.format(max_waiting)]
@@ -99,7 +102,7 @@ def served_demo(folder: Path, *, max_waiting: int | None = None) -> Iterator[Ser
         env={
             **os.environ,
             **{"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
-            **{"GRADIO_TEMP_DIR": str(uploads), "TMPDIR": str(scratch)},
+            **{"GRADIO_TEMP_DIR": str(uploads)},
         },
     )
     try:
@@ -111,7 +114,7 @@ def served_demo(folder: Path, *, max_waiting: int | None = None) -> Iterator[Ser
         log: list[str] = []
         # Nobody else reads what it prints, and a full pipe would stop it.
         threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
-        yield ServedDemo(found[1], process, uploads, scratch, log)
+        yield ServedDemo(found[1], process, uploads, log)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
