@@ -1,7 +1,7 @@
 """What a request must be before gradio sees it: its Host, its route and the values in it.
 
-One schema, made of the components of the page, says what every endpoint takes; all else that a program sends is answered
-by 4xx and a sentence, and never reaches the code behind it.
+One schema, made of the components of the page, says what every endpoint takes; all else that a program sends is
+answered by 4xx and a sentence, and never reaches the code behind it.
 """
 
 from __future__ import annotations

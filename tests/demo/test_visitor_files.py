@@ -62,7 +62,8 @@ def test_files_are_gone_after_sigterm_and_after_sigkill_and_a_restart(tmp_path):
     assert len(files_of(tmp_path)) >= 2
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
-    assert not list(tmp_path.iterdir())
+    assert not files_of(tmp_path)
+    assert not list(tmp_path.glob("run-*"))
 
     process, port = started(tmp_path)
     left = upload(port, Path(LION).read_bytes())
