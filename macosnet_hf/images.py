@@ -18,7 +18,7 @@ COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF only where a plug-in has registered it
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
-_BAND_PIXELS = 4 << 20  # of a large image that are converted at once
+_BAND_PIXELS = 1 << 20  # of a large image that are converted at once
 _PROFILED_MODES = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}  # and what they become in sRGB
 
 

@@ -13,17 +13,17 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
-from demo_server import CHEETAH, LION, save_large  # noqa: E402
+from demo_server import CHEETAH, LION, save_large
 
-import app  # noqa: E402
-from macosnet_hf import ImageError, InputError  # noqa: E402
-from macosnet_hf.demo import downloads, limits  # noqa: E402
-from macosnet_hf.demo.reading import PhotoReader  # noqa: E402
-from macosnet_hf.io.image_files import load_image  # noqa: E402
-from macosnet_hf.io.working_copy import open_working_copy  # noqa: E402
+import app
+from macosnet_hf import ImageError, InputError
+from macosnet_hf.demo import downloads, limits
+from macosnet_hf.demo.reading import PhotoReader
+from macosnet_hf.io.image_files import load_image
+from macosnet_hf.io.working_copy import open_working_copy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reliability"))
-import bombs  # noqa: E402
+import bombs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits of a process are tried on Linux")
 

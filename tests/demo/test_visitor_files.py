@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
-import httpx  # noqa: E402
-from demo_server import LION, free_port, start_app  # noqa: E402
+import httpx
+from demo_server import LION, free_port, start_app
 
-from macosnet_hf.demo import limits  # noqa: E402
-from macosnet_hf.demo.visitor_files import VARIABLE, folder_of_a_run, sweep  # noqa: E402
+from macosnet_hf.demo import limits
+from macosnet_hf.demo.visitor_files import VARIABLE, folder_of_a_run, sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

@@ -103,7 +103,7 @@ def two_orientations(first: int, last: int, size: tuple[int, int] = (60, 40)) ->
     Image.effect_noise(size, 80).convert("RGB").save(stream, "PNG")
     whole, blocks = stream.getvalue(), []
     for orientation in (first, last):
-        body = TURNED[6:24] + bytes([orientation]) + TURNED[25:]
+        body = TURNED[6:25] + bytes([orientation]) + TURNED[26:]
         chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
         blocks.append(chunk if orientation else b"")
     return whole[:33] + blocks[0] + whole[33:-12] + blocks[1] + whole[-12:]
