@@ -126,7 +126,7 @@ class _Pool:
 
         Raises:
             EOFError: if the process exceeded a limit.
-            InputError: if too many others wait, or this waited too long.
+            InputError: if too many others wait, or this took too long on a busy machine.
         """
         if not self._places.acquire(blocking=False):
             raise InputError(_BUSY)
@@ -152,8 +152,14 @@ class _Pool:
     def _exchange(self, process: subprocess.Popen[bytes], line: bytes) -> tuple[dict[str, Any], bytes]:
         assert process.stdin is not None
         assert process.stdout is not None
-        # Wall time as well: a process that waits for something spends none of its own.
-        alarm = threading.Timer(limits.READING_PATIENCE, process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        # Wall time as well: a process may wait for something, or for its turn on a busy machine.
+        alarm = threading.Timer(limits.READING_PATIENCE, end)
         alarm.start()
         try:
             process.stdin.write(line)
@@ -170,6 +176,8 @@ class _Pool:
         except (EOFError, OSError, ValueError) as error:
             process.kill()
             process.communicate()
+            if late.is_set():
+                raise InputError(_BUSY) from error
             raise EOFError from error
         finally:
             alarm.cancel()

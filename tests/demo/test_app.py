@@ -478,8 +478,11 @@ def test_failure_in_the_library(matcher, sentence, tmp_path):
 def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch):
     served = tmp_path / "served"
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(served))
-    monkeypatch.setattr(limits, "FILE_SECONDS", 2)
-    demo = app.build_demo()
+    monkeypatch.setattr(limits, "FILE_SECONDS", 8)  # in which the request must be answered
+    matcher = app.Matcher()
+    matcher.load()
+    matcher.reader.start()
+    demo = app.build_demo(matcher)
     files = lambda: [path for path in served.rglob("*") if path.is_file()]  # noqa: E731
     try:
         client = Client(app.serve(demo), verbose=False, download_files=str(tmp_path / "mine"))
@@ -487,7 +490,7 @@ def test_uploads_and_results_are_removed_after_their_time(tmp_path, monkeypatch)
         match(client, own, TOWER)
         names = {path.name for path in files()}
         assert {"own.jpg", "tower.jpg", "source_mask.png"} & names
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while time.monotonic() < end and {"own.jpg", "source_mask.png"} & {path.name for path in files()}:
             time.sleep(0.3)
         assert not {"own.jpg", "source_mask.png"} & {path.name for path in files()}
