@@ -353,8 +353,8 @@ MUTANTS = (
     Mutant(
         "images on their side taken for upright",
         "io.image_files:upright_size",
-        "exif_orientation($image) >= 5",
-        "exif_orientation($image) > 8",
+        "_stored_orientation($image) >= 5",
+        "_stored_orientation($image) > 8",
         tests=("tests/io/test_image_io.py",),
     ),
     Mutant(
