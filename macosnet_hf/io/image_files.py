@@ -85,9 +85,8 @@ def load_image(
             return upright_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels, min_side)
-    return load_with_size(source, max_pixels=max_pixels, max_bytes=max_bytes, min_side=min_side, reduced_to=reduced_to)[
-        0
-    ]
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
+    return load_with_size(source, reduced_to=reduced_to, **limits)[0]
 
 
 def load_with_size(
@@ -111,7 +110,7 @@ def load_with_size(
         orientation, whole = _stored_orientation(image), image.size
         if longer_side is not None:
             reduced_to = round(longer_side * min(whole) / max(whole))
-        _decode(image, stream, _name(source), max_pixels, max_bytes, turned=orientation > 1, reduced_to=reduced_to)
+        _decode(image, stream, _name(source), max_pixels, max_bytes, reduced_to)
         upright = upright_rgb(image, orientation)
         if image.size == whole or image.format not in REDUCIBLE:  # some containers (ICO) tell their true size only now
             return upright, (upright.height, upright.width)
@@ -145,7 +144,7 @@ def load_as_stored(
         ImageError: as [`load_image`]; one pixel is enough here.
     """
     with _opened(source, max_pixels, 1, max_bytes) as (image, stream):
-        _decode(image, stream, _name(source), max_pixels, max_bytes, turned=False)
+        _decode(image, stream, _name(source), max_pixels, max_bytes)
         return image
 
 
@@ -156,8 +155,7 @@ def image_size(source: ImageFile, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
         ImageError: as [`load_image`], as far as the header shows.
     """
     with _opened(source, max_pixels) as (image, _):
-        width, height = image.size
-        return (width, height) if _stored_orientation(image) >= 5 else (height, width)
+        return upright_size(image)
 
 
 def _stored_orientation(image: Image.Image) -> int:
@@ -169,7 +167,7 @@ def _stored_orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """The size `(height, width)` that an image in memory has once it is upright."""
+    """The size `(height, width)` that an open image has once it is upright."""
     # The orientations 5 to 8 lie on their side.
     return (image.width, image.height) if _stored_orientation(image) >= 5 else (image.height, image.width)
 
@@ -220,10 +218,9 @@ def _decode(
     name: str,
     max_pixels: int,
     max_bytes: int,
-    *,
-    turned: bool,
     reduced_to: int | None = None,
 ) -> None:
+    turned = exif_orientation(image) > 1
     check_cost(image, stream, name, max_bytes=max_bytes, turned=turned, reduced_to=reduced_to)
     image.load()
     _check_size(image.size, name, max_pixels, 1)  # some containers (ICO) tell their true size only now

@@ -378,14 +378,6 @@ def test_files_of_the_server_cannot_be_named(address, path, meta):
     assert '"quality"' not in answer
 
 
-@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
-def test_files_of_the_server_cannot_be_named_in_a_collection(address, meta):
-    files = [{"path": path, **meta} for path in (CHEETAH, LION)]
-    call = httpx.post(f"{address}/gradio_api/call/segment_collection", json={"data": [files, "none"]})
-    assert call.status_code == 422
-    assert "must be files that were uploaded" in call.text
-
-
 def test_gradio_reads_no_upload_itself():
     """Every event with an upload among its inputs takes it as sent and checks it; also the private ones of the page."""
     of_files = (gr.Image, gr.Gallery, gr.File, gr.AnnotatedImage, gr.ImageSlider)

@@ -76,6 +76,7 @@ POINTS = r"Points must be a list of at most 1000 pairs of numbers \[x, y\]; it i
             [[{"video": {"path": "a.mp4"}}], "none"],
             "Photographs must be files that were uploaded",
         ),
+        ("segment_collection", [[{"path": CHEETAH}, {"path": LION}], "none"], "Photographs must be files"),
         ("segment_collection", ["SS", "none"], "Photographs must be files that were uploaded"),
     ],
 )
