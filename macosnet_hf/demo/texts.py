@@ -23,7 +23,8 @@ TITLE = "Show, Match and Segment"
 SUMMARY = "Choose two photos of the same kind of object to see which points match, and the object cut out of both."
 LIMITS = (
     "Best with one main object in each photo, the same kind of thing seen from a similar side; thin parts are "
-    f"easily missed. Files up to {limits.MAX_FILE_MEGABYTES} MB. Nothing is stored longer than two hours."
+    f"easily missed. Files up to {limits.MAX_FILE_MEGABYTES} MB and {limits.MAX_PIXELS // 1_000_000} megapixels. "
+    "Nothing is stored longer than two hours."
 )
 PAPER = "https://arxiv.org/abs/1906.05857"
 VERDICTS = {
