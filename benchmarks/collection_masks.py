@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,6 +24,7 @@ from macosnet_hf import DEFAULT_CHECKPOINT
 from macosnet_hf.collection import Collection
 from macosnet_hf.datasets import iter_records, mask_from_image, open_image
 from macosnet_hf.evaluation.metrics import jaccard, precision
+from macosnet_hf.geometry import resize_masks
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.refinement import refine_mask
 
@@ -86,10 +86,7 @@ def main() -> None:
             masks = way(collection)
             seconds[name] += time.perf_counter() - start
             for (photo, truth), probability in zip(found, masks, strict=True):
-                soft = F.interpolate(
-                    torch.from_numpy(probability)[None, None], size=truth.shape, mode="bilinear", align_corners=True
-                )
-                values = soft[0, 0].clamp(0, 1).numpy()
+                values = resize_masks(torch.from_numpy(probability)[None], truth.shape)[0].clamp(0, 1).numpy()
                 soft_mask = values >= 0.5
                 hard = (
                     soft_mask

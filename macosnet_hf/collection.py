@@ -21,6 +21,7 @@ from torch import Tensor
 from .common_object import object_weights
 from .encoder import MaCoSNetFeatures
 from .errors import InputError
+from .geometry import resize_masks
 from .mask_sharing import (
     NetworkMasks,
     drop_small_components,
@@ -503,12 +504,17 @@ def boxes_with_object(boxes: Sequence[Box | None], masks: Tensor) -> list[Box | 
 
 
 def crop_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
-    """The part of an image within a box of its mask `(side, side)`; the image itself without a box."""
+    """The part of an image within a box of its mask `(side, side)`; the image itself without a box.
+
+    The box seldom ends between two pixels of the image. The crop does not round it: the mask of the crop is pasted
+    into the box, and would be off by as much.
+    """
     if box is None:
         return image
-    left, right = (round(value * image.width / side) for value in box[::2])
-    top, bottom = (round(value * image.height / side) for value in box[1::2])
-    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    left, right = (value * image.width / side for value in box[::2])
+    top, bottom = (value * image.height / side for value in box[1::2])
+    size = (max(1, round(right - left)), max(1, round(bottom - top)))
+    return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
 
 def paste_masks(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
@@ -584,17 +590,12 @@ def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def hard_mask(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Hard mask `(H, W)` bool of an image of `size` (height, width), from its soft mask `(S, S)` in [0, 1].
 
-    As `post_process_cosegmentation` of the image processor. Beyond 4 megapixels the soft mask is enlarged to these and
-    the hard mask to the image, which bounds the memory.
+    As `post_process_cosegmentation` of the image processor, which enlarges the soft mask as a whole; in strips of
+    columns the memory is bounded.
     """
     height, width = size
-    scale = min(1.0, (_ENLARGED_PIXELS / (height * width)) ** 0.5)
-    working_size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    soft = F.interpolate(
-        torch.from_numpy(probability)[None, None], size=working_size, mode="bilinear", align_corners=True
-    )
-    mask: np.ndarray = soft[0, 0].numpy() >= 0.5
-    if scale == 1:
-        return mask
-    enlarged = Image.fromarray(mask * np.uint8(255)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(enlarged) >= 128
+    wide = resize_masks(torch.from_numpy(probability)[None], (probability.shape[0], width))
+    strips = wide.split(max(1, _ENLARGED_PIXELS // height), dim=-1)
+    hard = [resize_masks(strip, (height, strip.shape[-1]))[0] >= 0.5 for strip in strips]
+    mask: np.ndarray = torch.cat(hard, dim=-1).numpy()
+    return mask

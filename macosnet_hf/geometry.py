@@ -3,8 +3,12 @@
 Conventions (fixed: converted weights depend on them)
 -----------------------------------------------------
 * A point is `(x, y)`, x to the right, y down, in the last dimension.
-* *Normalised* coordinates run from -1 to +1, and -1 and +1 are the **centres of the corner pixels**
-  (`align_corners=True` everywhere). *Pixel* coordinates run from 0 to W-1 and 0 to H-1.
+* *Pixel* coordinates run from 0 to W-1 and 0 to H-1, whole numbers at the **centres** of pixels.
+* *Relative* coordinates run from 0 to 1 between the **outer edges** of the image: `(x + 0.5) / W`. A resize to any size
+  leaves them alone, for PIL, OpenCV and torch (`align_corners=False`) resize with half-pixel centres.
+* *Normalised* coordinates are those of the network, which sees every image at S x S: -1 and +1 are the **centres of the
+  corner pixels of that input** (`align_corners=True` within the network). Hence, for an image of any width W,
+  `u = ((2 x + 1) / W - 1) * S / (S - 1)`: [`normalize_points`]. Functions that take `side` mean S.
 * A transform `T_AB` of an ordered pair (A, B) maps **points of B into A**. Hence `warp(A, T_AB.grid(size_of_B))`
   samples A and looks like B (the paper's "T_AB warps A onto B"), a keypoint of B goes to A through `T_AB`, and a
   keypoint of A goes to B through `T_BA`. [`Transform`] holds its parameters.
@@ -48,15 +52,15 @@ def _as_float(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _half_extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
-    """`(height, width)` to `((W-1)/2, (H-1)/2)`, with sides of one pixel guarded, broadcast against the points."""
+def _extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
+    """`(height, width)` as `(W, H)`, broadcast against the points."""
     size = torch.as_tensor(size, dtype=points.dtype, device=points.device)
     if size.shape[-1] != 2:
         raise InputError(f"An image size must be (height, width); got a tensor of shape {tuple(size.shape)}.")
-    half = (size.flip(-1) - 1).clamp(min=1) / 2
-    while half.dim() > 1 and half.dim() < points.dim():
-        half = half.unsqueeze(-2)
-    return half
+    extent = size.flip(-1)
+    while extent.dim() > 1 and extent.dim() < points.dim():
+        extent = extent.unsqueeze(-2)
+    return extent
 
 
 def check_sizes(image_sizes: Any, batch: int, views: int) -> Tensor:
@@ -71,42 +75,75 @@ def check_sizes(image_sizes: Any, batch: int, views: int) -> Tensor:
     return sizes
 
 
-def normalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
-    """Pixels to normalised coordinates.
+def normalize_points(points: Tensor, size: Tensor | Sequence[int], side: int) -> Tensor:
+    """Pixels of an image to normalised coordinates: `u = ((2 x + 1) / W - 1) * S / (S - 1)`.
 
     Args:
         points: `(..., 2)` as (x, y) in pixels, 0 is the centre of the first pixel.
         size: `(height, width)`, or a tensor `(B, 2)` of them for points `(B, ..., 2)`.
+        side: S of the network.
 
     Returns:
-        `(..., 2)` in [-1, 1] for points inside the image.
+        `(..., 2)`; the outer half of the border's pixels may lie a little beyond [-1, 1].
     """
     points = _as_float(points)
-    return points / _half_extent(size, points) - 1
+    return normalize_relative((points + 0.5) / _extent(size, points), side)
 
 
-def denormalize_points(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
+def denormalize_points(points: Tensor, size: Tensor | Sequence[int], side: int) -> Tensor:
     """Normalised coordinates to pixels; the inverse of [`normalize_points`], with the same shapes."""
+    return relative_to_pixels(relative_points(points, side), size)
+
+
+def relative_points(points: Tensor, side: int) -> Tensor:
+    """Normalised coordinates `(..., 2)` to relative ones: 0 and 1 are the outer edges of the image."""
+    return (_as_float(points) * ((side - 1) / side) + 1) / 2
+
+
+def normalize_relative(points: Tensor, side: int) -> Tensor:
+    """Relative coordinates `(..., 2)` to normalised ones; the inverse of [`relative_points`]."""
+    return (2 * _as_float(points) - 1) * (side / (side - 1))
+
+
+def relative_to_pixels(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
+    """Relative coordinates to pixels, `x = W r - 0.5`; shapes as in [`normalize_points`]."""
     points = _as_float(points)
-    return (points + 1) * _half_extent(size, points)
+    return points * _extent(size, points) - 0.5
 
 
-def cell_centres(side: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Centres `(side**2, 2)` of the cells of a square grid over the image, row by row, normalised.
+def cell_centres(
+    count: int, side: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Centres `(count**2, 2)` of the cells of a square grid over the image, row by row, normalised; `side` is S.
 
     They stay clear of the image's corners, where no object's point is worth a match.
     """
-    axis = (2 * torch.arange(side, device=device, dtype=dtype) + 1) / side - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack((x, y), dim=-1).reshape(-1, 2)
+    return make_grid(count, count, side=side, device=device, dtype=dtype).reshape(-1, 2)
 
 
 def make_grid(
-    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    height: int,
+    width: int,
+    *,
+    side: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalised coordinates of every pixel centre: `(height, width, 2)`, row by row."""
-    ys = torch.linspace(-1, 1, height, device=device, dtype=dtype) if height > 1 else torch.zeros(1, device=device)
-    xs = torch.linspace(-1, 1, width, device=device, dtype=dtype) if width > 1 else torch.zeros(1, device=device)
+    """Normalised coordinates of every pixel centre: `(height, width, 2)`, row by row.
+
+    Args:
+        height, width: of one of the network's own maps, whose corner centres are -1 and +1; or, with `side`, of an
+            image.
+        side: S of the network that sees the image.
+    """
+
+    def axis(count: int) -> Tensor:
+        if side is not None:
+            centres = torch.arange(count, device=device, dtype=dtype or torch.get_default_dtype()) + 0.5
+            return normalize_relative(centres / count, side)
+        return torch.linspace(-1, 1, count, device=device, dtype=dtype) if count > 1 else torch.zeros(1, device=device)
+
+    ys, xs = axis(height), axis(width)
     y, x = torch.meshgrid(ys.to(dtype or ys.dtype), xs.to(dtype or xs.dtype), indexing="ij")
     return torch.stack((x, y), dim=-1)
 
@@ -308,10 +345,13 @@ class Transform:
                 points = apply_tps(points, self.tps, regularization=self.regularization or 0.0)
             return apply_affine(points, self.affine)
 
-    def grid(self, size: Sequence[int]) -> Tensor:
-        """Where each pixel of B lies in A: `(..., height, width, 2)` for `size = (height, width)` of B, normalised."""
+    def grid(self, size: Sequence[int], side: int | None = None) -> Tensor:
+        """Where each pixel of B lies in A: `(..., height, width, 2)` for `size = (height, width)` of B, normalised.
+
+        `side` as in [`make_grid`]: given where B is an image, not one of the network's maps.
+        """
         height, width = int(size[0]), int(size[1])
-        pixels = make_grid(height, width, device=self.device, dtype=self.dtype)
+        pixels = make_grid(height, width, side=side, device=self.device, dtype=self.dtype)
         # Batch dimensions of one, so that the spline's basis is computed once for all transforms.
         pixels = pixels.reshape(*[1] * len(self.shape), height * width, 2)
         return self.apply(pixels).unflatten(-2, (height, width))
@@ -494,39 +534,53 @@ def sampling_grid(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def warp(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
+def warp(
+    image: Tensor, grid: Tensor, *, side: int | None = None, mode: str = "bilinear", padding_mode: str = "zeros"
+) -> Tensor:
     """Samples A at the places where B's pixels lie: `warp(A, T_AB.grid(size))` looks like B.
 
     Args:
         image: `(B, C, H, W)` image, feature map or mask of A.
         grid: `(B, h, w, 2)` normalised places in A.
+        side: as in [`make_grid`]: given where A is an image of any size, not one of the network's maps.
         mode: `"bilinear"` or `"nearest"`.
         padding_mode: what lies outside A: `"zeros"`, `"border"` or `"reflection"`.
 
     Returns:
         `(B, C, h, w)` in the image's dtype.
     """
+    places = grid if side is None else 2 * relative_points(grid, side) - 1
     sampled = F.grid_sample(
-        _as_float(image), grid.to(_as_float(image).dtype), mode=mode, padding_mode=padding_mode, align_corners=True
+        _as_float(image),
+        places.to(_as_float(image).dtype),
+        mode=mode,
+        padding_mode=padding_mode,
+        align_corners=side is None,
     )
     return sampled.to(image.dtype)
 
 
-def dense_flow(transform: Transform, size: Sequence[int], source_size: Any, target_size: Any) -> Tensor:
-    """Where points of a regular grid over B lie in A minus where they lie in B, in pixels: `(..., height, width, 2)`.
+def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks `(N, H, W)` of images at another resolution (height, width): bilinear, half-pixel centres as of images."""
+    return F.interpolate(masks.unsqueeze(1), size=tuple(size), mode="bilinear", align_corners=False).squeeze(1)
+
+
+def dense_flow(transform: Transform, size: Sequence[int], source_size: Any, target_size: Any, side: int) -> Tensor:
+    """Where the pixels of a copy of B lie in A minus where they lie in B, in pixels: `(..., height, width, 2)`.
 
     Args:
         transform: `(...)`, T_AB.
-        size: (height, width) of the grid, which runs from corner pixel to corner pixel.
+        size: (height, width) of the copy, which is B resized.
         source_size, target_size: (height, width) of A and B, or tensors `(..., 2)` of them: the unit of the flow.
+        side: S of the network.
     """
-    there = transform.grid(size)
-    here = make_grid(*there.shape[-3:-1], device=there.device, dtype=there.dtype).expand_as(there)
-    return denormalize_points(there, source_size) - denormalize_points(here, target_size)
+    there = transform.grid(size, side)
+    here = make_grid(*there.shape[-3:-1], side=side, device=there.device, dtype=there.dtype).expand_as(there)
+    return denormalize_points(there, source_size, side) - denormalize_points(here, target_size, side)
 
 
 def inside(points: Tensor, *, margin: float = 0.0) -> Tensor:
-    """Which normalised points `(..., 2)` lie within the image (plus a margin): bool `(...)`."""
+    """Which normalised points `(..., 2)` lie between the centres of the corner pixels (plus a margin): bool `(...)`."""
     return (points.abs() <= 1 + margin).all(dim=-1)
 
 
@@ -548,7 +602,8 @@ def corner_weights(points: Tensor, size: Sequence[int], *, padding_mode: str = "
         outside of the map, with `"zeros"`).
     """
     height, width = int(size[0]), int(size[1])
-    pixels = denormalize_points(points, (height, width)).nan_to_num(nan=-2.0)
+    cells = (_extent((height, width), points) - 1) / 2  # the network's own map: its corner centres are -1 and +1
+    pixels = ((_as_float(points) + 1) * cells).nan_to_num(nan=-2.0)
     x, y = pixels[..., 0], pixels[..., 1]
     if padding_mode == "zeros":
         left, top = x.floor(), y.floor()

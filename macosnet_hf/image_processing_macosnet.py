@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
@@ -21,7 +20,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .configuration_macosnet import MaCoSNetConfig
 from .drawing import draw_matches
 from .errors import ImageError, InputError
-from .geometry import Transform, denormalize_points, normalize_points
+from .geometry import Transform, denormalize_points, normalize_points, relative_to_pixels, resize_masks
 from .images import COMMON_FORMATS, FURTHER_FORMATS, MAX_PIXELS, as_upright_rgb, upright_rgb, white_level
 from .refinement import check_method, refine_mask
 
@@ -219,8 +218,8 @@ class MaCoSNetImageProcessor(PilBackend):
     ) -> list[dict[str, Tensor]]:
         """Matches of every pair in pixels of the original images.
 
-        The network's keypoints are (x, y) in [0, 1] with 0 and 1 the *centres* of the corner pixels, so a pixel is
-        `x * (width - 1)`: 0 is the centre of the first pixel, `width - 1` that of the last.
+        The network's keypoints are (x, y) in [0, 1] with 0 and 1 the outer *edges* of the image, so a pixel is
+        `x * width - 0.5`: 0 is the centre of the first pixel, `width - 1` that of the last.
 
         Args:
             outputs: of [`MaCoSNetForKeypointMatching`].
@@ -236,8 +235,7 @@ class MaCoSNetImageProcessor(PilBackend):
         """
         keypoints, matches, scores = (_field(outputs, n) for n in ("keypoints", "matches", "matching_scores"))
         sizes = _as_sizes(target_sizes, keypoints.shape[0], keypoints.device)
-        # Keypoints in [0, 1] are normalised coordinates moved and halved.
-        pixels = [denormalize_points(2 * keypoints[:, side].float() - 1, sizes[:, side]) for side in range(2)]
+        pixels = [relative_to_pixels(keypoints[:, view].float(), sizes[:, view]) for view in range(2)]
         results = []
         for row in range(keypoints.shape[0]):
             partner = matches[row, 0]
@@ -262,8 +260,8 @@ class MaCoSNetImageProcessor(PilBackend):
     ) -> list[list[Tensor]]:
         """Hard masks of both images of every pair, each in its own image's size.
 
-        The soft masks (sigmoid of the logits) are enlarged bilinearly with `align_corners=True` before the threshold or
-        refinement.
+        The soft masks (sigmoid of the logits) are enlarged bilinearly, with half-pixel centres as the images were
+        resized, before the threshold or refinement.
 
         Args:
             outputs: of either model, for pairs; `mask_logits` `(B, 2, h, w)`.
@@ -319,10 +317,7 @@ class MaCoSNetImageProcessor(PilBackend):
         if sizes is None:
             return [list(pair.unbind(0)) for pair in soft]
         return [
-            [
-                F.interpolate(mask[None, None], size=tuple(size), mode="bilinear", align_corners=True)[0, 0].clamp(0, 1)
-                for mask, size in zip(pair, pair_sizes, strict=True)
-            ]
+            [resize_masks(mask[None], size)[0].clamp(0, 1) for mask, size in zip(pair, pair_sizes, strict=True)]
             for pair, pair_sizes in zip(soft, sizes.tolist(), strict=True)
         ]
 
@@ -353,7 +348,7 @@ class MaCoSNetImageProcessor(PilBackend):
             # The transform of ordered pair (i, j) maps points of view j into view i: index 0 takes the target's
             # points to the source, index 1 the source's to the target.
             to_source, to_target = (
-                _dense_flow(transforms[row, index : index + 1], *ends)
+                _dense_flow(transforms[row, index : index + 1], *ends, self.size["height"])
                 for index, ends in enumerate(((target_size, source_size), (source_size, target_size)))
             )
             results.append({"source_to_target": to_target, "target_to_source": to_source})
@@ -562,7 +557,7 @@ def _as_sizes(target_sizes: Any, batch: int, device: torch.device) -> Tensor:
     return whole.to(device)
 
 
-def _dense_flow(transform: Transform, size: Sequence[int], other_size: Sequence[int]) -> Tensor:
+def _dense_flow(transform: Transform, size: Sequence[int], other_size: Sequence[int], side: int) -> Tensor:
     """Displacement `(H, W, 2)` of every pixel of an image of `size` into one of `other_size`, in strips of rows.
 
     In float32: against float64 the difference on an image 4000 pixels wide stays below a hundredth of a pixel.
@@ -576,7 +571,8 @@ def _dense_flow(transform: Transform, size: Sequence[int], other_size: Sequence[
         rows = torch.arange(top, min(top + step, height), device=transform.device, dtype=torch.float32)
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         pixels = torch.stack((x, y), dim=-1).reshape(1, -1, 2)
-        moved = denormalize_points(transform.apply(normalize_points(pixels, size)), other_size) - pixels
+        moved = transform.apply(normalize_points(pixels, size, side))
+        moved = denormalize_points(moved, other_size, side) - pixels
         flow[top : top + step] = moved.reshape(len(rows), width, 2)
     return flow
 

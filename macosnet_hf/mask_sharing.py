@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .common_object import centre_prior
+from .geometry import resize_masks
 from .refinement import opencv, refine_mask
 
 # Mask propagation, chosen on every second image of msrc-coseg: each cell asks the cells that resemble it most in the
@@ -151,8 +152,8 @@ def propagate_masks(masks: Tensor, cells: SimilarCells) -> Tensor:
         `(N, S, S)` in [0, 1], as smooth as a map of `(h, w)` cells is.
     """
     small = F.interpolate(masks[:, None], size=cells.size, mode="area").flatten()
-    found = (cells.weights * small[cells.places]).sum(dim=-1).view(len(masks), 1, *cells.size)
-    return F.interpolate(found, size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+    found = (cells.weights * small[cells.places]).sum(dim=-1).view(len(masks), *cells.size)
+    return resize_masks(found, masks.shape[-2:])
 
 
 def propagate_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tensor:
@@ -218,10 +219,9 @@ def refine_masks(
 
     def one(image: Image.Image, probability: np.ndarray) -> Tensor:
         small = reduce_for_refinement(image)
-        soft = torch.from_numpy(probability)[None, None]
-        soft = F.interpolate(soft, size=small.size[::-1], mode="bilinear", align_corners=True)
-        hard = torch.from_numpy(refine_mask(small, soft[0, 0].clamp(0, 1).numpy(), method))
-        return F.interpolate(hard[None, None].float(), size=size, mode="bilinear", align_corners=True)[0, 0]
+        soft = resize_masks(torch.from_numpy(probability)[None], small.size[::-1])[0].clamp(0, 1)
+        hard = torch.from_numpy(refine_mask(small, soft.numpy(), method))
+        return resize_masks(hard[None].float(), size)[0]
 
     found: list[Tensor] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:

@@ -27,6 +27,8 @@ from .geometry import (
     inside,
     make_grid,
     normalize_points,
+    normalize_relative,
+    relative_points,
     sample_at,
 )
 
@@ -235,29 +237,31 @@ def match_grid(
         config: of the model.
 
     Returns:
-        keypoints `(B, 2, N, 2)` in [0, 1], matches `(B, 2, N)` (-1 for unmatched) and scores `(B, 2, N)`.
+        keypoints `(B, 2, N, 2)`, relative, matches `(B, 2, N)` (-1 for unmatched) and scores `(B, 2, N)`.
     """
     batch, like = features.shape[0], transforms.affine
-    source = cell_centres(config.grid_size, device=like.device, dtype=like.dtype).expand(batch, -1, -1)
+    source = cell_centres(config.grid_size, config.image_size, device=like.device, dtype=like.dtype)
+    source = source.expand(batch, -1, -1)
     target = map_points(source, 0, features, transforms, config)
     back = map_points(target, 1, features, transforms, config)
     error = (back - source).norm(dim=-1)
     consistency = torch.exp(-0.5 * (error / config.match_consistency_sigma) ** 2)
 
     similarity = similarities(features[:, 0].float(), features[:, 1].float(), source, target)
-    scores, matched = similarity.clamp(0, 1) * consistency, inside(target)
+    keypoints = relative_points(torch.stack((source, target), dim=1), config.image_size)
+    matched = ((keypoints >= 0) & (keypoints <= 1)).all(dim=-1).all(dim=1)
+    scores = similarity.clamp(0, 1) * consistency
     if mask_logits is not None:
         masks = mask_logits.float().sigmoid().unsqueeze(2)
         on_source = sample_at(masks[:, 0], source).squeeze(-1)
-        on_target = sample_at(masks[:, 1], target, padding_mode="zeros").squeeze(-1)
+        on_target = sample_at(masks[:, 1], target).squeeze(-1)
         scores = (on_source * on_target).clamp(min=0).sqrt() * similarity.clamp(0, 1) * consistency
         threshold = config.match_mask_threshold
         matched = (on_source > threshold) & (on_target > threshold) & matched
     index = torch.arange(source.shape[1], device=source.device).expand(batch, -1)
     matches = torch.where(matched, index, -1)
     scores = torch.where(matched, scores, torch.zeros_like(scores))
-    keypoints = torch.stack(((source + 1) / 2, ((target + 1) / 2).clamp(0, 1)), dim=1)
-    return keypoints, matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
+    return keypoints.clamp(0, 1), matches.unsqueeze(1).expand(-1, 2, -1), scores.unsqueeze(1).expand(-1, 2, -1)
 
 
 def transfer_points(
@@ -284,16 +288,17 @@ def transfer_points(
     if points.dim() != 3 or points.shape[0] != batch or points.shape[-1] != 2:
         raise InputError(f"points must be ({batch}, N, 2) as (x, y); got {tuple(points.shape)}.")
     sizes = check_sizes(image_sizes, batch, 2).to(transforms.device)
-    normalized = normalize_points(points.to(transforms.affine), sizes[:, view])
+    normalized = normalize_points(points.to(transforms.affine), sizes[:, view], config.image_size)
     mapped = map_points(normalized, view, features, transforms, config, local_matching)
-    return denormalize_points(mapped, sizes[:, 1 - view])
+    return denormalize_points(mapped, sizes[:, 1 - view], config.image_size)
 
 
 def keypoint_loss(labels: Tensor, features: Tensor, transforms: Transform, config: MaCoSNetConfig) -> Tensor:
     """Mean distance of transferred keypoints from their labels, both ways, the image's side being 1.
 
     Args:
-        labels: `(B, 2, K, 2)` corresponding keypoints of source and target as (x, y) in [0, 1], negative where absent.
+        labels: `(B, 2, K, 2)` corresponding keypoints of source and target, relative: `(x + 0.5) / W` and
+            `(y + 0.5) / H`; negative where absent.
         features, transforms, config: as in [`map_points`].
 
     Raises:
@@ -303,9 +308,10 @@ def keypoint_loss(labels: Tensor, features: Tensor, transforms: Transform, confi
         raise InputError(f"labels must be (B, 2, K, 2); got {tuple(labels.shape)}.")
     labels = labels.to(transforms.affine)
     present = (labels >= 0).all(dim=-1).all(dim=1)
-    points = labels * 2 - 1
+    points = normalize_relative(labels, config.image_size)
     mapped = [map_points(points[:, view], view, features, transforms, config) for view in (0, 1)]
-    error = sum((mapped[view] - points[:, 1 - view]).norm(dim=-1) / 2 for view in (0, 1))
+    found = [relative_points(each, config.image_size) for each in mapped]
+    error = sum((found[view] - labels[:, 1 - view]).norm(dim=-1) for view in (0, 1))
     return (error * present).sum() / (2 * present.sum().clamp(min=1))
 
 

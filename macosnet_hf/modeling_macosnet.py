@@ -84,7 +84,8 @@ class MaCoSNetKeypointMatchingOutput(ModelOutput):
             to [0, 1].
         matches (`(B, 2, N)`): index of the partner in the other image, -1 for unmatched.
         matching_scores (`(B, 2, N)`): in [0, 1], 0 for unmatched.
-        keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the centres of the corner pixels.
+        keypoints (`(B, 2, N, 2)`): (x, y) in [0, 1], 0 and 1 the outer edges of the image, as transformers' matchers
+            have them: pixel `x * width - 0.5`, see `post_process_keypoint_matching` of the processor.
         mask_logits (`(B, 2, H, W)`), affine (`(B, 2, 6)`), tps (`(B, 2, 18)`), correlation (`(B, 2, h*w, h, w)`),
             features (`(B, 2, C, h, w)`), flow (`(B, 2, H, W, 2)`, on request), orientation (`(B,)`): as in
             [`MaCoSNetModelOutput`]; the transforms, and with them the flow, are those of [`fit_mutually`] where the
@@ -524,7 +525,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         image_sizes = check_sizes(image_sizes, len(output.affine), views).to(output.affine.device)
         pairs, side = ordered_pairs(views), self.config.image_size
         source_sizes, target_sizes = (image_sizes[:, [pair[end] for pair in pairs]] for end in (0, 1))
-        return dense_flow(self.transforms(output), (side, side), source_sizes, target_sizes)
+        return dense_flow(self.transforms(output), (side, side), source_sizes, target_sizes, side)
 
 
 class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
@@ -563,8 +564,9 @@ class MaCoSNetForKeypointMatching(MaCoSNetPreTrainedModel):
 
         Args:
             pixel_values: `(B, 2, 3, H, W)`.
-            labels: `(B, 2, K, 2)` corresponding keypoints as (x, y) in [0, 1], negative where absent. Asks for `loss`.
-                (The paper's weakly supervised objective is in `macosnet_hf.training.losses`.)
+            labels: `(B, 2, K, 2)` corresponding keypoints as (x, y) in [0, 1], in the coordinates of `keypoints`:
+                `(x + 0.5) / width` of a pixel; negative where absent. Asks for `loss`. (The paper's weakly supervised
+                objective is in `macosnet_hf.training.losses`.)
             output_flow, image_sizes, return_dict: as in [`MaCoSNetModel`].
             output_masks: whether to run the decoder; without masks the scores have no mask factor.
             orientations: as in [`MaCoSNetModel`]; by default what the configuration says.

@@ -159,8 +159,8 @@ def tss(root: Path) -> Path:
             if flip and side:
                 object_mask = object_mask[:, ::-1]
             mask(folder / f"mask{side + 1}.png", object_mask, mode="P" if group == "JODS" else "L")
-            place_x = x * (other[1] - 1) / (size[1] - 1)
-            place_y = y * (other[0] - 1) / (size[0] - 1)
+            place_x = (x + 0.5) * other[1] / size[1] - 0.5
+            place_y = (y + 0.5) * other[0] / size[0] - 0.5
             if flip:
                 place_x = (other[1] - 1) - place_x
             flow = np.stack((place_x - x, place_y - y), axis=-1).astype(np.float32)

@@ -84,36 +84,69 @@ def reference_bilinear(picture, x, y, padding_mode="zeros"):
 # --- pixels and normalised coordinates ---
 
 
-def test_corner_pixel_centres_are_plus_and_minus_one():
-    height, width = 30, 70
-    corners = torch.tensor([[0.0, 0.0], [69.0, 0.0], [0.0, 29.0], [69.0, 29.0], [34.5, 14.5]])
-    expected = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-    torch.testing.assert_close(geometry.normalize_points(corners, (height, width)), expected)
-    torch.testing.assert_close(geometry.denormalize_points(expected, (height, width)), corners)
+@pytest.mark.parametrize("size", [(30, 70), (1, 4000), (3000, 1), (240, 240), (64, 64)])
+def test_points_of_an_image_are_those_of_its_half_pixel_resize(size):
+    """The pixel x of an image lies at `(x + 0.5) * S / W - 0.5` of the network's input, whose corners are -1 and 1."""
+    side, (height, width) = 64, size
+    points = torch.tensor([[0.0, 0.0], [width - 1, 0], [0, height - 1], [width - 1, height - 1], [width / 3, 0.25]])
+    expected = [
+        [2 * ((x + 0.5) * side / width - 0.5) / (side - 1) - 1, 2 * ((y + 0.5) * side / height - 0.5) / (side - 1) - 1]
+        for x, y in points.tolist()
+    ]
+    normalized = geometry.normalize_points(points, size, side)
+    torch.testing.assert_close(normalized, torch.tensor(expected))
+    torch.testing.assert_close(geometry.denormalize_points(normalized, size, side), points, atol=2e-3, rtol=0)
+    # Relative coordinates: 0 and 1 are the outer edges, whatever the size.
+    torch.testing.assert_close(
+        geometry.relative_points(normalized, side), (points + 0.5) / torch.tensor([width, height])
+    )
+    edges = torch.tensor([[0.0, 1.0]])
+    torch.testing.assert_close(geometry.relative_to_pixels(edges, size), torch.tensor([[-0.5, height - 0.5]]))
+    torch.testing.assert_close(geometry.relative_points(geometry.normalize_relative(edges, side), side), edges)
+
+
+def test_corner_centres_of_the_network_s_own_input_are_plus_and_minus_one():
+    corners = torch.tensor([[0.0, 0.0], [63.0, 0.0], [0.0, 63.0], [31.5, 31.5]])
+    expected = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(geometry.normalize_points(corners, (64, 64), 64), expected)
 
 
 def test_sizes_may_differ_within_a_batch_and_integers_are_accepted():
     sizes = torch.tensor([[11, 21], [101, 5]])
     points = torch.tensor([[[20, 10], [0, 5]], [[4, 100], [2, 25]]])
-    expected = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]], [[1.0, 1.0], [0.0, -0.5]]])
-    normalized = geometry.normalize_points(points, sizes)
-    torch.testing.assert_close(normalized, expected)
-    torch.testing.assert_close(geometry.denormalize_points(normalized, sizes), points.float())
+    normalized = geometry.normalize_points(points, sizes, 48)
+    for row, size in enumerate(sizes.tolist()):
+        torch.testing.assert_close(normalized[row], geometry.normalize_points(points[row], size, 48))
+    torch.testing.assert_close(geometry.denormalize_points(normalized, sizes, 48), points.float(), atol=1e-4, rtol=0)
     # One point an image, no point dimension.
-    torch.testing.assert_close(geometry.normalize_points(points[:, 0], sizes), expected[:, 0])
+    torch.testing.assert_close(geometry.normalize_points(points[:, 0], sizes, 48), normalized[:, 0])
 
 
 def test_one_pixel_side_stays_finite():
     points = torch.tensor([[0.0, 0.0]])
-    there = geometry.normalize_points(points, (1, 1))
-    assert torch.isfinite(there).all()
-    torch.testing.assert_close(geometry.denormalize_points(there, (1, 1)), points)
+    there = geometry.normalize_points(points, (1, 1), 48)
+    assert there.tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(geometry.denormalize_points(there, (1, 1), 48), points)
     assert geometry.make_grid(1, 1).tolist() == [[[0.0, 0.0]]]
 
 
 def test_size_must_have_two_entries():
     with pytest.raises(InputError, match="height, width"):
-        geometry.normalize_points(torch.zeros(1, 2), (3, 4, 5))
+        geometry.normalize_points(torch.zeros(1, 2), (3, 4, 5), 48)
+
+
+def test_grids_and_warps_of_images_of_any_size():
+    """An image of another size than the network's input is sampled at the pixels where its content is."""
+    generator = torch.Generator().manual_seed(6)
+    image = torch.rand(1, 2, 9, 14, generator=generator)
+    grid = geometry.Transform(geometry.identity_affine(1)).grid((9, 14), 32)
+    pixels = torch.tensor([[float(x), float(y)] for y in range(9) for x in range(14)])
+    expected = geometry.normalize_points(pixels, (9, 14), 32).view(1, 9, 14, 2)
+    torch.testing.assert_close(grid, expected)
+    torch.testing.assert_close(geometry.warp(image, grid, side=32), image, atol=1e-5, rtol=0)
+    place = geometry.normalize_points(torch.tensor([[[[6.0, 2.5]]]]), (9, 14), 32)
+    found = geometry.warp(image, place, side=32)
+    torch.testing.assert_close(found[0, :, 0, 0], image[0, :, 2:4, 6].mean(-1))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -556,15 +589,18 @@ def test_direction_a_dot_in_the_source_appears_where_the_transform_brings_it_fro
     """T_AB maps points of B into A: warp(A, T_AB) looks like B, and a keypoint of B goes to A through T_AB."""
     source = torch.zeros(1, 1, 41, 81)
     source[0, 0, 10, 60] = 1.0  # x = 60, y = 10
-    dot = geometry.normalize_points(torch.tensor([[[60.0, 10.0]]]), (41, 81))
+    dot = geometry.normalize_points(torch.tensor([[[60.0, 10.0]]]), (41, 81), 240)
     # B shows A's content moved by (-0.5, +0.25): a point of B lies in A at its own place plus (0.5, -0.25).
     transform = torch.tensor([[1, 0, 0.5, 0, 1, -0.25]])
-    target = geometry.warp(source, geometry.sampling_grid(transform, size=(41, 81)))
+    target = geometry.warp(source, geometry.Transform(transform).grid((41, 81), 240), side=240)
     row, column = divmod(int(target.argmax()), 81)
     assert (column, row) == (60 - 20, 10 + 5)
-    in_target = geometry.normalize_points(torch.tensor([[[float(column), float(row)]]]), (41, 81))
-    torch.testing.assert_close(geometry.apply_affine(in_target, transform), dot)
-    torch.testing.assert_close(geometry.apply_affine(dot, geometry.invert_affine(transform)), in_target)
+    in_target = geometry.normalize_points(torch.tensor([[[float(column), float(row)]]]), (41, 81), 240)
+    # A quarter of A's width is 20.25 pixels.
+    torch.testing.assert_close(geometry.apply_affine(in_target, transform), dot, atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        geometry.apply_affine(dot, geometry.invert_affine(transform)), in_target, atol=0.02, rtol=0
+    )
 
 
 def test_the_identity_warp_returns_the_picture():
@@ -587,7 +623,7 @@ def test_half_precision_parameters_are_raised_and_float64_is_kept():
     half = geometry.identity_affine(1).half()
     assert geometry.apply_affine(points, half).dtype == torch.float32
     assert geometry.apply_tps(points, geometry.identity_tps(1).bfloat16()).dtype == torch.float32
-    assert geometry.normalize_points(points.half(), (5, 5)).dtype == torch.float32
+    assert geometry.normalize_points(points.half(), (5, 5), 48).dtype == torch.float32
     assert geometry.sampling_grid(half, geometry.identity_tps(1).half(), size=(2, 2)).dtype == torch.float32
     assert geometry.apply_affine(points.double(), half.double()).dtype == torch.float64
 

@@ -443,8 +443,8 @@ def test_matches_in_pixels(processor, threshold, kind):
             (height0, width0), (height1, width1) = sizes[row]
             x0, y0 = outputs.keypoints[row, 0, i].tolist()
             x1, y1 = outputs.keypoints[row, 1, j].tolist()
-            expected0.append((x0 * (width0 - 1), y0 * (height0 - 1)))
-            expected1.append((x1 * (width1 - 1), y1 * (height1 - 1)))
+            expected0.append((x0 * width0 - 0.5, y0 * height0 - 0.5))
+            expected1.append((x1 * width1 - 0.5, y1 * height1 - 0.5))
             scores.append(score)
         assert result["keypoints0"].shape == (len(scores), 2)
         assert result["keypoints0"].dtype == torch.float32
@@ -453,15 +453,15 @@ def test_matches_in_pixels(processor, threshold, kind):
         assert np.allclose(result["matching_scores"], scores)
 
 
-def test_corner_keypoints_are_the_centres_of_the_corner_pixels(processor):
+def test_keypoints_of_zero_and_one_are_the_edges_of_the_image(processor):
     outputs = MaCoSNetKeypointMatchingOutput(
-        keypoints=torch.tensor([[[[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]] * 2]),
+        keypoints=torch.tensor([[[[0.0, 0.0], [1.0, 1.0], [0.5, 0.0]]] * 2]),
         matches=torch.tensor([[[0, 1, 2]] * 2]),
         matching_scores=torch.ones(1, 2, 3),
     )
     result = processor.post_process_keypoint_matching(outputs, SIZES)[0]
-    assert result["keypoints0"].tolist() == [[0, 0], [49, 33], [49, 0]]
-    assert result["keypoints1"].tolist() == [[0, 0], [22, 60], [22, 0]]
+    assert result["keypoints0"].tolist() == [[-0.5, -0.5], [49.5, 33.5], [24.5, -0.5]]
+    assert result["keypoints1"].tolist() == [[-0.5, -0.5], [22.5, 60.5], [11, -0.5]]
 
 
 def test_gradients_and_half_precision_do_not_disturb(processor):
@@ -521,12 +521,12 @@ def test_outputs_without_the_field_are_named(processor):
 
 
 def slow_resize(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear with align_corners=True, one pixel at a time in float64."""
+    """Bilinear with half-pixel centres, one pixel at a time in float64."""
     result = np.zeros((height, width))
     for row in range(height):
         for column in range(width):
-            y = row * (values.shape[0] - 1) / (height - 1)
-            x = column * (values.shape[1] - 1) / (width - 1)
+            y = min(max((row + 0.5) * values.shape[0] / height - 0.5, 0), values.shape[0] - 1)
+            x = min(max((column + 0.5) * values.shape[1] / width - 0.5, 0), values.shape[1] - 1)
             top, left = min(int(y), values.shape[0] - 2), min(int(x), values.shape[1] - 2)
             v, u = y - top, x - left
             result[row, column] = (
@@ -684,13 +684,16 @@ def test_flow_against_a_slow_reference(processor, with_tps, regularization):
         for row in range(0, height, 7):
             for column in range(0, width, 5):
                 x, y = slow_transform(
-                    2 * column / (width - 1) - 1,
-                    2 * row / (height - 1) - 1,
+                    ((2 * column + 1) / width - 1) * 240 / 239,
+                    ((2 * row + 1) / height - 1) * 240 / 239,
                     affine[0, index].double().numpy(),
                     None if tps is None else tps[0, index].double().numpy(),
                     regularization,
                 )
-                expected = ((x + 1) / 2 * (other_width - 1) - column, (y + 1) / 2 * (other_height - 1) - row)
+                other_x, other_y = (
+                    ((place * 239 / 240 + 1) * count - 1) / 2 for place, count in ((x, other_width), (y, other_height))
+                )
+                expected = (other_x - column, other_y - row)
                 assert flow[name][row, column].tolist() == pytest.approx(expected, abs=2e-3)
 
 
@@ -709,9 +712,10 @@ def test_flow_is_computed_in_strips_without_seams(processor, monkeypatch):
 def test_flow_of_the_identity_scales_between_sizes(processor):
     transforms = Transform(torch.tensor([[[1.0, 0, 0, 0, 1, 0]] * 2]))
     flow = processor.post_process_dense_flow(transforms, SIZES)[0]["source_to_target"]
-    assert flow[0, 0].tolist() == pytest.approx([0, 0], abs=1e-4)
-    assert flow[33, 49].tolist() == pytest.approx([22 - 49, 60 - 33], abs=1e-4)
-    assert flow[33, 0].tolist() == pytest.approx([0, 60 - 33], abs=1e-4)
+    # SOURCE_SIZE is (34, 50) and TARGET_SIZE (61, 23): the edges agree, so x -> (x + 0.5) * 23 / 50 - 0.5.
+    assert flow[0, 0].tolist() == pytest.approx([0.23 - 0.5, 61 / 68 - 0.5], abs=1e-4)
+    assert flow[33, 49].tolist() == pytest.approx([22.27 - 49, 60.5 - 61 / 68 - 33], abs=1e-4)
+    assert flow[33, 0].tolist() == pytest.approx([0.23 - 0.5, 60.5 - 61 / 68 - 33], abs=1e-4)
 
 
 def test_flow_agrees_with_the_models_point_transfer(processor):
@@ -720,7 +724,8 @@ def test_flow_agrees_with_the_models_point_transfer(processor):
     affine = torch.tensor([[[1.1, 0.1, 0.2, -0.2, 0.8, 0.1], [0.9, 0, 0, 0.1, 1.2, 0]]])
     flow = processor.post_process_dense_flow(Transform(affine), SIZES)[0]
     point = torch.tensor([[[20.0, 10.0]]])  # of the source; T_BA, index 1, takes it to the target
-    there = denormalize_points(Transform(affine[:, 1]).apply(normalize_points(point, SOURCE_SIZE)), TARGET_SIZE)
+    there = Transform(affine[:, 1]).apply(normalize_points(point, SOURCE_SIZE, 240))
+    there = denormalize_points(there, TARGET_SIZE, 240)
     assert torch.allclose(flow["source_to_target"][10, 20] + point[0, 0], there[0, 0], atol=1e-3)
 
 

@@ -420,10 +420,11 @@ def test_flow_is_the_transform_in_pixels_of_the_original_pictures():
                 target, outputs.affine[b, p][None], outputs.tps[b, p][None], regularization=0.1
             )
             (height_i, width_i), (height_j, width_j) = sizes[b, i].tolist(), sizes[b, j].tolist()
-            (x, y), (u, v) = target[0, 0].tolist(), mapped[0, 0].tolist()
+            # From pixels of the network's input to those of the images, which were resized with half-pixel centres.
+            (x, y), (u, v) = (((place[0, 0] + 1) / 2 * (IMAGE_SIZE - 1) + 0.5).tolist() for place in (target, mapped))
             expected = [
-                (u + 1) / 2 * (width_i - 1) - (x + 1) / 2 * (width_j - 1),
-                (v + 1) / 2 * (height_i - 1) - (y + 1) / 2 * (height_j - 1),
+                (u * width_i - x * width_j) / IMAGE_SIZE,
+                (v * height_i - y * height_j) / IMAGE_SIZE,
             ]
             assert outputs.flow[b, p, row, column].tolist() == pytest.approx(expected, abs=1e-2)
 
@@ -439,16 +440,20 @@ def hand_outputs() -> MaCoSNetModelOutput:
 def test_points_travel_in_pixels_of_pictures_that_are_not_square(local_matching):
     model = small_model(MaCoSNetForKeypointMatching)
     sizes = torch.tensor([[[101, 41], [21, 201]]])  # source 41 wide and 101 high, target 201 wide and 21 high
-    # Target to source by T_AB: B's middle (100, 10) lands a quarter of A's width to the right of A's middle (20, 50).
-    points = torch.tensor([[[100.0, 10.0], [0.0, 0.0], [200.0, 20.0]]])
-    expected = torch.tensor([[[30.0, 50.0], [10.0, 0.0], [50.0, 100.0]]])
+    # Target to source by T_AB: B's middle (100, 10) lands a quarter of A's width, from the centre of the input's first
+    # pixel to that of its last, to the right of A's middle (20, 50). The edges of the images lie on one another.
+    points = torch.tensor([[[100.0, 10.0], [-0.5, -0.5], [200.5, 20.5]]])
+    quarter = 41 * (IMAGE_SIZE - 1) / IMAGE_SIZE / 4
+    expected = torch.tensor([[[20 + quarter, 50.0], [quarter - 0.5, -0.5], [40.5 + quarter, 100.5]]])
     found = model.transfer_points(hand_outputs(), points, sizes, "target_to_source", local_matching=local_matching)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     # Source to target by T_BA: half as far from the middle in y.
-    points = torch.tensor([[[20.0, 50.0], [0.0, 0.0], [40.0, 100.0]]])
-    expected = torch.tensor([[[100.0, 10.0], [0.0, 5.0], [200.0, 15.0]]])
+    points = torch.tensor([[[20.0, 50.0], [-0.5, -0.5], [40.5, 100.5]]])
+    expected = torch.tensor([[[100.0, 10.0], [-0.5, 4.75], [200.5, 15.25]]])
     found = model.transfer_points(hand_outputs(), points, sizes, local_matching=local_matching)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    points = torch.tensor([[[20.0, 50.0], [0.0, 0.0], [40.0, 100.0]]])
+    found = model.transfer_points(hand_outputs(), points, sizes, local_matching=local_matching)
     integers = model.transfer_points(hand_outputs(), points.long(), sizes.tolist(), local_matching=local_matching)
     torch.testing.assert_close(integers, found)
 
@@ -466,12 +471,12 @@ def test_transfer_uses_the_configuration_s_regularisation_and_local_matching():
         )
         if not local:
             mapped = geometry.apply_cascade(
-                geometry.normalize_points(points, sizes[:, 0]),
+                geometry.normalize_points(points, sizes[:, 0], IMAGE_SIZE),
                 outputs.affine[:, 1],
                 outputs.tps[:, 1],
                 regularization=regularization,
             )
-            expected = geometry.denormalize_points(mapped, sizes[:, 1])
+            expected = geometry.denormalize_points(mapped, sizes[:, 1], IMAGE_SIZE)
             torch.testing.assert_close(found[regularization, local], expected)
     for first, second in itertools.combinations(found.values(), 2):
         assert (first - second).abs().max() > 0.05
@@ -622,8 +627,8 @@ def test_matches_and_key_points_follow_the_contract():
         expected = [(column + 0.5) / GRID_SIZE, (row + 0.5) / GRID_SIZE]
         assert outputs.keypoints[0, 0, n].tolist() == pytest.approx(expected, abs=1e-6)
     # Matched keypoints of the target are where point transfer sends those of the source.
-    size = torch.tensor([[[101, 101], [101, 101]]] * 2)
-    sent = model.transfer_points(outputs, outputs.keypoints[:, 0] * 100, size) / 100
+    size = torch.tensor([[[100, 100], [100, 100]]] * 2)
+    sent = (model.transfer_points(outputs, outputs.keypoints[:, 0] * 100 - 0.5, size) + 0.5) / 100
     torch.testing.assert_close(outputs.keypoints[:, 1][matched], sent[matched], atol=1e-5, rtol=0)
     assert ((sent >= 0) & (sent <= 1)).all(-1)[matched].all()
 
@@ -637,12 +642,13 @@ def test_nothing_is_matched_off_the_object():
 def test_scores_are_mask_times_similarity_times_consistency():
     model = matching_model(0.5, mask_spread=0.3, match_consistency_sigma=0.25, match_mask_threshold=0.4)
     outputs = run(model, random_pictures(1, 2))
-    size = torch.tensor([[[201, 201], [201, 201]]])  # pixels of 0.01 in normalised coordinates
-    source = outputs.keypoints[:, 0] * 200
+    size = torch.tensor([[[IMAGE_SIZE, IMAGE_SIZE], [IMAGE_SIZE, IMAGE_SIZE]]])
+    source = outputs.keypoints[:, 0] * IMAGE_SIZE - 0.5
     target = model.transfer_points(outputs, source, size)
     back = model.transfer_points(outputs, target, size, "target_to_source")
-    error = (back - source).norm(dim=-1) / 100
-    places = [geometry.normalize_points(points, (201, 201)) for points in (source, target)]
+    half = (IMAGE_SIZE - 1) / 2
+    error = (back - source).norm(dim=-1) / half
+    places = [points / half - 1 for points in (source, target)]
     masks, features = [], []
     for view, place in enumerate(places):
         masks.append(geometry.sample_at(outputs.mask_logits[:, view, None].sigmoid(), place)[..., 0])
@@ -650,14 +656,14 @@ def test_scores_are_mask_times_similarity_times_consistency():
     similarity = F.cosine_similarity(*features, dim=-1).clamp(0, 1)
     expected = (masks[0] * masks[1]).sqrt() * similarity * torch.exp(-(error**2) / (2 * 0.25**2))
     matched = outputs.matches[:, 0] >= 0
-    on_both = (masks[0] > 0.4) & (masks[1] > 0.4) & geometry.inside(places[1])
+    on_both = (masks[0] > 0.4) & (masks[1] > 0.4) & ((target >= -0.5) & (target <= IMAGE_SIZE - 0.5)).all(-1)
     assert torch.equal(matched, on_both)
     assert 3 < matched.sum() < CELLS - 3
     torch.testing.assert_close(outputs.matching_scores[:, 0][matched], expected[matched], atol=1e-4, rtol=1e-3)
 
 
 def test_without_masks_points_are_matched_and_scored_without_them():
-    with_masks = matching_model(0.5, mask_spread=0.3)
+    with_masks = matching_model(0.8, mask_spread=0.3)
     expected = run(with_masks, random_pictures(1, 2))
     found = run(with_masks, random_pictures(1, 2), output_masks=False)
     assert found.mask_logits is None
@@ -687,9 +693,9 @@ def test_loss_is_the_mean_distance_of_labelled_key_points():
     labels[0, 0, 3] = -1  # absent in one image, so absent in both
     labels[1, 1, :2] = -1
     outputs = run(model, pictures, labels=labels)
-    size = torch.tensor([[[2, 2], [2, 2]]] * 2)  # corner to corner is one pixel, so pixels are the labels' own unit
-    to_target = model.transfer_points(outputs, labels[:, 0], size)
-    to_source = model.transfer_points(outputs, labels[:, 1], size, "target_to_source")
+    size = torch.tensor([[[1, 1], [1, 1]]] * 2)  # images of one pixel, so pixels are the labels' own unit
+    to_target = model.transfer_points(outputs, labels[:, 0] - 0.5, size) + 0.5
+    to_source = model.transfer_points(outputs, labels[:, 1] - 0.5, size, "target_to_source") + 0.5
     distances = []
     for b, n in ((0, 0), (0, 1), (0, 2), (1, 2), (1, 3)):
         distances.append(math.dist(to_target[b, n].tolist(), labels[b, 1, n].tolist()))

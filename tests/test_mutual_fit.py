@@ -27,7 +27,7 @@ def some_features(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rough = torch.randn(count, 2, 6, 4, 4, generator=generator)
     rough[:, 1] = rough[:, 0] + 0.5 * rough[:, 1]
-    maps = F.interpolate(rough.flatten(0, 1), size=(SIDE, SIDE), mode="bicubic")
+    maps = F.interpolate(rough.flatten(0, 1), size=(SIDE, IMAGE_SIZE), mode="bicubic")
     return F.normalize(maps, dim=1).unflatten(0, (count, 2))
 
 
@@ -116,7 +116,7 @@ def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
 
 def test_without_likeness_the_transforms_stay():
     transforms = some_transforms(2)
-    unlike = torch.zeros(2, 2, 4, SIDE, SIDE)
+    unlike = torch.zeros(2, 2, 4, SIDE, IMAGE_SIZE)
     unlike[:, 0, 0], unlike[:, 1, 1] = 1, 1  # unit vectors at right angles
     fitted = fit_mutually(unlike, transforms)
     torch.testing.assert_close(fitted.affine, transforms.affine)
@@ -176,8 +176,8 @@ def test_the_matcher_fits_and_the_model_does_not(pictures):
     torch.testing.assert_close(outputs.flow, plain.macosnet.dense_flow(outputs, sizes))
     points = torch.tensor([[[10.0, 10.0], [25.0, 40.0]]] * 2)
     moved = fitting.transfer_points(outputs, points, sizes, "target_to_source", local_matching=False)
-    smooth = expected[:, 0].apply(geometry.normalize_points(points, sizes[:, 1]))
-    torch.testing.assert_close(moved, geometry.denormalize_points(smooth, sizes[:, 0]), atol=1e-3, rtol=0)
+    smooth = expected[:, 0].apply(geometry.normalize_points(points, sizes[:, 1], IMAGE_SIZE))
+    torch.testing.assert_close(moved, geometry.denormalize_points(smooth, sizes[:, 0], IMAGE_SIZE), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

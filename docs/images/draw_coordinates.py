@@ -12,7 +12,7 @@ INK, FAINT, PIXELS, NORMALIZED, UNIT = (40, 44, 52), (214, 218, 224), (190, 60, 
 
 def draw() -> Image.Image:
     """An image of 5x3 pixels with three scales: pixels, normalised coordinates, and keypoints in [0, 1]."""
-    image = Image.new("RGB", (LEFT + COLUMNS * CELL + 60, TOP + ROWS * CELL + 60), "white")
+    image = Image.new("RGB", (LEFT + COLUMNS * CELL + 60, TOP + ROWS * CELL + 118), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(18)
     for row in range(ROWS):
         for column in range(COLUMNS):
@@ -23,8 +23,8 @@ def draw() -> Image.Image:
             pen.ellipse((centre[0] - 4, centre[1] - 4, centre[0] + 4, centre[1] + 4), fill=INK)
     scales = [
         ("pixels", PIXELS, lambda index, count: str(index)),
-        ("normalised", NORMALIZED, lambda index, count: f"{2 * index / (count - 1) - 1:+.1f}".replace("+0.0", "0.0")),
-        ("keypoints", UNIT, lambda index, count: f"{index / (count - 1):.2f}"),
+        ("normalised", NORMALIZED, lambda index, count: f"{_normalised(index, count):+.3f}".replace("+0.000", "0")),
+        ("keypoints", UNIT, lambda index, count: f"{(index + 0.5) / count:.3f}"),
     ]
     for line, (name, color, label) in enumerate(scales):
         pen.text((12, 40 + 32 * line), name, font=font, fill=color, anchor="lm")
@@ -39,10 +39,18 @@ def draw() -> Image.Image:
     bottom = TOP + ROWS * CELL
     _arrow(pen, (70, TOP + CELL // 2), (70, bottom - CELL // 2))
     pen.text((70, bottom - CELL // 2 + 18), "y", font=font, fill=INK, anchor="mm")
-    pen.text(
-        (LEFT, bottom + 30), "5 wide, 3 high: dots are the centres of the pixels", font=font, fill=INK, anchor="lm"
-    )
+    for x, unit, normalised in ((LEFT, "0", -240 / 239), (LEFT + COLUMNS * CELL, "1", 240 / 239)):
+        pen.line((x, bottom, x, bottom + 14), fill=INK, width=2)
+        pen.text((x, bottom + 28), unit, font=font, fill=UNIT, anchor="mm")
+        pen.text((x, bottom + 52), f"{normalised:+.3f}", font=font, fill=NORMALIZED, anchor="mm")
+    pen.text((LEFT + COLUMNS * CELL // 2, bottom + 28), "outer edges", font=font, fill=INK, anchor="mm")
+    caption = "5 wide, 3 high, network of 240: dots are the centres of the pixels"
+    pen.text((LEFT + COLUMNS * CELL // 2, bottom + 90), caption, font=font, fill=INK, anchor="mm")
     return image
+
+
+def _normalised(index: int, count: int, side: int = 240) -> float:
+    return ((2 * index + 1) / count - 1) * side / (side - 1)
 
 
 def _arrow(pen: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int]) -> None:

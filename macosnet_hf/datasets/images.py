@@ -27,18 +27,19 @@ def source_of(image: Any) -> Any:
     return image["bytes"] if image.get("bytes") is not None else image["path"]
 
 
-def open_image(image: Any, where: str) -> Image.Image:
+def open_image(image: Any, where: str, reduced_to: int | None = None) -> Image.Image:
     """Decodes a record's image to upright RGB.
 
     Args:
         image: `{"path", "bytes"}`, an image, or a path.
         where: record and column, for the error's text.
+        reduced_to: as in [`~macosnet_hf.io.image_files.load_image`].
 
     Raises:
         DataError: if the image is missing or damaged; the text names the record and the file.
     """
     try:
-        return image_files.load_image(source_of(image))
+        return image_files.load_image(source_of(image), reduced_to=reduced_to)
     except ImageError as error:
         raise DataError(f"{where}: {image_name(image)}: {error}") from error
 

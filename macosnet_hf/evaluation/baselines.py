@@ -97,9 +97,8 @@ def centre_ellipse(height: int, width: int, radius: float = 0.7) -> np.ndarray:
     The bounds leave GrabCut free everywhere but in the corners, which are taken for background. On a part of msrc-coseg
     (6 images a class) free corners cost 0.016 in J.
     """
-    y = np.linspace(-1, 1, height)[:, None]
-    x = np.linspace(-1, 1, width)[None]
-    distance = np.sqrt(x**2 + y**2) / radius
+    y, x = ((2 * np.arange(count) + 1) / count - 1 for count in (height, width))
+    distance = np.hypot(x[None], y[:, None]) / radius
     probability = 1 / (1 + np.exp(8 * (distance - 1)))
     return np.where(probability < 0.05, 0, probability.clip(0.2, 0.7)).astype(np.float32)
 

@@ -21,7 +21,7 @@ from ..errors import DataError, InputError, OutputError
 from ..io.output_folder import release_folder, start_folder
 from .predictors import Prediction
 
-FORMAT = 2
+FORMAT = 3
 SAMPLES_PER_SHARD = 64
 
 _held: dict[str, int | None] = {}  # partial folders that this process is writing

@@ -6,9 +6,9 @@ A *prediction* is a dictionary of NumPy arrays, what scoring needs:
 |---|---|---|
 | `sizes` | (2, 2) int | (height, width) of source and target |
 | `points/<variant>` | (N, 2) float32 | transferred keypoints, pixels of the image they were transferred to |
-| `field/<variant>` | (40, 40, 2) float32 | normalised place in the source of a grid over the target, corners included |
-| `mask/target` | (240, 240) uint8 | probability of object in the target (or in the single image), times 255 |
-| `refined/target` | (240, 240) uint8 | with `--masks collection`: the same after refinement in the collection |
+| `field/<variant>` | (40, 40, 2) float32 | relative place in the source of a grid over the target, from edge to edge |
+| `mask/target` | (240, 240) float32 | probability of object in the target (or in the single image) |
+| `refined/target` | (240, 240) float32 | with `--masks collection`: the same after refinement in the collection |
 | `partner` | () string | single images: id of the record that the field leads to |
 
 A *variant* is a way to transfer a point. The model has `transform` (the bare geometric transform), `fitted` (fitted to
@@ -31,7 +31,15 @@ import torch
 from ..datasets.images import open_image
 from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
-from ..geometry import Transform, denormalize_points, make_grid, normalize_points
+from ..geometry import (
+    Transform,
+    denormalize_points,
+    make_grid,
+    normalize_points,
+    normalize_relative,
+    relative_points,
+    relative_to_pixels,
+)
 from ..inference import COLLECTION_SIDE, start_of
 from ..matching import correlate, fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetFeatures
@@ -46,7 +54,7 @@ FIELD_SIDE = 40
 """Side of the stored grid of a dense transfer, which is interpolated bilinearly."""
 
 MASK_SIDE = 240
-"""Side of a stored mask where no model sets it."""
+"""Side of the network's input and of a stored mask where no model sets it."""
 
 CACHE_BYTES = 768 * 2**20
 """Size of the cache of encoded images; the least recently used one is removed first."""
@@ -110,6 +118,7 @@ class Predictor:
         variants: ways to transfer a point, the default one first.
         gives_points, gives_masks: whether it transfers points, and predicts masks.
         device: of the tensors that `map_points` takes.
+        side: S of the network in whose normalised coordinates they are.
     """
 
     name = "predictor"
@@ -117,6 +126,7 @@ class Predictor:
     gives_points = False
     gives_masks = False
     device: Any = "cpu"
+    side = MASK_SIDE
 
     def __init__(self) -> None:
         self.cache = ImageCache()
@@ -196,7 +206,7 @@ class Predictor:
             self._add_fields(predictions, sources, targets, mirrored)
         if self.gives_masks and masks:
             for prediction, probability in zip(predictions, self.predict_masks(targets, sources), strict=True):
-                prediction["mask/target"] = quantize(probability)
+                prediction["mask/target"] = probability
         return predictions
 
     def predict_images(
@@ -229,16 +239,16 @@ class Predictor:
         if self.gives_masks and collection is not None:
             found = self.predict_collection(records, refine=collection)
             for prediction, soft, refined in zip(predictions, *found, strict=True):
-                prediction |= {"mask/target": quantize(soft), "refined/target": quantize(refined)}
+                prediction |= {"mask/target": soft, "refined/target": refined}
         elif self.gives_masks:
-            sums: list[np.ndarray | float] = [0.0] * len(records)
+            sums: list[Any] = [0.0] * len(records)
             for start in range(0, len(pairs), batch_size):
                 part = pairs[start : start + batch_size]
                 masks = self.predict_masks([images[i] for i, _ in part], [images[j] for _, j in part])
                 for (index, _), mask in zip(part, masks, strict=True):
                     sums[index] = sums[index] + mask.astype(np.float64)
             for index, prediction in enumerate(predictions):
-                prediction["mask/target"] = quantize(np.asarray(sums[index]) / len(partners[index]))
+                prediction["mask/target"] = (sums[index] / len(partners[index])).astype(np.float32)
         if self.gives_points and dense:
             for start in range(0, len(records), batch_size):
                 end = start + batch_size
@@ -286,10 +296,11 @@ class Predictor:
         start, end = (sources, targets) if forward else (targets, sources)
         side = "source" if forward else "target"
         points = [
-            _normalize(keypoint_array(record, side), image.size) for record, image in zip(records, start, strict=True)
+            normalize_points(torch.from_numpy(keypoint_array(record, side)), image.size, self.side).numpy()
+            for record, image in zip(records, start, strict=True)
         ]
         if forward:
-            points = [_mirror_x(array) if flag else array for array, flag in zip(points, mirrored, strict=True)]
+            points = [array * (-1.0, 1.0) if flag else array for array, flag in zip(points, mirrored, strict=True)]
         longest = max(map(len, points))
         if longest == 0:
             return
@@ -300,12 +311,11 @@ class Predictor:
             tensor = torch.from_numpy(padded).to(self.device)
             mapped = self.map_points(self.batch(start), self.batch(end), tensor)
         for variant, tensor in mapped.items():
-            array = tensor.float().cpu().numpy().astype(np.float64)
             for index, prediction in enumerate(predictions):
-                own = array[index, : len(points[index])]
+                own = tensor[index, : len(points[index])].cpu().double()
                 if not forward and mirrored[index]:
-                    own = _mirror_x(own)
-                prediction[f"points/{variant}"] = _denormalize(own, end[index].size).astype(np.float32)
+                    own = own * torch.tensor([-1.0, 1.0])
+                prediction[f"points/{variant}"] = denormalize_points(own, end[index].size, self.side).float().numpy()
 
     def _add_fields(
         self,
@@ -314,13 +324,16 @@ class Predictor:
         targets: list[EncodedImage],
         mirrored: list[bool],
     ) -> None:
-        grid = make_grid(FIELD_SIDE, FIELD_SIDE, device=self.device).reshape(1, -1, 2).expand(len(sources), -1, -1)
+        edges = (make_grid(FIELD_SIDE, FIELD_SIDE, device=self.device) + 1) / 2
+        grid = normalize_relative(edges, self.side).reshape(1, -1, 2).expand(len(sources), -1, -1)
         with torch.inference_mode():
             mapped = self.map_points(self.batch(targets), self.batch(sources), grid)
         for variant, tensor in mapped.items():
-            fields = tensor.float().cpu().numpy().reshape(len(sources), FIELD_SIDE, FIELD_SIDE, 2)
+            fields = relative_points(tensor, self.side).cpu().numpy().reshape(-1, FIELD_SIDE, FIELD_SIDE, 2)
             for index, prediction in enumerate(predictions):
-                prediction[f"field/{variant}"] = _mirror_x(fields[index]) if mirrored[index] else fields[index].copy()
+                if mirrored[index]:
+                    fields[index, ..., 0] = 1 - fields[index, ..., 0]
+                prediction[f"field/{variant}"] = fields[index].copy()
 
 
 class FeaturePredictor(Predictor):
@@ -335,7 +348,7 @@ class FeaturePredictor(Predictor):
         super().__init__()
         self.model = getattr(model, "macosnet", model).eval()
         self.processor = processor
-        self.device = self.model.device
+        self.device, self.side = self.model.device, self.model.config.image_size
         self.keep_skips = False
         self.keep_pixels = False
         self._weights: str | None = None
@@ -444,7 +457,9 @@ class ModelPredictor(FeaturePredictor):
 
         collection = Collection(self.whole, self.processor)
         for record in records:
-            image = open_image(record["source_image"], f"{record['id']}, source_image").copy()
+            # As `macosnet segment` reads it.
+            where = f"{record['id']}, source_image"
+            image = open_image(record["source_image"], where, reduced_to=COLLECTION_SIDE)
             image.thumbnail((COLLECTION_SIDE, COLLECTION_SIDE))
             collection.add([image])
         return collection.segment().probabilities, collection.segment(refine=refine).probabilities
@@ -476,35 +491,19 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def quantize(probabilities: np.ndarray) -> np.ndarray:
-    """Probabilities as uint8, at least 128 exactly where they are at least 0.5."""
-    return np.floor(np.clip(probabilities, 0, 1).astype(np.float64) * 255 + 0.5).astype(np.uint8)
-
-
-def _normalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return normalize_points(torch.from_numpy(points), size).numpy()
-
-
-def _denormalize(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return denormalize_points(torch.from_numpy(points), size).numpy()
-
-
-def _mirror_x(points: np.ndarray) -> np.ndarray:
-    return points * np.asarray([-1.0, 1.0], dtype=points.dtype)
-
-
 def field_to_places(field: np.ndarray, source_size: Sequence[int], target_size: Sequence[int]) -> np.ndarray:
-    """A stored field `(g, g', 2)` (normalised, corners included), interpolated bilinearly: the place in pixels of the
+    """A stored field `(g, g', 2)` (relative, from edge to edge), interpolated bilinearly: the place in pixels of the
     source `(h, w, 2)` of each pixel of the target."""
     rows = _interpolation(field.shape[0], int(target_size[0]))
     columns = _interpolation(field.shape[1], int(target_size[1]))
     full = np.stack([rows @ field[..., axis].astype(np.float64) @ columns.T for axis in (0, 1)], axis=-1)
-    return _denormalize(full, (int(source_size[0]), int(source_size[1])))
+    return relative_to_pixels(torch.from_numpy(full), (int(source_size[0]), int(source_size[1]))).numpy()
 
 
 def _interpolation(count: int, length: int) -> np.ndarray:
-    """`(length, count)` weights of linear interpolation from `count` to `length` points over the same interval."""
-    position = np.linspace(0, count - 1, length) if length > 1 else np.array([(count - 1) / 2])
+    """`(length, count)` weights of linear interpolation, from `count` points on an interval with both its ends to the
+    centres of `length` pixels that cover it."""
+    position = (np.arange(length) + 0.5) / length * (count - 1)
     lower = np.clip(np.floor(position).astype(int), 0, max(count - 2, 0))
     weights = np.zeros((length, count))
     fraction = position - lower

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from ..collection import hard_mask
 from ..datasets.images import open_image
 from ..datasets.masks import ObjectMask, read_mask
 from ..datasets.schema import Record, flow_array, keypoint_array
 from ..errors import DataError, InputError
+from ..geometry import resize_masks
 from ..inference import DIRECTIONS
 from . import metrics
 from .predictors import Prediction, field_to_places
@@ -161,9 +164,9 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
     size = _sizes(prediction)["target"]
     truth = true_mask(record, side, size)
     probability = prediction["mask/target"]
-    soft = hard = resize_probability(probability, size) >= 0.5
+    soft = hard = hard_mask(probability, size)
     if "refined/target" in prediction:
-        hard = resize_probability(prediction["refined/target"], size) >= 0.5
+        hard = hard_mask(prediction["refined/target"], size)
     elif options.refine != "none":
         image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
         hard = refined_mask(image, probability, options)
@@ -245,26 +248,13 @@ def true_mask(record: Record, side: str, size: tuple[int, int]) -> ObjectMask:
     return read_mask(record[f"{side}_mask"], f"{record['id']}, {side}_mask", size)
 
 
-def resize_probability(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A stored mask (uint8) as probability float32 of the given (height, width), bilinear. 127.5/255 is 0.5, so that
-    the threshold 0.5 falls between the stored 127 and 128, exactly where it fell before storing."""
-    import cv2
-
-    height, width = size
-    return cv2.resize(probability.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) / np.float32(255)
-
-
 def refined_mask(image: Image.Image, probability: np.ndarray, options: Options) -> np.ndarray:
-    """The hard mask, bool of the image's own size, as `macosnet segment` would make it."""
+    """The hard mask, bool of the image's own size, as `post_process_cosegmentation` of the processor makes it."""
     from ..refinement import refine_mask
 
     size = (image.height, image.width)
-    return refine_mask(
-        np.asarray(image),
-        resize_probability(probability, size),
-        method=options.refine,
-        working_size=options.refine_size or max(size),
-    )
+    soft = resize_masks(torch.from_numpy(probability)[None], size)[0]
+    return refine_mask(np.asarray(image), soft, method=options.refine, working_size=options.refine_size or max(size))
 
 
 def _sizes(prediction: Prediction) -> dict[str, tuple[int, int]]:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ..collection import Collection
 from ..errors import InputError
-from ..geometry import warp
+from ..geometry import resize_masks, warp
 from .collection_transforms import match_collection
 
 if TYPE_CHECKING:
@@ -78,15 +77,17 @@ def aligned_average(
         mask = torch.from_numpy(probabilities[number])[None, None]
         if repaired is None or number == reference:
             pixels = _as_tensor(target)
-            shown = F.interpolate(mask, size=size, mode="bilinear", align_corners=True) + _BACKGROUND_WEIGHT
+            shown = resize_masks(mask[0], size)[None] + _BACKGROUND_WEIGHT
         else:
             transform = repaired.transforms[number : number + 1, reference]
             if not torch.isfinite(transform.affine).all():  # nothing leads there
                 continue
-            grid = transform.grid(size)
+            network = model.config.image_size
+            grid = transform.grid(size, network)
             small = image.copy()
             small.thumbnail((side, side))
-            pixels, shown = warp(_as_tensor(small), grid), warp(mask + _BACKGROUND_WEIGHT, grid)
+            pixels = warp(_as_tensor(small), grid, side=network)
+            shown = warp(mask + _BACKGROUND_WEIGHT, grid, side=network)
         total += pixels * shown
         weights += shown
     mean = total / weights.clamp(min=1e-6)

@@ -91,10 +91,11 @@ class CollectionMatches:
         images = self.collection.images
         self._check_number(image)
         start = torch.from_numpy(check_points(points, None))
-        placed = normalize_points(start, (images[image].height, images[image].width))
+        side = self.collection.model.config.image_size
+        placed = normalize_points(start, (images[image].height, images[image].width), side)
         found = self._transfer(placed, image, local_matching)
         sizes = torch.tensor([[each.height, each.width] for each in images])
-        moved = denormalize_points(found, sizes)
+        moved = denormalize_points(found, sizes, side)
         moved[image] = start
         return moved.numpy().astype(np.float64)
 
@@ -116,11 +117,11 @@ class CollectionMatches:
         if field.dim() != 2:
             raise InputError(f"A mask has the shape (H, W), not {tuple(field.shape)}.")
         into = self.transforms[image]  # of every image's points into this one
-        known = torch.isfinite(into.affine).all(-1)
+        known, side = torch.isfinite(into.affine).all(-1), self.collection.model.config.image_size
         warped = torch.full((len(self), *field.shape), float("nan"))
         for number in torch.nonzero(known).flatten().tolist():
-            grid = into[number : number + 1].grid(field.shape)
-            warped[number] = warp(field[None, None], grid)[0, 0]
+            grid = into[number : number + 1].grid(field.shape, side)
+            warped[number] = warp(field[None, None], grid, side=side)[0, 0]
         return warped.numpy()
 
     def repaired(self) -> CollectionMatches:

@@ -89,8 +89,8 @@ class MatchedPair:
         """
         start = start_of(direction)
         here, there = self.copies[start], self.copies[1 - start]
-        inside = here.from_original(check_points(points, here.size)).clip(0, np.array(here.image.size) - 1)
-        return there.to_original(self.result.transfer(inside, direction))
+        of_copy = here.from_original(check_points(points, here.size))
+        return there.to_original(self.result._transfer(of_copy, direction))
 
     def original_mask(self, view: int) -> np.ndarray:
         """Mask `(H, W)` bool of the original source (view 0) or target (1)."""
@@ -107,16 +107,17 @@ class MatchedPair:
         return self.result.warped_source(self.copies[0].open_original(), self.copies[1].size)
 
     def flow(self, side: int = _FLOW_SIDE) -> dict[str, np.ndarray]:
-        """Dense flow between the originals, from the transforms, sampled on a regular grid.
+        """Dense flow between the originals, from the transforms, at the pixels of reduced copies.
 
-        The grid runs from corner pixel to corner pixel; each pixel is sampled where an image is no longer than `side`.
+        Each pixel is sampled where an image is no longer than `side`.
 
         Returns:
             `source_to_target (h, w, 2)` and `target_to_source (h', w', 2)` float32 displacements (x, y) in pixels: the
-            place `(column * (W - 1) / (w - 1), row * (H - 1) / (h - 1))` of the first-named image lies that much
+            place `((column + 0.5) * W / w - 0.5, (row + 0.5) * H / h - 0.5)` of the first-named image lies that much
             further in the other; `source_size` and `target_size` are (height, width) of the originals.
         """
         found: dict[str, np.ndarray] = {}
+        network = self.result._found.model.config.image_size
         for name, row in zip(DIRECTIONS, (1, 0), strict=True):
             here, there = self.copies if row == 1 else self.copies[::-1]
             (width, height), (other_width, other_height) = here.size, there.size
@@ -124,7 +125,7 @@ class MatchedPair:
             rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
             with torch.inference_mode():
                 transform = self.result.transforms[row : row + 1]
-                flow = dense_flow(transform, (rows, columns), (other_height, other_width), (height, width))
+                flow = dense_flow(transform, (rows, columns), (other_height, other_width), (height, width), network)
             found[name] = flow[0].numpy().astype(np.float32)
         for name, copy in zip(("source_size", "target_size"), self.copies, strict=True):
             found[name] = np.array(copy.size[::-1])

@@ -24,7 +24,7 @@ from ..collection import (
 )
 from ..drawing import draw_matches
 from ..errors import InputError
-from ..geometry import Transform, denormalize_points, warp
+from ..geometry import Transform, denormalize_points, make_grid, normalize_points, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
@@ -148,9 +148,13 @@ class PairResult:
                 direction is unknown.
         """
         checked = check_points(points, (self.source, self.target)[start_of(direction)].size)
+        return self._transfer(checked, direction, local_matching)
+
+    def _transfer(self, points: np.ndarray, direction: str, local_matching: bool | None = None) -> np.ndarray:
+        """[`transfer`] for an array `(N, 2)` of finite numbers, which may lie in the outer half of a border pixel."""
         model, outputs = self._found.model, self._found.outputs
         with torch.inference_mode():
-            start = torch.from_numpy(checked).to(outputs.affine.device)[None]
+            start = torch.from_numpy(points.astype(np.float32)).to(outputs.affine.device)[None]
             moved = model.transfer_points(outputs, start, self.image_sizes, direction, local_matching)
         return moved[0].cpu().numpy().astype(np.float64)
 
@@ -177,8 +181,12 @@ class PairResult:
         # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
         coarse = (min(height, 512), min(width, 512))
         with torch.inference_mode():
-            grid = self.transforms[:1].grid(coarse)
-            places = denormalize_points(grid, (source.height, source.width))[0].permute(2, 0, 1).float()
+            side = self._found.model.config.image_size
+            # From the centre of the first pixel to that of the last.
+            corner = normalize_points(torch.tensor([width - 1.0, height - 1.0]), (height, width), side)
+            samples = (make_grid(*coarse) * corner).reshape(1, -1, 2)
+            places = denormalize_points(self.transforms[:1].apply(samples), (source.height, source.width), side)
+            places = places.unflatten(1, coarse)[0].permute(2, 0, 1).float()
         pixels = _as_array(source)
         warped = Image.new("RGB", (width, height))
         rows, columns = _between(height, coarse[0]), _between(width, coarse[1])

@@ -80,9 +80,13 @@ def load_image(
     if isinstance(source, np.ndarray):
         return _from_array(source, name, max_pixels, min_side)
     with _opened(source, max_pixels, min_side) as image:
+        drafted = None
         if reduced_to is not None:
-            image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
+            drafted = image.draft(image.mode, (max(1, reduced_to), max(1, reduced_to)))
         _decode(image, name, max_pixels)
+        if drafted is not None and drafted[1][2:] != image.size:
+            # Where the size is no multiple of the reduction, the last column or row shows what the encoder filled up.
+            return upright_rgb(image.resize(image.size, Image.Resampling.BICUBIC, box=drafted[1]))
         return upright_rgb(image)
 
 

@@ -39,12 +39,12 @@ class WorkingCopy:
         return self.image.size == self.size
 
     def to_original(self, points: np.ndarray) -> np.ndarray:
-        """Points `(N, 2)` of the copy as (x, y) in pixels of the original; corner pixels stay corner pixels."""
-        return np.asarray(points, dtype=np.float64) * self._scale()
+        """Points `(N, 2)` of the copy as (x, y) in pixels of the original; the edges of both agree, not the centres."""
+        return (np.asarray(points, dtype=np.float64) + 0.5) * self._scale() - 0.5
 
     def from_original(self, points: np.ndarray) -> np.ndarray:
         """The inverse of [`to_original`]."""
-        return np.asarray(points, dtype=np.float64) / self._scale()
+        return (np.asarray(points, dtype=np.float64) + 0.5) / self._scale() - 0.5
 
     def open_original(self) -> Image.Image:
         """The image in full size, from its file unless the copy is whole.
@@ -60,9 +60,7 @@ class WorkingCopy:
             raise ImageError(f"'{self.name}' can no longer be read; choose it again.") from error
 
     def _scale(self) -> np.ndarray:
-        # A side of one pixel has no extent; the loader refuses such images, a reduced copy may still have one.
-        width, height = (max(side - 1, 1) for side in self.image.size)
-        return np.array([max(self.size[0] - 1, 1) / width, max(self.size[1] - 1, 1) / height])
+        return np.array(self.size) / np.array(self.image.size)
 
 
 def for_browser(path: str | os.PathLike[str], folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ def _encoded(
     )
     for start in range(0, len(indices), 16):
         pixels = images.batch(indices[start : start + 16]).to(model.device).float() / 255
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=True)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
         yield model.get_image_features((pixels - mean) / std)
 
 

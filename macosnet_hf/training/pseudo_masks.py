@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ..collection import Collection
 from ..errors import DataError
+from ..geometry import resize_masks
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
@@ -129,8 +130,7 @@ def sharpen(
     size = tuple(images.shape[-2:])
 
     def one(index: int) -> np.ndarray:
-        soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
-        soft = soft.clip(0, 1)
+        soft = resize_masks(maps[index][None], size)[0].numpy().clip(0, 1)
         split = otsu_threshold(soft) or 0.5
         centred = np.where(soft < split, soft / split / 2, 0.5 + (soft - split) / (1 - split + 1e-6) / 2)
         image = images[index].permute(1, 2, 0).contiguous().numpy()
@@ -193,8 +193,7 @@ def teacher_masks(
             collection = Collection(model, processor)
             collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
             found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
-            found = F.interpolate(found[:, None], size=squares.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-            masks |= zip(members, found >= 0.5, strict=True)
+            masks |= zip(members, resize_masks(found, squares.shape[-2:]) >= 0.5, strict=True)
             progress.update(len(members))
     return torch.stack([masks[index] for index in range(len(class_names))])
 

@@ -126,10 +126,10 @@ def test_match_again_gives_the_same_bytes(run, tmp_path):
 
 def test_transforms_of_the_document_take_target_points_to_the_source(run):
     document = run("match", RUNNER, LION, "--points", "100,200.5").json("matches.json")
-    point = normalize_points(torch.tensor([[[100, 200.5]]], dtype=torch.float64), (343, 502))
+    point = normalize_points(torch.tensor([[[100, 200.5]]], dtype=torch.float64), (343, 502), 240)
     reverse = document["reverse"]
     moved = apply_cascade(point, torch.tensor([reverse["affine"]]).double(), torch.tensor([reverse["tps"]]).double())
-    by_transform = denormalize_points(moved, (256, 256))[0, 0].numpy()
+    by_transform = denormalize_points(moved, (256, 256), 240)[0, 0].numpy()
     (entry,) = document["points"]
     assert entry["source"] == [100, 200.5]
     # The answer is refined by the features near the place where the transform sends the point.

@@ -8,13 +8,13 @@ import pytest
 from archives import coseg, disc
 from PIL import Image
 
+from macosnet_hf.collection import hard_mask
 from macosnet_hf.commands.main import main
 from macosnet_hf.datasets import mask_from_image, read_mask
 from macosnet_hf.datasets.images import image_size, open_image
 from macosnet_hf.errors import DataError
 from macosnet_hf.evaluation.baselines import centre_ellipse
-from macosnet_hf.evaluation.predictors import MASK_SIDE, quantize
-from macosnet_hf.evaluation.scoring import resize_probability
+from macosnet_hf.evaluation.predictors import MASK_SIDE
 
 ROWS, COLUMNS = np.mgrid[:100, :120]
 DISTANCE = np.hypot(COLUMNS - 60, ROWS - 50)
@@ -150,7 +150,7 @@ def test_evaluate_leaves_void_out_of_p_and_j(tmp_path):
         values = np.where(truth, 7, 0).astype(np.uint8)
         values[:, 40:] = 255  # beside the object
         Image.fromarray(values).save(path)
-        found = resize_probability(quantize(centre_ellipse(MASK_SIDE, MASK_SIDE)), truth.shape) >= 0.5
+        found = hard_mask(centre_ellipse(MASK_SIDE, MASK_SIDE), truth.shape)
         assert found[:, 40:].any()
         found, truth = found[:, :40], truth[:, :40]
         expected.append(((found == truth).mean(), (found & truth).sum() / (found | truth).sum()))

@@ -12,7 +12,7 @@ import torch
 from archives import coseg, disc, internet, mask, pf_pascal, pf_willow, spair, tss
 from small_models import save_small_checkpoint, small_model, small_processor
 
-from macosnet_hf.collection import Collection
+from macosnet_hf.collection import Collection, hard_mask
 from macosnet_hf.commands import evaluate as command
 from macosnet_hf.commands.main import main as macosnet
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
@@ -26,9 +26,9 @@ from macosnet_hf.evaluation.baselines import centre_ellipse, make_baseline
 from macosnet_hf.evaluation.predictors import EncodedImage, ImageCache, ModelPredictor, Predictor, field_to_places
 from macosnet_hf.evaluation.protocols import PROTOCOLS, Options
 from macosnet_hf.evaluation.runner import choose_partners, class_groups, evaluate, finish
-from macosnet_hf.evaluation.scoring import Tally, mask_scores, resize_probability
+from macosnet_hf.evaluation.scoring import Tally, mask_scores
 from macosnet_hf.evaluation.tables import PAPER, markdown_table, nested
-from macosnet_hf.geometry import denormalize_points, sampling_grid
+from macosnet_hf.geometry import denormalize_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 
 MAKERS = {
@@ -82,11 +82,13 @@ class Oracle(Predictor):
                 flow = flow_array(record).astype(np.float64)
                 y, x = np.mgrid[: flow.shape[0], : flow.shape[1]]
                 places = np.where(np.abs(flow) < 1e9, np.stack((x, y), -1) + flow, -1e4)
-                half = np.array([sizes[0][1] - 1, sizes[0][0] - 1]) / 2
-                prediction["field/oracle"] = places / half - 1
+                height, width = flow.shape[:2]
+                field = np.zeros((2 * height + 1, 2 * width + 1, 2))  # from edge to edge: pixel centres and borders
+                field[1::2, 1::2] = (places + 0.5) / sizes[0][::-1]
+                prediction["field/oracle"] = field
             if masks:
                 truth = mask_from_image(record["target_mask"], "here")
-                prediction["mask/target"] = truth.astype(np.uint8) * 255
+                prediction["mask/target"] = truth.astype(np.float32)
             predictions.append(prediction)
         return predictions
 
@@ -99,7 +101,7 @@ class Oracle(Predictor):
                 {
                     "sizes": np.asarray(sizes),
                     "partner": np.asarray(records[others[0]]["id"]),
-                    "mask/target": truth.astype(np.uint8) * 255,
+                    "mask/target": truth.astype(np.float32),
                 }
             )
         return predictions
@@ -154,8 +156,8 @@ def test_a_mirrored_source_with_key_points(tmp_path):
     size_s, size_t = (image_size(record[f"{side}_image"], "x") for side in ("source", "target"))
     source = np.array([[3.0, 5.0], [40.0, 20.0]])
     record["source_keypoints"] = source.tolist()
-    scale = np.array([(size_t[1] - 1) / (size_s[1] - 1), (size_t[0] - 1) / (size_s[0] - 1)])
-    expected = np.stack((size_s[1] - 1 - source[:, 0], source[:, 1]), -1) * scale
+    scale = np.array([size_t[1] / size_s[1], size_t[0] / size_s[0]])
+    expected = (np.stack((size_s[1] - 1 - source[:, 0], source[:, 1]), -1) + 0.5) * scale - 0.5
     record["target_keypoints"] = expected.tolist()
     for direction, answer in (("source_to_target", expected), ("target_to_source", source)):
         prediction = make_baseline("identity").predict_pairs([record], direction=direction, dense=False, masks=False)[0]
@@ -187,12 +189,13 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
                     expected = model.transfer_points(bare, points, sizes, direction, local_matching=variant == "local")
                     np.testing.assert_allclose(prediction[f"points/{variant}"], expected[0], atol=2e-2)
                 bare = model.macosnet(**inputs)
-                grid = sampling_grid(bare.affine[:, 0], bare.tps[:, 0], size=tuple(sizes[0, 1].tolist()))
-                places = denormalize_points(grid.reshape(1, -1, 2), sizes[:, 0]).reshape(*grid.shape[1:])
+                side = model.config.image_size
+                grid = model.transforms(bare)[:, 0].grid(sizes[0, 1].tolist(), side)
+                places = denormalize_points(grid.reshape(1, -1, 2), sizes[:, 0], side).reshape(*grid.shape[1:])
                 stored = field_to_places(prediction["field/transform"], sizes[0, 0].tolist(), sizes[0, 1].tolist())
                 np.testing.assert_allclose(stored, places, atol=0.1)
             expected = outputs.mask_logits[0, 1].sigmoid().numpy()
-            np.testing.assert_allclose(prediction["mask/target"] / 255, expected, atol=0.5 / 255 + 1e-4)
+            np.testing.assert_allclose(prediction["mask/target"], expected, atol=1e-4)
 
 
 def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor):
@@ -207,7 +210,7 @@ def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor
             model(**processor([[pictures[0], pictures[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
             for other in (1, 2)
         ]
-    np.testing.assert_allclose(prediction["mask/target"] / 255, torch.stack(masks).mean(0), atol=0.5 / 255 + 1e-4)
+    np.testing.assert_allclose(prediction["mask/target"], torch.stack(masks).mean(0), atol=1e-4)
     assert str(prediction["partner"]) == "Cat/p2.jpg"
 
 
@@ -225,14 +228,14 @@ def test_masks_of_a_class_as_one_collection(tmp_path, processor):
     for key, refine in (("mask/target", "none"), ("refined/target", "grabcut")):
         expected = collection.segment(refine=refine).probabilities
         for prediction, probability in zip(predictions, expected, strict=True):
-            np.testing.assert_allclose(prediction[key] / 255, probability, atol=0.5 / 255 + 1e-4)
+            np.testing.assert_array_equal(prediction[key], probability)
     assert "field/local" in predictions[0]
 
     options = Options(masks="collection")
     scores = mask_scores(records[0], "source", predictions[0], options)
     truth = mask_from_image(records[0]["source_mask"], "here")
     for name, key in (("before_refinement.", "mask/target"), ("", "refined/target")):
-        hard = resize_probability(predictions[0][key], truth.shape) >= 0.5
+        hard = hard_mask(predictions[0][key], truth.shape)
         assert scores[f"{name}precision"] == (metrics.precision(hard, truth), 1)
     result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], predictor, options)
     assert "each class as one collection" in markdown_table(PROTOCOLS["coseg"], result.variants["local"], options, "m")

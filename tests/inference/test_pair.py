@@ -73,15 +73,15 @@ def test_threshold_drops_the_weak_matches_only(result, network):
 def test_points_travel_by_the_transform_of_their_direction(result):
     points = np.array([[0.0, 0.0], [300.0, 221.0], [150.25, 40.5]])
     # Row 1 of the transforms takes points of the source to the target.
-    normalized = normalize_points(torch.from_numpy(points), (222, 301))
+    normalized = normalize_points(torch.from_numpy(points), (222, 301), 240)
     affine, tps = torch.from_numpy(result.affine[1:]).double(), torch.from_numpy(result.tps[1:]).double()
-    expected = denormalize_points(apply_cascade(normalized[None], affine, tps), (257, 190))[0].numpy()
+    expected = denormalize_points(apply_cascade(normalized[None], affine, tps), (257, 190), 240)[0].numpy()
     np.testing.assert_allclose(result.transfer(points, local_matching=False), expected, atol=0.02)
 
     back = result.transfer([[20.0, 30.0]], "target_to_source", local_matching=False)
-    normalized = normalize_points(torch.tensor([[20.0, 30.0]], dtype=torch.float64), (257, 190))
+    normalized = normalize_points(torch.tensor([[20.0, 30.0]], dtype=torch.float64), (257, 190), 240)
     affine, tps = torch.from_numpy(result.affine[:1]).double(), torch.from_numpy(result.tps[:1]).double()
-    expected = denormalize_points(apply_cascade(normalized[None], affine, tps), (222, 301))[0].numpy()
+    expected = denormalize_points(apply_cascade(normalized[None], affine, tps), (222, 301), 240)[0].numpy()
     np.testing.assert_allclose(back, expected, atol=0.02)
     assert np.abs(expected - np.array([[20.0, 30.0]])).max() > 5  # else nothing would have been tested
 

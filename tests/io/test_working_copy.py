@@ -14,7 +14,7 @@ def test_a_copy_is_small_and_its_points_are_the_originals(large_lion):
     assert copy.size == (2001, 1501)
     assert copy.image.size == (960, 720)
     assert copy.name == "large lion.jpg"
-    np.testing.assert_allclose(copy.to_original([[0, 0], [959, 719]]), [[0, 0], [2000, 1500]])
+    np.testing.assert_allclose(copy.to_original([[-0.5, -0.5], [959.5, 719.5]]), [[-0.5, -0.5], [2000.5, 1500.5]])
     points = np.random.default_rng(0).uniform(0, 1500, (20, 2))
     np.testing.assert_allclose(copy.to_original(copy.from_original(points)), points)
     whole = load_image(large_lion).resize(copy.image.size, Image.Resampling.BILINEAR)

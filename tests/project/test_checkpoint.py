@@ -12,7 +12,7 @@ from skimage import data
 
 from macosnet_hf import match_pair
 from macosnet_hf.commands.main import main
-from macosnet_hf.geometry import apply_affine, denormalize_points, invert_affine, normalize_points, sampling_grid, warp
+from macosnet_hf.geometry import Transform, apply_affine, denormalize_points, invert_affine, normalize_points, warp
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -24,13 +24,14 @@ def test_finds_points_again_after_a_known_warp():
     affine = torch.tensor([[cos, -sin, 0.10, sin, cos, -0.08]], dtype=torch.float32)
     size = (photo.height, photo.width)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float()
-    warped = warp(pixels, sampling_grid(affine, size=size), padding_mode="reflection")
+    warped = warp(pixels, Transform(affine).grid(size, 240), side=240, padding_mode="reflection")
     target = Image.fromarray(warped[0].permute(1, 2, 0).round().byte().numpy())
     points = torch.tensor([[[100.0, 80.0], [150.0, 90.0], [90.0, 140.0], [140.0, 150.0], [120.0, 180.0]]])
 
     found = match_pair(photo, target, refine="none").transfer(points[0].tolist())
 
-    expected = denormalize_points(apply_affine(normalize_points(points, size), invert_affine(affine)), size)[0].numpy()
+    expected = apply_affine(normalize_points(points, size, 240), invert_affine(affine))
+    expected = denormalize_points(expected, size, 240)[0].numpy()
     identity = np.linalg.norm(points[0].numpy() - expected, axis=1).mean()
     error = np.linalg.norm(found - expected, axis=1).mean()
     assert identity > 15  # leaving the points where they are is clearly wrong

@@ -114,9 +114,16 @@ MUTANTS = (
     ),
     Mutant(
         "pixels half a pixel off",
-        "geometry:denormalize_points",
-        "($points + 1) * $half",
-        "($points + 1) * ($half + 0.5) - 0.5",
+        "geometry:relative_to_pixels",
+        "$points * _extent(size, $points) - 0.5",
+        "$points * _extent(size, $points)",
+        **GEOMETRY,
+    ),
+    Mutant(
+        "the edges of an image taken for the centres of its corner pixels",
+        "geometry:normalize_relative",
+        "side / (side - 1)",
+        "side / side",
         **GEOMETRY,
     ),
     Mutant(
@@ -129,8 +136,8 @@ MUTANTS = (
     Mutant(
         "images sampled with other corners",
         "geometry:warp",
-        "F.grid_sample(..., align_corners=True)",
-        "F.grid_sample(..., align_corners=False)",
+        "F.grid_sample(..., align_corners=side is None)",
+        "F.grid_sample(..., align_corners=side is not None)",
         **GEOMETRY,
     ),
     Mutant(
@@ -275,9 +282,9 @@ MUTANTS = (
     ),
     Mutant(
         "masks enlarged with other corners",
-        "image_processing_macosnet:MaCoSNetImageProcessor.post_process_soft_masks",
-        "F.interpolate(..., align_corners=True)",
+        "geometry:resize_masks",
         "F.interpolate(..., align_corners=False)",
+        "F.interpolate(..., align_corners=True)",
         **IMAGES,
     ),
     Mutant(
@@ -325,8 +332,8 @@ MUTANTS = (
     Mutant(
         "images cropped by the height for the width",
         "collection:crop_to_box",
-        "round($value * $image.width / $side)",
-        "round($value * $image.height / $side)",
+        "$value * $image.width / $side",
+        "$value * $image.height / $side",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
