@@ -16,20 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..collection import segment_collection
+from ..collection import hard_mask, segment_collection
 from ..datasets.benchmarks import Problems
 from ..datasets.composites import Composites, Sample, in_a_row, pasted, scattered, side_by_side
 from ..datasets.images import image_size, open_image
 from ..datasets.masks import ObjectMask
 from ..datasets.schema import Record
 from ..errors import DataError
+from ..geometry import resize_masks
 from ..inference import COLLECTION_SIDE
 from ..io.checkpoints import load_model_and_processor
 from ..io.package import DEFAULT_CHECKPOINT
 from . import metrics
 from .predictors import Predictor
 from .protocols import Options
-from .scoring import Evaluation, Scores, Tally, resize_probability, true_mask
+from .scoring import Evaluation, Scores, Tally, true_mask
 
 SIDE = 480
 """Side of a composite in pixels, however large its images are; whole images are scored at this size too."""
@@ -54,7 +55,7 @@ _KINDS: dict[str, tuple[int, int, _Make]] = {
 
 @dataclass
 class _Member:
-    """An image of a class; `mask` is `(S, S)` uint8, 255 on the object, where its record has none."""
+    """An image of a class; `mask` is `(S, S)` float32, 1 on the object, where its record has none."""
 
     record: Record
     mask: np.ndarray | None = None
@@ -68,7 +69,7 @@ class _Member:
     def truth(self) -> ObjectMask:
         """The mask at `(SIDE, SIDE)`."""
         if self.mask is not None:
-            return ObjectMask(resize_probability(self.mask, (SIDE, SIDE)) >= 0.5)
+            return ObjectMask(hard_mask(self.mask, (SIDE, SIDE)))
         where = f"{self.record['id']}, source_image"
         found = true_mask(self.record, "source", image_size(self.record["source_image"], where))
         counted = None if found.counted is None else _square(found.counted)
@@ -181,7 +182,7 @@ def _add_pseudo_masks(classes: Sequence[list[_Member]], device: Any) -> None:
         images = [member.image() for member in members]
         found = segment_collection(images, model=model, processor=processor, refine="grabcut").probabilities
         for member, mask in zip(members, found, strict=True):
-            member.mask = np.where(mask >= 0.5, 255, 0).astype(np.uint8)
+            member.mask = (mask >= 0.5).astype(np.float32)
 
 
 def _draw_members(draw: np.random.Generator, count: int, wanted: int, without: int) -> list[int]:
@@ -259,4 +260,5 @@ def _answers(
 ) -> list[np.ndarray]:
     """Soft masks `(SIDE, SIDE)` of an image, one for each company of partners."""
     shown = [[member.image() for member in company] for company in companies]
-    return [resize_probability(mask * np.float32(255), (SIDE, SIDE)) for mask in predictor.answer(image, shown, refine)]
+    masks = torch.from_numpy(np.stack(predictor.answer(image, shown, refine)))
+    return list(resize_masks(masks, (SIDE, SIDE)).numpy())
