@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 import numpy as np
 
+from ..directions import orientation_in_words
 from ..errors import MaCoSNetError
 from . import limits
 
@@ -59,7 +60,9 @@ def pair_verdict(pair: MatchedPair) -> str:
     quality, count = pair.result.quality, len(pair.result.matches)
     if quality == "poor":
         return VERDICTS[quality]  # a number of matches would contradict it
-    return f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+    words = f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+    turned = orientation_in_words(pair.result.orientation)
+    return f"{words} The source is {turned}." if turned else words
 
 
 def collection_verdict(collection: SegmentedCollection) -> str:

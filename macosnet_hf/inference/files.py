@@ -139,13 +139,14 @@ def match_files(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str | None = None,
 ) -> MatchedPair:
     """Matches two image files.
 
     Args:
         source, target: paths.
         names: what messages and results call them; by default the files' names.
-        model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        model, processor, refine, orientations: as in [`~macosnet_hf.inference.pair.match_pair`].
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
@@ -157,7 +158,9 @@ def match_files(
             copies.append(open_working_copy(path, names[index] if names else None))
         except ImageError as error:
             raise ImageError(f"{role}: {error}") from error
-    return match_copies((copies[0], copies[1]), model=model, processor=processor, refine=refine)
+    return match_copies(
+        (copies[0], copies[1]), model=model, processor=processor, refine=refine, orientations=orientations
+    )
 
 
 def match_copies(
@@ -166,10 +169,12 @@ def match_copies(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str | None = None,
 ) -> MatchedPair:
     """[`match_files`] for files that are open already."""
     images = (copies[0].image, copies[1].image)
-    return MatchedPair(copies, match_images(images, model=model, processor=processor, refine=refine), refine)
+    result = match_images(images, model=model, processor=processor, refine=refine, orientations=orientations)
+    return MatchedPair(copies, result, refine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
