@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..inference.files import Progress
 
 ORIENTATIONS_HELP = (
-    "how the source may face, compared with the target: as it does, perhaps mirrored, or perhaps mirrored and turned by "
-    "quarters (default: what the checkpoint's configuration says)"
+    "how the source may face, compared with the target: as it does, perhaps mirrored, or perhaps mirrored and turned "
+    "by quarters (default: what the checkpoint's configuration says)"
 )
 
 
