@@ -27,3 +27,23 @@ def start_of(direction: str) -> int:
     if direction not in DIRECTIONS:
         raise InputError(f"direction must be {' or '.join(map(repr, DIRECTIONS))}; got {direction!r}.")
     return DIRECTIONS.index(direction)
+
+
+_IN_WORDS = {
+    "turn_90": "matched turned by 90 degrees",
+    "turn_180": "matched turned by 180 degrees",
+    "turn_270": "matched turned by 270 degrees",
+    "mirror": "matched as a mirror image",
+    "flip": "matched as a mirror image turned by 180 degrees",
+    "transpose": "matched as a mirror image turned by 270 degrees",
+    "anti_transpose": "matched as a mirror image turned by 90 degrees",
+}
+
+
+def orientation_in_words(orientation: str) -> str:
+    """How a source was matched: in words, or "" if it faces as the target does. Turns are clockwise.
+
+    Args:
+        orientation: one of `SYMMETRIES` (`geometry.py`) by name.
+    """
+    return _IN_WORDS.get(orientation, "")

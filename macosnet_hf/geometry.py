@@ -485,8 +485,13 @@ def symmetry_matrix(name: str) -> Tensor:
 
 def inverse_symmetry(name: str) -> str:
     """Name of the inverse of one of [`SYMMETRIES`]."""
-    (a, b), (c, d) = SYMMETRIES[name]
-    return next(other for other, matrix in SYMMETRIES.items() if matrix == ((a, c), (b, d)))
+    return next(other for other in SYMMETRIES if compose_symmetries(other, name) == "identity")
+
+
+def compose_symmetries(outer: str, inner: str) -> str:
+    """Name of the symmetry `outer(inner(p))` of two of [`SYMMETRIES`]."""
+    product = symmetry_matrix(outer) @ symmetry_matrix(inner)
+    return next(name for name in SYMMETRIES if torch.equal(symmetry_matrix(name), product))
 
 
 def seen_through(maps: Tensor, symmetry: str) -> Tensor:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .common_object import centre_prior
 from .encoder import MaCoSNetFeatures
-from .geometry import SYMMETRIES, Transform, inverse_symmetry, make_grid, seen_through, symmetry_matrix
+from .geometry import (
+    SYMMETRIES,
+    Transform,
+    compose_symmetries,
+    inverse_symmetry,
+    make_grid,
+    seen_through,
+    symmetry_matrix,
+)
 from .matching import cell_products, cell_similarity
 
 if TYPE_CHECKING:
@@ -125,7 +133,8 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     whole = transforms.compose_symmetry(matrices, "source").compose_symmetry(matrices.flip(1), "target")
     assert whole.tps is not None  # as the output's have one
     output.affine, output.tps = whole.affine, whole.tps
-    output.orientation = orientation_numbers(matrices[:, 0] @ matrices[:, 1].transpose(1, 2)).to(whole.device)
+    names = [compose_symmetries(first, inverse_symmetry(second)) for first, second in symmetries]
+    output.orientation = torch.tensor([list(SYMMETRIES).index(name) for name in names], device=whole.device)
     if all(name == "identity" for both in symmetries for name in both):
         return
     inverse = [[inverse_symmetry(name) for name in both] for both in symmetries]
@@ -148,9 +157,3 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     side = output.correlation.shape[-1]
     channels = turned(output.correlation, flip=True).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
     output.correlation = turned(channels).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
-
-
-def orientation_numbers(matrices: Tensor) -> Tensor:
-    """Numbers `(...)` in `SYMMETRIES` of matrices `(..., 2, 2)` of symmetries."""
-    known = torch.tensor(list(SYMMETRIES.values()), dtype=matrices.dtype, device=matrices.device)
-    return (matrices.unsqueeze(-3) == known).flatten(-2).all(-1).int().argmax(-1)

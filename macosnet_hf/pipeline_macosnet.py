@@ -17,6 +17,7 @@ from transformers.pipelines.base import Pipeline
 from transformers.pipelines.keypoint_matching import KeypointMatchingPipeline
 
 from .collection import check_options, hard_mask, segment_collection
+from .directions import check_orientations
 from .errors import InputError
 from .image_processing_macosnet import read_image
 
@@ -38,13 +39,21 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
 
     _load_video_processor = False  # transformers would take the image processor's code for one
 
+    def _sanitize_parameters(self, orientations: str | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        if orientations is not None:
+            check_orientations(orientations)
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, {**forward, **_given(orientations=orientations)}, postprocess
+
     def __call__(self, inputs: Any, threshold: float | None = None, **kwargs: Any) -> Any:
         """Matches of a pair of images (paths, URLs, PIL images), or of each pair in a list.
 
         Args:
             inputs: a pair, or a list of pairs; a list gives a list, also of one pair.
             threshold: matches with this score or less are left out; by default what `pipeline` was given, else 0.
-            kwargs: `timeout` (seconds to wait for an image from the web), `batch_size`.
+            kwargs: `timeout` (seconds to wait for an image from the web), `batch_size`, and `orientations` (`"none"`,
+                `"mirror"` or `"all"`: how the first image may face, compared with the second; by default what the
+                model's configuration says).
 
         Raises:
             InputError: for anything else.
@@ -66,9 +75,11 @@ class MaCoSNetKeypointMatchingPipeline(KeypointMatchingPipeline):
         sizes = torch.tensor([[[each.height, each.width] for each in opened]])
         return {"pixel_values": pixel_values, "target_sizes": sizes}
 
-    def _forward(self, preprocess_outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, preprocess_outputs: dict[str, torch.Tensor], orientations: str | None = None
+    ) -> dict[str, torch.Tensor]:
         """Outputs of a batch of pairs as plain tensors, which transformers can split again."""
-        outputs = self.model(preprocess_outputs["pixel_values"])
+        outputs = self.model(preprocess_outputs["pixel_values"], orientations=orientations)
         fields = ("keypoints", "matches", "matching_scores")
         return {**{name: outputs[name] for name in fields}, "target_sizes": preprocess_outputs["target_sizes"]}
 

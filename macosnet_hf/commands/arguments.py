@@ -15,6 +15,11 @@ from ..refinement import REFINEMENT_METHODS
 if TYPE_CHECKING:
     from ..inference.files import Progress
 
+ORIENTATIONS_HELP = (
+    "how the source may face, compared with the target: as it does, perhaps mirrored, or perhaps mirrored and turned "
+    "by quarters (default: what the checkpoint's configuration says)"
+)
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, archive: str) -> None:
     """Adds `--output-dir`, `--model`, `--refine`, `--device` and `--zip`, whose archive has the given name."""

@@ -8,13 +8,14 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..directions import ORIENTATIONS
 from ..errors import InputError
 from ..evaluation import BASELINES
 from ..evaluation.protocols import PROTOCOLS
 from ..io.output_folder import check_writable, write_file
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
-from .arguments import print_left_out
+from .arguments import ORIENTATIONS_HELP, print_left_out
 
 if TYPE_CHECKING:
     from ..evaluation.predictors import Predictor
@@ -54,6 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default: what the model's configuration says"
     )
     add("--matching", choices=("transform", "fitted", "local"), help=matching)
+    add("--orientations", choices=ORIENTATIONS, help=ORIENTATIONS_HELP)
+    add_move = parser.add_mutually_exclusive_group().add_argument
+    add_move("--mirror-source", action="store_true", help="pairs: mirror every source before matching")
+    add_move(
+        "--rotate-source",
+        type=int,
+        choices=(90, 180, 270),
+        metavar="DEGREES",
+        help="pairs: turn it, clockwise: 90, 180, 270",
+    )
+    flips = "tss: do not mirror the sources that are annotated as mirrored"
+    add("--ignore-flip-annotation", action="store_true", help=flips)
     add("--refine", choices=REFINEMENT_METHODS, default="grabcut", help="soft to hard masks (default: grabcut)")
     size = "longer side when refining, 0: original (default: 320)"
     add("--refine-size", type=int, default=320, metavar="PIXELS", help=size)
@@ -110,15 +123,23 @@ class EvaluationJob:
             raise InputError("Say where the data is with --data (or --pairs, for a pair list).")
         if args.data is None and args.benchmark != "pairs":
             raise InputError(f"{args.benchmark} needs --data.")
-        if args.baseline and args.matching:
-            raise InputError("--matching is a choice of the model; a baseline has only one way to match.")
+        if args.baseline and (args.matching or args.orientations):
+            name = "--matching" if args.matching else "--orientations"
+            raise InputError(f"{name} is a choice of the model; a baseline has only one way to match.")
         self.args, self.protocol = args, PROTOCOLS[args.benchmark]
         if args.masks != "pairs" and self.protocol.kind != "images":
             raise InputError(f"--masks collection is for single images in classes; {args.benchmark} is of pairs.")
         if self.protocol.composites and (args.predictions or args.baseline):
             raise InputError(f"{args.benchmark} asks a model for its masks: no --predictions, no --baseline.")
         names = ("refine", "refine_size", "partners", "seed", "masks", "alphas", "batch_size", "composites")
-        self.options = Options(**{name: getattr(args, name) for name in names})
+        moved = "mirror" if args.mirror_source else f"turn_{args.rotate_source}" if args.rotate_source else "identity"
+        if self.protocol.kind != "pairs" and (moved != "identity" or args.orientations or args.ignore_flip_annotation):
+            raise InputError(f"{args.benchmark} is of single images: only the sources of pairs face somehow.")
+        self.options = Options(
+            **{name: getattr(args, name) for name in names},
+            source_symmetry=moved,
+            flip_annotation=not args.ignore_flip_annotation,
+        )
         locate(self.protocol.data, args.data, args.pairs)
 
     def load(self, device: str = "auto") -> None:
@@ -143,7 +164,8 @@ class EvaluationJob:
         if args.baseline:
             self.predictor = make_baseline(args.baseline, model, processor)
             return
-        predictor = ModelPredictor(model, processor, name=args.model or "macosnet-lite", masks=self.protocol.masks)
+        options = {"masks": self.protocol.masks, "orientations": args.orientations}
+        predictor = ModelPredictor(model, processor, name=args.model or "macosnet-lite", **options)
         if args.matching and args.matching not in predictor.variants:
             raise InputError(f"This model does not match so: its configuration has no mutual_fit ({args.matching}).")
         if args.matching:
@@ -195,15 +217,19 @@ class EvaluationJob:
         args, protocol, options = self.args, self.protocol, self.options
         finish(result, protocol, self.predictor, options, split=args.split, predictions=args.predictions)
         model, variant = self.predictor.name, next(iter(result.variants))
+        orientations = getattr(self.predictor, "orientations", None) if protocol.kind == "pairs" else None
         if protocol.composites:
             title = f"{model}, {options.partners} partner{'s' if options.partners > 1 else ''}"
             table = markdown_table(protocol, result.variants[variant], options, title, text="") + "\n"
             table += markdown_table(protocol, result.variants["company"], options, title)
         else:
             title = model if variant in ("masks", model) else f"{model}, matching {variant}"
+            if orientations not in (None, "none"):
+                title += f", orientations {orientations}"
             table = markdown_table(protocol, result.variants[variant], options, title)
         table += "".join(f"\n{note}\n" for note in result.notes)
-        data = json_report(protocol, result, options, model=model, variant=variant, split=args.split, seconds=seconds)
+        of_run = {"model": model, "variant": variant, "split": args.split, "orientations": orientations}
+        data = json_report(protocol, result, options, **of_run, seconds=seconds)
         if args.json:  # before anything is printed: nobody may be reading any more
             write_file(args.json, json.dumps(data, indent=2) + "\n")
         if args.markdown:

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..directions import ORIENTATIONS, orientation_in_words
 from ..errors import InputError
 from ..inference.result_files import PAIR_ARCHIVE, pair_file_names, write_pair, zip_folder
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
-from .arguments import add_model_arguments, load_network, progress_bar
+from .arguments import ORIENTATIONS_HELP, add_model_arguments, load_network, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # to name the mistake
     add_model_arguments(parser, PAIR_ARCHIVE)
     parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
+    parser.add_argument("--orientations", choices=ORIENTATIONS, help=ORIENTATIONS_HELP)
     points = parser.add_mutually_exclusive_group()
     points.add_argument("--points", metavar='"x,y;x,y"', help="points of the source, in pixels, to find in the target")
     points.add_argument(
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         from ..inference.files import match_copies
 
         progress(0.4, "Matching and segmenting")
-        pair = match_copies((source, target), refine=args.refine, **network)
+        pair = match_copies((source, target), refine=args.refine, orientations=args.orientations, **network)
         progress(0.8, "Writing the results")
         document = write_pair(
             pair,
@@ -90,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         print("macosnet: both images are the same, so each point finds itself; name two images.", file=sys.stderr)
     count = len(document["matches"])
     words = f"{count} {'match' if count == 1 else 'matches'}, quality {document['quality']}"
+    if turned := orientation_in_words(document["orientation"]):
+        words += f", {turned}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
     for point in document.get("points", []):
         print("source {:g},{:g} lies at target {:g},{:g}".format(*point["source"], *point["target"]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 import numpy as np
 
+from ..directions import orientation_in_words
 from ..errors import MaCoSNetError
 from . import limits
 from .viewer import data_address, reduced
@@ -64,7 +65,9 @@ def pair_verdict(pair: MatchedPair) -> str:
     alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
     if quality == "poor":
         return VERDICTS[quality] + alone  # a number of matches would contradict it
-    return f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object.{alone}"
+    words = f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+    turned = orientation_in_words(pair.result.orientation)
+    return words + (f" The source is {turned}." if turned else "") + alone
 
 
 def collection_verdict(collection: SegmentedCollection) -> str:

@@ -185,8 +185,8 @@ class PredictionReader:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"The predictions in {folder} are incomplete or damaged.") from error
         expected = json.loads(json.dumps({**manifest, "format": FORMAT}, default=str))
-        for key in expected:
-            if stored.get(key) != expected[key]:
+        for key in {**expected, **stored}:  # one side alone has a key whose option is set there only
+            if stored.get(key) != expected.get(key):
                 raise InputError(
                     f"The predictions in {folder} were made with another {key}; remove the folder or name another one."
                 )

@@ -19,30 +19,37 @@ match near it); each baseline has its own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Transpose
 
 from ..datasets.images import open_image
 from ..datasets.schema import Record, keypoint_array
 from ..errors import InputError
 from ..geometry import (
+    SYMMETRIES,
     Transform,
+    compose_symmetries,
     denormalize_points,
+    inverse_symmetry,
     make_grid,
     normalize_points,
     normalize_relative,
     relative_points,
     relative_to_pixels,
+    seen_through,
 )
 from ..inference import COLLECTION_SIDE, start_of
 from ..matching import correlate, fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetFeatures
+from ..orientation import HYPOTHESES, choose, orientation_scores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,6 +59,20 @@ Prediction = dict[str, np.ndarray]
 
 FIELD_SIDE = 40
 """Side of the stored grid of a dense transfer, which is interpolated bilinearly."""
+
+Symmetries = tuple[str, str]
+"""By which of `SYMMETRIES` source and target are moved before they are matched."""
+
+# Pillow's names of the moves; its turns are counter-clockwise.
+_MOVES = {
+    "turn_90": "ROTATE_270",
+    "turn_180": "ROTATE_180",
+    "turn_270": "ROTATE_90",
+    "mirror": "FLIP_LEFT_RIGHT",
+    "flip": "FLIP_TOP_BOTTOM",
+    "transpose": "TRANSPOSE",
+    "anti_transpose": "TRANSVERSE",
+}
 
 MASK_SIDE = 240
 """Side of the network's input and of a stored mask where no model sets it."""
@@ -144,12 +165,6 @@ class Predictor:
         """Encodes an image. The base class needs its size only."""
         return EncodedImage(size=(image.height, image.width))
 
-    def mirror(self, image: Image.Image) -> EncodedImage:
-        """Encodes the image mirrored left-right."""
-        from PIL import ImageOps
-
-        return self.encode(ImageOps.mirror(image))
-
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         """Transfers normalised points `(B, N, 2)` of the images `start` (batched) to the images `end`, by variant."""
         return {}
@@ -164,21 +179,37 @@ class Predictor:
 
     # -- from records ---------------------------------------------------------------------------------------------
 
-    def image(self, record: Record, side: str, *, mirrored: bool = False) -> EncodedImage:
-        """The encoded image of one side of a record, cached.
+    def image(self, record: Record, side: str, symmetry: str = "identity") -> EncodedImage:
+        """The encoded image of one side of a record, moved by one of `SYMMETRIES`, cached. Its size is that of the
+        stored image.
 
         Raises:
             DataError: if the image is missing or damaged.
         """
         key = record.get(f"{side}_id") or f"{record['id']}/{side}"
-        encode = self.mirror if mirrored else self.encode
-        return self.cache.get(
-            f"{key} mirrored" if mirrored else key,
-            lambda: encode(open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")),
-        )
+
+        def encode() -> EncodedImage:
+            image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
+            size = (image.height, image.width)
+            if symmetry != "identity":
+                image = image.transpose(Transpose[_MOVES[symmetry]])
+            return replace(self.encode(image), size=size)
+
+        return self.cache.get(key if symmetry == "identity" else f"{key} {symmetry}", encode)
+
+    def orient(self, records: Sequence[Record], symmetries: Sequence[Symmetries]) -> Sequence[Symmetries]:
+        """How the images of pairs are best shown to this predictor, given that the images are moved by `symmetries`."""
+        return symmetries
 
     def predict_pairs(
-        self, records: Sequence[Record], *, direction: str | None, dense: bool, masks: bool
+        self,
+        records: Sequence[Record],
+        *,
+        direction: str | None,
+        dense: bool,
+        masks: bool,
+        moved: str = "identity",
+        flips: bool = True,
     ) -> list[Prediction]:
         """Predictions of a batch of pair records.
 
@@ -187,26 +218,33 @@ class Predictor:
             direction: in which keypoints are transferred, `None` for no keypoints.
             dense: whether to add the fields.
             masks: whether to add the target's mask, given the source.
+            moved, flips: as in [`source_symmetry`].
 
-        A source with `mirror_source` is mirrored before matching. Its predictions are mirrored back, so they are always
-        in the coordinates of the stored images.
+        Predictions are always in the coordinates of the stored images.
         """
         if direction is not None:
             start_of(direction)
-        mirrored = [bool(record.get("mirror_source")) for record in records]
-        sources = [self.image(record, "source", mirrored=flag) for record, flag in zip(records, mirrored, strict=True)]
-        targets = [self.image(record, "target") for record in records]
+        symmetries = self.orient(
+            records,
+            [(source_symmetry(record, moved, flips), "identity") for record in records],
+        )
+        sources, targets = (
+            [self.image(record, side, names[view]) for record, names in zip(records, symmetries, strict=True)]
+            for view, side in enumerate(("source", "target"))
+        )
         predictions: list[Prediction] = [
             {"sizes": np.asarray([source.size, target.size], dtype=np.int32)}
             for source, target in zip(sources, targets, strict=True)
         ]
         if self.gives_points and direction is not None:
-            self._add_points(predictions, records, sources, targets, mirrored, direction)
+            self._add_points(predictions, records, sources, targets, symmetries, direction)
         if self.gives_points and dense:
-            self._add_fields(predictions, sources, targets, mirrored)
+            self._add_fields(predictions, sources, targets, symmetries)
         if self.gives_masks and masks:
-            for prediction, probability in zip(predictions, self.predict_masks(targets, sources), strict=True):
-                prediction["mask/target"] = probability
+            found = self.predict_masks(targets, sources)
+            for prediction, probability, (_, name) in zip(predictions, found, symmetries, strict=True):
+                # The mask of the moved target, which shows at R p what belongs to p.
+                prediction["mask/target"] = seen_through(torch.from_numpy(probability), name).numpy()
         return predictions
 
     def predict_images(
@@ -256,7 +294,7 @@ class Predictor:
                     predictions[start:end],
                     [images[others[0]] for others in partners[start:end]],
                     images[start:end],
-                    [False] * len(predictions[start:end]),
+                    [("identity", "identity")] * len(predictions[start:end]),
                 )
         return predictions
 
@@ -289,18 +327,20 @@ class Predictor:
         records: Sequence[Record],
         sources: list[EncodedImage],
         targets: list[EncodedImage],
-        mirrored: list[bool],
+        symmetries: Sequence[Symmetries],
         direction: str,
     ) -> None:
         forward = direction == "source_to_target"
         start, end = (sources, targets) if forward else (targets, sources)
         side = "source" if forward else "target"
+        first, last = (0, 1) if forward else (1, 0)
         points = [
-            normalize_points(torch.from_numpy(keypoint_array(record, side)), image.size, self.side).numpy()
-            for record, image in zip(records, start, strict=True)
+            _move(
+                normalize_points(torch.from_numpy(keypoint_array(record, side)), image.size, self.side).numpy(),
+                names[first],
+            )
+            for record, image, names in zip(records, start, symmetries, strict=True)
         ]
-        if forward:
-            points = [array * (-1.0, 1.0) if flag else array for array, flag in zip(points, mirrored, strict=True)]
         longest = max(map(len, points))
         if longest == 0:
             return
@@ -312,9 +352,8 @@ class Predictor:
             mapped = self.map_points(self.batch(start), self.batch(end), tensor)
         for variant, tensor in mapped.items():
             for index, prediction in enumerate(predictions):
-                own = tensor[index, : len(points[index])].cpu().double()
-                if not forward and mirrored[index]:
-                    own = own * torch.tensor([-1.0, 1.0])
+                own = tensor[index, : len(points[index])].cpu().double().numpy()
+                own = torch.from_numpy(_move(own, inverse_symmetry(symmetries[index][last])))
                 prediction[f"points/{variant}"] = denormalize_points(own, end[index].size, self.side).float().numpy()
 
     def _add_fields(
@@ -322,18 +361,18 @@ class Predictor:
         predictions: list[Prediction],
         sources: list[EncodedImage],
         targets: list[EncodedImage],
-        mirrored: list[bool],
+        symmetries: Sequence[Symmetries],
     ) -> None:
-        edges = (make_grid(FIELD_SIDE, FIELD_SIDE, device=self.device) + 1) / 2
-        grid = normalize_relative(edges, self.side).reshape(1, -1, 2).expand(len(sources), -1, -1)
+        edges = (make_grid(FIELD_SIDE, FIELD_SIDE) + 1) / 2
+        places = normalize_relative(edges, self.side).reshape(-1, 2).numpy()
+        grid = torch.from_numpy(np.stack([_move(places, name) for _, name in symmetries])).to(self.device)
         with torch.inference_mode():
             mapped = self.map_points(self.batch(targets), self.batch(sources), grid)
         for variant, tensor in mapped.items():
-            fields = relative_points(tensor, self.side).cpu().numpy().reshape(-1, FIELD_SIDE, FIELD_SIDE, 2)
+            fields = tensor.float().cpu().numpy().reshape(-1, FIELD_SIDE, FIELD_SIDE, 2)
             for index, prediction in enumerate(predictions):
-                if mirrored[index]:
-                    fields[index, ..., 0] = 1 - fields[index, ..., 0]
-                prediction[f"field/{variant}"] = fields[index].copy()
+                own = _move(fields[index], inverse_symmetry(symmetries[index][0]))
+                prediction[f"field/{variant}"] = relative_points(torch.from_numpy(own), self.side).numpy()
 
 
 class FeaturePredictor(Predictor):
@@ -403,13 +442,17 @@ class ModelPredictor(FeaturePredictor):
         model, processor: as in [`FeaturePredictor`].
         name: for tables.
         masks: whether to predict masks, for which each image's finer features are cached too.
+        orientations: how sources may face, compared with their targets; by default what the configuration says.
     """
 
     gives_points = True
     gives_masks = True
 
-    def __init__(self, model: Any, processor: Any, *, name: str = "model", masks: bool = True):
+    def __init__(
+        self, model: Any, processor: Any, *, name: str = "model", masks: bool = True, orientations: str | None = None
+    ):
         super().__init__(model, processor)
+        self.orientations = self.model.config.orientations if orientations is None else orientations
         self.whole = model
         self.name = name
         self.keep_skips = masks
@@ -417,6 +460,33 @@ class ModelPredictor(FeaturePredictor):
         self.keep_pixels = self.model.config.cascade == "exact"
         smooth = ("fitted", "transform") if self.model.config.mutual_fit else ("transform",)
         self.variants = ("local", *smooth) if self.model.config.local_matching else (*smooth, "local")
+
+    def describe(self) -> dict[str, object]:
+        description = super().describe()
+        config = {**description["config"], "orientations": self.orientations}  # type: ignore[dict-item]
+        return {**description, "config": config}
+
+    def orient(self, records: Sequence[Record], symmetries: Sequence[Symmetries]) -> Sequence[Symmetries]:
+        """As `orientation.orient` does: the hypothesis that fits best for each pair."""
+        if self.orientations == "none":
+            return symmetries
+        hypotheses = list(itertools.product(*HYPOTHESES[self.orientations]))
+        pairs = torch.arange(len(hypotheses), device=self.device)
+        best = []
+        for record, moved in zip(records, symmetries, strict=True):
+            # x = R x_seen: the image is seen as if it were moved by R^-1 besides.
+            seen = [
+                [compose_symmetries(inverse_symmetry(name), moved[view]) for view, name in enumerate(names)]
+                for names in hypotheses
+            ]
+            sides = enumerate(("source", "target"))
+            images = [self.image(record, side, names[view]) for view, side in sides for names in seen]
+            features = self.batch(images).features.without_skips()
+            with torch.inference_mode():
+                scores = orientation_scores(self.model, features, pairs, pairs + len(hypotheses))
+            number = int(choose(scores[:, None]))
+            best.append((seen[number][0], seen[number][1]))
+        return best
 
     def map_points(self, start: EncodedImage, end: EncodedImage, points: Tensor) -> dict[str, Tensor]:
         config = self.model.config
@@ -489,6 +559,22 @@ def weights_hash(model: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def source_symmetry(record: Record, moved: str = "identity", flips: bool = True) -> str:
+    """By which of `SYMMETRIES` a record's source is moved before it is matched.
+
+    Args:
+        record: a pair.
+        moved: by which every source is moved.
+        flips: whether a source with `mirror_source` is mirrored before that.
+    """
+    return compose_symmetries(moved, "mirror" if flips and record.get("mirror_source") else "identity")
+
+
+def _move(points: np.ndarray, symmetry: str) -> np.ndarray:
+    """R p of normalised points `(..., 2)`."""
+    return points @ np.asarray(SYMMETRIES[symmetry], dtype=points.dtype).T
 
 
 def field_to_places(field: np.ndarray, source_size: Sequence[int], target_size: Sequence[int]) -> np.ndarray:

@@ -123,6 +123,9 @@ class Options:
         alphas: thresholds instead of the protocol's own.
         batch_size: pairs at a time.
         composites: `which-object`: how many.
+        source_symmetry: by which of `SYMMETRIES` (`geometry.py`) the source of every pair is moved before matching;
+            figures are those of the stored images.
+        flip_annotation: whether the pairs that a data set annotates as mirrored (TSS) are mirrored before matching.
     """
 
     refine: str = "grabcut"
@@ -133,6 +136,8 @@ class Options:
     alphas: tuple[float, ...] | None = None
     batch_size: int = 8
     composites: int = 100
+    source_symmetry: str = "identity"
+    flip_annotation: bool = True
 
     def __post_init__(self) -> None:
         if self.masks not in MASKS:

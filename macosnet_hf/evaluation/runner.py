@@ -23,7 +23,7 @@ from .predictions import (
     has_predictions,
     start_predictions,
 )
-from .predictors import Prediction, Predictor
+from .predictors import Prediction, Predictor, source_symmetry
 from .protocols import Options, Protocol
 from .scoring import Evaluation, Scores, Tally, all_mask_scores, dense_scores, keypoint_scores, true_mask
 from .which_object import ask_for_objects
@@ -82,6 +82,10 @@ def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Opti
         manifest["choice of partners"] = [options.partners, options.seed]
         if options.masks != "pairs":
             manifest["masks"] = [options.masks, options.refine]
+    if options.source_symmetry != "identity":
+        manifest["symmetry of the sources"] = options.source_symmetry
+    if not options.flip_annotation:
+        manifest["flip annotation"] = "ignored"
     return manifest
 
 
@@ -217,6 +221,8 @@ class _Run:
                 direction=protocol.direction,
                 dense=protocol.flow or protocol.label_transfer,
                 masks=protocol.masks,
+                moved=self.options.source_symmetry,
+                flips=self.options.flip_annotation,
             )
         self._score(records, predictions, "target", lambda record, prediction: record)
 
@@ -254,6 +260,9 @@ class _Run:
 
         self._score(records, predictions, "source", partner)
 
+    def _moved(self, record: Record) -> str:
+        return source_symmetry(record, self.options.source_symmetry, self.options.flip_annotation)
+
     def _usable(self, records: list[Record], sides: tuple[str, ...]) -> list[Record]:
         """The records whose images can be opened and encoded; the others are reported."""
         # Single images with predictions are opened without being encoded, to find the damaged ones.
@@ -264,7 +273,7 @@ class _Run:
                 for side in sides:
                     if record.get(f"{side}_image") is None:
                         raise DataError(f"{record['id']}: there is no image of the {side}.")
-                    predictor.image(record, side, mirrored=side == "source" and bool(record.get("mirror_source")))
+                    predictor.image(record, side, self._moved(record) if side == "source" else "identity")
             except DataError as error:
                 self.problems.report(error)
             else:

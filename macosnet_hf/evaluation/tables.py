@@ -105,7 +105,11 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     lines.insert(1, f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths))
     if options.masks == "collection":
         name += f", each {'image and its partners' if protocol.composites else 'class'} as one collection"
+    if options.source_symmetry != "identity":
+        name += f", sources moved by {options.source_symmetry}"
     text = protocol.text if text is None else text
+    if not options.flip_annotation:
+        text += " The annotation of mirrored pairs is ignored: no source is mirrored before matching."
     if without_box := _without_box(protocol, tally, options):
         text += f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: one keypoint spans no box."
     return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + (f"\n\n{text}\n" if text else "\n")
@@ -153,11 +157,13 @@ def json_report(
     variant: str,
     split: str,
     seconds: float,
+    orientations: str | None = None,
 ) -> dict[str, Any]:
     """What `--json` writes.
 
     Args:
         variant: the way of transferring points that `metrics` and `per_class` report; the others are under `variants`.
+        orientations: how sources may face, where the predictor looks at more than one.
     """
     tally = result.variants[variant]
     report: dict[str, Any] = {
@@ -168,6 +174,9 @@ def json_report(
         "matching": variant,
         "refine": options.refine if protocol.masks or (protocol.composites and options.masks == "collection") else None,
         "masks": options.masks if protocol.kind == "images" else None,
+        "orientations": orientations,
+        "source_symmetry": options.source_symmetry,
+        "flip_annotation": options.flip_annotation,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
         "per_class": _by_class(tally),

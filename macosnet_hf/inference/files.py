@@ -143,19 +143,21 @@ def match_files(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str | None = None,
 ) -> MatchedPair:
     """Matches two image files.
 
     Args:
         source, target: paths.
         names: what messages and results call them; by default the files' names.
-        model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        model, processor, refine, orientations: as in [`~macosnet_hf.inference.pair.match_pair`].
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
         InputError: for an unknown refinement.
     """
-    return match_copies(open_pair(source, target, names), model=model, processor=processor, refine=refine)
+    copies = open_pair(source, target, names)
+    return match_copies(copies, model=model, processor=processor, refine=refine, orientations=orientations)
 
 
 def open_pair(
@@ -185,10 +187,12 @@ def match_copies(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str | None = None,
 ) -> MatchedPair:
     """[`match_files`] for files that are open already."""
     images = (copies[0].image, copies[1].image)
-    return MatchedPair(copies, match_images(images, model=model, processor=processor, refine=refine), refine)
+    result = match_images(images, model=model, processor=processor, refine=refine, orientations=orientations)
+    return MatchedPair(copies, result, refine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

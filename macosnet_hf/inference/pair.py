@@ -24,7 +24,7 @@ from ..collection import (
 )
 from ..drawing import draw_matches
 from ..errors import InputError
-from ..geometry import Transform, denormalize_points, make_grid, normalize_points, warp
+from ..geometry import SYMMETRIES, Transform, denormalize_points, make_grid, normalize_points, warp
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
@@ -116,6 +116,12 @@ class PairResult:
     def transforms(self) -> Transform:
         """`(2)` on the CPU: T_AB and T_BA, with the parameters `affine` and `tps`."""
         return self._found.model.make_transform(torch.from_numpy(self.affine), torch.from_numpy(self.tps))
+
+    @property
+    def orientation(self) -> str:
+        """How the source shows the object, compared with the target: the name of one of `SYMMETRIES`
+        (`geometry.py`), such as `"identity"`, `"mirror"` or `"turn_90"` (clockwise)."""
+        return list(SYMMETRIES)[int(self._found.outputs.orientation[0])]
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -306,6 +312,7 @@ def match_pair(
     checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT,
     refine: str = "grabcut",
     threshold: float = 0.0,
+    orientations: str | None = None,
     device: str = "auto",
 ) -> PairResult:
     """Matches two images of the same kind of object and segments the object in both.
@@ -316,6 +323,9 @@ def match_pair(
         refine: how soft masks become hard ones: `"grabcut"`, `"otsu"` or `"crf"`, by the steps of
             [`Collection.segment`](collection.py) for a collection of two; `"none"` for the decoder's masks at 0.5.
         threshold: matches with a smaller score are dropped.
+        orientations: how the source may show the object, compared with the target: `"none"`, as the target does (the
+            paper); `"mirror"`, perhaps as its mirror image; `"all"`, perhaps mirrored or turned by quarters. By default
+            what the model's configuration says.
 
     Returns:
         [`PairResult`].
@@ -331,7 +341,8 @@ def match_pair(
         if model is not None or processor is not None:
             raise InputError("Pass model and processor together, or neither.")
         model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
-    return match_images(images, model=model, processor=processor, refine=refine, threshold=threshold)
+    options: dict[str, Any] = {"refine": refine, "threshold": threshold, "orientations": orientations}
+    return match_images(images, model=model, processor=processor, **options)
 
 
 def match_images(
@@ -341,12 +352,13 @@ def match_images(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     threshold: float = 0.0,
+    orientations: str | None = None,
 ) -> PairResult:
     """[`match_pair`] for images that are loaded already. The result holds them, not copies of them.
 
     Args:
         images: source and target, upright RGB as [`load_image`] gives them; nobody may change them afterwards.
-        model, processor, refine, threshold: as in [`match_pair`].
+        model, processor, refine, threshold, orientations: as in [`match_pair`].
 
     Raises:
         InputError: if an option cannot be used.
@@ -354,7 +366,7 @@ def match_images(
     _check_options(refine, threshold)
     pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        outputs = model(pixels.to(model.device))
+        outputs = model(pixels.to(model.device), orientations=orientations)
     points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
     soft = outputs.mask_logits[0].float().sigmoid()
     common = bool(object_similarity(outputs.features[0], soft)[0, 1] >= COMMON_SIMILARITY)

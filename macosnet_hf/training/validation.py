@@ -176,7 +176,7 @@ def keypoint_validation(
     records = _readable("--validation_pairs", csv_path, listed, ("source", "target"))
 
     def validate(objective: Any, step: int) -> dict[str, float]:
-        predictor = ModelPredictor(objective.model, processor, masks=False)
+        predictor = ModelPredictor(objective.model, processor, masks=False, orientations="none")
         smooth = "fitted" if "fitted" in predictor.variants else "transform"
         variants = {name: {"cascade": "transform", "transform": smooth}.get(name, name) for name in figures}
         predictor.variants = tuple(dict.fromkeys(variants.values()))

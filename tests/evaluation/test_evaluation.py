@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from archives import coseg, disc, internet, mask, pf_pascal, pf_willow, spair, tss
+from PIL import Image
 from small_models import save_small_checkpoint, small_model, small_processor
 
 from macosnet_hf.collection import Collection, hard_mask
@@ -70,7 +72,7 @@ class Oracle(Predictor):
     def describe(self):
         return {"oracle": True}
 
-    def predict_pairs(self, records, *, direction, dense, masks):
+    def predict_pairs(self, records, *, direction, dense, masks, moved="identity", flips=True):
         predictions = []
         for record in records:
             sizes = [image_size(record[f"{side}_image"], "here") for side in ("source", "target")]
@@ -143,9 +145,11 @@ def test_mirrored_pairs_are_mirrored_and_mirrored_back(tmp_path):
     for group in ("FG3DCar", "JODS", "PASCAL"):
         assert means[group]["flow_pck.0.05"] == 1.0
         assert means[group]["label_transfer.iou"] > 0.9
-    for record in records:
-        record["mirror_source"] = False
-    result = evaluate(records, PROTOCOLS["tss"], make_baseline("identity"))
+    options = Options(flip_annotation=False)
+    result = evaluate(records, PROTOCOLS["tss"], make_baseline("identity"), options)
+    assert "annotation of mirrored pairs is ignored" in markdown_table(
+        PROTOCOLS["tss"], result.variants["identity"], options, "identity"
+    )
     assert result.variants["identity"].class_means()["PASCAL"]["flow_pck.0.05"] < 0.5
 
 
@@ -165,6 +169,61 @@ def test_a_mirrored_source_with_key_points(tmp_path):
 
 
 # -- the model's predictions are those of the model -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved", ["mirror", "turn_90", "turn_180", "turn_270"])
+@pytest.mark.parametrize("orientations", ["none", "mirror", "all"])
+def test_sources_that_are_moved_before_matching(tmp_path, processor, moved, orientations):
+    """Against records of sources that are moved by hand; the model chooses among orientations as its forward does."""
+    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, orientations=orientations)
+    predictor = ModelPredictor(model, processor)
+    records = list(iter_records("pf-willow", pf_willow(tmp_path)))[:3]
+
+    def by_hand(points, size, back=False):
+        """Points of an image of (height, width) on the image that is moved, or the other way round."""
+        (x, y), (height, width) = np.asarray(points, dtype=float).T, size
+        turned = {
+            "mirror": ((width - 1 - x, y),) * 2,
+            "turn_180": ((width - 1 - x, height - 1 - y),) * 2,
+            "turn_90": ((height - 1 - y, x), (y, height - 1 - x)),
+            "turn_270": ((y, width - 1 - x), (width - 1 - y, x)),
+        }[moved][back]
+        return np.stack(turned, axis=-1)
+
+    for direction, start in (("target_to_source", 1), ("source_to_target", 0)):
+        predictions = predictor.predict_pairs(records, direction=direction, dense=False, masks=True, moved=moved)
+        for record, prediction in zip(records, predictions, strict=True):
+            source, target = (np.asarray(open_image(record[f"{side}_image"], "x")) for side in ("source", "target"))
+            quarters = {"turn_90": 3, "turn_180": 2, "turn_270": 1}.get(moved, 0)  # NumPy's turn counter-clockwise
+            seen = source[:, ::-1] if moved == "mirror" else np.rot90(source, quarters)
+            pair = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in (seen, target)]
+            sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
+            points = keypoint_array(record, ("source", "target")[start])
+            if start == 0:
+                points = by_hand(points, source.shape[:2])
+            with torch.no_grad():
+                outputs = model(**processor([pair], return_tensors="pt"))
+                found = model.transfer_points(outputs, torch.tensor(points)[None].float(), sizes, direction)[0].numpy()
+            if start == 1:
+                found = by_hand(found, source.shape[:2], back=True)
+            np.testing.assert_allclose(prediction["points/local"], found, atol=0.2)  # Pillow rounds rows first
+            expected = outputs.mask_logits[0, 1].sigmoid().numpy()
+            np.testing.assert_allclose(prediction["mask/target"] / 255, expected, atol=0.5 / 255 + 1e-3)
+
+
+def test_predictions_of_moved_sources_are_not_taken_for_others(tmp_path, processor):
+    root, protocol, stored = tss(tmp_path / "data"), PROTOCOLS["tss"], tmp_path / "stored"
+    records = list(iter_records("tss", root))
+    turned = Options(source_symmetry="turn_90", refine="none")
+    first = evaluate(records, protocol, make_baseline("identity"), turned, predictions=stored)
+    finish(first, protocol, make_baseline("identity"), turned, predictions=stored)
+    evaluate(records, protocol, make_baseline("identity"), turned, predictions=stored)
+    for other in (Options(refine="none"), replace(turned, flip_annotation=False)):
+        with pytest.raises(InputError, match=r"made with another (symmetry of the sources|flip annotation)"):
+            evaluate(records, protocol, make_baseline("identity"), other, predictions=stored)
+    model = small_model(MaCoSNetForKeypointMatching)
+    prints = {ModelPredictor(model, processor, orientations=name).fingerprint() for name in (None, "none", "mirror")}
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize("cascade", ["exact", "features"])
