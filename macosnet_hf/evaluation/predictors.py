@@ -353,8 +353,8 @@ class Predictor:
         for variant, tensor in mapped.items():
             for index, prediction in enumerate(predictions):
                 own = tensor[index, : len(points[index])].cpu().double().numpy()
-                own = torch.from_numpy(_move(own, inverse_symmetry(symmetries[index][last])))
-                prediction[f"points/{variant}"] = denormalize_points(own, end[index].size, self.side).float().numpy()
+                moved = torch.from_numpy(_move(own, inverse_symmetry(symmetries[index][last])))
+                prediction[f"points/{variant}"] = denormalize_points(moved, end[index].size, self.side).float().numpy()
 
     def _add_fields(
         self,

@@ -208,7 +208,7 @@ def test_sources_that_are_moved_before_matching(tmp_path, processor, moved, orie
                 found = by_hand(found, source.shape[:2], back=True)
             np.testing.assert_allclose(prediction["points/local"], found, atol=0.2)  # Pillow rounds rows first
             expected = outputs.mask_logits[0, 1].sigmoid().numpy()
-            np.testing.assert_allclose(prediction["mask/target"] / 255, expected, atol=0.5 / 255 + 1e-3)
+            np.testing.assert_allclose(prediction["mask/target"], expected, atol=1e-3)
 
 
 def test_predictions_of_moved_sources_are_not_taken_for_others(tmp_path, processor):
