@@ -19,6 +19,6 @@ MAX_PIXELS = 51_000_000  # phones take up to 50.3; all results have the size of 
 # (seconds of processor time, bytes, processes, how many may wait, priority) of a lane. A photo of 12 megapixels takes
 # 0.1 s and 100 MB.
 QUICK_READING = (0.7, 160_000_000, 2, 60, 0)
-SLOW_READING = (3.5, 700_000_000, 1, 4, 10)
-READING_PATIENCE = 30  # seconds in which one's turn must come, and then a file be read, on a busy machine
+SLOW_READING = (3.5, 700_000_000, 1, 4, 5)
+READING_PATIENCE = 60  # seconds in which one's turn must come, and then a file be read, on a busy machine
 WHOLE_PIXELS = 60_000_000  # of originals whose masks and cutouts are made at once; 16 bytes each
