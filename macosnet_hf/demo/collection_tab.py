@@ -97,8 +97,7 @@ class CollectionTab:
         queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
         zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
         self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
-        gr.on([self.photos.upload, self.photos.delete], **changed)
-        self.photos.change(**components.on_uploads(self.emptied, [self.photos]), outputs=blank, **components.INSTANT)
+        self.photos.change(**changed)
         # Of a page that is still loading, the example would replace the photos.
         self.photos.upload(None, cancels=[opening], **components.INSTANT)
 
@@ -142,16 +141,14 @@ class CollectionTab:
             self.sessions.stop(request)
         return components.no_result(PRESS_FIND if photos else "") if place.changed(photos) else gr.skip()
 
-    def emptied(self, photos: list[str] | None, request: gr.Request) -> Any:
-        """Takes the result away where no photo is left: the gallery's button "Clear" triggers a change only."""
-        return gr.skip() if photos else self.changed(photos, request)
-
     def show_example(self, paths: list[str] | None, request: gr.Request) -> Any:
         """Fills the tab of a visitor who comes to it with nothing."""
         if paths:
             return gr.skip()
         with errors_for_visitors():
-            return (list(COLLECTION_EXAMPLE), *self.show(self.sessions.example_collection(), request.session_hash))
+            photos = [components.in_cache(self.photos, path) for path in COLLECTION_EXAMPLE]
+            self.sessions.place(request, "collection").shown = photos
+            return (photos, *self.show(self.sessions.example_collection(), request.session_hash))
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> gr.File:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:

@@ -65,6 +65,11 @@ def uploaded(value: Any, folder: str) -> Any:
     return path
 
 
+def in_cache(place: gr.Image | gr.Gallery, path: str) -> str:
+    """The path of a file of the server where gradio serves it from: what its page says that it shows."""
+    return os.path.realpath(place.move_resource_to_block_cache(path) or path)
+
+
 def checked_pair(source: str | None, target: str | None) -> tuple[str, str]:
     """Both paths. Raises `InputError` unless there are two."""
     if not source or not target:

@@ -89,7 +89,7 @@ class PairTab:
             # Once more at the end: its answer may overtake that of a change.
             components.run_on(event, blank, **matching).then(**changed)
         for place in self.uploads:
-            gr.on([place.upload, place.clear, place.input], **changed)
+            place.change(**changed)
             # Of a page that is still loading, the example would replace the photo.
             place.upload(None, cancels=[opening], **components.INSTANT)
 
@@ -180,7 +180,11 @@ class PairTab:
 
     def show_example(self, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         with errors_for_visitors():
-            return (*EXAMPLES[0], *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
+            photos = tuple(
+                components.in_cache(place, path) for place, path in zip(self.uploads, EXAMPLES[0], strict=True)
+            )
+            self.sessions.place(request, "pair").shown = photos
+            return (*photos, *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
 
     def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[str, gr.Files]:
         """The lines; the files for download are of another threshold, so they go."""

@@ -29,7 +29,7 @@ class Place:
     Attributes:
         photos: the paths that are chosen.
         running: the paths that a run works on.
-        shown: the paths that the result is of; None where there is no result, or one of the examples.
+        shown: the paths that the result is of; None where there is no result.
         files: what the files for download are made of; None once that is no longer what is shown.
     """
 

@@ -31,8 +31,9 @@ ImageSource: TypeAlias = "ImageFile | Image.Image | np.ndarray"
 MIN_SIDE = 2
 
 # Of the files of a folder, those with these suffixes are images (a file that is named may have any).
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif")
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", *_HEIF_SUFFIXES)
 )
 
 # `warnings.catch_warnings` changes the state of the whole process, so two threads must not be inside it at once.

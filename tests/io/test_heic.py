@@ -12,7 +12,7 @@ from test_image_io import UPRIGHT, difference, display_p3, encoded, png
 
 from macosnet_hf import ImageError, MaCoSNetImageProcessor
 from macosnet_hf.images import open_image, reads_heif
-from macosnet_hf.io.image_files import image_size, load_image
+from macosnet_hf.io.image_files import image_size, is_image_file, load_image
 from macosnet_hf.io.working_copy import for_browser, open_working_copy
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="HEIC needs the extra 'heic' (pillow-heif)")
@@ -97,6 +97,13 @@ def test_brands(photo, brand):
     data = bytearray(encoded(photo, "HEIF", quality=95))
     data[8:12] = brand
     assert difference(load_image(bytes(data)), photo) < 3
+
+
+@pytest.mark.parametrize("name", ["IMG_0001.HEIC", "DSC0001.HIF", "scan.heif", "WhatsApp.jfif", "a.avif"])
+def test_names_that_phones_and_cameras_give_are_images_of_a_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"an image")
+    (tmp_path / f"._{name}").write_bytes(b"of a Mac")
+    assert list(filter(is_image_file, tmp_path.iterdir())) == [tmp_path / name]
 
 
 def test_every_reader_takes_it(photo, tmp_path):
