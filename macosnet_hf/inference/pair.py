@@ -121,7 +121,9 @@ class PairResult:
     def orientation(self) -> str:
         """How the source shows the object, compared with the target: the name of one of `SYMMETRIES`
         (`geometry.py`), such as `"identity"`, `"mirror"` or `"turn_90"` (clockwise)."""
-        return list(SYMMETRIES)[int(self._found.outputs.orientation[0])]
+        number = self._found.outputs.orientation
+        assert number is not None  # every pair has one
+        return list(SYMMETRIES)[int(number[0])]
 
     @property
     def probabilities(self) -> np.ndarray:
