@@ -99,11 +99,11 @@ def compare(model, outputs, row, pair, names, points):
         features = moved_by_hand(expected.features[0, view], back[view])
         torch.testing.assert_close(own.features[0, view], features, **exact)
     for direction, start in (("source_to_target", 0), ("target_to_source", 1)):
-        pixels = denormalize_points(points, SIZES[0, 0])[None]
-        moved = denormalize_points(along(points, back[start]), SIZES[0, 0])[None]
+        pixels = denormalize_points(points, SIZES[0, 0], IMAGE_SIZE)[None]
+        moved = denormalize_points(along(points, back[start]), SIZES[0, 0], IMAGE_SIZE)[None]
         found = model.transfer_points(own, pixels, SIZES, direction)[0]
         reference = model.transfer_points(expected, moved, SIZES, direction)[0] * 2 / (IMAGE_SIZE - 1) - 1
-        reference = denormalize_points(along(reference, names[1 - start]), SIZES[0, 0])
+        reference = denormalize_points(along(reference, names[1 - start]), SIZES[0, 0], IMAGE_SIZE)
         torch.testing.assert_close(found, reference, atol=0.02, rtol=0)  # pixels
     # The correlation of each position of one image with each position of the other.
     cells = make_grid(GRID_SIZE, GRID_SIZE).reshape(-1, 2)
@@ -158,7 +158,7 @@ def test_bad_orientations(model):
     pixels = random_pictures(1, 3)
     with pytest.raises(InputError, match="'none', 'mirror', 'all'; got 'sideways'"):
         model(pixels[:, :2], orientations="sideways")
-    with pytest.raises(InputError, match="'none', 'mirror', 'all'"):
+    with pytest.raises(InputError, match="'none', 'mirror' or 'all'"):
         small_config(orientations="sideways")
     with pytest.raises(InputError, match="triplets"):
         small_model(MaCoSNetModel)(pixels, orientations="mirror")

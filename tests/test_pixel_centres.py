@@ -95,7 +95,7 @@ def assert_same_object(found: np.ndarray, mask: np.ndarray) -> None:
 def test_a_perfect_soft_mask_becomes_its_mask(size):
     mask = ellipse(*size)
     soft = soft_at_network_size(mask)
-    logits = torch.logit(torch.from_numpy(soft).double(), eps=1e-12).float().expand(1, 2, -1, -1)
+    logits = torch.logit(torch.tensor(soft).double(), eps=1e-12).float().expand(1, 2, -1, -1)
     outputs = MaCoSNetKeypointMatchingOutput(mask_logits=logits)
     found = MaCoSNetImageProcessor().post_process_cosegmentation(outputs, [[size[::-1]] * 2])[0]
     for each in found:
