@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     count = len(document["matches"])
     words = f"{count} {'match' if count == 1 else 'matches'}, quality {document['quality']}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
+    print(document["reason"])
     for pair in document.get("points", []):
         print("source {:g},{:g} lies at target {:g},{:g}".format(*pair["source"], *pair["target"]))
     return 0

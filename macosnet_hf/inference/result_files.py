@@ -64,8 +64,12 @@ def pair_document(
         }
         for view, copy, mask in zip(VIEWS, pair.copies, (pair.result.source_mask, pair.result.target_mask), strict=True)
     }
-    document["quality"] = pair.result.quality
-    document["common"] = pair.result.common
+    document |= {
+        "quality": pair.result.quality,
+        "agreement": round(pair.result.agreement, 4),
+        "reason": pair.result.reason,
+        "common": pair.result.common,
+    }
     document["matches"] = [
         {"source": _rounded(source), "target": _rounded(target), "score": round(float(score), 4)}
         for (source, target), score in zip(pair.keypoints[chosen], pair.result.scores[chosen], strict=True)
