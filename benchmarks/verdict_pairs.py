@@ -56,11 +56,37 @@ KIN = [
     )
 ]
 # Side views of Caltech-101 that cannot be taken for their mirror image.
-SIDE_VIEWS = (
-    "Motorbikes airplanes beaver brontosaurus cannon car_side crocodile dolphin elephant emu ewer "
-    "flamingo gerenuk hedgehog helicopter ibis inline_skate kangaroo llama okapi pigeon platypus revolver "
-    "rhino rooster saxophone stegosaurus wheelchair wild_cat"
-).split()  # noqa: SIM905 (a list of 29 lines)
+SIDE_VIEWS = [
+    "Motorbikes",
+    "airplanes",
+    "beaver",
+    "brontosaurus",
+    "cannon",
+    "car_side",
+    "crocodile",
+    "dolphin",
+    "elephant",
+    "emu",
+    "ewer",
+    "flamingo",
+    "gerenuk",
+    "hedgehog",
+    "helicopter",
+    "ibis",
+    "inline_skate",
+    "kangaroo",
+    "llama",
+    "okapi",
+    "pigeon",
+    "platypus",
+    "revolver",
+    "rhino",
+    "rooster",
+    "saxophone",
+    "stegosaurus",
+    "wheelchair",
+    "wild_cat",
+]
 _LEFT_RIGHT = {"_left": "_right", "_right": "_left"}
 
 

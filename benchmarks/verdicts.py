@@ -44,7 +44,7 @@ def gather(data: Path, model_name: str, count: int | None) -> Iterable[dict[str,
 
 
 def is_right(row: dict[str, Any]) -> bool:
-    """Whether a pair of one class is matched the right way round: the transform mirrors if and only if the images do."""
+    """Whether a pair of one class is matched the right way round: its transform mirrors where the images do."""
     return (row["kind"] in RELATED and not row["mirrors"]) or (row["kind"] == "mirrored" and row["mirrors"])
 
 

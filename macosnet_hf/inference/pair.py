@@ -80,8 +80,8 @@ class PairResult:
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
         agreement: how far the matches can be trusted, in [0, 1].
-        quality: the same in a word, `"good"`, `"fair"` or `"poor"`; see [`~macosnet_hf.inference.verdict`]. Neither depends
-            on the threshold.
+        quality: the same in a word, `"good"`, `"fair"` or `"poor"`; see [`~macosnet_hf.inference.verdict`]. Neither
+            depends on the threshold.
         reason: for the word, a sentence.
     """
 

@@ -159,7 +159,7 @@ def test_evidence_against_plain_loops():
     """Cell by cell in float64: where windows go, what lies there, whether both masks have it."""
     features, masks, transforms = random_pair()
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    size, step = (5, 6), np.array([2 / 5, 2 / 4])
+    step = np.array([2 / 5, 2 / 4])
     cells = [(np.array([x * step[0] - 1, y * step[1] - 1]), y, x) for y in range(5) for x in range(6)]
 
     def look(values, place):
