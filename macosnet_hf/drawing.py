@@ -26,6 +26,7 @@ _MAX_WIDTH = 1600
 _GAP = 16  # between the images
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
 _MAX_ASPECT = 3.0  # a wider image is shown at full width, not at full height
+_FAINT = 0.25  # opacity of matches that are not to be relied on; `viewer.css` has the same
 # Contact sheets
 _CELL = 300  # largest side of an image
 _MARGIN = 14  # between cells
@@ -65,6 +66,7 @@ def draw_matches(
     *,
     max_matches: int | None = 40,
     max_width: int = _MAX_WIDTH,
+    faint: bool = False,
 ) -> Image.Image:
     """Two images side by side at the same height, with a line from each point to its partner.
 
@@ -78,6 +80,7 @@ def draw_matches(
         scores: `(N,)` non-negative, optional. A better match is drawn more likely and stronger.
         max_matches: draw at most so many, spread over the object; `None` for all.
         max_width: largest width of the result in pixels.
+        faint: whether all matches are drawn faintly, for a pair whose matches are not to be relied on.
 
     Raises:
         InputError: images, points or scores of the wrong shape.
@@ -103,7 +106,7 @@ def draw_matches(
     # On the canvas pixel k covers [k, k+1].
     ends = (points + 0.5) * (np.array(boxes)[:, None, 2:] / sizes) + np.array(boxes)[:, None, :2]
     strength = 0.5 + 0.5 * weights / max(float(weights.max()), 1e-12)
-    return _draw_lines(canvas, ends, position_colors(points[0]), strength)
+    return _draw_lines(canvas, ends, position_colors(points[0]), strength, _FAINT if faint else 1.0)
 
 
 def position_colors(points: np.ndarray) -> list[Color]:
@@ -180,7 +183,9 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], strength: np.ndarray) -> Image.Image:
+def _draw_lines(
+    canvas: Image.Image, ends: np.ndarray, colors: list[Color], strength: np.ndarray, opacity: float
+) -> Image.Image:
     """Antialiased lines and dots: drawn on a larger transparent layer, which is reduced and laid over the canvas.
 
     Args:
@@ -188,6 +193,7 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
         ends: `(2, N, 2)` ends of the lines on the canvas.
         colors: N colours.
         strength: `(N,)` opacity of the lines, 0 to 1.
+        opacity: of the whole layer, 0 to 1.
     """
     k = _SUPERSAMPLING
     layer = Image.new("RGBA", (canvas.width * k, canvas.height * k), (0, 0, 0, 0))
@@ -204,7 +210,10 @@ def _draw_lines(canvas: Image.Image, ends: np.ndarray, colors: list[Color], stre
         for (x, y), color in zip(side, colors, strict=True):
             for size, fill in ((radius * 1.55, (0, 0, 0)), (radius * 1.3, (255, 255, 255)), (radius, color)):
                 draw.ellipse((x - size, y - size, x + size, y + size), fill=(*fill, 255))
-    return Image.alpha_composite(canvas.convert("RGBA"), layer.reduce(k)).convert("RGB")
+    layer = layer.reduce(k)
+    if opacity < 1:
+        layer.putalpha(layer.getchannel("A").point([round(opacity * value) for value in range(256)]))
+    return Image.alpha_composite(canvas.convert("RGBA"), layer).convert("RGB")
 
 
 def overlay_mask(

@@ -56,6 +56,16 @@ def changed(drawn: Image.Image, blank: Image.Image) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_matches_that_are_not_to_be_relied_on_are_faint(cheetah, tower):
+    """Everything that is drawn, lines as dots, changes the images by a quarter of what it otherwise does."""
+    ends = [[100, 50], [400, 300]], [[50, 100], [300, 550]]
+    nothing = np.asarray(draw_matches(cheetah, tower, [], []), dtype=float)
+    bright, faint = (np.asarray(draw_matches(cheetah, tower, *ends, faint=each), dtype=float) for each in (False, True))
+    drawn = np.abs(bright - nothing) > 60
+    assert drawn.sum() > 500
+    np.testing.assert_allclose((faint - nothing)[drawn], 0.25 * (bright - nothing)[drawn], atol=2)
+
+
 def test_matches_on_photographs(cheetah, tower):
     canvas = draw_matches(cheetah, tower, [[100, 50], [400, 300]], [[50, 100], [300, 550]])
     assert canvas.mode == "RGB"

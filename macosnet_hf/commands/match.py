@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if turned := orientation_in_words(document["orientation"]):
         words += f", {turned}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
+    print(document["reason"])
     for point in document.get("points", []):
         print("source {:g},{:g} lies at target {:g},{:g}".format(*point["source"], *point["target"]))
     return 0

@@ -29,11 +29,6 @@ LIMITS = (
     "Nothing is stored longer than two hours."
 )
 PAPER = "https://arxiv.org/abs/1906.05857"
-VERDICTS = {
-    "good": "These two fit together well.",
-    "fair": "These two fit together in part.",
-    "poor": "These two seem to have nothing in common; do not rely on the matches.",
-}
 PRESS_MATCH = "Press Match when both photos are there."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
@@ -59,13 +54,13 @@ def errors_for_visitors() -> Iterator[None]:
 
 def pair_verdict(pair: MatchedPair) -> str:
     """How far a pair can be trusted, and the number of its matches in words."""
+    reason, count = pair.result.reason, len(pair.result.matches)
+    alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
+    if pair.result.quality == "poor":
+        return reason + alone  # a number of matches would contradict it
     if pair.same_image:
         return "This is the same photo twice, so every point should find itself."
-    quality, count = pair.result.quality, len(pair.result.matches)
-    alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
-    if quality == "poor":
-        return VERDICTS[quality] + alone  # a number of matches would contradict it
-    words = f"{VERDICTS[quality]} {count} matching {'point' if count == 1 else 'points'} on the object."
+    words = f"{reason} {count} matching {'point' if count == 1 else 'points'} on the object."
     turned = orientation_in_words(pair.result.orientation)
     return words + (f" The source is {turned}." if turned else "") + alone
 

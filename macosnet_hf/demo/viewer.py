@@ -84,7 +84,8 @@ def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
     """The matches to draw, as JSON: at most `max_matches` of those above the threshold, spread over the object.
 
     Each is `[x, y, x', y', colour, score]`. The colour stands for the place on the source, see
-    [`~macosnet_hf.drawing.position_colors`], and stays the same whatever the threshold.
+    [`~macosnet_hf.drawing.position_colors`], and stays the same whatever the threshold. `faint` asks for faint lines:
+    the pair's matches are not to be relied on.
     """
     above = result.scores > threshold
     shown = np.flatnonzero(above)
@@ -94,7 +95,7 @@ def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
         [*_rounded(result.keypoints[index]), _hex(colors[index]), round(float(result.scores[index]), 3)]
         for index in shown
     ]
-    return json.dumps({"lines": lines, "above": int(above.sum()), "all": len(above)})
+    return json.dumps({"lines": lines, "above": int(above.sum()), "all": len(above), "faint": result.quality == "poor"})
 
 
 def source_on_target(result: PairResult, side: int) -> Image.Image:

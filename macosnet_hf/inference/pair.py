@@ -24,13 +24,14 @@ from ..collection import (
 )
 from ..drawing import draw_matches
 from ..errors import InputError
-from ..geometry import SYMMETRIES, Transform, denormalize_points, make_grid, normalize_points, warp
+from ..geometry import SYMMETRIES, Transform, denormalize_points, make_grid, normalize_points
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
 from ..mask_sharing import NetworkMasks, object_similarity, reduce_for_refinement, similar_cells
 from ..refinement import check_method
 from . import start_of
+from .verdict import WITHOUT_MATCHES, Verdict, judge
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 _MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes images of at most 32,766 pixels a side
 _TILE = 512
-_FEW_MATCHES = 5
 _EACH_OTHER = torch.tensor([[1], [0]])
 
 
@@ -51,7 +51,7 @@ class _Found:
         points: `(M, 2, 2)` float32 pixels of both images.
         scores: `(M,)` float32.
         probabilities: `(2, S, S)` float32 soft masks.
-        agreement: see [`object_agreement`].
+        verdict: how far the matches can be trusted.
         common: see [`PairResult`].
         crops: of the second pass, which the first refinement makes.
     """
@@ -62,7 +62,7 @@ class _Found:
     points: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
-    agreement: float
+    verdict: Verdict
     common: bool
     crops: Crops | None = None
 
@@ -79,7 +79,10 @@ class PairResult:
         soft_masks: `(2, S, S)` float32, refined; the object is where they are 0.5 or more.
         affine `(2, 6)`, tps `(2, 18)`: transforms in normalised coordinates; row 0 takes points of the target to the
             source (T_AB), row 1 the other way.
-        quality: `"good"`, `"fair"` or `"poor"`, see [`quality_in_words`]; it does not depend on the threshold.
+        agreement: how far the matches can be trusted, in [0, 1].
+        quality: the same in a word, `"good"`, `"fair"` or `"poor"`; see [`~macosnet_hf.inference.verdict`]. Neither
+            depends on the threshold.
+        reason: for the word, a sentence.
     """
 
     source: Image.Image
@@ -91,7 +94,9 @@ class PairResult:
     soft_masks: np.ndarray
     affine: np.ndarray
     tps: np.ndarray
+    agreement: float
     quality: str
+    reason: str
     _found: _Found = field(repr=False)
 
     @property
@@ -167,9 +172,15 @@ class PairResult:
         return moved[0].cpu().numpy().astype(np.float64)
 
     def draw_matches(self, max_matches: int = 40) -> Image.Image:
-        """Both images side by side with the best matches as lines."""
+        """Both images side by side with the best matches as lines; faint ones where the quality is poor."""
         return draw_matches(
-            self.source, self.target, self.keypoints[:, 0], self.keypoints[:, 1], self.scores, max_matches=max_matches
+            self.source,
+            self.target,
+            self.keypoints[:, 0],
+            self.keypoints[:, 1],
+            self.scores,
+            max_matches=max_matches,
+            faint=self.quality == "poor",
         )
 
     def warped_source(self, source: Image.Image | None = None, size: tuple[int, int] | None = None) -> Image.Image:
@@ -207,47 +218,6 @@ class PairResult:
                 tile = cv2.remap(pixels, map_x, map_y, cv2.INTER_LINEAR)
                 warped.paste(Image.fromarray(tile), (left, top))
         return warped
-
-
-def quality_in_words(agreement: float, matches: int) -> str:
-    """How far a pair's matches can be trusted: `"good"`, `"fair"` or `"poor"`.
-
-    On 208 pairs of msrc-coseg, half of them of different classes, with the embedded checkpoint, the area under the ROC
-    curve of the agreement is 0.903. "good" are 67 % of the pairs of one class and 7 % of the others, at least "fair"
-    90 % and 22 %. An object and the same one turned by 90 degrees are still "good" in two cases of three, although few
-    of the matches can be right. Other encoders have other similarities.
-
-    Args:
-        agreement: see [`object_agreement`].
-        matches: on both objects, whatever their scores; fewer than five are always "poor".
-    """
-    if matches < _FEW_MATCHES:
-        return "poor"
-    return "good" if agreement >= 0.38 else "fair" if agreement >= 0.3 else "poor"
-
-
-def object_agreement(features: torch.Tensor, masks: torch.Tensor, transforms: Transform) -> float:
-    """Similarity of two objects in [0, 1], as a whole and where the transforms lay them on each other.
-
-    The geometric mean of two cosine similarities: of the mean features of both objects, and the mean one of the cells
-    that the transforms bring together, where both masks are (averaged over both directions). 0 if one is negative.
-
-    Args:
-        features: `(2, C, h, w)`.
-        masks: `(2, S, S)` soft masks.
-        transforms: `(2)`; the first takes points of the second image to the first.
-    """
-    size = features.shape[-2:]
-    unit = torch.nn.functional.normalize(features.float(), dim=1)
-    small = torch.nn.functional.interpolate(masks[:, None].float(), size=size, mode="area")
-    mean = (unit * small).sum(dim=(2, 3))
-    overall = torch.nn.functional.cosine_similarity(mean[0], mean[1], dim=0)
-    grid = transforms.to(torch.float32).grid(size)
-    there = [1, 0]  # the image whose layout each warped map has
-    similarity = (warp(unit, grid) * unit[there]).sum(dim=1, keepdim=True)
-    both = warp(small, grid) * small[there]
-    aligned = ((similarity * both).sum(dim=(1, 2, 3)) / both.sum(dim=(1, 2, 3)).clamp(min=1e-6)).mean()
-    return float((overall.clamp(min=0) * aligned.clamp(min=0)).sqrt())
 
 
 def _as_array(image: Image.Image) -> np.ndarray:
@@ -380,7 +350,9 @@ def match_images(
         points=torch.stack((points["keypoints0"], points["keypoints1"]), dim=1).float().cpu().numpy(),
         scores=points["matching_scores"].float().cpu().numpy(),
         probabilities=own.cpu().numpy(),
-        agreement=object_agreement(outputs.features[0], soft, model.transforms(outputs)[0]),
+        verdict=judge(
+            outputs.features[0], soft, model.transforms(outputs)[0], fused=len(model.config.fused_strides) > 1
+        ),
         common=common,
     )
     return _result(images, found, refine, threshold)
@@ -407,7 +379,7 @@ def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str,
         soft_masks=soft,
         affine=found.outputs.affine[0].float().cpu().numpy(),
         tps=found.outputs.tps[0].float().cpu().numpy(),
-        quality=quality_in_words(found.agreement, int(on_object.sum())),
+        **(found.verdict if on_object.any() else WITHOUT_MATCHES)._asdict(),
         _found=found,
     )
 

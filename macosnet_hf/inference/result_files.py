@@ -66,6 +66,8 @@ def pair_document(
     }
     document |= {
         "quality": pair.result.quality,
+        "agreement": round(pair.result.agreement, 4),
+        "reason": pair.result.reason,
         "common": pair.result.common,
         "orientation": pair.result.orientation,
     }

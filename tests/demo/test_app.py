@@ -31,7 +31,7 @@ from macosnet_hf.demo import limits  # noqa: E402
 from macosnet_hf.demo.downloads import cached_images  # noqa: E402
 from macosnet_hf.demo.examples import CAT, COLLECTION_EXAMPLE, EXAMPLES, pair_examples  # noqa: E402
 from macosnet_hf.demo.sessions import Sessions, Stopped  # noqa: E402
-from macosnet_hf.demo.texts import VERDICTS  # noqa: E402
+from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 from macosnet_hf.io.package import EMBEDDED  # noqa: E402
 
 
@@ -98,7 +98,7 @@ def as_mask(path: str) -> np.ndarray:
 def test_match_answers_what_the_library_computes(client, result):
     report, drawing, source_mask, target_mask, warped = match(client, CHEETAH, LION)
     assert report["quality"] == result.quality
-    assert report["words"] == f"{VERDICTS[result.quality]} {len(result.matches)} matching points on the object."
+    assert report["words"] == f"{REASONS[result.quality]} {len(result.matches)} matching points on the object."
     assert (report["source"]["file"], report["target"]["file"]) == ("cheetah1.jpg", "lion.jpg")
     assert (report["source"]["width"], report["source"]["height"]) == (256, 256)
     found = np.array([[m["source"], m["target"]] for m in report["matches"]])
@@ -160,7 +160,7 @@ def test_orientation_of_a_phone_is_applied(client, tmp_path):
 def test_nothing_in_common_is_said_in_words(client):
     report, *_ = match(client, LION, TOWER)
     assert report["quality"] == "poor"
-    assert report["words"] == VERDICTS["poor"]
+    assert report["words"] == REASONS["poor"]
 
 
 def test_the_same_photo_twice_is_noticed(client):
@@ -655,13 +655,6 @@ def test_taken_port_ends_with_a_sentence():
         output, _ = (process := start_app("--port", str(port))).communicate(timeout=120)
     assert process.returncode == 2
     assert output.strip() == f"error: cannot listen on 127.0.0.1:{port}; choose another --port."
-
-
-def test_verdict_has_words_for_every_quality():
-    from macosnet_hf.inference.pair import quality_in_words
-
-    words = {quality_in_words(agreement, 20) for agreement in np.linspace(0, 1, 41)}
-    assert words == set(VERDICTS)
 
 
 def test_examples_are_there_without_a_network():

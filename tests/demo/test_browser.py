@@ -19,7 +19,7 @@ from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noq
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 from macosnet_hf.demo.examples import CAT, EXAMPLES  # noqa: E402
-from macosnet_hf.demo.texts import VERDICTS  # noqa: E402
+from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -123,7 +123,7 @@ def test_upload_and_match(page, matcher, tmp_path):
     wide = f"Math.abs({box}.width / {box}.height - 1.6) < 0.02"  # 800x500, which the example is not
     page.wait_for_function(wide, timeout=60_000)
     assert matcher.pairs == before + 1
-    assert page.locator("#verdict .mark").inner_text() in VERDICTS
+    assert page.locator("#verdict .mark").inner_text() in REASONS
 
 
 def test_dragging_the_threshold_redraws_without_the_network(page, matcher, result):
@@ -195,7 +195,7 @@ def test_a_clicked_point_appears_in_the_other_photo(page, matcher, result):
 
 def test_an_example_runs_at_one_click(page):
     page.locator("#examples tbody tr").nth(2).click()
-    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    page.get_by_text(REASONS["poor"]).wait_for(timeout=60_000)
     assert page.locator("#verdict .mark.poor").is_visible()
 
 
@@ -238,7 +238,7 @@ def test_a_changed_photo_takes_the_result_away(page, tmp_path):
     page.wait_for_timeout(300)
     nothing_stands_there(page)
     page.locator("#match").click()
-    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    page.get_by_text(REASONS["poor"]).wait_for(timeout=60_000)
     for place in ("source", "target"):  # both
         clear(page, place)
         nothing_stands_there(page)
@@ -265,7 +265,7 @@ def test_a_photo_that_is_changed_during_a_run_ends_it(page, matcher, tmp_path):
     page.wait_for_timeout(2000)  # in which the answer of the old run would come
     nothing_stands_there(page)
     page.locator("#match").click()
-    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    page.get_by_text(REASONS["poor"]).wait_for(timeout=60_000)
 
 
 def test_tabs_do_not_disturb_each_other(page, address):
@@ -367,7 +367,7 @@ def test_the_button_of_the_clipboard(clipboard_page):
     page.locator("#target button[aria-label='Paste from clipboard']").click()
     page.locator("#target img").wait_for()
     page.locator("#match").click()
-    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    page.get_by_text(REASONS["poor"]).wait_for(timeout=60_000)
 
 
 def test_pasting_words_changes_nothing(clipboard_page):
@@ -392,7 +392,7 @@ def test_a_photo_of_the_camera(clipboard_page, matcher):
     page.locator("#source button[aria-label='capture photo']").click()
     page.locator("#source img[src*='/gradio_api/file=']").wait_for()
     page.locator("#match").click()
-    page.get_by_text(VERDICTS["poor"]).wait_for(timeout=60_000)
+    page.get_by_text(REASONS["poor"]).wait_for(timeout=60_000)
     assert matcher.pairs == before + 1
 
 

@@ -37,7 +37,7 @@ def test_lines_are_the_matches_above_the_threshold(pair):
     assert len(everything["lines"]) == everything["all"]
     colors = {tuple(line[:4]): line[4] for line in everything["lines"]}
     assert all(colors[tuple(line[:4])] == line[4] for line in sent["lines"])  # a line keeps its colour
-    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": sent["all"]}
+    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": sent["all"], "faint": False}
 
 
 def test_photos_travel_inside_the_page(pair):

@@ -10,14 +10,11 @@ import macosnet_hf
 from macosnet_hf import CheckpointError, ImageError, InputError, load_image, match_pair
 from macosnet_hf.collection import Collection, hard_mask
 from macosnet_hf.geometry import (
-    Transform,
     apply_cascade,
     denormalize_points,
-    identity_affine,
-    identity_tps,
     normalize_points,
 )
-from macosnet_hf.inference.pair import _as_array, check_points, match_images, object_agreement, quality_in_words
+from macosnet_hf.inference.pair import _as_array, check_points, match_images
 
 
 @pytest.fixture(scope="module")
@@ -283,56 +280,6 @@ def test_drawing_of_the_matches(result):
 def test_exported_by_the_package():
     assert macosnet_hf.match_pair is match_pair
     assert isinstance(macosnet_hf.PairResult, type)
-
-
-def test_quality_words():
-    assert quality_in_words(0.0, 100) == "poor"
-    assert quality_in_words(0.95, 100) == "good"
-    assert quality_in_words(0.95, 2) == "poor"  # a few good ones are no matching
-    words = [quality_in_words(agreement, 40) for agreement in np.linspace(0, 1, 101)]
-    assert sorted(set(words), key=words.index) == ["poor", "fair", "good"]
-    order = [("poor", "fair", "good").index(word) for word in words]
-    assert order == sorted(order)
-
-
-def test_agreement_of_objects_against_plain_loops():
-    """Cell by cell in float64: where each cell goes, what lies there, whether both masks have it."""
-    random = np.random.default_rng(3)
-    features, masks = random.normal(0.4, size=(2, 4, 5, 6)), random.random((2, 5, 6))
-    affine = np.array([[0.9, 0.1, 0.05, -0.1, 1.1, -0.02], [1.0, -0.2, 0.1, 0.1, 0.8, 0.0]])
-    tps = np.stack([identity_tps().numpy().ravel()] * 2) + random.normal(scale=0.03, size=(2, 18))
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-
-    def look(maps, x, y):
-        column, row = (x + 1) / 2 * 5, (y + 1) / 2 * 4
-        return sum(
-            maps[..., i, j] * max(0, 1 - abs(row - i)) * max(0, 1 - abs(column - j)) for i in range(5) for j in range(6)
-        )
-
-    pooled = [(unit[k] * masks[k]).sum((1, 2)) for k in (0, 1)]
-    alike = pooled[0] @ pooled[1] / np.linalg.norm(pooled[0]) / np.linalg.norm(pooled[1])
-    aligned = []
-    for k in (0, 1):
-        total = weight = 0.0
-        for i in range(5):
-            for j in range(6):
-                start = torch.tensor([[[j / 5 * 2 - 1, i / 4 * 2 - 1]]], dtype=torch.float64)
-                place = apply_cascade(
-                    start, torch.from_numpy(affine[k : k + 1]), torch.from_numpy(tps[k : k + 1]), regularization=0.1
-                )
-                x, y = place[0, 0].tolist()
-                both = look(masks[k], x, y) * masks[1 - k, i, j]
-                total += both * float(look(unit[k], x, y) @ unit[1 - k, :, i, j])
-                weight += both
-        aligned.append(total / weight)
-    expected = (max(alike, 0) * max(np.mean(aligned), 0)) ** 0.5
-    assert expected > 0
-    features, masks = torch.from_numpy(features), torch.from_numpy(masks)
-    transforms = Transform(torch.from_numpy(affine), torch.from_numpy(tps), 0.1)
-    assert object_agreement(features, masks, transforms) == pytest.approx(expected, abs=1e-5)
-    identity = Transform(identity_affine(2), identity_tps(2), 0.1)
-    assert object_agreement(features[[0, 0]], masks[[0, 0]], identity) == pytest.approx(1, abs=1e-5)
-    assert object_agreement(-features * torch.tensor([1, -1]).view(2, 1, 1, 1), masks, transforms) == 0
 
 
 def test_unrelated_photographs_are_not_called_good(network):

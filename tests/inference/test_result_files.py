@@ -34,6 +34,8 @@ PAIR_KEYS = {
     "source",
     "target",
     "quality",
+    "agreement",
+    "reason",
     "common",
     "matches",
     "affine",

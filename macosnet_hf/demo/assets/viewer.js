@@ -4,7 +4,7 @@
 const find = (name) => element.querySelector(name);
 const PIN_COLORS = ["#e11d48", "#2563eb", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d"];
 const MOST_POINTS = 60;
-const NO_MATCHES = { lines: [], above: 0, all: 0 };
+const NO_MATCHES = { lines: [], above: 0, all: 0, faint: false };
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
 
 function parse(text) {
@@ -127,6 +127,7 @@ function redraw() {
   drawMatches(svg.querySelector(".matches"));
   drawPoints(svg.querySelector(".points"));
   svg.classList.toggle("with-points", points.length > 0);
+  svg.classList.toggle("faint", matches.faint);
   find(".viewer-clear").disabled = !points.length;
   say();
 }
