@@ -47,9 +47,10 @@ _ENLARGED_PIXELS = 4_000_000
 # The number of most similar images whose similarity is an image's agreement.
 _AGREEMENT_PARTNERS = 4
 # An image has an object in common with its partners if their objects' mean similarity is so large. Chosen on seven
-# classes of msrc-coseg with the checkpoint `common`, three partners or one: of images with partners of their class 95 %
-# are above, of those with partners of other classes 11 %; of the other six classes 100 % and 9 %.
-COMMON_SIMILARITY = 0.44
+# classes of msrc-coseg with the checkpoint `common`, three partners or one: of images with partners of their class 96 %
+# are above, of those with partners of other classes 24 %; of the other six classes 100 % and 17 %. A larger value would
+# miss the small objects of composites, of which 88 % are above.
+COMMON_SIMILARITY = 0.4
 # The second pass on crops: the object's box, wider by this share of its sides on each side, is cropped where it covers
 # no more than that share of the image; no side of it is shorter than 0.4 of the image's. Chosen on msrc-coseg.
 _MARGIN = 0.2
