@@ -219,6 +219,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"The folder {path.parent} does not exist.")
     try:  # permissions are not enough: to root everything seems writable, read-only file systems included
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that no file can have
         with (
             _alone_in(path.parent),
             tempfile.NamedTemporaryFile(prefix=_PREFIX, dir=path.parent),
