@@ -93,6 +93,7 @@ VARIANTS = (
     Variant("no-prior", "w/o pseudo-mask prior", ("--prior_weight=0",)),
     Variant("no-synthetic", "w/o synthetic anchor", ("--synthetic_weight=0",)),
     Variant("pixels", "L_contrast on masked pixels", ("--contrastive_form=pixels",)),
+    Variant("mirrored-partners", "mirrored partners", ("--mirror_partners",)),
     Variant("margin-0", "margin m = 0", ("--margin=0",)),
     Variant("margin-1", "margin m = 1", ("--margin=1",)),
     Variant("margin-2", "margin m = 2", ("--margin=2",)),

@@ -8,20 +8,21 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .common_object import object_weights
+from .directions import COLLECTION_ORIENTATIONS, check_orientations
 from .encoder import MaCoSNetFeatures
 from .errors import InputError
-from .geometry import resize_masks
+from .geometry import SYMMETRIES, resize_masks
 from .mask_sharing import (
     NetworkMasks,
     drop_small_components,
@@ -31,6 +32,7 @@ from .mask_sharing import (
     similar_cells,
 )
 from .matching import correlate
+from .orientation import facing_sides
 from .refinement import check_method
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ COMMON_SIMILARITY = 0.4
 _MARGIN = 0.2
 _LARGEST_CROP = 0.7
 _SHORTEST_CROP = 0.4
+# An image is asked about the side that it faces by so many others, the most similar ones.
+_FACING_PARTNERS = 32
+_MIRROR = list(SYMMETRIES).index("mirror")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask; right and bottom excluded
@@ -153,9 +158,12 @@ class Collection:
         processor: its image processor.
         batch_size: images in one encoder pass; by default one on the CPU, where more are no faster, else 16.
         skip_memory: bytes for the maps of the skip connections.
+        orientations: `"none"` takes all images as they are; `"mirror"` finds out which of them face the other way
+            ([`facing_sides`](orientation.py)), at the cost of one more encoder pass an image, of its mirror image.
+            Masks and transforms are then found with all images facing one way, and given for the images as they are.
 
     Raises:
-        InputError: if `batch_size` is not positive.
+        InputError: if `batch_size` is not positive, or for unknown orientations.
     """
 
     def __init__(
@@ -165,7 +173,9 @@ class Collection:
         *,
         batch_size: int | None = None,
         skip_memory: int = _SKIP_MEMORY,
+        orientations: str = "none",
     ):
+        check_orientations(orientations, COLLECTION_ORIENTATIONS)
         if batch_size is None:
             batch_size = 1 if model.device.type == "cpu" else 16
         if batch_size < 1:
@@ -175,6 +185,9 @@ class Collection:
         self.keys: list[str] = []
         self._batch_size, self._skip_memory, self._skip_bytes = batch_size, skip_memory, 0
         self._encoded: dict[str, _Encoded] = {}
+        self._find_mirrored = orientations == "mirror"
+        self._orientations: Tensor | None = None
+        self._mirror_keys: dict[str, str] = {}  # of each image's mirror image, where that is encoded
 
     def __len__(self) -> int:
         return len(self.images)
@@ -191,7 +204,7 @@ class Collection:
         for start in range(0, len(images), self._batch_size):
             some = list(images[start : start + self._batch_size])
             pixels = self._pixels(some)
-            keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in pixels]
+            keys = [content_key(image) for image in pixels]
             new = {key: row for row, key in enumerate(keys) if key not in self._encoded}
             if new:
                 self._encode(pixels[list(new.values())], list(new))
@@ -206,7 +219,53 @@ class Collection:
         part = Collection(self.model, self.processor, batch_size=self._batch_size, skip_memory=self._skip_memory)
         part.images, part.keys = [self.images[number] for number in numbers], [self.keys[number] for number in numbers]
         part._encoded, part._skip_bytes = dict(self._encoded), self._skip_bytes
+        part._find_mirrored, part._mirror_keys = self._find_mirrored, dict(self._mirror_keys)
+        if self._orientations is not None and len(self._orientations) == len(self):
+            part._orientations = self._orientations[list(numbers)]
         return part
+
+    @property
+    def orientations(self) -> Tensor:
+        """Numbers `(N,)` in [`SYMMETRIES`](geometry.py) of the symmetries that the images show the object moved by.
+
+        0 (identity) or 4 (mirror), relative to the other images; see [`facing_sides`](orientation.py).
+        """
+        if self._orientations is None or len(self._orientations) != len(self):
+            mirrored = torch.zeros(len(self), dtype=torch.bool)
+            if self._find_mirrored and len(self) > 1:
+                own, other = self._maps_of_both()
+                sides = facing_sides(own, other, choose_partners(own, _FACING_PARTNERS)[0])
+                # The side of most images counts as the right one; of equally many, that of an image which the order
+                # of the images does not choose.
+                first = min(range(len(self)), key=lambda number: (sides[number] == 0, self.keys[number]))
+                mirrored = sides * (sides.sum() or sides[first]) < 0
+            self._orientations = mirrored * _MIRROR
+        return self._orientations
+
+    def oriented(self) -> Collection:
+        """The same with all images facing one way: mirror images in place of those that face the other way."""
+        part = self.subset(range(len(self)))
+        part._find_mirrored, part._orientations = False, None
+        for number in self.orientations.nonzero().flatten().tolist():
+            part.images[number] = ImageOps.mirror(self.images[number])
+            part.keys[number] = self._mirror_keys[self.keys[number]]
+        return part
+
+    def _maps_of_both(self) -> tuple[Tensor, Tensor]:
+        """Stride-16 maps `(N, C, h, w)` of the images, and of their mirror images, which are encoded where needed."""
+        for start in range(0, len(self), self._batch_size):
+            numbers = range(start, min(start + self._batch_size, len(self)))
+            new = {self.keys[number]: number for number in numbers if self.keys[number] not in self._mirror_keys}
+            if new:
+                pixels = self._pixels([self.images[number] for number in new.values()]).flip(-1)
+                keys = [content_key(image) for image in pixels]
+                self._mirror_keys |= zip(new, keys, strict=True)
+                unknown = {key: row for row, key in enumerate(keys) if key not in self._encoded}
+                if unknown:
+                    self._encode(pixels[list(unknown.values())], list(unknown))
+        mirrors = [self._mirror_keys[key] for key in self.keys]
+        own, mirrored = (torch.stack([self._encoded[key].last for key in keys]) for keys in (self.keys, mirrors))
+        return own, mirrored
 
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
         """Stride-16 features of some of the images, without skips."""
@@ -256,6 +315,18 @@ class Collection:
             InputError: for fewer than two images, no partner, or an unknown refinement.
         """
         check_options(len(self), partners, refine)
+        if self.orientations.any():
+            found = self.oriented().segment(
+                partners=partners,
+                propagate=propagate,
+                refine=refine,
+                second_pass=second_pass,
+                workers=workers,
+                progress=progress,
+            )
+            mirrored = self.orientations.numpy() > 0
+            found.probabilities[mirrored] = found.probabilities[mirrored, :, ::-1]
+            return replace(found, collection=self)
         steps = 1 if refine == "none" else 2 + second_pass
 
         def report(step: int, done: int) -> None:
@@ -400,6 +471,11 @@ class Collection:
             self._encoded[key] = _Encoded(last=last[row].clone(), skips=skips[row] if keep else None)
 
 
+def content_key(image: Tensor) -> str:
+    """Text that is equal for equal pixels only."""
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+
+
 @_accept_old_keywords(closer="second_pass")
 def segment_collection(
     images: Sequence[Image.Image],
@@ -411,6 +487,7 @@ def segment_collection(
     second_pass: bool = True,
     batch_size: int | None = None,
     skip_memory: int = _SKIP_MEMORY,
+    orientations: str = "none",
     progress: Progress | None = None,
 ) -> CollectionResult:
     """Soft masks of the object that N images have in common: a [`Collection`] in one call.
@@ -418,13 +495,13 @@ def segment_collection(
     Args:
         images: two or more upright RGB images.
         partners, refine, second_pass, progress: as in [`Collection.segment`].
-        batch_size, skip_memory: as in [`Collection`].
+        batch_size, skip_memory, orientations: as in [`Collection`].
 
     Raises:
         InputError: for fewer than two images, or options that cannot be used.
     """
     check_options(len(images), partners, refine)
-    collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory)
+    collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory, orientations=orientations)
     collection.add(images)
     return collection.segment(partners=partners, refine=refine, second_pass=second_pass, progress=progress)
 

@@ -8,6 +8,8 @@ The module travels with the model to the Hub.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .errors import InputError
 
 DIRECTIONS = ("source_to_target", "target_to_source")
@@ -15,11 +17,14 @@ DIRECTIONS = ("source_to_target", "target_to_source")
 ORIENTATIONS = ("none", "mirror", "all")
 """How the source may face: as it is; also as its mirror image; in all eight symmetries of the square."""
 
+COLLECTION_ORIENTATIONS = ORIENTATIONS[:2]
+"""Those that a collection knows."""
 
-def check_orientations(orientations: str) -> None:
-    """Raises `InputError` for none of `ORIENTATIONS`."""
-    if orientations not in ORIENTATIONS:
-        raise InputError(f"orientations must be {', '.join(map(repr, ORIENTATIONS))}; got {orientations!r}.")
+
+def check_orientations(orientations: str, known: Sequence[str] = ORIENTATIONS) -> None:
+    """Raises `InputError` for none of the known orientations."""
+    if orientations not in known:
+        raise InputError(f"orientations must be {', '.join(map(repr, known))}; got {orientations!r}.")
 
 
 def start_of(direction: str) -> int:

@@ -369,8 +369,9 @@ class Transform:
         """The transform of a pair, from that of the pair with one image moved by a symmetry R of the square. Exact.
 
         * `side="source"`: this is T_A'B with `x_A = R x_A'`; gives `T_AB = R T_A'B`.
-        * `side="target"`: this is T_BA' with `x_A = R x_A'`; gives `T_BA = T_BA' R^-1`. A spline on the square control
-          grid composed with a symmetry is such a spline again: its control values are permuted.
+        * `side="target"`: this is T_BA' with `x_A = R x_A'`; gives `T_BA = T_BA' R^-1`. The affine part takes R^-1 in,
+          so that it says by itself which way a pair faces: `A S R^-1 = (A R^-1) (R S R^-1)`, and a spline S between a
+          symmetry of its square control grid and the inverse is such a spline again.
 
         Args:
             symmetry: one of [`SYMMETRIES`] by name, or matrices `(..., 2, 2)` of it, one for each transform.
@@ -389,17 +390,21 @@ class Transform:
         with maybe_autocast(self.device.type, enabled=False):
             if side == "source":
                 return replace(whole, affine=(turn @ matrix).flatten(-2))
-            if whole.tps is None:
-                # R is orthogonal: its inverse is its transpose.
-                linear = matrix[..., :2] @ turn.transpose(-1, -2)
-                return Transform(torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2))
+            # R is orthogonal: its inverse is its transpose.
+            linear = matrix[..., :2] @ turn.transpose(-1, -2)
+            affine = torch.cat((linear, matrix[..., 2:]), dim=-1).flatten(-2)
+        if whole.tps is None:
+            return Transform(affine)
         grid_size = _grid_size(whole.tps)
-        # Control point k takes the value of the one that rests at R^-1 c_k; with points as rows, R^-1 c is c R.
+        # Control point k takes the value of the one that rests at R^-1 c_k, moved by R; with points as rows, R^-1 c is
+        # c R.
         origins = control_points(grid_size, device=self.device, dtype=self.dtype) @ turn
         column, row = ((origins + 1) * (grid_size - 1) / 2).round().long().unbind(-1)
         values = whole.tps.unflatten(-1, (2, -1))
         index = (column * grid_size + row).unsqueeze(-2).expand(values.shape)
-        return replace(whole, tps=values.gather(-1, index).flatten(-2))
+        with maybe_autocast(self.device.type, enabled=False):
+            values = turn.to(values.dtype) @ values.gather(-1, index)
+        return replace(whole, affine=affine, tps=values.flatten(-2))
 
     # Batches. Dimensions are those of the batch; the parameters come last and are never touched.
 

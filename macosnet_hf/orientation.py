@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common_object import centre_prior
@@ -40,6 +41,12 @@ HYPOTHESES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 IDENTITY_MARGIN = 0.0
+
+# How images of a collection face: cells a side of the maps that are compared; the cost of a partner cell's distance
+# (its square, normalised coordinates); the evidence below which an image stays as it is.
+_FACING_SIDE = 12
+_FACING_COST = 0.1
+_FACING_THRESHOLD = 0.01
 
 
 class OrientedPairs(NamedTuple):
@@ -157,3 +164,59 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     side = output.correlation.shape[-1]
     channels = turned(output.correlation, flip=True).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
     output.correlation = turned(channels).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
+
+
+def facing_sides(features: Tensor, mirrored: Tensor, others: Tensor) -> Tensor:
+    """Which way the objects of N images face: `(N,)`, 1 on one side and -1 on the other, 0 where the image says little.
+
+    Each pair is compared as it is and with one image mirrored, see [`facing_evidence`]. The signs of the leading
+    eigenvector of these answers are the sides on which they agree best; which of both is 1 is arbitrary. Mirroring an
+    image changes its side and no other.
+
+    Args:
+        features: `(N, C, h, w)` of the images.
+        mirrored: the same of their mirror images.
+        others: `(N, K)`, the numbers of those with which each is compared.
+    """
+    evidence = facing_evidence(features, mirrored, others).double().cpu()
+    sides = torch.linalg.eigh(evidence).eigenvectors[:, -1].sign()
+    support = sides * (evidence @ sides) / (evidence != 0).sum(1).clamp(min=1)
+    return torch.where(support > _FACING_THRESHOLD, sides, 0)
+
+
+def facing_evidence(features: Tensor, mirrored: Tensor, others: Tensor) -> Tensor:
+    """How much better N images fit each other as they are than with one of both mirrored: symmetric `(N, N)`.
+
+    Of the cells of a coarse map of one image, the most similar cell of the other counts, less a penalty for its
+    distance, which keeps the answer from being the same whichever way the object faces; cells in the middle weigh more.
+    No learnt weight is asked: for voc2007-6x2's horses and motorbikes that is as often right as the cascade.
+    It is 0 where neither image is one of the `others` of the other.
+
+    Args: as in [`facing_sides`].
+    """
+    side = min(_FACING_SIDE, features.shape[-1])
+    own, other = (
+        F.normalize(F.adaptive_avg_pool2d(F.normalize(maps.float(), dim=1), side), dim=1).flatten(2)
+        for maps in (features, mirrored)
+    )
+    grid = make_grid(side, side, device=own.device).reshape(-1, 2)
+    cost = _FACING_COST * (grid.unsqueeze(1) - grid).square().sum(-1).unsqueeze(1)
+    prior = centre_prior(side, side, device=own.device).flatten()
+    prior = prior / prior.sum()
+
+    def fit(one: Tensor, several: Tensor) -> Tensor:
+        """Of cells `(C, c)` with those of P images `(P, C, c)`: `(P,)`."""
+        similarity = torch.einsum("cp,ncq->pnq", one, several) - cost
+        return similarity.amax(0) @ prior + prior @ similarity.amax(2)
+
+    evidence = own.new_zeros(len(own), len(own))
+    compared = torch.zeros_like(evidence, dtype=torch.bool)
+    compared.scatter_(1, others, True)
+    compared = (compared | compared.t()).triu(1)
+    for number in range(len(own)):
+        partners = compared[number].nonzero().flatten()
+        if len(partners):
+            same = fit(own[number], own[partners]) + fit(other[number], other[partners])
+            turned = fit(own[number], other[partners]) + fit(other[number], own[partners])
+            evidence[number, partners] = evidence[partners, number] = same - turned
+    return evidence

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..directions import COLLECTION_ORIENTATIONS
 from ..errors import ImageError, InputError
 from ..inference import COLLECTION_SIDE
 from ..inference.result_files import COLLECTION_ARCHIVE, collection_file_names, write_collection, zip_folder
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         metavar="N",
         help="how many others each image is compared with (default: 2)",
+    )
+    parser.add_argument(
+        "--orientations",
+        choices=COLLECTION_ORIENTATIONS,
+        default="none",
+        help="mirror: find out which images face the other way; the contact sheet and the average show all facing one "
+        "way (default: none, all as they are)",
     )
 
 
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             refine=args.refine,
             partners=args.partners,
             average=args.average,
+            orientations=args.orientations,
             progress=lambda share, text: progress(0.7 * share, text),
             **network,
         )

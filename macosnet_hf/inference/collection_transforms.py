@@ -2,12 +2,15 @@
 
 The pairs cost no encoder pass: the fast cascade warps feature maps, and pairs go through the network in batches. T_ij
 of a pair (i, j) takes normalised points of image j to image i.
+
+Where images face different ways (`Collection.orientations`), all work is done on the collection with all of them facing
+one way, and brought back to the images as they are, which is exact: `T_ij = R_i T'_ij R_j^-1`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor
 from ..collection import Collection, Progress, choose_partners
 from ..errors import InputError
 from ..geometry import (
+    SYMMETRIES,
     Transform,
     denormalize_points,
     identity_affine,
@@ -93,7 +97,8 @@ class CollectionMatches:
         start = torch.from_numpy(check_points(points, None))
         side = self.collection.model.config.image_size
         placed = normalize_points(start, (images[image].height, images[image].width), side)
-        found = self._transfer(placed, image, local_matching)
+        turns = _symmetries(self.collection)
+        found = self._oriented()._transfer(placed @ turns[image], image, local_matching) @ turns.transpose(1, 2)
         sizes = torch.tensor([[each.height, each.width] for each in images])
         moved = denormalize_points(found, sizes, side)
         moved[image] = start
@@ -131,6 +136,23 @@ class CollectionMatches:
         places for each point. Their weighted geometric median is the consensus, to which a thin-plate spline is fitted.
         So a wrong direct transform is outvoted, and a pair that was not matched gets a transform if there is a route.
         """
+        return self._oriented()._repaired()._turned(self.collection, self.collection)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _oriented(self) -> CollectionMatches:
+        """The same between the images that all face one way; [`CollectionMatches._turned`] brings it back."""
+        return self._turned(self.collection, self.collection.oriented())
+
+    def _turned(self, by: Collection, images: Collection) -> CollectionMatches:
+        """Transforms between the images of a collection and between those that all face one way, the one from the
+        other: every symmetry in question is its own inverse."""
+        turns = _symmetries(by)
+        turned = self.transforms.compose_symmetry(turns.unsqueeze(1), "source").compose_symmetry(turns, "target")
+        assert turned.tps is not None
+        return replace(self, affine=turned.affine, tps=turned.tps, collection=images)
+
+    def _repaired(self) -> CollectionMatches:
         count = len(self)
         grid = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(-1, 2)
         affine, tps = identity_affine(count, count), identity_tps(count, count)
@@ -142,8 +164,6 @@ class CollectionMatches:
         tps[diagonal, diagonal] = identity_tps()
         affine[torch.isnan(tps).any(-1)] = float("nan")
         return _with_trust(self.collection, affine, tps)
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _check_number(self, image: int) -> None:
         if not 0 <= image < len(self):
@@ -214,8 +234,14 @@ def match_collection(
         raise InputError("Matching needs two or more images.")
     if cascade not in ("features", "exact"):
         raise InputError(f"cascade must be 'features' or 'exact', not {cascade!r}.")
-    count, model = len(collection), collection.model.macosnet
+    facing_one_way = collection.oriented()
     pairs = pair_graph(collection, graph, degree)
+    return _match(facing_one_way, pairs, cascade, progress)._turned(collection, collection)
+
+
+def _match(collection: Collection, pairs: Tensor, cascade: str, progress: Progress | None) -> CollectionMatches:
+    """[`match_collection`] of images that face one way."""
+    count, model = len(collection), collection.model.macosnet
     affine, tps = identity_affine(count, count), identity_tps(count, count)
     off_diagonal = ~torch.eye(count, dtype=torch.bool)
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
@@ -242,6 +268,11 @@ def match_collection(
         if progress is not None:
             progress(done, len(pairs))
     return _with_trust(collection, affine, tps, similarity)
+
+
+def _symmetries(collection: Collection) -> Tensor:
+    """Matrices `(N, 2, 2)` of [`Collection.orientations`]."""
+    return torch.tensor(list(SYMMETRIES.values()), dtype=torch.float32)[collection.orientations]
 
 
 def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_collection
 from ..drawing import overview
 from ..errors import ImageError, InputError
-from ..geometry import dense_flow
+from ..geometry import SYMMETRIES, dense_flow
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
 from . import DIRECTIONS, start_of
 from .average import aligned_average
@@ -213,6 +213,8 @@ class SegmentedCollection:
         reference: number of the image that agrees best.
         average: the images that belong, warped onto the reference; None if it was not asked for.
         refine: how the masks were refined.
+        orientations: of each image, the name in [`~macosnet_hf.geometry.SYMMETRIES`] of how it shows the object,
+            compared with the others: identity or mirror.
     """
 
     copies: Sequence[WorkingCopy]
@@ -223,6 +225,7 @@ class SegmentedCollection:
     reference: int
     average: Image.Image | None
     refine: str
+    orientations: Sequence[str]
 
     def has_common_object(self, number: int) -> bool:
         """Whether the mask of an image shows an object that others have too; if not, what stands out in it."""
@@ -233,7 +236,10 @@ class SegmentedCollection:
         return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])
 
     def sheet(self, numbers: Sequence[int] | None = None) -> Image.Image:
-        """The contact sheet of all images or some: each with its object outlined, and the cutout below it."""
+        """The contact sheet of all images or some: each with its object outlined, and the cutout below it.
+
+        All face one way: those that show the object mirrored, compared with the others, are drawn mirrored.
+        """
         images, masks = [], []
         names = told_apart([copy.name for copy in self.copies])
         numbers = range(len(self.copies)) if numbers is None else numbers
@@ -241,6 +247,8 @@ class SegmentedCollection:
             image = self.copies[number].image.copy()
             image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
             mask = Image.fromarray(self.masks[number].astype(np.uint8) * 255)
+            if self.orientations[number] == "mirror":
+                image, mask = ImageOps.mirror(image), ImageOps.mirror(mask)
             images.append(image)
             masks.append(np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR)) >= 128)
         return overview(images, masks, [names[number] for number in numbers])
@@ -328,6 +336,7 @@ def segment_copies(
     refine: str = "grabcut",
     partners: int = 2,
     average: bool = True,
+    orientations: str = "none",
     progress: Progress | None = None,
 ) -> SegmentedCollection:
     """[`segment_files`] for any number of files that are open already.
@@ -338,10 +347,11 @@ def segment_copies(
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
         partners: as in [`~macosnet_hf.collection.Collection.segment`].
         average: whether to average the images that belong, which takes transforms of all pairs.
+        orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
 
     Raises:
-        InputError: for fewer than two images, no partner, or an unknown refinement.
+        InputError: for fewer than two images, no partner, an unknown refinement or unknown orientations.
     """
     report = progress or (lambda share, text: None)
     count, images = len(copies), [copy.image for copy in copies]
@@ -353,8 +363,15 @@ def segment_copies(
 
     report(0.0, "Encoding all images")
     result = segment_collection(
-        images, model=model, processor=processor, partners=partners, refine=refine, progress=segmented
+        images,
+        model=model,
+        processor=processor,
+        partners=partners,
+        refine=refine,
+        orientations=orientations,
+        progress=segmented,
     )
+    assert result.collection is not None
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
     mean = None
@@ -366,7 +383,7 @@ def segment_copies(
             belonging.index(reference),
             model=model,
             processor=processor,
-            collection=result.collection.subset(belonging) if result.collection is not None else None,
+            collection=result.collection.subset(belonging),
             progress=lambda done, total: report(first + (1 - first) * done / total, f"Averaged {done} of {total}"),
         )
     return SegmentedCollection(
@@ -378,4 +395,5 @@ def segment_copies(
         reference=reference,
         average=mean,
         refine=refine,
+        orientations=[list(SYMMETRIES)[number] for number in result.collection.orientations],
     )

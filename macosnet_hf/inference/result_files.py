@@ -222,6 +222,8 @@ def _collection_document(
             "agreement": round(float(collection.result.agreement[number]), 4),
             "belongs": number not in collection.odd,
             "common": collection.has_common_object(number),
+            # Relative to the others; the contact sheet shows those that are mirrored the other way round.
+            "orientation": collection.orientations[number],
             "partners": [files[other] for other in collection.result.partners[number]],
         }
         for number, share in shares.items()

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from ..geometry import Transform, folded, warp
 from ..modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
+from ..orientation import facing_sides
 from .distillation import local_matching_loss
 from .losses import MaCoSNetObjective
 from .objectives import Objective
@@ -52,6 +53,9 @@ class JointObjective(Objective):
         paste_share: share of groups whose objects (by the pseudo-masks) are pasted onto images of other groups,
             see [`paste_on_others`](synthetic.py).
         change_colours: photometric changes of every image.
+        mirror_partners: mirrors the images of a group that face another way than its first one, as far as the encoder
+            can tell ([`facing_sides`](../orientation.py)). The losses are those of the images as they are under
+            transforms that contain the reflection, since no term depends on which side of an image is left.
         statistics: mean and standard deviation `(C,)` of the encoder's unit-length features over a data set, for the
             contrastive form `"features"`; by default those of each batch.
         channels_last: memory layout of the images, the faster one on most devices.
@@ -79,6 +83,7 @@ class JointObjective(Objective):
         synthetic_weight: float = 0.0,
         paste_share: float = 0.0,
         change_colours: bool = False,
+        mirror_partners: bool = False,
         statistics: tuple[Tensor, Tensor] | None = None,
         channels_last: bool = True,
     ):
@@ -90,6 +95,7 @@ class JointObjective(Objective):
         self.prior_weight, self.local_weight, self.paste_share = prior_weight, local_weight, paste_share
         self.synthetic_weight = synthetic_weight if synthetic is not None else 0.0
         self.cascade, self.change_colours, self.channels_last = cascade, change_colours, channels_last
+        self.mirror_partners = mirror_partners
         self.has_statistics = statistics is not None
         feature_mean, feature_std = statistics if statistics is not None else (torch.zeros(0), torch.zeros(0))
         self.register_buffer("feature_mean", feature_mean.clone())
@@ -137,6 +143,10 @@ class JointObjective(Objective):
             than nine times).
         """
         pixels, labels = self.prepare_images(batch, generator)
+        if self.mirror_partners:
+            turned = self.facing_away(pixels)[..., None, None]
+            pixels = torch.where(turned.unsqueeze(2), pixels.flip(-1), pixels)
+            labels = None if labels is None else torch.where(turned, labels.flip(-1), labels)
         outputs = self.run_model(pixels, with_masks=self.uses_masks)
         transforms = self.model.transforms(outputs)
         losses = self._objective_losses(outputs, transforms, pixels)
@@ -178,11 +188,24 @@ class JointObjective(Objective):
             images = photometric(images, generator)
         return self.normalize(images).unflatten(0, shape), labels
 
+    @torch.no_grad()
+    def facing_away(self, pixels: Tensor) -> Tensor:
+        """Which images `(B, V)` of groups `(B, V, 3, H, W)` face another way than the first one of their group."""
+        images = (self._side_by_side(each) for each in (pixels, pixels.flip(-1)))
+        both = [self.model.get_image_features(each).last.unflatten(0, pixels.shape[:2]) for each in images]
+        views = torch.arange(pixels.shape[1], device=pixels.device)
+        others = torch.stack([views[views != view] for view in views])
+        sides = torch.stack([facing_sides(own, mirrored, others) for own, mirrored in zip(*both, strict=True)])
+        return (sides * sides[:, :1] < 0).to(pixels.device)
+
+    def _side_by_side(self, pixels: Tensor) -> Tensor:
+        """The images `(B * V, 3, H, W)` of groups in the memory layout of this objective."""
+        images = pixels.flatten(0, 1)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
     def run_model(self, pixels: Tensor, *, with_masks: bool = True) -> MaCoSNetModelOutput:
         """The model's outputs for groups `(B, V, 3, H, W)`, with or without those of the decoder."""
-        images = pixels.flatten(0, 1)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = self._side_by_side(pixels)
         features = self.model.get_image_features(images)
         exact = self.cascade == "exact"
         return self.model.relate_views(features, pixels.shape[1], images if exact else None, output_masks=with_masks)

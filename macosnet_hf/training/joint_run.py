@@ -153,6 +153,7 @@ def make_objective(
         synthetic=synthetic,
         synthetic_weight=settings.synthetic_weight,
         change_colours=settings.photometric,
+        mirror_partners=settings.mirror_partners,
         statistics=statistics,
         channels_last=settings.channels_last,
     )

@@ -172,6 +172,7 @@ class GroupOptions:
     photos_per_class: int | None = option("use at most N images of a class", None)
     smallest_crop: float = option("side of the smallest random crop; 1: no crops", 0.8)
     flip_probability: Share = option("of mirroring a whole group", 0.5)
+    mirror_partners: bool = option("mirror the images of a group that face another way than its first one", False)
     photometric: bool = option("change colours, blur and noise at random", False)
 
 

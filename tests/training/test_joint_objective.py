@@ -101,6 +101,27 @@ def test_outputs_are_those_of_the_model(cascade, views):
         assert torch.allclose(getattr(outputs, name), getattr(expected, name), atol=1e-4), name
 
 
+def test_partners_that_face_the_other_way_are_mirrored():
+    """A group of one image, some of them mirrored, is trained on as the group of that image alone."""
+    batch = batch_of(groups=2)
+    batch["images"][:] = batch["images"][:, :1].clone()
+    batch["masks"] = torch.rand(2, 1, IMAGE_SIZE, IMAGE_SIZE, generator=seeded(2)).expand(-1, 3, -1, -1) > 0.5
+    turned = torch.tensor([[False, True, False], [False, True, True]])
+    mixed = {**batch}
+    for name in ("images", "masks"):
+        where = turned.reshape(2, 3, *[1] * (batch[name].dim() - 2))
+        mixed[name] = torch.where(where, batch[name].flip(-1), batch[name])
+    mirroring = objective_of(prior_weight=1.0, mirror_partners=True).eval()
+    pixels, _ = mirroring.prepare_images(mixed)
+    assert torch.equal(mirroring.facing_away(pixels), turned)
+    expected = objective_of(prior_weight=1.0).eval()(batch, seeded())
+    found = mirroring(mixed, seeded())
+    untold = objective_of(prior_weight=1.0).eval()(mixed, seeded())
+    for name in ("total", "matching", "cycle", "transitivity", "consistency", "prior"):
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-3), name
+    assert untold["prior"].item() != pytest.approx(expected["prior"].item(), rel=1e-3)
+
+
 def test_the_total_is_the_weighted_sum_of_the_terms():
     losses = objective_of()(batch_of(), seeded())
     weights = {"matching": 1, "cycle": 5, "transitivity": 4, "contrast": 3, "consistency": 2}

@@ -818,3 +818,88 @@ def test_a_few_steps_of_training_lower_the_objective():
         total.backward()
         optimizer.step()
     assert totals[-1] < totals[0]
+
+
+# --- images that face another way ---
+
+
+def reflects(transforms):
+    """Whether transforms turn a small triangle in the middle over."""
+    corners = torch.tensor([[0.0, 0.0], [1e-4, 0.0], [0.0, 1e-4]], dtype=torch.float64)
+    here, across, along = transforms.apply(corners.expand(*transforms.shape, 3, 2)).unbind(-2)
+    right, down = across - here, along - here
+    return right[..., 0] * down[..., 1] < right[..., 1] * down[..., 0]
+
+
+def reflected(outputs, turned):
+    """The same outputs with some views mirrored: `x = R x'` of each, transforms composed, maps moved cell by cell."""
+    views = len(turned)
+    transforms, found = transforms_of(outputs), copy.deepcopy(outputs)
+    affine, tps = outputs.affine.clone(), outputs.tps.clone()
+    for p, (i, j) in enumerate(ordered_pairs(views)):
+        moved = transforms[:, p]
+        moved = moved.compose_symmetry("mirror", "source") if turned[i] else moved
+        moved = moved.compose_symmetry("mirror", "target") if turned[j] else moved
+        affine[:, p], tps[:, p] = moved.affine, moved.tps
+        for row, column in itertools.product(range(SIDE), range(SIDE)):
+            there = SIDE - 1 - column if turned[j] else column
+            for r, c in itertools.product(range(SIDE), range(SIDE)):
+                cell = r * SIDE + (SIDE - 1 - c if turned[i] else c)
+                found.correlation[:, p, r * SIDE + c, row, column] = outputs.correlation[:, p, cell, row, there]
+        for column in range(PIXELS):
+            there = PIXELS - 1 - column if turned[i] else column
+            found.mask_logits[:, p, :, column] = outputs.mask_logits[:, p, :, there]
+    for view, column in itertools.product(range(views), range(SIDE)):
+        there = SIDE - 1 - column if turned[view] else column
+        found.features[:, view, ..., column] = outputs.features[:, view, ..., there]
+    found.affine, found.tps = affine, tps
+    return found
+
+
+@pytest.mark.parametrize("turned", [(False, True), (True, False, False), (False, True, True), (True, False, True)])
+def test_no_loss_depends_on_which_way_an_image_faces(turned):
+    """So mirroring an image before the network trains with the reflected transform of the image as it is, exactly."""
+    views = len(turned)
+    outputs = random_outputs(views, seed=8)
+    mirrored = reflected(outputs, turned)
+    opposite = torch.tensor([turned[i] != turned[j] for i, j in ordered_pairs(views)])
+    before, after = (reflects(transforms_of(each)) for each in (outputs, mirrored))
+    assert torch.equal(after, before ^ opposite)
+    weights = MaCoSNetLossWeights(cycle=3, trans=2 if views == 3 else 0, contrast=1, task=4)
+    expected, found = (
+        MaCoSNetObjective(weights)(each, transforms_of(each), torch.zeros(BATCH, views, 3, PIXELS, PIXELS))
+        for each in (outputs, mirrored)
+    )
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-9), name
+    scale = ((PIXELS - 1) / 2,) * 2
+    matching = [reference_matching(mirrored, views, b, True, losses.STAGES, 1.0) for b in range(BATCH)]
+    consistency = [reference_consistency(mirrored, views, b) for b in range(BATCH)]
+    hops = [(p, p ^ 1) for p in range(views * (views - 1))]
+    cycle = [
+        2 * sum(reference_round_trip(mirrored, b, each, scale, False, 10) for each in hops) / len(hops)
+        for b in range(BATCH)
+    ]
+    for name, values in (("matching", matching), ("consistency", consistency), ("cycle", cycle)):
+        assert expected[name].item() == pytest.approx(sum(values) / BATCH, rel=1e-6), name
+
+
+def test_a_consistent_triplet_stays_consistent_when_mirrored():
+    """Affine maps that agree cost nothing, through a reflected transform too."""
+    absolute = [
+        geometry.identity_affine(1) + torch.tensor(change, dtype=torch.float64)
+        for change in ([0.0] * 6, [0.1, -0.2, 0.1, 0.05, 0.2, -0.1], [-0.1, 0.1, 0.2, -0.1, 0.1, 0.05])
+    ]
+    outputs = identity_outputs(3)
+    pairs = [geometry.compose_affine(absolute[i], geometry.invert_affine(absolute[j])) for i, j in ordered_pairs(3)]
+    affine, tps = torch.stack(pairs, dim=1), outputs.tps.double()
+    consistent = geometry.Transform(affine, tps, 0.0)
+    signs = torch.tensor([[1, -1][turned] for turned in (False, True, False)], dtype=torch.float64)
+    matrices = torch.stack([torch.diag(torch.tensor([sign, 1.0], dtype=torch.float64)) for sign in signs.tolist()])
+    source, target = ([pair[end] for pair in ordered_pairs(3)] for end in (0, 1))
+    through = consistent.compose_symmetry(matrices[source], "source").compose_symmetry(matrices[target], "target")
+    assert reflects(through).tolist() == [[True, True, False, False, True, True]]
+    for loss in (losses.cycle_loss, losses.transitivity_loss):
+        assert loss(through).item() == pytest.approx(0, abs=1e-9)
+        half = consistent.compose_symmetry(matrices[source], "source")  # forgotten on one side
+        assert loss(half).item() > 1
