@@ -138,7 +138,7 @@ def test_an_archive_that_counts_its_bytes_twice_is_refused(tmp_path):
 def test_a_number_in_numpys_pickle_cannot_ask_for_gigabytes(tmp_path):
     """`numpy.core.multiarray.scalar` of a type without a value is as many zeros as the type says."""
     body = b"\x80\x02}X\x04\x00\x00\x00losscnumpy.core.multiarray\nscalar\n"
-    body += b"cnumpy\ndtype\nX\x0c\x00\x00\x00V20000000000\x89\x88\x87R\x85Rs."
+    body += b"cnumpy\ndtype\nX\x0b\x00\x00\x00V2000000000\x89\x88\x87R\x85Rs."
     path = tmp_path / "number.pth.tar"
     stream = io.BytesIO()
     torch.save({"a": torch.zeros(2)}, stream)
