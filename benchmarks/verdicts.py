@@ -1,16 +1,18 @@
 """What the verdicts on pairs are worth, and the constants of `macosnet_hf/inference/verdict.py`.
 
-    python benchmarks/verdicts.py DATA [--model MODEL] [--pairs N] [--evidence FILE] [--fit]
+    python benchmarks/verdicts.py DATA [--model MODEL] [--pairs N] [--fast] [--evidence FILE] [--fit]
 
 DATA holds caltech101, msrc-coseg, voc2007-6x2 and leordeanu-cars; `verdict_pairs.py` draws the pairs. `--fit` chooses
 a rule on one half of the images and prints it as a line of the module. The table is always of the other half, with the
-rule that the module has. `--evidence` keeps the evidence of all pairs in a file, from which the rest takes a second.
+rule that the module has. A source may show the object mirrored. `--evidence` keeps the evidence of all pairs in a file,
+from which the rest takes a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,16 @@ RELATED, WRONG = ("same image", "same side"), ("unrelated", "blank", "texture")
 KINDS = (*RELATED, "mirrored", "turned", "class", "kin", *WRONG)
 
 
-def gather(data: Path, model_name: str, count: int | None) -> Iterable[dict[str, Any]]:
+def gather(data: Path, model_name: str, count: int | None, fast: bool) -> Iterable[dict[str, Any]]:
     """Kind, half and evidence of pairs in random order, whether the transform mirrors, and which rule is theirs."""
     model, processor = load_model_and_processor(model_name)
+    if fast:
+        model.config.cascade = "fast"
     pairs = list(known_pairs(data))
-    order = np.random.default_rng(1).permutation(len(pairs))[:count]
-    for pair in tqdm([pairs[number] for number in order], desc="pairs"):
-        result = match_images((pair.source(), pair.target()), model=model, processor=processor, refine="none")
+    random.Random(1).shuffle(pairs)
+    for pair in tqdm(pairs[:count], desc="pairs"):
+        images = (pair.source(), pair.target())
+        result = match_images(images, model=model, processor=processor, refine="none", orientations="mirror")
         outputs, masks = result._found.outputs, torch.from_numpy(result.probabilities)
         evidence = evidence_of(outputs.features[0], masks.to(model.device), model.transforms(outputs)[0])
         mirrors = bool(result.transforms[:1].determinant() < 0)
@@ -108,13 +113,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--pairs", type=int, help="at most so many, drawn by chance")
+    parser.add_argument("--fast", action="store_true", help="the cascade that warps features, not images")
     parser.add_argument("--evidence", type=Path)
     parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()
     if arguments.evidence and arguments.evidence.exists():
         rows = json.loads(arguments.evidence.read_text())
     else:
-        rows = list(gather(arguments.data, arguments.model, arguments.pairs))
+        rows = list(gather(arguments.data, arguments.model, arguments.pairs, arguments.fast))
         if arguments.evidence:
             arguments.evidence.write_text(json.dumps(rows))
     if arguments.fit:

@@ -367,6 +367,7 @@ def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str,
         soft = refine_crops(found.crops, refine).numpy()
     masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, soft, strict=True)]
     on_object = _on_masks(found.points, masks)
+    empty = not on_object.any() and found.verdict.quality != "poor"  # which has a reason already
     chosen = np.flatnonzero(on_object & (found.scores > threshold))
     chosen = chosen[np.argsort(-found.scores[chosen], kind="stable")]
     return PairResult(
@@ -379,7 +380,7 @@ def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str,
         soft_masks=soft,
         affine=found.outputs.affine[0].float().cpu().numpy(),
         tps=found.outputs.tps[0].float().cpu().numpy(),
-        **(found.verdict if on_object.any() else WITHOUT_MATCHES)._asdict(),
+        **(WITHOUT_MATCHES if empty else found.verdict)._asdict(),
         _found=found,
     )
 
