@@ -86,7 +86,8 @@ async def _check(request: Request) -> None:
         return
     if found := _CALL.fullmatch(path):
         body = await _body(request)
-        event = _event(request, lambda fn: fn.api_name == found["name"])
+        name = found["name"]
+        event = _event(request, lambda fn: fn.api_name == name)
         _check_values(event, body if found["named"] else body.get("data"))
     elif found := _RUN.fullmatch(path):
         # The page names a function by its number, also where the address names one; as gradio, the number first.
