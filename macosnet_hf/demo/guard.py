@@ -7,7 +7,7 @@ answered by 4xx and a sentence, and never reaches the code behind it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import gradio as gr
@@ -27,8 +27,8 @@ _CLOSED = re.compile(
     r"/+(gradio_api/+(process_recording|deep_link|proxy=|vibe|undo-vibe|stream/|run-history|runs|profiling|mcp"
     r"|custom_component|dev/)|monitoring|runs|dev/|login|logout|gradio_api/+file/)"
 )
-_CALL = re.compile(r"/+gradio_api/+(?:call/(?P<named>v2/)?|run/|api/)(?P<name>[^/]+)/*")
-_JOIN = re.compile(r"/+gradio_api/+queue/join/*")
+_CALL = re.compile(r"/+gradio_api/+call/+(?P<named>v2/+)?(?P<name>[^/]+)/*")
+_RUN = re.compile(r"/+gradio_api/+(?:queue/+join|run/+(?P<run>[^/]+)|api/+(?P<api>[^/]+))/*")
 _COMPONENT = re.compile(r"/+gradio_api/+component_server/*")
 
 Number = Annotated[FiniteFloat, Strict()]
@@ -86,12 +86,15 @@ async def _check(request: Request) -> None:
         return
     if found := _CALL.fullmatch(path):
         body = await _body(request)
-        event = _event(request, lambda fn: fn.api_name == found["name"])
+        name = found["name"]
+        event = _event(request, lambda fn: fn.api_name == name)
         _check_values(event, body if found["named"] else body.get("data"))
-    elif _JOIN.fullmatch(path):
+    elif found := _RUN.fullmatch(path):
+        # The page names a function by its number, also where the address names one; as gradio, the number first.
         body = await _body(request)
-        number = body.get("fn_index")
-        _check_values(_event(request, lambda fn: fn._id == number), body.get("data"))
+        number, name = body.get("fn_index"), found["run"] or found["api"]
+        event = _event(request, lambda fn: fn.api_name == name if number is None else fn._id == number)
+        _check_values(event, body.get("data"))
     elif _COMPONENT.fullmatch(path):
         _check_question(request, await _body(request))
 
@@ -108,7 +111,7 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _event(request: Request, chosen: Any) -> Any:
+def _event(request: Request, chosen: Callable[[Any], bool]) -> Any:
     fns = request.app.get_blocks().fns.values()
     found = [fn for fn in fns if chosen(fn)]
     if len(found) != 1:

@@ -146,10 +146,21 @@ def test_private_events_of_the_page_are_checked_as_well(served, no_traceback):
                 answer = post(address, "queue/join", body)
                 assert answer.status_code == 422, (fn.api_name, component, answer.text)
                 assert answer.json()["detail"][number]["is_valid"] is False
+                assert post(address, "run/predict", body).status_code == 422  # where the page sends what does not wait
+                assert post(address, "run/match", body).status_code == 422
                 checked += 1
     assert checked > 20
     assert post(address, "queue/join", {"data": [], "fn_index": 9999, "session_hash": "x"}).status_code == 404
     assert post(address, "queue/join", {"data": [], "fn_index": None, "session_hash": "x"}).status_code == 404
+
+
+def test_an_event_of_the_page_that_does_not_wait_is_answered(served, no_traceback):
+    """An example that is clicked: the number of a function, in an address that names none."""
+    demo, address, _ = served
+    (fn,) = [fn for fn in demo.fns.values() if [type(each) for each in fn.inputs] == [gr.Dataset]]
+    answer = post(address, "run/predict", {"data": [1], "fn_index": fn._id, "session_hash": "visitor"})
+    assert answer.status_code == 200, answer.text
+    assert [file["orig_name"] for file in answer.json()["data"]] == ["cheetah1.jpg", "lion.jpg"]
 
 
 def test_every_input_of_the_page_has_a_schema(served):
