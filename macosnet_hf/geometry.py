@@ -493,6 +493,12 @@ def inverse_symmetry(name: str) -> str:
     return next(other for other in SYMMETRIES if compose_symmetries(other, name) == "identity")
 
 
+def is_mirror(name: str) -> bool:
+    """Whether one of [`SYMMETRIES`] mirrors: whether its determinant is negative."""
+    (a, b), (c, d) = SYMMETRIES[name]
+    return a * d - b * c < 0
+
+
 def compose_symmetries(outer: str, inner: str) -> str:
     """Name of the symmetry `outer(inner(p))` of two of [`SYMMETRIES`]."""
     product = symmetry_matrix(outer) @ symmetry_matrix(inner)

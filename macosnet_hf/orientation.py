@@ -23,12 +23,15 @@ from .geometry import (
     SYMMETRIES,
     Transform,
     compose_symmetries,
+    inside,
     inverse_symmetry,
+    is_mirror,
     make_grid,
+    sample_at,
     seen_through,
     symmetry_matrix,
 )
-from .matching import cell_products, cell_similarity
+from .matching import cell_similarity, normalize_similarity
 
 if TYPE_CHECKING:
     from .modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput
@@ -40,7 +43,18 @@ HYPOTHESES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "all": (("identity", "turn_90", "turn_180", "turn_270"), ("identity", "mirror")),
 }
 
-IDENTITY_MARGIN = 0.0
+# What a hypothesis must fit better by than one that does not mirror, and than the identity; see `docs/model.md`.
+_MIRROR_MARGIN = 0.015
+_TURN_MARGIN = 0.005
+# Of `orientation_scores`, chosen on leordeanu-cars and msrc-coseg: what a distance of 1 costs in cosine similarity, and
+# what a standard deviation is worth.
+_DISTANCE_COST = 0.2
+_UNUSUAL_SHARE = 0.02
+
+
+def mirrors(orientations: str) -> list[bool]:
+    """Which hypotheses mirror the source."""
+    return [is_mirror(first) != is_mirror(second) for first, second in itertools.product(*HYPOTHESES[orientations])]
 
 # How images of a collection face: cells a side of the maps that are compared; the cost of a partner cell's distance
 # (its square, normalised coordinates); the evidence below which an image stays as it is.
@@ -80,51 +94,56 @@ def orient(model: MaCoSNetModel, pixel_values: Tensor, orientations: str) -> Ori
     hypotheses = list(itertools.product(range(len(of_source)), range(len(of_source), len(names))))
     source, target = (rows[[pair[side] for pair in hypotheses]].flatten() for side in (0, 1))
     scores = orientation_scores(model, features, source, target).view(-1, batch)
-    best = [hypotheses[number] for number in choose(scores).tolist()]
+    best = [hypotheses[number] for number in choose(scores, mirrors(orientations)).tolist()]
     index = torch.stack([rows[number, pair] for pair, both in enumerate(best) for number in both])
     return OrientedPairs(
         images[index], features.select(index), [(names[first], names[second]) for first, second in best]
     )
 
 
-def fit_score(similarity: Tensor, there: Transform, back: Transform) -> Tensor:
-    """How well pairs fit: the mean similarity of each cell's best match near where the transforms send it, `(P,)`.
+def choose(scores: Tensor, mirrored: Sequence[bool]) -> Tensor:
+    """Numbers `(B,)` of the hypotheses that fit best; number 0, the identity, and those without a mirror have an edge.
 
     Args:
-        similarity: `(P, h*w, h, w)`, see `cell_similarity` (`matching.py`).
-        there, back: `(P)`, T_AB and T_BA.
+        scores: `(K, B)`, see [`orientation_scores`].
+        mirrored: which of the K hypotheses mirror the source.
     """
-    side = similarity.shape[-1]
-    prior = centre_prior(side, side, device=similarity.device).flatten()
-    grid = make_grid(side, side, device=similarity.device).reshape(1, -1, 2)
-    total = similarity.new_zeros(len(similarity))
-    for of_pairs, transform in ((similarity.flatten(2), there), (similarity.flatten(2).transpose(1, 2), back)):
-        distance = torch.cdist(transform.apply(grid), grid).transpose(1, 2)  # source cells, target cells
-        best = (of_pairs - 0.05 * distance.square() / 0.18).amax(1)
-        total = total + (best * prior).sum(-1) / prior.sum()
-    return total / 2
-
-
-def choose(scores: Tensor) -> Tensor:
-    """Numbers `(B,)` of the hypotheses that fit best, by their scores `(K, B)`; number 0, the identity, has an edge."""
-    scores = scores.nan_to_num(nan=0.0)
-    return torch.cat((scores[:1] + IDENTITY_MARGIN, scores[1:])).argmax(dim=0)
+    edge = torch.where(torch.tensor(mirrored, device=scores.device), 0.0, _MIRROR_MARGIN).unsqueeze(1)
+    scores = scores.nan_to_num(nan=-1.0) + edge.to(scores)
+    return torch.cat((scores[:1] + _TURN_MARGIN, scores[1:])).argmax(dim=0)
 
 
 def orientation_scores(model: MaCoSNetModel, features: MaCoSNetFeatures, source: Tensor, target: Tensor) -> Tensor:
-    """How well images fit as they face: `(P,)`, see [`fit_score`], by the cascade that needs no encoder pass.
+    """How well images fit as they face: `(P,)`, by inner products of features alone.
+
+    The sum of two numbers, each the mean over both images and over their cells, weighted towards the middle. The first
+    is the best similarity of a cell to one near the same place, each image's features being centred: what all of an
+    image has in common says nothing of how it faces. The second says by how many standard deviations the similarity at
+    the place where the affine head sends a cell exceeds that at other places.
 
     Args:
-        model: its heads predict the transforms.
+        model: its affine head is used.
         features: of N images, each perhaps seen through a symmetry.
         source, target: `(P,)` numbers of images.
     """
-    similarity = cell_similarity(features.normalized[source], features.normalized[target])
-    reverse = similarity.flatten(2).transpose(1, 2).unflatten(2, similarity.shape[-2:])
-    lengths, gram = cell_products(features.last)
-    there = model.predict_transforms_from_similarity(similarity, lengths, gram, source)
-    back = model.predict_transforms_from_similarity(reverse, lengths, gram, target)
-    return fit_score(similarity.float(), there, back)
+    side, maps = features.normalized.shape[-1], features.normalized.float()
+    cells = make_grid(side, side, device=maps.device).reshape(1, -1, 2)
+    weights = centre_prior(side, side, device=maps.device).flatten()
+    weights = weights / weights.sum()
+    centred = F.normalize(maps - maps.mean(dim=(2, 3), keepdim=True), dim=1).flatten(2)
+    near = torch.bmm(centred[source].transpose(1, 2), centred[target])
+    near = near - _DISTANCE_COST * torch.cdist(cells, cells).square()
+    score = ((near.amax(1) + near.amax(2)) / 2) @ weights
+    for own, other in ((source, target), (target, source)):
+        # One channel per cell of the one image, in the layout of the other; and the other way round.
+        similarity = cell_similarity(maps[own], maps[other])
+        reverse = similarity.flatten(2).transpose(1, 2).unflatten(2, (side, side))
+        affine = model.affine_head(normalize_similarity(similarity.to(features.normalized.dtype)))
+        places = Transform(affine).apply(cells)
+        found = sample_at(reverse, places).diagonal(dim1=1, dim2=2)  # for each cell of the other image
+        unusual = (found - similarity.mean(1).flatten(1)) / (similarity.std(1).flatten(1) + 1e-3)
+        score = score + _UNUSUAL_SHARE / 2 * (unusual * inside(places)) @ weights
+    return score
 
 
 def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Sequence[tuple[str, str]]) -> None:

@@ -2,17 +2,30 @@
 
 import functools
 import itertools
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from real_photos import CHEETAH, LION
-from small_models import FUSED, GRID_SIZE, IMAGE_SIZE, random_pictures, small_config, small_model, small_processor
+from small_models import (
+    FUSED,
+    GRID_SIZE,
+    IMAGE_SIZE,
+    random_pictures,
+    save_small_checkpoint,
+    small_config,
+    small_model,
+    small_processor,
+)
 
 from macosnet_hf import orientation
+from macosnet_hf.commands.main import main
 from macosnet_hf.errors import InputError
 from macosnet_hf.geometry import SYMMETRIES, denormalize_points, inverse_symmetry, make_grid, seen_through
+from macosnet_hf.inference.pair import match_pair
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 NAMES = list(SYMMETRIES)
@@ -75,7 +88,7 @@ def test_any_winner_answers_as_images_that_are_moved_before(model, orientations,
     points = torch.rand(12, 2, generator=torch.Generator().manual_seed(3)) * 1.8 - 0.9
     for first in range(0, len(hypotheses), 2):
         winners = [(first + k) % len(hypotheses) for k in range(3)]
-        monkeypatch.setattr(orientation, "choose", lambda scores, winners=winners: torch.tensor(winners))
+        monkeypatch.setattr(orientation, "choose", lambda scores, mirrored, winners=winners: torch.tensor(winners))
         with torch.no_grad():
             outputs = model(pixels, orientations=orientations)
         for row, winner in enumerate(winners):
@@ -131,12 +144,12 @@ def test_without_orientations_nothing_changes_and_blank_images_stay_as_they_are(
     assert plain.orientation.tolist() == base.orientation.tolist() == [0, 0, 0]
     assert blank.orientation.tolist() == [0, 0]
     scores = torch.tensor([[0.5, float("nan"), 0.1], [0.5, float("nan"), 0.9]])
-    assert orientation.choose(scores).tolist() == [0, 0, 1]
+    assert orientation.choose(scores, [False, True]).tolist() == [0, 0, 1]
 
 
 def test_the_configuration_decides_where_nothing_is_said(monkeypatch):
     model = small_model(MaCoSNetForKeypointMatching, orientations="mirror")
-    monkeypatch.setattr(orientation, "choose", lambda scores: torch.ones(scores.shape[1], dtype=torch.long))
+    monkeypatch.setattr(orientation, "choose", lambda scores, mirrored: torch.ones(scores.shape[1], dtype=torch.long))
     pixels = pairs_of_photos()
     with torch.no_grad():
         assert model(pixels).orientation.tolist() == [NAMES.index("mirror")] * 3
@@ -165,3 +178,80 @@ def test_bad_orientations(model):
     older = small_config().to_dict()
     del older["orientations"]
     assert type(small_config())(**older).orientations == "none"
+
+
+# --- where users meet it ---
+
+
+@pytest.fixture
+def mirror_always(monkeypatch):
+    monkeypatch.setattr(orientation, "choose", lambda scores, mirrored: torch.ones(scores.shape[1], dtype=torch.long))
+
+
+def test_match_pair_answers_in_pixels_of_the_image_as_it_is(mirror_always):
+    # Without its masks a small network matches nothing.
+    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, match_mask_threshold=0.0)
+    torch.nn.init.constant_(model.macosnet.decoder.classifier.bias, 3.0)
+    network = {"model": model, "processor": small_processor()}
+    source, target = (Image.open(path).convert("RGB") for path in (CHEETAH, LION))
+    found = match_pair(source, target, refine="none", orientations="mirror", **network)
+    expected = match_pair(ImageOps.mirror(source), target, refine="none", **network)
+    assert (found.orientation, expected.orientation) == ("mirror", "identity")
+    assert len(found.matches) == len(expected.matches) > 0
+
+    def rows(result, mirrored):
+        """Matches in one order: of the source's points, which are those of the mirrored image."""
+        keypoints = result.keypoints.copy()
+        if mirrored:
+            keypoints[:, 0, 0] = source.width - 1 - keypoints[:, 0, 0]
+        return keypoints[np.lexsort(keypoints[:, 0].round().T)]
+
+    np.testing.assert_allclose(rows(found, True), rows(expected, False), atol=0.1)
+    assert (found.source_mask == expected.source_mask[:, ::-1]).mean() > 0.999
+    difference = np.abs(np.float32(found.warped_source()) - np.float32(expected.warped_source()))
+    assert difference.mean() < 1
+    points = np.array([[30.0, 40.0], [200.0, 100.0]])
+    mirrored = np.array([source.width - 1, 0]) + points * [-1, 1]
+    np.testing.assert_allclose(found.transfer(points), expected.transfer(mirrored), atol=0.1)
+    assert abs(found._found.agreement - expected._found.agreement) < 1e-3
+
+
+def test_the_command_says_how_the_source_was_matched(mirror_always, tmp_path, capsys):
+    checkpoint = save_small_checkpoint(tmp_path / "checkpoint")
+    command = ["match", CHEETAH, LION, "--refine", "none", "--model", str(checkpoint), "--output-dir"]
+    assert main([*command, str(tmp_path / "mirrored"), "--orientations", "mirror"]) == 0
+    assert "matched as a mirror image" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "plain")]) == 0
+    assert "mirror" not in capsys.readouterr().out
+    said = [json.loads((tmp_path / name / "matches.json").read_text()) for name in ("mirrored", "plain")]
+    assert [document["orientation"] for document in said] == ["mirror", "identity"]
+
+
+def test_the_demo_and_the_pipeline_say_it_too(mirror_always, tmp_path):
+    from transformers import pipeline
+
+    from macosnet_hf.demo.texts import pair_verdict
+
+    result = SimpleNamespace(quality="good", matches=[1, 2], orientation="mirror")
+    pair = SimpleNamespace(same_image=False, result=result)
+    assert pair_verdict(pair).endswith("2 matching points on the object. The source is matched as a mirror image.")
+    result.orientation = "turn_90"
+    assert pair_verdict(pair).endswith("The source is matched turned by 90 degrees.")
+    result.orientation = "identity"
+    assert pair_verdict(pair).endswith("2 matching points on the object.")
+    small_model(MaCoSNetForKeypointMatching, match_mask_threshold=0.0).save_pretrained(tmp_path)
+    small_processor().save_pretrained(tmp_path)
+    matcher = pipeline("keypoint-matching", model=str(tmp_path))
+    plain, mirrored = (matcher([CHEETAH, LION], orientations=name) for name in ("none", "mirror"))
+    assert plain != mirrored
+    assert matcher([CHEETAH, LION]) == plain
+    with pytest.raises(InputError, match="'none', 'mirror', 'all'"):
+        matcher([CHEETAH, LION], orientations="sideways")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40)])
+def test_images_of_one_pixel_keep_their_orientation(size):
+    model, dot = small_model(MaCoSNetForKeypointMatching), Image.new("RGB", size, (200, 10, 10))
+    with torch.no_grad():
+        outputs = model(**small_processor()([[dot, dot]], return_tensors="pt"), orientations="all")
+    assert outputs.orientation.tolist() == [0]

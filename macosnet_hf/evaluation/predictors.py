@@ -49,7 +49,7 @@ from ..geometry import (
 from ..inference import COLLECTION_SIDE, start_of
 from ..matching import correlate, fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetFeatures
-from ..orientation import HYPOTHESES, choose, orientation_scores
+from ..orientation import HYPOTHESES, choose, mirrors, orientation_scores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -484,7 +484,7 @@ class ModelPredictor(FeaturePredictor):
             features = self.batch(images).features.without_skips()
             with torch.inference_mode():
                 scores = orientation_scores(self.model, features, pairs, pairs + len(hypotheses))
-            number = int(choose(scores[:, None]))
+            number = int(choose(scores[:, None], mirrors(self.orientations)))
             best.append((seen[number][0], seen[number][1]))
         return best
 
