@@ -56,6 +56,7 @@ def mirrors(orientations: str) -> list[bool]:
     """Which hypotheses mirror the source."""
     return [is_mirror(first) != is_mirror(second) for first, second in itertools.product(*HYPOTHESES[orientations])]
 
+
 # How images of a collection face: cells a side of the maps that are compared; the cost of a partner cell's distance
 # (its square, normalised coordinates); the evidence below which an image stays as it is.
 _FACING_SIDE = 12
