@@ -41,6 +41,7 @@ PAIR_KEYS = {
     "affine",
     "tps",
     "reverse",
+    "orientation",
     "model",
     "refine",
     "threshold",
@@ -57,6 +58,7 @@ PHOTO_KEYS = {
     "object_share",
     "agreement",
     "belongs",
+    "orientation",
     "common",
     "partners",
 }
