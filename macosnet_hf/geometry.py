@@ -111,14 +111,14 @@ def relative_to_pixels(points: Tensor, size: Tensor | Sequence[int]) -> Tensor:
     return points * _extent(size, points) - 0.5
 
 
-def cell_centres(
-    count: int, side: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Centres `(count**2, 2)` of the cells of a square grid over the image, row by row, normalised; `side` is S.
+def cell_centres(side: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Centres `(side**2, 2)` of the cells of a square grid over the network's input, row by row, normalised.
 
     They stay clear of the image's corners, where no object's point is worth a match.
     """
-    return make_grid(count, count, side=side, device=device, dtype=dtype).reshape(-1, 2)
+    axis = (2 * torch.arange(side, device=device, dtype=dtype) + 1) / side - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack((x, y), dim=-1).reshape(-1, 2)
 
 
 def make_grid(

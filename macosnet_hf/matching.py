@@ -240,8 +240,7 @@ def match_grid(
         keypoints `(B, 2, N, 2)`, relative, matches `(B, 2, N)` (-1 for unmatched) and scores `(B, 2, N)`.
     """
     batch, like = features.shape[0], transforms.affine
-    source = cell_centres(config.grid_size, config.image_size, device=like.device, dtype=like.dtype)
-    source = source.expand(batch, -1, -1)
+    source = cell_centres(config.grid_size, device=like.device, dtype=like.dtype).expand(batch, -1, -1)
     target = map_points(source, 0, features, transforms, config)
     back = map_points(target, 1, features, transforms, config)
     error = (back - source).norm(dim=-1)

@@ -624,7 +624,8 @@ def test_matches_and_key_points_follow_the_contract():
     assert torch.equal(outputs.matching_scores[:, 0], outputs.matching_scores[:, 1])
     # Source keypoints: centres of the cells of a regular grid, row by row.
     for n, (row, column) in enumerate(itertools.product(range(GRID_SIZE), repeat=2)):
-        expected = [(column + 0.5) / GRID_SIZE, (row + 0.5) / GRID_SIZE]
+        # from -1 to +1 between the centres of the input's corner pixels, then in shares of the image
+        expected = [((2 * k + 1) / GRID_SIZE - 1) * (IMAGE_SIZE - 1) / IMAGE_SIZE / 2 + 0.5 for k in (column, row)]
         assert outputs.keypoints[0, 0, n].tolist() == pytest.approx(expected, abs=1e-6)
     # Matched keypoints of the target are where point transfer sends those of the source.
     size = torch.tensor([[[100, 100], [100, 100]]] * 2)
