@@ -1,6 +1,7 @@
 """The interactive drawing of a pair: lines, grid, outline and warp."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def test_lines_are_the_matches_above_the_threshold(pair):
     assert len(everything["lines"]) == everything["all"]
     colors = {tuple(line[:4]): line[4] for line in everything["lines"]}
     assert all(colors[tuple(line[:4])] == line[4] for line in sent["lines"])  # a line keeps its colour
-    assert json.loads(viewer_lines(result, 1, 10)) == {"lines": [], "above": 0, "all": sent["all"], "faint": False}
+    nothing = {"lines": [], "above": 0, "all": sent["all"]}
+    for quality in ("good", "fair", "poor"):
+        drawn = json.loads(viewer_lines(replace(result, quality=quality), 1, 10))
+        assert drawn == {**nothing, "faint": quality == "poor"}
 
 
 def test_photos_travel_inside_the_page(pair):
