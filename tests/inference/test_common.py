@@ -126,6 +126,13 @@ def test_images_with_nothing_in_common_at_all_are_called_so(common):
     assert all(mask.any() for mask in result.masks)
 
 
+def test_too_few_images_for_an_odd_one_still_say_which_shares_nothing(common):
+    result = segment_files([CAT, TABBY, CAR], ["a.jpg", "b.jpg", "c.jpg"], **common, refine="none")
+    assert result.result.common.tolist() == [True, True, False]
+    assert result.odd == []
+    assert "c.jpg shares no object with the others" in collection_verdict(result)
+
+
 @pytest.mark.parametrize("decoder", ["paper", "common"])
 def test_only_a_decoder_of_common_objects_changes_the_masks(decoder):
     """A decoder of the paper segments what stands out in any company; its masks stay as they are."""
