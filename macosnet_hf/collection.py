@@ -24,6 +24,7 @@ from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
 from .mask_sharing import (
+    LEAST_SIMILARITY,
     NetworkMasks,
     drop_small_components,
     object_similarity,
@@ -379,8 +380,9 @@ class Collection:
             common = similarity.gather(1, chosen).mean(dim=1) >= COMMON_SIMILARITY
         similarity.fill_diagonal_(-2)
         agreement = similarity.topk(min(_AGREEMENT_PARTNERS, len(self) - 1), dim=1).values.mean(dim=1)
-        cells = similar_cells(last, others) if propagate else None
-        if self.model.config.decoder_inputs == "common" and not common.all():
+        listens = self.model.config.decoder_inputs == "common"
+        cells = similar_cells(last, others, LEAST_SIMILARITY if listens else None) if propagate else None
+        if listens and not common.all():
             for number in torch.nonzero(~common).flatten().tolist():
                 own[number] = self.salient_mask(number)
             cells = cells and cells.without(~common)

@@ -74,13 +74,21 @@ def collection_verdict(collection: SegmentedCollection) -> str:
         return marked("nothing shared", "poor", words)
     if odd:
         thumbnails = "".join(_thumbnail(collection, number) for number in collection.odd)
-        named = " and ".join(odd) if len(odd) < 3 else f"{', '.join(odd[:-1])} and {odd[-1]}"
-        words = f"{named} {'does' if len(odd) == 1 else 'do'} not seem to belong; the other {rest} agree."
+        words = f"{_listed(odd)} {'does' if len(odd) == 1 else 'do'} not seem to belong; the other {rest} agree."
         return marked("odd one out", "fair", words, thumbnails)
+    alone = [copy.name for number, copy in enumerate(collection.copies) if not collection.has_common_object(number)]
+    if alone:
+        words = f"{_listed(alone)} {'shares' if len(alone) == 1 else 'share'} no object with the others."
+        return marked("shared in part", "fair", f"{words} There the mask is what stands out in the photo.")
     words = f"All {rest} photos seem to show the same kind of object."
     if rest < 4:
         words = f"{rest} photos are too few to tell whether one does not belong; four will do."
     return marked("all agree", "good", words)
+
+
+def _listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 # HTML with names of files is made here, not by a template of `gr.HTML`: gradio runs what a template gives as a

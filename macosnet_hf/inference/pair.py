@@ -28,7 +28,7 @@ from ..geometry import SYMMETRIES, Transform, denormalize_points, make_grid, nor
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
-from ..mask_sharing import NetworkMasks, object_similarity, reduce_for_refinement, similar_cells
+from ..mask_sharing import LEAST_SIMILARITY, NetworkMasks, object_similarity, reduce_for_refinement, similar_cells
 from ..refinement import check_method
 from . import start_of
 from .verdict import WITHOUT_MATCHES, Verdict, judge
@@ -394,7 +394,8 @@ def _second_pass(images: tuple[Image.Image, Image.Image], found: _Found) -> Crop
         collection.add([crop_to_box(image, box, side) for image, box in zip(images, boxes, strict=True)])
         return collection.images, collection.first_pass(common=torch.tensor([found.common] * 2)).masks.cpu()
 
-    cells = similar_cells(found.outputs.features[0].float().cpu(), _EACH_OTHER)
+    least = LEAST_SIMILARITY if found.model.config.decoder_inputs == "common" else None
+    cells = similar_cells(found.outputs.features[0].float().cpu(), _EACH_OTHER, least)
     if _stand_alone(found.model, found.common):
         cells = cells.without(torch.tensor([True, True]))
     crops = crop_to_objects(

@@ -65,6 +65,22 @@ def test_no_mask_reaches_an_image_that_stands_alone():
     assert torch.corrcoef(torch.stack((own.flatten(), again.flatten())))[0, 1] > 0.8
 
 
+def test_cells_that_resemble_nothing_are_no_object():
+    features, masks = random(3, 12, 4, 4) - 0.5, torch.ones(3, 16, 16)
+    others = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    found = propagate_masks(masks, similar_cells(features, others, 0.35))
+    unit = torch.nn.functional.normalize(features, dim=1).flatten(2).double()
+    for number in range(3):
+        for cell, corner in ((0, 0), (15, 15)):  # which enlargement leaves as they are
+            best = sorted((unit[number, :, cell] @ unit[other]).tolist() for other in others[number].tolist())
+            values = sorted((value for row in best for value in row), reverse=True)[:20]
+            weights = [np.exp(value / 0.1) for value in values]
+            expected = sum(weights) / (sum(weights) + 0.25 * 20 * np.exp(3.5))
+            assert float(found[number, corner, corner]) == pytest.approx(expected, abs=1e-4)
+    assert found.min() < 0.99
+    assert (propagate_masks(masks, similar_cells(features, others)) > 0.999).all()
+
+
 def test_a_pair_with_nothing_in_common_has_what_stands_out_and_says_so(common):
     found = match_files(TABBY, CAR, **common, refine="none")
     assert not found.result.common
@@ -108,6 +124,13 @@ def test_images_with_nothing_in_common_at_all_are_called_so(common):
     assert not result.result.common.any()
     assert "nothing in common" in collection_verdict(result)
     assert all(mask.any() for mask in result.masks)
+
+
+def test_too_few_images_for_an_odd_one_still_say_which_shares_nothing(common):
+    result = segment_files([CAT, TABBY, CAR], ["a.jpg", "b.jpg", "c.jpg"], **common, refine="none")
+    assert result.result.common.tolist() == [True, True, False]
+    assert result.odd == []
+    assert "c.jpg shares no object with the others" in collection_verdict(result)
 
 
 @pytest.mark.parametrize("decoder", ["paper", "common"])
