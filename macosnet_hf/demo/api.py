@@ -37,9 +37,9 @@ def _match_endpoint(sessions: Sessions) -> None:
 
         Takes two image files, the smallest score of a match (0 to 1) and how masks get their edges ("grabcut", "otsu"
         or "none"). Returns a report (key `result` names the result in `/transfer_points` for half an hour; matches with
-        points (x, y) in pixels of the originals; quality "good", "fair" or "poor", also in words), a drawing of the
-        matches, the masks of source and target as PNG in original size, and the source warped onto the target (at most
-        960 pixels).
+        points (x, y) in pixels of the originals; quality "good", "fair" or "poor", agreement, the number in [0, 1]
+        behind it, and the reason), a drawing of the matches, the masks of source and target as PNG in original size,
+        and the source warped onto the target (at most 960 pixels).
         """
         with errors_for_visitors():
             pair = sessions.matcher.pair(*checked_pair(source, target), refine)
