@@ -4,7 +4,8 @@
 
 In one process, in turn: the four encoder passes over single images that a pair needs (source, target, and both once
 more after the affine warp), and the whole forward (both directions, transforms, correlations, both masks). Weights are
-random, which does not change the time. Medians over the rounds; the ratio is taken round by round.
+random, which does not change the time. Medians over the rounds; the ratio is taken round by round. The last two columns
+are the whole forward with orientations="mirror" and "all", as multiples of that without.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
         handle.remove()
         encoder_alone()
         alone, whole = [], []
+        oriented: dict[str, list[float]] = {"mirror": [], "all": []}
         for _ in range(rounds):
             alone.append(timed(encoder_alone))
             whole.append(timed(lambda: model(pixels)))
+            for name, ratios_of in oriented.items():
+                ratios_of.append(timed(lambda name=name: model(pixels, orientations=name)) / whole[-1])
     ratios = [b / a for a, b in zip(alone, whole, strict=True)]
     return {
         "passes": passes,
@@ -64,6 +68,7 @@ def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
+        **{name: statistics.median(found) for name, found in oriented.items()},
     }
 
 
@@ -78,14 +83,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
-    print("| preset | encoder passes | passes alone | whole pair | ratio (min-max) |")
-    print("|---|---:|---:|---:|---:|")
+    print("| preset | encoder passes | passes alone | whole pair | ratio (min-max) | mirror | all |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for preset in args.preset:
         result = measure(preset, args.rounds, device)
         print(
             f"| {preset} | {result['passes']} | {result['encoder_seconds'] * 1e3:.0f} ms | "
             f"{result['pair_seconds'] * 1e3:.0f} ms | {result['ratio']:.2f} "
-            f"({result['ratio_min']:.2f}-{result['ratio_max']:.2f}) |"
+            f"({result['ratio_min']:.2f}-{result['ratio_max']:.2f}) | {result['mirror']:.2f} | {result['all']:.2f} |"
         )
 
 
