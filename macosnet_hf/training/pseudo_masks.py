@@ -130,7 +130,9 @@ def sharpen(
     size = tuple(images.shape[-2:])
 
     def one(index: int) -> np.ndarray:
-        soft = resize_masks(maps[index][None], size)[0].numpy().clip(0, 1)
+        # The maps are those of the network's cells, whose corner centres are those of its input.
+        soft = F.interpolate(maps[index][None, None], size=size, mode="bilinear", align_corners=True)[0, 0].numpy()
+        soft = soft.clip(0, 1)
         split = otsu_threshold(soft) or 0.5
         centred = np.where(soft < split, soft / split / 2, 0.5 + (soft - split) / (1 - split + 1e-6) / 2)
         image = images[index].permute(1, 2, 0).contiguous().numpy()
