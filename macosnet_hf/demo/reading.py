@@ -199,12 +199,12 @@ class _Pool:
 
 def _started(lane: Lane) -> subprocess.Popen[bytes]:
     """A new process, without the tokens that may be in this one's environment."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    passed = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "macosnet_hf.demo.reading_worker", lane.settings()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**kept, **one, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={**passed, **one, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
