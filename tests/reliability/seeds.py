@@ -277,4 +277,4 @@ def predictions(folder: Path) -> None:
     values = {"0|points": np.ones((3, 2)), "1|points": np.zeros((3, 2))}
     np.savez_compressed(folder / "samples-000-00000.npz", allow_pickle=False, **values)
     samples = {name: ["samples-000-00000.npz", f"{number}|{'0' * 16}"] for number, name in enumerate("ab")}
-    (folder / "manifest.json").write_text(json.dumps({"model": "m", "format": 2, "samples": samples}))
+    (folder / "manifest.json").write_text(json.dumps({"model": "m", "format": FORMAT, "samples": samples}))

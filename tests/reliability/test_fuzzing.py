@@ -286,7 +286,7 @@ def test_an_annotation_nested_too_deep(tmp_path):
 def test_damaged_predictions_are_said_to_be(tmp_path):
     stamp = record_stamp({"id": "a"})
     np.savez(tmp_path / "samples.npz", **{"0|points": np.ones((3, 2))})
-    sound = {"model": "m", "format": 2, "samples": {"a": ["samples.npz", f"0|{stamp}"]}}
+    sound = {"model": "m", "format": FORMAT, "samples": {"a": ["samples.npz", f"0|{stamp}"]}}
 
     def read(document):
         (tmp_path / "manifest.json").write_text(document if isinstance(document, str) else json.dumps(document))

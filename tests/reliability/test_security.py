@@ -145,7 +145,7 @@ def test_kept_predictions_hold_numbers_only(tmp_path, witness):
     array[0] = Payload(witness)
     np.savez(tmp_path / "samples.npz", **{"0|points": array})
     samples = {"a": ["samples.npz", f"0|{record_stamp({'id': 'a'})}"]}
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "samples": samples}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "samples": samples}))
     with pytest.raises(InputError, match="missing or damaged"):
         PredictionReader(tmp_path, {}).get({"id": "a"})
 
