@@ -120,6 +120,8 @@ class _Pool:
         for _ in range(lane.processes):
             self._free.put(None)
         self._places = threading.Semaphore(lane.processes + lane.waiting)
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
 
     def ask(self, line: bytes) -> tuple[dict[str, Any], bytes]:
         """The answer to a request, and its pixels.
@@ -128,7 +130,7 @@ class _Pool:
             EOFError: if the process exceeded a limit.
             InputError: if too many others wait, or this took too long on a busy machine.
         """
-        if not self._places.acquire(blocking=False):
+        if self._closed or not self._places.acquire(blocking=False):
             raise InputError(_BUSY)
         try:
             with self._process() as process:
@@ -143,8 +145,14 @@ class _Pool:
         except queue.Empty:
             raise InputError(_BUSY) from None
         try:
-            if process is None or process.poll() is not None:
+            if self._closed:
+                raise InputError(_BUSY)
+            if process is not None and process.poll() is not None:
+                self._running.remove(process)
+                process = None
+            if process is None:
                 process = _started(self._lane)
+                self._running.add(process)
             yield process
         finally:
             self._free.put(process)
@@ -160,6 +168,7 @@ class _Pool:
 
         # Wall time as well: a process may wait for something, or for its turn on a busy machine.
         alarm = threading.Timer(limits.READING_PATIENCE, end)
+        alarm.daemon = True
         alarm.start()
         try:
             process.stdin.write(line)
@@ -188,13 +197,11 @@ class _Pool:
                 stack.enter_context(self._process())
 
     def close(self) -> None:
-        for _ in range(self._lane.processes):
-            with contextlib.suppress(queue.Empty):
-                process = self._free.get(timeout=1)
-                if process is not None:
-                    process.kill()
-                    process.communicate()
-            self._free.put(None)
+        """Ends the processes, also those that read; whoever waits for one is told so at once."""
+        self._closed = True
+        for process in list(self._running):
+            process.kill()
+            process.wait()
 
 
 def _started(lane: Lane) -> subprocess.Popen[bytes]:

@@ -144,6 +144,32 @@ def test_a_large_image_goes_to_the_slow_lane_and_a_small_one_passes_it(monkeypat
         reader.close()
 
 
+def test_closing_ends_what_is_being_read(monkeypatch, tmp_path):
+    """Else the server would not end before its slowest file."""
+    reader = small_reader(monkeypatch, QUICK_READING=(60, 10**8, 1, 4, 0), SLOW_READING=(60, 10**9, 1, 4, 0))
+    path = tmp_path / "segments.jpg"
+    path.write_bytes(bombs.jpeg_segments(7_000_000))
+    reader.start()
+    ended = []
+
+    def read() -> None:
+        with pytest.raises((ImageError, InputError)):
+            reader.working_copy(str(path))
+        ended.append(time.monotonic())
+
+    threads = [threading.Thread(target=read) for _ in range(3)]  # one reads, two wait
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    began = time.monotonic()
+    reader.close()
+    for thread in threads:
+        thread.join(20)
+    assert len(ended) == 3
+    assert max(ended) - began < 2
+    assert not [process for process in processes() if process.is_running() and process.status() != "zombie"]
+
+
 def test_no_token_reaches_a_process_that_reads(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf" + "_" + "s3cr3T" * 6)
     reader = PhotoReader()
