@@ -301,7 +301,8 @@ def open_collection(
     """
     check_collection_size(len(paths))
     copies = []
-    for number, (path, name) in enumerate(zip(paths, told_apart(names), strict=True)):
+    names = names if len(set(names)) == len(names) else told_apart(names)
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         if progress is not None:
             progress(_READING * number / len(paths), f"Reading {name}")
         copies.append(read(path, name, _DEMO_SIDE))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from macosnet_hf.evaluation.predictions import FORMAT
 from macosnet_hf.images import reads_heif
 
 

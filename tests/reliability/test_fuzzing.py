@@ -26,7 +26,7 @@ from macosnet_hf.datasets.benchmarks import Problems, iter_records
 from macosnet_hf.datasets.benchmarks.mat import read_matrix
 from macosnet_hf.datasets.benchmarks.tss import read_flow
 from macosnet_hf.datasets.masks import mask_from_image
-from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
+from macosnet_hf.evaluation.predictions import FORMAT, PredictionReader, record_stamp
 from macosnet_hf.images import reads_heif
 from macosnet_hf.inference.pair import check_points
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching

@@ -139,7 +139,7 @@ def test_code_beside_data_does_not_run(tmp_path, witness, monkeypatch):
 
 
 def test_kept_predictions_hold_numbers_only(tmp_path, witness):
-    from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
+    from macosnet_hf.evaluation.predictions import FORMAT, PredictionReader, record_stamp
 
     array = np.empty(1, dtype=object)
     array[0] = Payload(witness)
