@@ -631,9 +631,9 @@ def test_many_large_photographs_are_not_all_in_memory(tmp_path):
         "from macosnet_hf.commands.segment import _read_copies\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "paths = sorted(Path(sys.argv[1]).glob('*.jpg'))\n"
-        "_read_copies(paths[:1], skip_damaged=False)\n"
+        "_read_copies(paths[:1], skip_damaged=False, progress=lambda *_: None)\n"
         "before = peak()\n"
-        "copies, skipped = _read_copies(paths, skip_damaged=False)\n"
+        "copies, skipped = _read_copies(paths, skip_damaged=False, progress=lambda *_: None)\n"
         "assert len(copies) == 12 and {copy.image.size for copy in copies} == {(640, 480)}\n"
         "print(peak() - before)\n"
     )

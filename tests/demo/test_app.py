@@ -160,7 +160,7 @@ def test_orientation_of_a_phone_is_applied(client, tmp_path):
 def test_nothing_in_common_is_said_in_words(client):
     report, *_ = match(client, LION, TOWER)
     assert report["quality"] == "poor"
-    assert report["words"] == REASONS["poor"]
+    assert report["words"].startswith(REASONS["poor"])
 
 
 def test_the_same_photo_twice_is_noticed(client):
@@ -236,7 +236,12 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
     assert [photo["belongs"] for photo in report["photos"]] == [True, True, True, False]
     agreement = [photo["agreement"] for photo in report["photos"]]
     assert min(agreement) == agreement[3]
-    assert [photo["file"] for photo in report["photos"]] == ["lion.jpg", "lion.jpg", "cat.jpg", "tower.jpg"]
+    assert [photo["file"] for photo in report["photos"]] == [
+        "lion.jpg (photo 1)",
+        "lion.jpg (photo 2)",
+        "cat.jpg",
+        "tower.jpg",
+    ]
     assert Image.open(sheet).width > 400
     assert max(Image.open(average).size) <= 480
     with zipfile.ZipFile(archive) as zipped:
