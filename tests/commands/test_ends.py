@@ -117,7 +117,11 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def waiting(photos: Path, out: Path, model: Path, before: str = "") -> subprocess.Popen:
+# The suite itself may have been started with nohup, which its children inherit.
+HEARS_HANG_UP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+
+
+def waiting(photos: Path, out: Path, model: Path, before: str = HEARS_HANG_UP) -> subprocess.Popen:
     words = ["segment", photos, "--output-dir", out, "--model", model]
     process = subprocess.Popen(
         [sys.executable, "-c", before + WAITING, *map(str, words)],

@@ -62,6 +62,7 @@ class Run:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a bench that runs under nohup ignores it
             os.close(ready)
             with open(says, "w") as output:
                 os.dup2(output.fileno(), 1)
