@@ -99,7 +99,7 @@ def test_what_a_killed_adaptation_left_does_not_stop_the_next_one(tmp_path, capf
     images.mkdir(parents=True)
     for number, source in enumerate((LION, CHEETAH)):
         shutil.copy(source, images / f"{number}.jpg")
-    (output / ".macosnet-killed" / "best").mkdir(parents=True)
+    (output / ".macosnet-killed01" / "best").mkdir(parents=True)
     said = refused(capfd, "adapt", images, "--output-dir", output, "--model", tmp_path / "nowhere")
     assert "nowhere" in said  # and nothing about the output folder
     assert list(output.iterdir()) == []

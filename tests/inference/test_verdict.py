@@ -14,13 +14,13 @@ from macosnet_hf.inference.verdict import FUSED, ONE_STAGE, REASONS, Evidence, e
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CAT, TABBY, DOG, CUP = (EXAMPLES / f"{name}.jpg" for name in ("cat", "tabby", "dog", "cup"))
-DATA = Path("/work/shared/data")
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def data(*names: str) -> list[Path]:
     paths = [DATA / name for name in names]
     if not all(path.exists() for path in paths):
-        pytest.skip(f"needs {names[0]} in {DATA}")
+        pytest.skip(f"needs {names[0]} in shared/data")
     return paths
 
 
