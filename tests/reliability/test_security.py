@@ -369,14 +369,14 @@ def test_what_others_left_under_our_temporary_names_is_not_followed(tmp_path):
     (kept / "mine.txt").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".macosnet-link").symlink_to(kept)
+    (out / ".macosnet-link0001").symlink_to(kept)
     (out / ".macosnet-file").write_text("a file")
-    (out / ".macosnet-left").mkdir()
-    (out / ".macosnet-left" / "inner").symlink_to(kept)
+    (out / ".macosnet-left0001").mkdir()
+    (out / ".macosnet-left0001" / "inner").symlink_to(kept)
     with output_folder(out) as folder:
         (folder / "a.txt").write_text("a")
     assert (kept / "mine.txt").read_text() == "mine"
-    assert sorted(path.name for path in out.iterdir()) == [".macosnet-file", ".macosnet-link", "a.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [".macosnet-file", ".macosnet-link0001", "a.txt"]
     (tmp_path / ".prepared.partial").symlink_to(kept)
     with pytest.raises(OutputError, match="in the way"):
         prepare("coseg", coseg(tmp_path / "in"), tmp_path / "prepared")
