@@ -119,7 +119,7 @@ def test_what_cannot_be_packed_or_joined_is_named(folders, tmp_path):
         unpack(folders / "packed", "base", tmp_path)
     with pytest.raises(InputError, match=r"affine_head\.safetensors does not hold that head"):
         join_results(tmp_path, "lite-fused")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="the pair list is missing"):
         pack(tmp_path, TrainingImages([str(folders / "images")], 64), [], str(tmp_path / "none.csv"))
     with zipfile.ZipFile(folders / "packed" / "images.zip") as archive:
         assert len(archive.namelist()) == 4
