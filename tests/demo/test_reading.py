@@ -149,6 +149,7 @@ def test_closing_ends_what_is_being_read(monkeypatch, tmp_path):
     reader = small_reader(monkeypatch, QUICK_READING=(60, 10**8, 1, 4, 0), SLOW_READING=(60, 10**9, 1, 4, 0))
     path = tmp_path / "segments.jpg"
     path.write_bytes(bombs.jpeg_segments(7_000_000))
+    others = {process.pid for process in processes()}  # of a demo that another test of this process serves
     reader.start()
     ended = []
 
@@ -167,7 +168,8 @@ def test_closing_ends_what_is_being_read(monkeypatch, tmp_path):
         thread.join(20)
     assert len(ended) == 3
     assert max(ended) - began < 15  # the file alone takes longer, but the machine may be busy
-    assert not [process for process in processes() if process.is_running() and process.status() != "zombie"]
+    left = [process for process in processes() if process.pid not in others]
+    assert not [process for process in left if process.is_running() and process.status() != "zombie"]
 
 
 def test_no_token_reaches_a_process_that_reads(monkeypatch):
