@@ -396,23 +396,22 @@ def test_a_photo_of_the_camera(clipboard_page, matcher):
     assert matcher.pairs == before + 1
 
 
-def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
+def download_matches(page, tmp_path):
+    """Makes the files of the pair, and reads the one that the browser downloads."""
     page.locator("#make-files").click()
     page.locator("#files a").first.wait_for(timeout=60_000)
     with page.expect_download() as started:
         page.locator("#files a[download='matches.json']").click()
     started.value.save_as(tmp_path / "matches.json")
-    document = json.loads((tmp_path / "matches.json").read_text())
-    assert len(document["matches"]) == len(result.matches)
+    return json.loads((tmp_path / "matches.json").read_text())
+
+
+def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
+    assert len(download_matches(page, tmp_path)["matches"]) == len(result.matches)
     assert page.locator("#files a").count() >= 8
     page.locator("#threshold input[type=number]").fill("0.6")  # files of another threshold than what is shown
     page.locator("#files a").first.wait_for(state="hidden")
-    page.locator("#make-files").click()
-    page.locator("#files a").first.wait_for(timeout=60_000)
-    with page.expect_download() as started:
-        page.locator("#files a[download='matches.json']").click()
-    started.value.save_as(tmp_path / "matches.json")
-    document = json.loads((tmp_path / "matches.json").read_text())
+    document = download_matches(page, tmp_path)
     assert document["threshold"] == 0.6
     assert len(document["matches"]) == int((result.scores > 0.6).sum())
 
