@@ -37,7 +37,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     # EfficientNet-Lite2 likewise (120 and 208 channels), and more pixels. With 240, 288, 320, 336, 384 pixels nearest
     # neighbours on leordeanu-cars reach PCK 0.662, 0.675, 0.671, 0.675, 0.648 at 0.1, and a linear probe for the object
-    # on msrc-coseg reaches J 0.758, 0.774, 0.781, 0.784, 0.792.
+    # on msrc-coseg reaches J 0.758, 0.774, 0.781, 0.784, 0.792. The heads see the grid that those of lite see.
     "base": {
         "backbone": "tf_efficientnet_lite2",
         "out_indices": [0, 1, 2, 3, 4],
@@ -45,6 +45,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "fused_strides": [16, 32],
         "feature_blocks": [0, 1, 2, 4, 5],
         "image_size": 336,
+        "predictor_grid": 15,
     },
     # The paper's second encoder (Table 3): VGG-16 to its last stride-16 convolution (512 channels).
     "vgg16": {"backbone": "vgg16", "out_indices": [1, 2, 3, 4], "decoder_widths": [64, 48, 24, 16]},
@@ -56,6 +57,7 @@ _STRIDES = [2, 4, 8, 16, 32]
 # (transformers' strict dataclasses know types only, refuse 1 for 1.0, and take NaN.)
 _NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "image_size": (int, 16, 1024),
+    "predictor_grid": (int, 1, 64),
     "tps_regularization": (float, 0, 1e4),
     "decoder_input_width": (int, 1, 4096),
     "decoder_rounds": (int, 1, 2),
@@ -108,6 +110,9 @@ class MaCoSNetConfig(PretrainedConfig):
             for timm's EfficientNet family, the number of the block that gives the map of each of `feature_strides`.
             Defaults to the last block of each stride.
         image_size (`int`, defaults to 240): both sides of the network's input, a multiple of 16.
+        predictor_grid (`int`, *optional*):
+            cells a side of the feature maps that the transformation predictor G compares; they are resampled to it
+            where the encoder's are others. Defaults to `image_size / 16`, no resampling.
         predictor_channels (`list[int]`, defaults to `[128, 64]`) and predictor_kernel_sizes (`[7, 5]`):
             the two convolutions of each head of the transformation predictor G.
         tps_regularization (`float`, defaults to 0.0): regularisation factor of the thin-plate spline.
@@ -162,6 +167,7 @@ class MaCoSNetConfig(PretrainedConfig):
         fused_weights: list[float] | None = None,
         feature_blocks: list[int] | None = None,
         image_size: int = 240,
+        predictor_grid: int | None = None,
         predictor_channels: list[int] | None = None,
         predictor_kernel_sizes: list[int] | None = None,
         tps_regularization: float = 0.0,
@@ -192,6 +198,7 @@ class MaCoSNetConfig(PretrainedConfig):
         self.feature_strides = _checked("feature_strides", feature_strides, known[-max(1, min(len(known), stages)) :])
         self.feature_blocks = None if feature_blocks is None else _checked("feature_blocks", feature_blocks)
         self.image_size = _checked("image_size", image_size)
+        self.predictor_grid = self.grid_size if predictor_grid is None else _checked("predictor_grid", predictor_grid)
         self.predictor_channels = _checked("predictor_channels", predictor_channels, [128, 64])
         self.predictor_kernel_sizes = _checked("predictor_kernel_sizes", predictor_kernel_sizes, [7, 5])
         self.tps_regularization = _checked("tps_regularization", tps_regularization)
@@ -250,8 +257,9 @@ class MaCoSNetConfig(PretrainedConfig):
             raise InputError(f"image_size must be a positive multiple of 16; got {self.image_size}.")
         if len(self.predictor_channels) != len(self.predictor_kernel_sizes):
             raise InputError("predictor_channels and predictor_kernel_sizes must have the same length.")
-        if self.grid_size - sum(kernel - 1 for kernel in self.predictor_kernel_sizes) < 1:
-            raise InputError(f"image_size {self.image_size} is too small for kernels {self.predictor_kernel_sizes}.")
+        if self.predictor_grid - sum(kernel - 1 for kernel in self.predictor_kernel_sizes) < 1:
+            what = "image_size" if self.predictor_grid == self.grid_size else "predictor_grid"
+            raise InputError(f"{what} {getattr(self, what)} is too small for kernels {self.predictor_kernel_sizes}.")
         if len(self.local_matching_sigmas) != len(self.local_matching_windows):
             raise InputError("local_matching_sigmas and local_matching_windows need one number a pass, both as many.")
         strides, fused = self.feature_strides, self.fused_strides

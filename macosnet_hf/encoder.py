@@ -46,6 +46,13 @@ class MaCoSNetFeatures(ModelOutput):
         """The same without the maps that only the decoder needs: what a matcher may copy at little cost."""
         return MaCoSNetFeatures(last=self.last, normalized=self.normalized, skips=())
 
+    def on_grid(self, side: int) -> MaCoSNetFeatures:
+        """The same without finer maps, on a grid of `side` by `side` cells whose corners are the corners of this one;
+        nothing is done where it is that grid."""
+        if self.last.shape[-2:] == (side, side):
+            return self
+        return self.from_map(F.interpolate(self.last, size=(side, side), mode="bilinear", align_corners=True))
+
     def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
         """The features of some of the images, in the given order."""
         if isinstance(index, list):

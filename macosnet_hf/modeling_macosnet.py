@@ -116,7 +116,7 @@ class MaCoSNetTransformationHead(nn.Module):
     def __init__(self, config: MaCoSNetConfig, num_parameters: int):
         super().__init__()
         layers: list[nn.Module] = []
-        channels, side = config.grid_size**2, config.grid_size
+        channels, side = config.predictor_grid**2, config.predictor_grid
         for width, kernel in zip(config.predictor_channels, config.predictor_kernel_sizes, strict=True):
             layers += [nn.Conv2d(channels, width, kernel), nn.BatchNorm2d(width), nn.ReLU()]
             channels, side = width, side - kernel + 1
@@ -334,16 +334,18 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         Returns:
             T_AB `(N)`, float32.
         """
+        side = self.config.predictor_grid
+        source, target = source.on_grid(side), target.on_grid(side)
         if source_pixel_values is None:
             return self.predict_transforms_from_similarity(
                 cell_similarity(source.normalized, target.normalized), *cell_products(source.last)
             )
-        if correlation is None:
+        if correlation is None or side != self.config.grid_size:
             correlation = correlate(source.normalized, target.normalized)
         affine = self.affine_head(correlation)
         grid = Transform(affine).grid(source_pixel_values.shape[-2:])
         warped_pixels = warp(source_pixel_values.to(self.dtype), grid, padding_mode=self.config.padding_mode)
-        warped = self.encoder(warped_pixels).normalized
+        warped = self.encoder(warped_pixels).on_grid(side).normalized
         return self.make_transform(affine, self.tps_head(correlate(warped, target.normalized)))
 
     def predict_transforms_from_similarity(
@@ -352,7 +354,8 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         """The cascade that warps A's feature map, from inner products alone, see [`warp_similarity`](matching.py).
 
         Args:
-            similarity: `(N, h*w, h, w)` of [`cell_similarity`](matching.py), A's cells as channels, B's layout.
+            similarity: `(N, h*w, h, w)` of [`cell_similarity`](matching.py), A's cells as channels, B's layout, of
+                features on the predictor's grid ([`MaCoSNetFeatures.on_grid`](encoder.py)).
             lengths, gram, maps: as in [`warp_similarity`](matching.py).
 
         Returns:

@@ -127,7 +127,8 @@ def orientation_scores(model: MaCoSNetModel, features: MaCoSNetFeatures, source:
         features: of N images, each perhaps seen through a symmetry.
         source, target: `(P,)` numbers of images.
     """
-    side, maps = features.normalized.shape[-1], features.normalized.float()
+    side = model.config.predictor_grid
+    maps = features.on_grid(side).normalized.float()
     cells = make_grid(side, side, device=maps.device).reshape(1, -1, 2)
     weights = centre_prior(side, side, device=maps.device).flatten()
     weights = weights / weights.sum()

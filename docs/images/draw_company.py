@@ -43,7 +43,7 @@ def photo(name: str) -> Image.Image:
     return ImageOps.mirror(square) if name.startswith("-") else square
 
 
-def draw(checkpoint: str = "common") -> Image.Image:
+def draw(checkpoint: str = "lite") -> Image.Image:
     """Five rows: the photo, then twice the company and what the photo has in common with it."""
     model, processor = load_model_and_processor(checkpoint)
     left = DOUBLE[0] + 3 * GAP

@@ -435,7 +435,7 @@ def original_state_dict(model: MaCoSNetForKeypointMatching | MaCoSNetModel) -> d
         if name.startswith("decoder."):
             continue
         if name.endswith("head.conv.0.weight"):
-            tensor = _transpose_channels(tensor, model.config.grid_size)
+            tensor = _transpose_channels(tensor, model.config.predictor_grid)
         theirs[_their_name(name)] = tensor.detach().clone()
     return theirs
 

@@ -10,16 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or of the Space
 EXAMPLES_FOLDER = MEDIA_ROOT / "images"
 CHEETAH, LION, TOWER = (str(EXAMPLES_FOLDER / name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
 CAT = str(ROOT / "examples" / "cat.jpg")
-EXAMPLES = ((CHEETAH, CAT), (CHEETAH, LION), (LION, TOWER))
-# The same photo in other company: a dog beside a cup, for a checkpoint whose masks follow the partner.
+# The same photo in other company: a dog beside a cup.
 COMPANY_FOLDER = ROOT / "examples" / "company"
 DOG_AND_CUP, PARROT_AND_CUP = (str(COMPANY_FOLDER / f"{name}.jpg") for name in ("dog-and-cup", "parrot-and-cup"))
 TABBY = str(ROOT / "examples" / "tabby.jpg")
-COMPANY_EXAMPLES = ((DOG_AND_CUP, TABBY), (DOG_AND_CUP, PARROT_AND_CUP))
+EXAMPLES = ((CHEETAH, CAT), (CHEETAH, LION), (DOG_AND_CUP, TABBY), (DOG_AND_CUP, PARROT_AND_CUP), (LION, TOWER))
 COLLECTION_EXAMPLE = (CHEETAH, LION, CAT, TOWER)
-
-
-def pair_examples(model: str) -> list[list[str]]:
-    """Pairs that the page offers with the checkpoint of that name."""
-    offered = EXAMPLES + (COMPANY_EXAMPLES if model == "macosnet-common" else ())
-    return [list(pair) for pair in offered]

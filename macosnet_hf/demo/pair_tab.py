@@ -9,7 +9,7 @@ import gradio as gr
 
 from . import components, limits
 from .downloads import cached_images, pair_files
-from .examples import EXAMPLES, pair_examples
+from .examples import EXAMPLES
 from .sessions import Sessions
 from .texts import PRESS_MATCH, errors_for_visitors, marked, pair_verdict
 from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
@@ -39,7 +39,7 @@ class PairTab:
                 elem_id="examples",
                 label="Or try one of these",
                 components=self.uploads,
-                samples=pair_examples(self.sessions.matcher.name),
+                samples=[list(pair) for pair in EXAMPLES],
                 show_label=False,
             )
         self.verdict = gr.HTML(elem_id="verdict")

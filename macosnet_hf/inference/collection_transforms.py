@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..collection import Collection, Progress, choose_partners
+from ..encoder import MaCoSNetFeatures
 from ..errors import InputError
 from ..geometry import (
     SYMMETRIES,
@@ -277,17 +278,22 @@ def _symmetries(collection: Collection) -> Tensor:
 
 def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
     """[`cell_products`] of every image: `(N, h*w)` and `(N, h*w, h*w)`."""
-    first = cell_products(collection.features([0]).last)
+    first = cell_products(_compared(collection, [0]).last)
     lengths, gram = (part.new_empty(len(collection), *part.shape[1:]) for part in first)
     for number in range(len(collection)):
-        lengths[number], gram[number] = (part[0] for part in cell_products(collection.features([number]).last))
+        lengths[number], gram[number] = (part[0] for part in cell_products(_compared(collection, [number]).last))
     return lengths, gram
+
+
+def _compared(collection: Collection, numbers: list[int]) -> MaCoSNetFeatures:
+    """Features of some images, on the grid on which the model predicts transforms."""
+    return collection.features(numbers).on_grid(collection.model.config.predictor_grid)
 
 
 def _cell_similarity(collection: Collection, pairs: Tensor) -> Tensor:
     """[`cell_similarity`] `(P, h*w, h, w)` of pairs that stand beside their reverse, whose map is the transpose."""
     forth = pairs[0::2]
-    products = cell_similarity(*(collection.features(forth[:, side].tolist()).normalized for side in (0, 1)))
+    products = cell_similarity(*(_compared(collection, forth[:, side].tolist()).normalized for side in (0, 1)))
     height, width = products.shape[-2:]
     back = products.flatten(2).transpose(1, 2).unflatten(-1, (height, width))
     return torch.stack((products, back), dim=1).flatten(0, 1)

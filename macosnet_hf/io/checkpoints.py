@@ -79,7 +79,7 @@ def load_model_and_processor(
     Reads safetensors weights only and runs this package's classes only: a checkpoint's Python files are ignored.
 
     Args:
-        checkpoint: a folder, the id of a Hub repository, or the name of an embedded checkpoint (`"lite"`, `"common"`).
+        checkpoint: a folder, the id of a Hub repository, or the name of an embedded checkpoint (`"lite"`, `"base"`).
         device: `"auto"`, `"cpu"`, `"cuda"`, or a `torch.device`.
 
     Raises:

@@ -66,7 +66,7 @@ class SyntheticObjective(Objective):
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(memory_format=torch.channels_last)
-        return self.model.encoder(pixels).last.float()
+        return self.model.encoder(pixels).on_grid(self.model.config.predictor_grid).last.float()
 
     def _noisy(self, features: Tensor, generator: torch.Generator) -> Tensor:
         if not self.feature_noise:

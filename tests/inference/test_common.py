@@ -14,7 +14,6 @@ from macosnet_hf.inference.files import match_files, segment_files
 from macosnet_hf.inference.pair import match_images
 from macosnet_hf.inference.result_files import pair_document, write_collection
 from macosnet_hf.io.checkpoints import load_model_and_processor
-from macosnet_hf.io.package import EMBEDDED
 from macosnet_hf.mask_sharing import object_similarity, propagate_masks, similar_cells
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -24,7 +23,7 @@ CAR = str(EXAMPLES / "company" / "car.jpg")
 
 @pytest.fixture(scope="module")
 def common():
-    model, processor = load_model_and_processor(EMBEDDED["common"], "cpu")
+    model, processor = load_model_and_processor(device="cpu")
     return {"model": model, "processor": processor}
 
 

@@ -1,1 +1,0 @@
-../../directions.py

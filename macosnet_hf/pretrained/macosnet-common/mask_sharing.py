@@ -1,1 +1,0 @@
-../../mask_sharing.py
