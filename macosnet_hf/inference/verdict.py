@@ -176,7 +176,7 @@ class Rule(NamedTuple):
     fair: float
 
 
-# What `python benchmarks/verdicts.py DATA --fit` chose for features of one encoder stage (the checkpoint of version 0.1)
+# What `python benchmarks/verdicts.py DATA --fit` chose for features of one stage (the checkpoint of version 0.1)
 # and for those of several (`fused_strides`: `lite`). Other encoders have other similarities.
 ONE_STAGE = Rule(blank=0.16, alike=5.47, near=4.05, upright=2.93, bias=-5.92, good=0.88, fair=0.4)
 FUSED = Rule(blank=0.15, alike=7.28, near=4.13, upright=4.6, bias=-6.71, good=0.9, fair=0.5)

@@ -6,7 +6,7 @@ VERSION = "0.2.0"
 
 _PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 
-EMBEDDED: dict[str, str] = {name: str(_PRETRAINED / f"macosnet-{name}") for name in ("lite",)}
+EMBEDDED: dict[str, str] = {name: str(_PRETRAINED / f"macosnet-{name}") for name in ("lite", "base")}
 """Folders of the checkpoints that are installed with the package, by the names that `--model` takes."""
 
 DEFAULT_CHECKPOINT: str = EMBEDDED["lite"]

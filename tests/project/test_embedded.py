@@ -18,7 +18,7 @@ def test_an_embedded_checkpoint_is_found_by_its_name(name):
     assert checkpoint_name(name) == checkpoint_name(EMBEDDED[name]) == f"macosnet-{name}"
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("litte", "lite")])
+@pytest.mark.parametrize(("typed", "meant"), [("bse", "base"), ("litte", "lite")])
 def test_a_mistyped_name_is_answered_with_the_nearest_one(typed, meant):
     with pytest.raises(CheckpointError, match=f"is '{meant}' meant"):
         check_checkpoint(typed)
