@@ -27,6 +27,11 @@ _GAP = 16  # between the images
 _SUPERSAMPLING = 3  # lines and dots are drawn this much larger and reduced, which smooths their edges
 _MAX_ASPECT = 3.0  # a wider image is shown at full width, not at full height
 _FAINT = 0.25  # opacity of matches that are not to be relied on; `viewer.css` has the same
+# Heat maps: for each channel, shares and values; matplotlib's "inferno" at six places
+_HEAT = [
+    (np.linspace(0, 1, 6), values)
+    for values in ((0, 66, 147, 221, 252, 252), (0, 10, 38, 81, 165, 255), (4, 104, 103, 58, 10, 164))
+]
 # Contact sheets
 _CELL = 300  # largest side of an image
 _MARGIN = 14  # between cells
@@ -243,16 +248,59 @@ def overlay_mask(
     if not (0 <= alpha <= 1 and 0 <= fade <= 1):
         raise InputError("alpha and fade must lie between 0 and 1.")
     tinted = Image.blend(rgb, Image.new("RGB", rgb.size, color), alpha)
-    faded = rgb
-    if fade:
-        grey = Image.blend(rgb.convert("L").convert("RGB"), Image.new("RGB", rgb.size, "white"), 0.55)
-        faded = Image.blend(rgb, grey, fade)
-    result = Image.composite(tinted, faded, stencil)
+    result = Image.composite(tinted, _faded(rgb, fade), stencil)
     if contour and stencil.getextrema() == (0, 255):
         width = max(1.0, max(rgb.size) / 320)
         result.paste((255, 255, 255), mask=_outline(stencil, 2.2 * width))
         result.paste(color, mask=_outline(stencil, 1.2 * width))
     return result
+
+
+def _faded(rgb: Image.Image, fade: float) -> Image.Image:
+    """The image turned to light grey, from 0 (not at all) to 1."""
+    grey = Image.blend(rgb.convert("L").convert("RGB"), Image.new("RGB", rgb.size, "white"), 0.55)
+    return Image.blend(rgb, grey, fade)
+
+
+def overlay_similarity(image: ImageLike, similarity: np.ndarray, alpha: float = 0.65) -> Image.Image:
+    """The image under a heat map: dark where it is least similar to something, bright where it is most.
+
+    Args:
+        image: image `(H, W)`.
+        similarity: `(h, w)` finite numbers over the whole image; their own range becomes that of the colours.
+        alpha: strength of the colours, 0 to 1.
+
+    Raises:
+        InputError: for no map of numbers.
+    """
+    rgb, values = _as_rgb(image), np.asarray(similarity, dtype=np.float32)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise InputError(f"A similarity map must be finite numbers (h, w), not {values.shape}.")
+    shares = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+    # Squared: most places are somewhat similar to anything.
+    colors = np.stack([np.interp(shares**2, *channel) for channel in _HEAT], axis=-1)
+    heat = Image.fromarray(colors.round().astype(np.uint8)).resize(rgb.size, Image.Resampling.BICUBIC)
+    return Image.blend(rgb.convert("L").convert("RGB"), heat, alpha)
+
+
+def overlay_parts(image: ImageLike, colors: np.ndarray, mask: Any, alpha: float = 0.7) -> Image.Image:
+    """The image with its object in colours that stand for parts, and the rest faded.
+
+    Args:
+        image: image `(H, W)`.
+        colors: `(h, w, 3)` in [0, 1] over the whole image.
+        mask: bool `(H, W)`, true on the object.
+        alpha: strength of the colours, 0 to 1.
+
+    Raises:
+        InputError: a mask that does not fit its image, or is not bool.
+    """
+    rgb = _as_rgb(image)
+    stencil = _as_stencil(mask, rgb.size)
+    parts = Image.fromarray((255 * np.asarray(colors)).round().astype(np.uint8)).resize(
+        rgb.size, Image.Resampling.BICUBIC
+    )
+    return Image.composite(Image.blend(rgb, parts, alpha), _faded(rgb, 0.8), stencil)
 
 
 def _outline(stencil: Image.Image, width: float) -> Image.Image:

@@ -233,7 +233,7 @@ def test_the_demo_and_the_pipeline_say_it_too(mirror_always, tmp_path):
 
     result = SimpleNamespace(quality="good", reason="Good.", common=True, matches=[1, 2], orientation="mirror")
     pair = SimpleNamespace(same_image=False, result=result)
-    assert pair_verdict(pair).endswith("2 matching points on the object. The source is matched as a mirror image.")
+    assert pair_verdict(pair).endswith("2 matching points on the object, matched as a mirror image.")
     result.orientation = "turn_90"
     assert pair_verdict(pair).endswith("The source is matched turned by 90 degrees.")
     result.orientation = "identity"

@@ -15,7 +15,6 @@ from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
 from .texts import REFINEMENTS, marked
 
-DISPLAY_SIDE = 720  # pixels of the longer side of small result images
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
 QUIET = {"show_progress": "hidden", "concurrency_limit": None, **PRIVATE}
 INSTANT = {"show_progress": "hidden", "queue": False, **PRIVATE}
@@ -77,15 +76,15 @@ def checked_pair(source: str | None, target: str | None) -> tuple[str, str]:
     return source, target
 
 
-def image_upload(name: str) -> gr.Image:
-    """A place for a photo of the visitor."""
+def image_upload(name: str, label: str) -> gr.Image:
+    """A place for a photo of the visitor, as high as a photo of the stage."""
     return gr.Image(
-        elem_id=name.lower(),
-        label=name,
+        elem_id=name,
+        label=label,
         sources=["upload", "clipboard", "webcam"],
         type="filepath",
         webcam_options=_WEBCAM,
-        height=210,
+        height="var(--place)",
         min_width=240,
     )
 
@@ -136,5 +135,5 @@ def result_image(label: str, **options: Any) -> gr.Image:
 
 def refinement_choice(**options: Any) -> gr.Radio:
     """The choice of how masks get their edges, in words for visitors unless `choices` and `label` are given."""
-    words = {"choices": REFINEMENTS, "label": "Edges of the masks"}
+    words = {"choices": REFINEMENTS, "label": "Edges"}
     return gr.Radio(**{**words, **options}, value=REFINEMENTS[0][1], min_width=240)

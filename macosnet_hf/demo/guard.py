@@ -18,6 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import limits
 from .components import OF_FILES, uploaded
+from .viewer import PICTURES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
@@ -61,7 +62,18 @@ class PointQuestion(Question):
     side: Literal[0, 1]
 
 
-_QUESTIONS: dict[str, type[BaseModel]] = {"viewer_transfer": PointQuestion, "viewer_grid": Question}
+class PictureQuestion(Question):
+    """The pictures of a mode."""
+
+    mode: Literal[tuple(PICTURES)]  # type: ignore[valid-type]
+
+
+_QUESTIONS: dict[str, type[BaseModel]] = {
+    "viewer_transfer": PointQuestion,
+    "viewer_heat": PointQuestion,
+    "viewer_grid": Question,
+    "viewer_pictures": PictureQuestion,
+}
 
 
 def guard(allowed_hosts: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tab "Pair": two photos; their matches, points, masks, warp and files."""
+"""The tab "Pair": two photos, a stage for what was found in them, and files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from ..inference.result_files import VIEWS
 from . import components, limits
-from .downloads import cached_images, pair_files
+from .downloads import pair_files
 from .examples import EXAMPLES
 from .sessions import Sessions
-from .texts import PRESS_MATCH, errors_for_visitors, marked, pair_verdict
-from .viewer import outlined, reduced, source_on_target, viewer, viewer_images, viewer_lines
+from .texts import PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
+from .viewer import viewer, viewer_images, viewer_lines
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair
@@ -24,15 +25,23 @@ class PairTab:
     def __init__(self, sessions: Sessions, demo: gr.Blocks) -> None:
         self.sessions = sessions
         self.key = gr.State()
-        self._inputs()
-        self._results()
-        self.shown = [self.key, self.verdict, self.drawing, *self.masks, self.warped, self.files, self.results]
+        self.verdict = gr.HTML(elem_id="verdict")
+        with gr.Column(elem_id="stage"):
+            self._stage()
+        self._start()
+        self._options()
+        self.shown = [self.key, self.verdict, self.drawing, self.files, self.results]
         self._matching_events(demo)
         self._result_events()
 
-    def _inputs(self) -> None:
-        with gr.Row(equal_height=True):
-            self.uploads = [components.image_upload("Source"), components.image_upload("Target")]
+    def _stage(self) -> None:
+        """The places for photos; the result covers them, see `page.css`."""
+        with gr.Row(elem_id="uploads"):
+            self.uploads = [components.image_upload(name, label) for name, label in zip(VIEWS, PHOTOS, strict=True)]
+        with gr.Column(visible=False, elem_id="pair-results") as self.results:
+            self.drawing = viewer(self.sessions.pairs)
+
+    def _start(self) -> None:
         with gr.Row(elem_id="start"):
             self.button = gr.Button("Match", variant="primary", size="lg", elem_id="match", min_width=220)
             self.examples = gr.Dataset(
@@ -42,26 +51,15 @@ class PairTab:
                 samples=[list(pair) for pair in EXAMPLES],
                 show_label=False,
             )
-        self.verdict = gr.HTML(elem_id="verdict")
 
-    def _results(self) -> None:
-        with gr.Column(visible=False, elem_id="pair-results") as self.results:
-            self.drawing = viewer(self.sessions.pairs)
-            with gr.Row():
-                self.threshold = gr.Slider(
-                    0, 1, 0.0, step=0.01, label="Confidence, at least", elem_id="threshold", min_width=240
-                )
-                self.count = gr.Slider(5, 200, 40, step=5, label="Lines, at most", elem_id="count", min_width=240)
-                self.refine = components.refinement_choice()
-            with gr.Row(equal_height=True):
-                size: dict[str, Any] = {"height": 320, "min_width": 260, "buttons": ["fullscreen"]}
-                self.masks = [
-                    components.result_image(f"{name}: the object", elem_id=f"{name.lower()}-object", **size)
-                    for name in ("Source", "Target")
-                ]
-                self.warped = gr.ImageSlider(
-                    label="Target | source warped onto it", elem_id="warped", interactive=False, max_height=320, **size
-                )
+    def _options(self) -> None:
+        with gr.Accordion("Options", open=False, elem_id="options"), gr.Row():
+            self.threshold = gr.Slider(
+                0, 1, 0.0, step=0.01, label="Confidence, at least", elem_id="threshold", min_width=240
+            )
+            self.count = gr.Slider(5, 200, 40, step=5, label="Lines, at most", elem_id="count", min_width=240)
+            self.refine = components.refinement_choice()
+        with gr.Column(elem_id="downloads"):
             gr.Markdown(
                 "**Download:** matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the photos' "
                 "own sizes."
@@ -96,7 +94,7 @@ class PairTab:
     def _result_events(self) -> None:
         options = [self.threshold, self.count]
         inputs = [*self.uploads, self.key, *options, self.refine]
-        refining: dict[str, Any] = {**self._of_runs(), "show_progress_on": self.masks}
+        refining: dict[str, Any] = {**self._of_runs(), "show_progress_on": self.verdict}
         self.refine.input(**components.on_uploads(self.refine_again, inputs), **refining)
         # One listener for both, so that answers cannot overtake each other.
         gr.on(
@@ -125,13 +123,6 @@ class PairTab:
         key = self.sessions.pairs.add(pair, owner)
         result = pair.result
         names = (pair.copies[0].name, pair.copies[1].name)
-        images = [
-            outlined(result.source, result.source_mask, components.DISPLAY_SIDE),
-            outlined(result.target, result.target_mask, components.DISPLAY_SIDE),
-            reduced(result.target, components.DISPLAY_SIDE),
-            source_on_target(result, components.DISPLAY_SIDE),
-        ]
-        source_object, target_object, *slides = cached_images(self.warped, images)
         return (
             key,
             marked(result.quality, result.quality, pair_verdict(pair)),
@@ -139,9 +130,6 @@ class PairTab:
                 value=viewer_lines(result, threshold, count),
                 images=viewer_images(key, (result.source, result.target), names),
             ),
-            source_object,
-            target_object,
-            tuple(slides),
             _no_files(),
             gr.Column(visible=True),
         )
@@ -169,7 +157,7 @@ class PairTab:
             pair = work()
         if place.photos != photos:
             key, verdict, results = components.no_result(PRESS_MATCH)
-            return key, verdict, *([gr.skip()] * 4), _no_files(), results
+            return key, verdict, gr.skip(), _no_files(), results
         place.shown = photos
         return self.show(pair, threshold, count, request.session_hash)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("macosnet_hf.demo")
 
 TITLE = "Show, Match and Segment"
-SUMMARY = "Choose two photos of the same kind of object to see which points match, and the object cut out of both."
+SUMMARY = "Two photos of the same kind of object: see which points match, and the object cut out of both."
 LIMITS = (
     "Best with one main object in each photo, the same kind of thing seen from a similar side; thin parts are "
     f"easily missed. Files up to {limits.MAX_FILE_MEGABYTES} MB and {limits.MAX_PIXELS // 1_000_000} megapixels. "
@@ -30,8 +30,10 @@ LIMITS = (
 )
 PAPER = "https://arxiv.org/abs/1906.05857"
 PRESS_MATCH = "Press Match when both photos are there."
+TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
-REFINEMENTS = [("Follow the edges (GrabCut)", "grabcut"), ("Otsu", "otsu"), ("As the network says", "none")]
+PHOTOS = ("Photo A", "Photo B")  # source and target
+REFINEMENTS = [("sharp", "grabcut"), ("soft", "otsu"), ("raw", "none")]
 
 
 @contextlib.contextmanager
@@ -53,16 +55,16 @@ def errors_for_visitors() -> Iterator[None]:
 
 
 def pair_verdict(pair: MatchedPair) -> str:
-    """How far a pair can be trusted, and the number of its matches in words."""
+    """One sentence: how far a pair can be trusted, why, and how it was matched. A poor one says what to try."""
     reason, count = pair.result.reason, len(pair.result.matches)
     alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
     if pair.result.quality == "poor":
-        return reason + alone  # a number of matches would contradict it
+        return f"{reason} {TRY}{alone}"  # a number of matches would contradict it
     if pair.same_image:
         return "This is the same photo twice, so every point should find itself."
-    words = f"{reason} {count} matching {'point' if count == 1 else 'points'} on the object."
+    words = f"{reason[:-1]}: {count} matching {'point' if count == 1 else 'points'} on the object"
     turned = orientation_in_words(pair.result.orientation)
-    return words + (f" The source is {turned}." if turned else "") + alone
+    return words + (f", {turned}" if turned else "") + "." + alone
 
 
 def collection_verdict(collection: SegmentedCollection) -> str:

@@ -1,20 +1,31 @@
-"""The interactive drawing of a pair, Python's part: images, lines, points and grids for `assets/viewer.js`."""
+"""The stage of a pair, Python's part: images, lines, points, grids and pictures for `assets/viewer.js`."""
 
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..drawing import Color, overlay_mask, position_colors, spread_over_object
+from ..drawing import (
+    Color,
+    cutout,
+    on_checkerboard,
+    overlay_mask,
+    overlay_parts,
+    overlay_similarity,
+    position_colors,
+    spread_over_object,
+)
 from ..errors import MaCoSNetError
 from ..inference import DIRECTIONS
 from .result_store import ResultStore
@@ -22,7 +33,10 @@ from .result_store import ResultStore
 if TYPE_CHECKING:
     from ..inference.pair import PairResult
 
+Picture = Callable[["PairResult"], list["Image.Image | None"]]
+
 _GRID_CELLS = 9  # across the longer side of the object
+_PICTURE_SIDE = 720  # pixels of the longer side
 
 
 def asset(name: str) -> str:
@@ -41,16 +55,38 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
 
         return _answer(pairs, question, moved)
 
+    def viewer_heat(question: Any) -> dict[str, Any]:
+        """The photo that a point does not lie on, under a heat map of its similarity to that point."""
+
+        def drawn(result: PairResult) -> dict[str, Any]:
+            side = question["side"]
+            similarity = _maps().similarity_map(result, question["point"], DIRECTIONS[side])
+            other = reduced((result.target, result.source)[side], _PICTURE_SIDE)
+            row, column = np.unravel_index(similarity.argmax(), similarity.shape)
+            scale = np.array(((result.target, result.source)[side]).size) / similarity.shape[::-1]
+            best = (np.array([column, row]) + 0.5) * scale - 0.5
+            return {"src": data_address(overlay_similarity(other, similarity)), "best": _rounded(best)}
+
+        return _answer(pairs, question, drawn)
+
     def viewer_grid(question: Any) -> dict[str, Any]:
         """A grid of points over the object of the source, and where they lie in the target."""
         return _answer(pairs, question, grid_document)
+
+    def viewer_pictures(question: Any) -> dict[str, Any]:
+        """What a mode lays over the photos: `{"sides": [address of source, of target]}`, null for nothing."""
+
+        def drawn(result: PairResult) -> dict[str, Any]:
+            return {"sides": [image and data_address(image) for image in PICTURES[question["mode"]](result)]}
+
+        return _answer(pairs, question, drawn)
 
     return gr.HTML(
         elem_id="viewer",
         html_template=asset("viewer.html"),
         js_on_load=asset("viewer.js"),
         apply_default_css=False,
-        server_functions=[viewer_transfer, viewer_grid],
+        server_functions=[viewer_transfer, viewer_heat, viewer_grid, viewer_pictures],
         images="",
     )
 
@@ -98,6 +134,32 @@ def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
     return json.dumps({"lines": lines, "above": int(above.sum()), "all": len(above), "faint": result.quality == "poor"})
 
 
+def _small(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    """Small copies of an image and its mask `(H, W)` bool."""
+    small = reduced(image, _PICTURE_SIDE)
+    grey = Image.fromarray(mask).convert("L").resize(small.size, Image.Resampling.BILINEAR)
+    return small, np.asarray(grey) >= 128
+
+
+def _of_both(draw: Callable[[Image.Image, np.ndarray], Image.Image]) -> Picture:
+    """The pictures of a mode that draws an image and its mask, both small copies."""
+    return lambda result: [
+        draw(*_small(result.source, result.source_mask)),
+        draw(*_small(result.target, result.target_mask)),
+    ]
+
+
+def _parts(result: PairResult) -> list[Image.Image | None]:
+    copies = (_small(result.source, result.source_mask), _small(result.target, result.target_mask))
+    colors = _maps().part_colors(result)
+    return [overlay_parts(image, each, mask) for (image, mask), each in zip(copies, colors, strict=True)]
+
+
+def _maps() -> ModuleType:
+    """`inference.feature_maps`, imported late: it needs torch, which the page does not wait for."""
+    return importlib.import_module("macosnet_hf.inference.feature_maps")
+
+
 def source_on_target(result: PairResult, side: int) -> Image.Image:
     """The source warped onto the target, at most `side` pixels long; the target itself, faded, where it is empty."""
     target = reduced(result.target, side)
@@ -108,18 +170,20 @@ def source_on_target(result: PairResult, side: int) -> Image.Image:
     return Image.composite(small.warped_source(), rest, covered)
 
 
-def outlined(image: Image.Image, mask: np.ndarray, side: int) -> Image.Image:
-    """A copy of at most `side` pixels with the object of the mask `(H, W)` tinted and outlined, and the rest faded."""
-    small = reduced(image, side)
-    grey = Image.fromarray(mask).convert("L").resize(small.size, Image.Resampling.BILINEAR)
-    return overlay_mask(small, np.asarray(grey) >= 128, alpha=0.25, fade=0.8)
-
-
 def reduced(image: Image.Image, side: int) -> Image.Image:
     """A copy of at most `side` pixels."""
     copy = image.copy()
     copy.thumbnail((side, side), reducing_gap=2.0)
     return copy
+
+
+PICTURES: dict[str, Picture] = {
+    "masks": _of_both(lambda image, mask: overlay_mask(image, mask, alpha=0.25, fade=0.8)),
+    "cutout": _of_both(lambda image, mask: on_checkerboard(cutout(image, mask))),
+    "parts": _parts,
+    "warp": lambda result: [None, source_on_target(result, _PICTURE_SIDE)],
+}
+"""What the modes of the stage that are pictures lay over source and target."""
 
 
 def object_grid(mask: np.ndarray, cells: int = _GRID_CELLS) -> np.ndarray:

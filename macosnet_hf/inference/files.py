@@ -120,7 +120,7 @@ class MatchedPair:
             further in the other; `source_size` and `target_size` are (height, width) of the originals.
         """
         found: dict[str, np.ndarray] = {}
-        network = self.result._found.model.config.image_size
+        network = self.result.network_side
         for name, row in zip(DIRECTIONS, (1, 0), strict=True):
             here, there = self.copies if row == 1 else self.copies[::-1]
             (width, height), (other_width, other_height) = here.size, there.size

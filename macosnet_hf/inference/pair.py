@@ -135,6 +135,11 @@ class PairResult:
         """`(2, S, S)` float32 soft masks of the network, before refinement."""
         return self._found.probabilities
 
+    @property
+    def network_side(self) -> int:
+        """S: the network sees each image at S x S."""
+        return self._found.model.config.image_size
+
     def with_options(self, *, refine: str = "grabcut", threshold: float = 0.0) -> PairResult:
         """The same pair with masks refined in another way, or another threshold; the pair is not matched again.
 
@@ -200,7 +205,7 @@ class PairResult:
         # The spline is smooth: evaluated on at most 512 points a side and interpolated, it is exact to 0.02 pixels.
         coarse = (min(height, 512), min(width, 512))
         with torch.inference_mode():
-            side = self._found.model.config.image_size
+            side = self.network_side
             # From the centre of the first pixel to that of the last.
             corner = normalize_points(torch.tensor([width - 1.0, height - 1.0]), (height, width), side)
             samples = (make_grid(*coarse) * corner).reshape(1, -1, 2)

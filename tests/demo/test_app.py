@@ -98,7 +98,7 @@ def as_mask(path: str) -> np.ndarray:
 def test_match_answers_what_the_library_computes(client, result):
     report, drawing, source_mask, target_mask, warped = match(client, CHEETAH, LION)
     assert report["quality"] == result.quality
-    assert report["words"] == f"{REASONS[result.quality]} {len(result.matches)} matching points on the object."
+    assert report["words"] == f"{REASONS[result.quality][:-1]}: {len(result.matches)} matching points on the object."
     assert (report["source"]["file"], report["target"]["file"]) == ("cheetah1.jpg", "lion.jpg")
     assert (report["source"]["width"], report["source"]["height"]) == (256, 256)
     found = np.array([[m["source"], m["target"]] for m in report["matches"]])

@@ -84,13 +84,28 @@ def choose(page, place, path):
 
 
 def clear(page, place):
-    page.locator(f"#{place} button[aria-label='Remove Image']").click()
+    """Takes a photo away: on the stage where there is a result, else in its place."""
+    change = page.get_by_role("button", name={"source": "Change photo A", "target": "Change photo B"}[place])
+    change.or_(page.locator(f"#{place} button[aria-label='Remove Image']:visible")).click()
     page.locator(f"#{place} img").first.wait_for(state="detached")
+
+
+def show(page, mode):
+    """Chooses a mode of the stage."""
+    button = page.locator(".viewer-modes").get_by_role("button", name=mode, exact=True)
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert page.locator(".viewer-modes [aria-pressed='true']").count() == 1
+
+
+def open_options(page):
+    page.get_by_role("button", name="Options").click()
+    page.locator("#threshold").wait_for()
 
 
 def numbers(page):
     """Lines drawn, and matches there are, in the words of the page."""
-    shown, _, everything, *_ = page.locator(".viewer-foot").inner_text().split()
+    shown, _, everything, *_ = page.locator(".viewer-words").inner_text().split()
     assert page.locator("#viewer .match").count() == int(shown)
     return int(shown), int(everything)
 
@@ -106,10 +121,85 @@ def test_a_stranger_sees_a_result_at_once(page, result):
     """The first example is there, matched, without a click."""
     assert f"{len(result.matches)} matching points" in page.locator("#verdict").inner_text()
     assert numbers(page) == (40, len(result.matches))
-    for label in ("Source: the object", "Target: the object", "Target | source warped onto it"):
-        assert page.get_by_text(label, exact=True).is_visible()
-    page.locator("#warped").scroll_into_view_if_needed()
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize("size", [(1400, 900), (1280, 720), (1024, 768)])
+def test_verdict_result_and_controls_are_above_the_fold(browser, address, size):
+    page = open_page(browser, address, viewport={"width": size[0], "height": size[1]})
+    for name in ("#verdict", "#viewer svg", ".viewer-modes", ".viewer-words", "#match", "#examples"):
+        box = page.locator(name).bounding_box()
+        assert box["y"] >= 0, name
+        assert box["y"] + box["height"] <= size[1], name
+    stage = page.locator("#stage").bounding_box()
+    assert page.locator("#viewer svg").bounding_box()["height"] > 0.38 * size[1]
+    clear(page, "source")
+    nothing_stands_there(page)
+    places = page.locator("#stage").bounding_box()
+    assert abs(places["height"] - stage["height"]) < 12, "what is below does not jump"
+    for place in ("source", "target"):
+        assert page.locator(f"#{place}").is_visible()
+    close_page(page, address)
+
+
+def test_modes_are_pictures_of_both_photos(page, matcher, result):
+    """Masks and cutouts cover both photos, a warp is one picture; nothing is asked for twice."""
+    before = matcher.pairs
+    over = page.locator("#viewer image.over")
+    asked = lambda: sum("component_server" in url for url in page.asked)  # noqa: E731
+    pictures = {}
+    for mode, count in (("Masks", 2), ("Cutout", 2), ("Warp", 1)):
+        show(page, mode)
+        wait_until(page, lambda count=count: over.count() == count)
+        pictures[mode] = [over.nth(number).get_attribute("href") for number in range(count)]
+        assert page.locator("#viewer .match").count() == 0
+    assert len({href for hrefs in pictures.values() for href in hrefs}) == 5
+    times = asked()
+    assert times == 3
+    show(page, "Masks")
+    assert [over.nth(number).get_attribute("href") for number in (0, 1)] == pictures["Masks"]
+    show(page, "Matches")
+    assert over.count() == 0
+    assert numbers(page) == (40, len(result.matches))
+    assert asked() == times
+    assert matcher.pairs == before
+
+
+def test_the_line_of_a_warp_follows_mouse_and_keys(page):
+    show(page, "Warp")
+    page.locator("#viewer image.over").wait_for()
+    picture = page.locator("#viewer image.photo")
+    assert picture.count() == 1
+    box = picture.bounding_box()
+    covered = lambda: page.locator("#viewer-after rect").get_attribute  # noqa: E731
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    assert abs(float(covered()("width")) - box["width"] / 2) < 1
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], middle[1])
+    page.mouse.up()
+    assert abs(float(covered()("width")) - 0.75 * box["width"]) < 1
+    page.mouse.move(*middle)  # without a button
+    assert abs(float(covered()("width")) - 0.75 * box["width"]) < 1
+    page.locator(".viewer-slide").focus()
+    page.keyboard.press("End")
+    assert float(covered()("width")) == 0
+
+
+def test_a_photo_is_dropped_onto_the_stage(page, tmp_path):
+    path = save_large(TOWER, (500, 400), tmp_path / "dropped.jpg")
+    handle = page.evaluate_handle(
+        """async ([bytes, name]) => {
+          const files = new DataTransfer();
+          files.items.add(new File([Uint8Array.from(bytes)], name, { type: "image/jpeg" }));
+          return files;
+        }""",
+        [list(path.read_bytes()), path.name],
+    )
+    page.locator("#viewer image").nth(1).dispatch_event("drop", {"dataTransfer": handle})
+    page.locator("#target img[src*='dropped.jpg']").wait_for()
+    assert "dropped" not in page.locator("#source img").get_attribute("src")
+    nothing_stands_there(page)
 
 
 def test_upload_and_match(page, matcher, tmp_path):
@@ -129,6 +219,7 @@ def test_upload_and_match(page, matcher, tmp_path):
 def test_dragging_the_threshold_redraws_without_the_network(page, matcher, result):
     before = matcher.pairs
     shown, everything = numbers(page)
+    open_options(page)
     knob = page.locator("#threshold input[type=range]")
     knob.scroll_into_view_if_needed()
     box = knob.bounding_box()
@@ -155,9 +246,12 @@ def test_dragging_the_threshold_redraws_without_the_network(page, matcher, resul
 
 def test_other_edges_of_the_masks_need_no_network(page, matcher):
     before = matcher.pairs
-    first = page.locator("#source-object img").last.get_attribute("src")
-    page.get_by_label("As the network says").first.check()
-    wait_until(page, lambda: page.locator("#source-object img").last.get_attribute("src") != first)
+    show(page, "Masks")
+    mask = page.locator("#viewer image.over").first
+    first = mask.get_attribute("href")
+    open_options(page)
+    page.get_by_label("raw").first.check()
+    wait_until(page, lambda: mask.get_attribute("href") != first)
     assert matcher.pairs == before
 
 
@@ -173,7 +267,6 @@ def pin(page, number, side, size):
 def test_a_clicked_point_appears_in_the_other_photo(page, matcher, result):
     before = matcher.pairs
     sizes = np.array([result.source.size, result.target.size])
-    page.locator(".viewer-foot").scroll_into_view_if_needed()
     for number, (side, x, y) in enumerate([(0, 0.35, 0.35), (1, 0.45, 0.3), (0, 0.6, 0.5)]):
         box = page.locator("#viewer image").nth(side).bounding_box()
         page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
@@ -351,7 +444,7 @@ def test_images_are_pasted_one_after_the_other(clipboard_page):
     paste(page, TOWER_EXAMPLE, "target")
     page.locator("#match").click()
     page.get_by_text("This is the same photo twice").wait_for(timeout=60_000)
-    page.locator("#target").hover()  # whatever lies under the pointer
+    page.locator("#viewer image").nth(1).hover(force=True)  # whatever lies under the pointer
     tower = page.locator("#source img").get_attribute("src")
     paste(page, CAT_EXAMPLE, "target")
     assert page.locator("#source img").get_attribute("src") == tower
@@ -374,6 +467,7 @@ def test_pasting_words_changes_nothing(clipboard_page):
     page = clipboard_page
     before = page.locator("#source img").get_attribute("src")
     page.evaluate("navigator.clipboard.writeText('a word')")
+    open_options(page)
     page.locator("#count input[type=number]").fill("")
     page.locator("#count input[type=number]").focus()
     page.keyboard.press("Control+v")
@@ -409,6 +503,7 @@ def download_matches(page, tmp_path):
 def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
     assert len(download_matches(page, tmp_path)["matches"]) == len(result.matches)
     assert page.locator("#files a").count() >= 8
+    open_options(page)
     page.locator("#threshold input[type=number]").fill("0.6")  # files of another threshold than what is shown
     page.locator("#files a").first.wait_for(state="hidden")
     document = download_matches(page, tmp_path)
@@ -576,14 +671,23 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Pair").click()
-    page.locator("#viewer").scroll_into_view_if_needed()
-    page.wait_for_timeout(300)
+    page.wait_for_function("document.documentElement.scrollHeight <= 2 * innerHeight")
+    for target in page.locator("#viewer button:visible, #viewer input:visible, #match, #options button").all():
+        assert target.bounding_box()["height"] >= 44, target.inner_html()
     first, second = (page.locator("#viewer image").nth(side).bounding_box() for side in (0, 1))
     assert second["y"] > first["y"] + first["height"]  # below one another
     assert first["width"] > 250
     corner = Image.open(io.BytesIO(page.screenshot())).convert("L").crop((0, 0, 8, 200))
     brightness = np.mean(np.asarray(corner))
     assert (brightness < 60) == (theme == "dark")
+    show(page, "Warp")
+    page.locator("#viewer image.over").wait_for()
+    box = page.locator("#viewer image.over").bounding_box()
+    page.touchscreen.tap(box["x"] + 0.2 * box["width"], box["y"] + 0.7 * box["height"])
+    wait_until(
+        page, lambda: abs(page.locator("#viewer-after rect").bounding_box()["width"] / box["width"] - 0.8) < 0.02
+    )
+    show(page, "Matches")
     page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
     close_page(page, address)

@@ -10,9 +10,9 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from macosnet_hf.demo.viewer import (
+    PICTURES,
     grid_document,
     object_grid,
-    outlined,
     source_on_target,
     viewer_images,
     viewer_lines,
@@ -69,17 +69,21 @@ def test_grid_document_pairs_each_point_with_its_place(pair):
     np.testing.assert_allclose([point[2:4] for point in sent], moved, atol=1.5)
 
 
-def test_the_object_is_outlined_on_a_small_copy():
-    image = Image.new("RGB", (600, 400), (0, 0, 200))
-    mask = np.zeros((400, 600), bool)
-    mask[100:300, 200:500] = True
-    shown = outlined(image, mask, 300)
-    assert shown.size == (300, 200)
-    values = np.asarray(shown, int)
-    assert values[100, 175, 0] > values[10, 10, 0] - 200  # tinted
-    assert (values[10, 10] > 100).all()  # faded to grey
-    assert values[100, 100, 0] > 230  # the outline
-    assert image.getpixel((300, 200)) == (0, 0, 200)
+def test_pictures_are_small_copies_with_the_masks_on_them(pair):
+    blue = Image.new("RGB", (1440, 960), (0, 0, 200))
+    mask = np.zeros((960, 1440), bool)
+    mask[240:720, 480:1200] = True
+    result = replace(pair.result, source=blue, source_mask=mask)
+    outlined, cut = (np.asarray(PICTURES[mode](result)[0], int) for mode in ("masks", "cutout"))
+    assert outlined.shape == cut.shape == (480, 720, 3)
+    assert (outlined[10, 10] > 100).all()  # faded to grey
+    assert outlined[240, 240, 0] > 230  # the outline
+    assert cut[10, 10].std() == 0  # checkerboard
+    assert cut[240, 400].tolist() == [0, 0, 200]
+    assert blue.getpixel((700, 400)) == (0, 0, 200)
+    nothing, warped = PICTURES["warp"](result)
+    assert nothing is None
+    assert max(warped.size) == 720
 
 
 def test_source_on_target_is_the_warp_where_there_is_one(pair):

@@ -4,12 +4,16 @@
   let pointed = null, last = null;
   document.addEventListener("pointerover", (event) => { pointed = event.target; });
 
+  // The places of the tab that is shown; of the stage's photos too, whose places are hidden behind them.
   const visible = () => ["#source", "#target", "#photos"]
     .map((name) => document.querySelector(name))
-    .filter((place) => place && place.offsetParent !== null);
+    .filter((place) => place?.closest("[role=tabpanel]")?.offsetParent);
+  const covers = (place, target) => place.contains(target) || place === photoPlace(target);
+  const photoPlace = (target) =>
+    document.querySelector(["#source", "#target"][target.closest?.("#viewer [data-side]")?.dataset.side] || "none");
   const input = (place) => place.querySelector("input[type=file]");
   const choose = (places) =>
-    places.find((place) => pointed && place.contains(pointed)) ||
+    places.find((place) => pointed && covers(place, pointed)) ||
     places.find((place) => !place.querySelector("img") && input(place)) ||
     places.find((place) => place !== last);
 
@@ -41,13 +45,15 @@
     event.target.dispatchEvent(new Event("change", { bubbles: true }));
   }, true);
   document.addEventListener("drop", (event) => {
-    const place = visible().find((each) => each.contains(event.target));
-    const files = place && event.dataTransfer && typed(event.dataTransfer.files);
+    const place = visible().find((each) => covers(each, event.target)), given = event.dataTransfer?.files;
+    const files = place && given && (typed(given) || (photoPlace(event.target) && given));
     if (!files) return;
     event.preventDefault();
     event.stopImmediatePropagation();
     give(place, files, 20);
   }, true);
+
+  document.addEventListener("dragover", (event) => { if (photoPlace(event.target)) event.preventDefault(); });
 
   document.addEventListener("paste", (event) => {
     const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));

@@ -1,11 +1,20 @@
-// The interactive drawing of a pair. gr.HTML runs this file as the body of a function that gets `element`, `props`,
-// `server` and `watch`. The page holds both images and asks the server for two things only: where a point lies in the
-// other image, and a grid of points. Coordinates are pixels of the working copies. Python's part is demo/viewer.py.
+// The stage of a pair: both photos, and on them what the mode says. gr.HTML runs this file as the body of a function that
+// gets `element`, `props`, `server` and `watch`. The page holds both images and asks the server for where a point lies in
+// the other image, a grid of points, and the pictures of a mode. Coordinates are pixels of the working copies. Python's
+// part is demo/viewer.py.
 const find = (name) => element.querySelector(name);
 const PIN_COLORS = ["#e11d48", "#2563eb", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d"];
 const MOST_POINTS = 60;
+const PLACES = ["source", "target"]; // element ids of the photos' upload places
 const NO_MATCHES = { lines: [], above: 0, all: 0, faint: false };
+const WORDS = {
+  masks: "The object of each photo, outlined.",
+  cutout: "The object alone; Download has it with a transparent background.",
+  warp: "Photo B, and photo A warped onto it. Move the line.",
+  parts: "The same colour marks the same part in both photos.",
+};
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
+let mode = "matches", pictures = {}, share = 0.5, heat = null;
 
 function parse(text) {
   try { return text ? JSON.parse(text) : null; } catch { return null; }
@@ -18,21 +27,25 @@ function node(name, attributes, parent) {
   return made;
 }
 
-// Side by side at the same height; on a narrow page below one another, which shows twice as much.
+// Side by side at the same height; on a narrow page below one another, which shows twice as much; one image for a warp.
 function arrange() {
-  const width = Math.max(200, find(".viewer-stage").clientWidth), gap = 14;
+  const stage = find(".viewer-stage"), width = Math.max(200, stage.clientWidth), gap = 14;
+  const highest = parseFloat(getComputedStyle(stage).minHeight);
   const aspects = images.sides.map((side) => Math.min(3, Math.max(0.4, side.w / side.h)));
   const stacked = width < 640 && (aspects[0] + aspects[1]) / 2 > 0.8;
   const fit = (side, x, y, w, h) => {
     const k = Math.min(w / side.w, h / side.h);
     return { x: x + (w - side.w * k) / 2, y: y + (h - side.h * k) / 2, k };
   };
-  if (stacked) {
-    const tall = aspects.map((aspect) => Math.min(width / aspect, 420));
+  if (mode === "warp") {
+    size = [width, Math.min(width / aspects[1], highest)];
+    boxes = [null, fit(images.sides[1], 0, 0, ...size)];
+  } else if (stacked) {
+    const tall = aspects.map((aspect) => Math.min(width / aspect, highest));
     boxes = [fit(images.sides[0], 0, 0, width, tall[0]), fit(images.sides[1], 0, tall[0] + gap, width, tall[1])];
     size = [width, tall[0] + gap + tall[1]];
   } else {
-    const tall = Math.min((width - gap) / (aspects[0] + aspects[1]), 460);
+    const tall = Math.min((width - gap) / (aspects[0] + aspects[1]), highest);
     const wide = aspects.map((aspect) => aspect * tall);
     boxes = [fit(images.sides[0], 0, 0, wide[0], tall), fit(images.sides[1], wide[0] + gap, 0, wide[1], tall)];
     size = [wide[0] + gap + wide[1], tall];
@@ -86,50 +99,152 @@ function drawPoints(parent) {
 }
 
 function summary() {
+  if (mode in WORDS) return WORDS[mode];
   const pins = points.filter((point) => !point.dot).length;
-  if (pins) return `${pins} ${pins === 1 ? "point and its partner" : "points and their partners"}.`;
-  if (points.length) return "The same colour marks the same place on the object.";
+  if (mode === "points") {
+    if (pins) return `${pins} ${pins === 1 ? "point and its partner" : "points and their partners"}.`;
+    if (points.length) return "The same colour marks the same place on the object.";
+    return "Click anywhere in either photo to see the same place in the other one.";
+  }
+  if (mode === "heat") {
+    return heat ? `Bright: similar to the point in photo ${"AB"[heat.from]}. Click any other point.`
+      : "Click a point to see what is similar to it in the other photo.";
+  }
   if (!matches.all) return "No matching points on the object.";
   if (!matches.above) return `None of the ${matches.all} matches has so high a score; lower the confidence.`;
-  const follow = matchMedia("(hover: none)").matches ? "" : "Move over a line to follow it. ";
-  return `${matches.lines.length} of ${matches.all} matches. ${follow}Colours show where on the object a line starts.`;
+  return `${matches.lines.length} of ${matches.all} matches. Click anywhere in either photo to see the same place in the other one.`;
 }
 
 function say(text, wrong) {
-  const foot = find(".viewer-foot");
+  const foot = find(".viewer-words");
   foot.textContent = text || summary();
   foot.classList.toggle("wrong", Boolean(wrong));
 }
 
+function frame(i) {
+  const { w, h } = images.sides[i], { x, y, k } = boxes[i];
+  return { x, y, width: w * k, height: h * k };
+}
+
+function picture(parent, i, href, name) {
+  return node("image", { ...frame(i), href, preserveAspectRatio: "none", "data-side": i, class: name,
+    "clip-path": `url(#viewer-round-${i})` }, parent);
+}
+
+// Name and button of a photo, in the corner of it.
+function label(canvas, i) {
+  const { x, y } = frame(i), side = images.sides[i];
+  const corner = document.createElement("div");
+  corner.className = "viewer-corner";
+  [corner.style.left, corner.style.top] = [`${x}px`, `${y}px`];
+  const name = document.createElement("b");
+  [name.textContent, name.title] = [`Photo ${"AB"[i]}`, side.name];
+  const change = document.createElement("button");
+  change.type = "button";
+  change.textContent = "Change";
+  change.setAttribute("aria-label", `Change photo ${"AB"[i]}`);
+  // Its place is empty then, and takes another file, a paste or the camera.
+  change.addEventListener("click", () =>
+    document.querySelector(`#${PLACES[i]} button[aria-label='Remove Image']`)?.click());
+  corner.append(name, change);
+  canvas.append(corner);
+}
+
 function draw() {
   const stage = find(".viewer-stage");
+  element.dataset.mode = mode;
+  for (const button of element.querySelectorAll("[data-mode]")) {
+    button.setAttribute("aria-pressed", button.dataset.mode === mode);
+  }
   if (!images) { stage.replaceChildren(); say(" "); return; }
   arrange();
   const svg = node("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img" });
-  svg.setAttribute("aria-label", "Both photos with lines between matching points");
-  images.sides.forEach((side, i) => {
-    const box = boxes[i], clip = node("clipPath", { id: `viewer-round-${i}` }, svg);
-    const frame = { x: box.x, y: box.y, width: side.w * box.k, height: side.h * box.k };
-    node("rect", { ...frame, rx: 8 }, clip);
-    node("image", { ...frame, href: side.src, preserveAspectRatio: "none", "data-side": i,
-      "clip-path": `url(#viewer-round-${i})` }, svg);
-  });
+  svg.setAttribute("aria-label", `${images.sides.map((side, i) => `Photo ${"AB"[i]}, ${side.name}`).join(", and ")}`);
+  const shown = boxes[0] ? [0, 1] : [1];
+  for (const i of shown) node("rect", { ...frame(i), rx: 8 }, node("clipPath", { id: `viewer-round-${i}` }, svg));
+  for (const i of shown) picture(svg, i, images.sides[i].src, "photo");
+  pictures[mode]?.sides.forEach((src, i) => { if (src && boxes[i]) picture(svg, i, src, "over"); });
+  if (mode === "warp") drawSlide(svg);
   node("g", { class: "matches" }, svg);
   node("g", { class: "points" }, svg);
   svg.addEventListener("click", add);
-  stage.replaceChildren(svg);
+  const canvas = document.createElement("div");
+  canvas.className = "viewer-canvas";
+  canvas.style.width = `${size[0]}px`;
+  canvas.append(svg);
+  for (const i of shown) label(canvas, i);
+  stage.replaceChildren(canvas);
   redraw();
+}
+
+// A line; left of it photo B, right of it photo A warped onto it.
+function drawSlide(svg) {
+  const { x, y, width, height } = frame(1), at = x + share * width;
+  svg.querySelector(".slide")?.remove();
+  const group = node("g", { class: "slide" }, svg);
+  const clip = node("clipPath", { id: "viewer-after" }, group);
+  node("rect", { x: at, y, width: x + width - at, height }, clip);
+  svg.querySelector(".over")?.setAttribute("clip-path", "url(#viewer-after)");
+  node("line", { x1: at, x2: at, y1: y, y2: y + height }, group);
+  node("circle", { cx: at, cy: y + height / 2, r: 15 }, group);
+  node("path", { d: `M${at - 4} ${y + height / 2 - 5}l-5 5 5 5m8-10 5 5-5 5` }, group);
+  find(".viewer-slide").value = 100 * share;
+}
+
+function slideTo(value) {
+  share = Math.min(1, Math.max(0, value));
+  if (mode === "warp" && find("svg")) drawSlide(find("svg"));
+}
+
+function drag(event) {
+  if (mode !== "warp" || !images || !event.buttons || !event.target.closest("svg")) return;
+  const { x, width } = frame(1);
+  slideTo((event.clientX - find("svg").getBoundingClientRect().left - x) / width);
+}
+
+function drawHeat(svg) {
+  svg.querySelector(".over")?.remove();
+  if (heat) picture(svg, 1 - heat.from, heat.src, "over");
+  const marks = svg.querySelector(".points");
+  svg.append(marks);
+  marks.replaceChildren();
+  for (const [i, at] of heat ? [[heat.from, heat.at], [1 - heat.from, heat.best]] : []) {
+    const [cx, cy] = place(i, ...at), start = i === heat.from;
+    const group = node("g", { class: "pin" }, marks);
+    node("circle", { cx, cy, r: start ? 8 : 11, fill: start ? PIN_COLORS[0] : "none", "data-side": i }, group);
+  }
+}
+
+async function heatOf(point, from) {
+  const answer = await ask((id) => server.viewer_heat({ id, point, side: from }));
+  if (!answer) return;
+  heat = { from, at: point, ...answer };
+  if (mode === "heat") redraw();
 }
 
 function redraw() {
   const svg = find("svg");
   if (!svg) return;
-  drawMatches(svg.querySelector(".matches"));
-  drawPoints(svg.querySelector(".points"));
-  svg.classList.toggle("with-points", points.length > 0);
+  if (mode === "matches") drawMatches(svg.querySelector(".matches"));
+  if (mode === "points") drawPoints(svg.querySelector(".points"));
+  if (mode === "heat") drawHeat(svg);
   svg.classList.toggle("faint", matches.faint);
   find(".viewer-clear").disabled = !points.length;
   say();
+}
+
+// The pictures of a mode are asked for when it is chosen, once for each result.
+async function show(chosen) {
+  mode = chosen;
+  draw();
+  if (mode === "heat" && images && !heat && matches.lines.length) {
+    await heatOf(matches.lines[0].slice(0, 2), 0); // so that there is something to see
+  }
+  if (!images || pictures[chosen] || !(chosen in WORDS)) return;
+  const answer = await ask((id) => server.viewer_pictures({ id, mode: chosen }));
+  if (!answer) return;
+  pictures[chosen] = answer;
+  if (mode === chosen) draw();
 }
 
 async function ask(work) {
@@ -147,21 +262,23 @@ async function ask(work) {
 }
 
 async function add(event) {
+  if (mode in WORDS) return;
   const edge = find("svg").getBoundingClientRect();
   const at = boxes.map((box) => [(event.clientX - edge.left - box.x) / box.k, (event.clientY - edge.top - box.y) / box.k]);
   const from = at.findIndex(([x, y], i) => x >= 0 && y >= 0 && x <= images.sides[i].w && y <= images.sides[i].h);
   if (from < 0) return;
-  if (points.filter((point) => !point.dot).length + waiting >= MOST_POINTS) {
+  if (mode !== "heat" && points.filter((point) => !point.dot).length + waiting >= MOST_POINTS) {
     say("Enough points; clear them to go on.", true);
     return;
   }
   const start = clamp(from, at[from].map((value) => value - 0.5));
+  if (mode === "heat") { await heatOf(start, from); return; }
   const answer = await ask((id) => server.viewer_transfer({ id, point: start, side: from }));
   if (!answer) return;
   points = points.filter((point) => !point.dot);
   const ends = from === 0 ? [start, answer.point] : [answer.point, start];
   points.push({ at: ends, from, color: PIN_COLORS[points.length % PIN_COLORS.length] });
-  redraw();
+  if (mode === "matches") show("points"); else redraw();
 }
 
 find(".viewer-grid").addEventListener("click", async () => {
@@ -172,16 +289,22 @@ find(".viewer-grid").addEventListener("click", async () => {
   redraw();
 });
 find(".viewer-clear").addEventListener("click", () => { points = []; redraw(); });
+find(".viewer-modes").addEventListener("click", (event) => {
+  if (event.target.dataset.mode) show(event.target.dataset.mode);
+});
+find(".viewer-slide").addEventListener("input", (event) => slideTo(event.target.value / 100));
+for (const kind of ["pointerdown", "pointermove"]) find(".viewer-stage").addEventListener(kind, drag);
 
 // Points stay where only the masks or the threshold changed.
 function receive() {
   const sources = () => images?.sides.map((side) => side.src).join();
-  const before = sources();
+  const [before, id] = [sources(), images?.id];
   images = parse(props.images);
   matches = parse(props.value) || NO_MATCHES;
-  const same = images && sources() === before;
-  if (!same) points = [];
-  if (same && find("svg")) redraw(); else draw();
+  if (!images || sources() !== before) [points, heat] = [[], null];
+  if (images && images.id === id && find("svg")) { redraw(); return; }
+  pictures = {};
+  show(mode);
 }
 
 watch(["value", "images"], receive);
