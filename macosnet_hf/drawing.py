@@ -36,6 +36,7 @@ _HEAT = [
 _CELL = 300  # largest side of an image
 _MARGIN = 14  # between cells
 _SHEET_COLOR: Color = (250, 250, 250)
+_ODD_COLOR: Color = (185, 28, 28)
 
 
 def _as_rgb(image: ImageLike) -> Image.Image:
@@ -350,7 +351,10 @@ def on_checkerboard(cut: Image.Image, *, square: int = 8) -> Image.Image:
 
 
 def overview(
-    images: Sequence[ImageLike], masks: Sequence[Any] | None = None, labels: Sequence[str] | None = None
+    images: Sequence[ImageLike],
+    masks: Sequence[Any] | None = None,
+    labels: Sequence[str] | None = None,
+    odd: Sequence[int] = (),
 ) -> Image.Image:
     """A contact sheet: each image with its object outlined, below it the cutout, below that its label.
 
@@ -358,6 +362,7 @@ def overview(
         images: N images of any sizes.
         masks: N bool masks, each of its image's size; without them the sheet shows the images alone.
         labels: N short texts.
+        odd: numbers of images that do not belong: their tiles are framed, and their labels say so.
 
     Raises:
         InputError: no images, or lists of different lengths, or masks that do not fit.
@@ -390,9 +395,15 @@ def overview(
             offset = heights[row] - image.height if part == 0 and parts == 2 else 0
             place = (left + (cell - image.width) // 2, top + part * (heights[row] + inner) + offset)
             sheet.paste(image, place)
+        if number in odd:
+            frame = (left - inner, top - inner, left + cell + inner, top + row_heights[row] - _MARGIN + inner)
+            draw.rectangle(frame, outline=_ODD_COLOR, width=max(2, inner // 2))
         if labels is not None:
+            label, fill = str(labels[number]), (60, 60, 60)
+            if number in odd:
+                label, fill = f"odd one out: {label}", _ODD_COLOR
             middle = (left + cell / 2, top + row_heights[row] - _MARGIN - label_height / 2)
-            draw.text(middle, _shortened(str(labels[number]), font, cell), fill=(60, 60, 60), font=font, anchor="mm")
+            draw.text(middle, _shortened(label, font, cell), fill=fill, font=font, anchor="mm")
     return sheet
 
 

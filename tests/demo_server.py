@@ -45,10 +45,10 @@ class CountingMatcher(app.Matcher):
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def pair(self, source, target, refine):
+    def pair(self, source, target, refine, orientations=None):
         self.pairs += 1
         assert self.may_answer.wait(60)
-        return super().pair(source, target, refine)
+        return super().pair(source, target, refine, orientations)
 
     def collection(self, paths, refine, progress):
         self.collections += 1

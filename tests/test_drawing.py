@@ -14,6 +14,8 @@ from macosnet_hf.drawing import (
     draw_matches,
     on_checkerboard,
     overlay_mask,
+    overlay_parts,
+    overlay_similarity,
     overview,
     position_colors,
 )
@@ -309,6 +311,48 @@ def test_overview_labels_may_be_anything(cheetah):
     labels = ["", "x" * 500, "two\nlines", "猫と犬.jpg"]
     sheet = overview([cheetah] * 4, [ellipse(cheetah)] * 4, labels)
     assert sheet.width <= 1600
+
+
+def test_overview_marks_odd_ones(cheetah):
+    def red(sheet):
+        values = np.asarray(sheet, int)
+        return (values == (185, 28, 28)).all(-1)
+
+    masks, labels = [ellipse(cheetah)] * 2, ["a.jpg", "b.jpg"]
+    assert not red(overview([cheetah] * 2, masks, labels)).any()
+    marked = red(overview([cheetah] * 2, masks, labels, odd=[1]))
+    half = marked.shape[1] // 2
+    assert not marked[:, : half - 8].any()
+    assert marked[:, half:].sum() > 1000
+
+
+def test_heat_is_bright_where_something_is_similar(cheetah):
+    similarity = np.zeros((4, 8))
+    similarity[1, 6] = 0.5
+    shown = overlay_similarity(cheetah, similarity, alpha=1)
+    assert shown.size == cheetah.size
+    grey = np.asarray(shown.convert("L"), float)
+    row, column = np.unravel_index(grey.argmax(), grey.shape)
+    assert abs((column + 0.5) / grey.shape[1] - 6.5 / 8) < 0.07
+    assert abs((row + 0.5) / grey.shape[0] - 1.5 / 4) < 0.13
+    assert grey[:, : grey.shape[1] // 2].max() < 10
+    assert overlay_similarity(cheetah, np.ones((3, 3))).size == cheetah.size  # nothing differs
+    for wrong in (np.zeros(3), np.full((2, 2), np.nan), np.zeros((0, 2))):
+        with pytest.raises(InputError, match="similarity map"):
+            overlay_similarity(cheetah, wrong)
+
+
+def test_parts_are_coloured_on_the_object_alone(cheetah):
+    mask = np.zeros(cheetah.size[::-1], bool)
+    mask[:, : cheetah.width // 2] = True
+    colors = np.zeros((2, 2, 3))
+    colors[..., 0] = 1
+    shown = np.asarray(overlay_parts(cheetah, colors, mask, alpha=1), int)
+    assert (shown[mask] == (255, 0, 0)).all()
+    outside = shown[~mask]
+    assert np.ptp(outside, axis=1).mean() < np.ptp(np.asarray(cheetah, int)[~mask], axis=1).mean()  # faded
+    with pytest.raises(InputError):
+        overlay_parts(cheetah, colors, mask[:-1])
 
 
 def test_overview_of_extreme_pictures():

@@ -9,6 +9,8 @@ from PIL import Image
 
 from ..drawing import cutout
 from . import components, limits
+from .code import collection_code
+from .collection_points import collection_points, points_document
 from .downloads import cached_images, collection_archive, sheet_and_average
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions, Stopped
@@ -60,6 +62,8 @@ class CollectionTab:
                         self.cutouts = gr.Gallery(label="Cutouts", elem_id="cutouts", **gallery)
                     with gr.Tab("Masks"):
                         self.masks = gr.Gallery(label="Masks", elem_id="masks", **gallery)
+                    with gr.Tab("Points"):
+                        self.points = collection_points(self.sessions.collections)
                     with gr.Tab("Contact sheet"):
                         self.sheet = components.result_image("Contact sheet", show_label=False, elem_id="sheet")
                 with gr.Column(scale=2, min_width=280):
@@ -68,11 +72,14 @@ class CollectionTab:
                     )
                     gr.Markdown("**How far each agrees with the others**")
                     self.agreement = gr.HTML(elem_id="agreement")
-            gr.Markdown("**Download:** masks and cutouts in original size, contact sheet, average and summary.")
-            self.make_zip = gr.Button("Make the zip", elem_id="make-zip")
-            self.archive = gr.File(label="Zip", interactive=False, visible=False, elem_id="zip")
-        images = [self.cutouts, self.masks, self.sheet, self.average]
-        self.shown = [self.key, self.verdict, *images, self.agreement, self.archive, self.results]
+            self.download, self.archive = components.download("collection")
+            gr.Markdown(
+                "One zip: masks and cutouts in original size, contact sheet, average and summary.",
+                elem_classes="small",
+            )
+            self.code = components.code()
+        images = [self.cutouts, self.masks, self.points, self.sheet, self.average]
+        self.shown = [self.key, self.verdict, *images, self.agreement, self.archive, self.code, self.results]
 
     def _events(self, tab: gr.Tab) -> None:
         components.check_on_upload(self.photos, self.sessions.matcher.reader)
@@ -94,8 +101,9 @@ class CollectionTab:
         runs = [components.run_on(event, blank, **segmenting) for event in (self.button.click, chosen.then)]
         for run in runs:
             run.then(**changed)  # its answer may overtake that of a change
-        queue = {"concurrency_limit": 1, "show_progress_on": self.make_zip, **components.PRIVATE}
-        zipping = self.make_zip.click(self.write_zip, self.key, self.archive, **queue)
+        queue = {"concurrency_limit": 1, "show_progress_on": self.download, **components.PRIVATE}
+        zipping = self.download.click(self.write_zip, self.key, self.archive, **queue)
+        components.download_of(zipping, self.archive)
         self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
         self.photos.change(**changed)
         # Of a page that is still loading, the example would replace the photos.
@@ -104,17 +112,22 @@ class CollectionTab:
     def show(self, collection: SegmentedCollection, owner: str | None) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`."""
         copies = collection.copies
-        captions = [("odd: " if number in collection.odd else "") + copy.name for number, copy in enumerate(copies)]
+        captions = [
+            ("odd one out: " if number in collection.odd else "") + copy.name for number, copy in enumerate(copies)
+        ]
         cutouts = [cutout(copy.image, mask) for copy, mask in zip(copies, collection.masks, strict=True)]
         masks = [Image.fromarray(mask) for mask in collection.masks]
+        key = self.sessions.collections.add(collection, owner)
         return (
-            self.sessions.collections.add(collection, owner),
+            key,
             collection_verdict(collection),
             list(zip(cached_images(self.cutouts, cutouts, "png"), captions, strict=True)),
             list(zip(cached_images(self.masks, masks, "png"), captions, strict=True)),
+            points_document(key, collection),
             *sheet_and_average(self.sheet, collection),
             agreement(collection),
-            gr.File(None, visible=False),
+            None,
+            collection_code(collection, self.sessions.matcher.checkpoint),
             gr.Column(visible=True),
         )
 
@@ -130,7 +143,7 @@ class CollectionTab:
                     raise
             if place.photos != paths:
                 key, verdict, results = components.no_result(PRESS_FIND if place.photos else "")
-                return key, verdict, *([gr.skip()] * 6), results
+                return key, verdict, *([gr.skip()] * 6), None, "", results
             place.shown = paths
             return self.show(collection, request.session_hash)
 
@@ -150,8 +163,8 @@ class CollectionTab:
             self.sessions.place(request, "collection").shown = photos
             return (photos, *self.show(self.sessions.example_collection(), request.session_hash))
 
-    def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> gr.File:
+    def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> str:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:
             collection = self.sessions.collections.get(key)
             path, _ = collection_archive(self.archive, collection, self.sessions.matcher.name, report)
-            return gr.File(path, visible=True)
+            return path

@@ -13,7 +13,8 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
-from .texts import REFINEMENTS, marked
+from .texts import EDGES, REFINEMENTS, marked
+from .viewer import asset
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
 QUIET = {"show_progress": "hidden", "concurrency_limit": None, **PRIVATE}
@@ -128,6 +129,22 @@ def run_on(event: Callable[..., Any], blank: list[Any], **run: Any) -> Any:
     return done
 
 
+def download(name: str) -> tuple[gr.Button, gr.DownloadButton]:
+    """A button that makes a file, and a hidden place for the file; see [`download_of`]."""
+    return gr.Button("Download", elem_id=f"{name}-download"), gr.DownloadButton(visible="hidden")
+
+
+def download_of(event: Any, file: gr.DownloadButton) -> None:
+    """Gives the visitor the file that an event has put into its place, if it has."""
+    event.success(None, file, None, js=asset("download.js"), **PRIVATE)
+
+
+def code() -> gr.Code:
+    """A folded place for the Python code that makes what is shown."""
+    with gr.Accordion("Copy as Python", open=False, elem_classes="as-python"):
+        return gr.Code(language="python", show_label=False, interactive=False, show_line_numbers=False, wrap_lines=True)
+
+
 def result_image(label: str, **options: Any) -> gr.Image:
     """A place for a result."""
     return gr.Image(label=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options})
@@ -135,5 +152,5 @@ def result_image(label: str, **options: Any) -> gr.Image:
 
 def refinement_choice(**options: Any) -> gr.Radio:
     """The choice of how masks get their edges, in words for visitors unless `choices` and `label` are given."""
-    words = {"choices": REFINEMENTS, "label": "Edges"}
+    words = {"choices": REFINEMENTS, "label": "Edges", "info": EDGES}
     return gr.Radio(**{**words, **options}, value=REFINEMENTS[0][1], min_width=240)

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..inference.result_files import (
     COLLECTION_ARCHIVE,
+    PAIR_ARCHIVE,
     VIEWS,
-    pair_file_names,
     save_mask,
     write_collection,
     write_pair,
@@ -65,11 +65,11 @@ def sheet_and_average(component: Component, collection: SegmentedCollection) -> 
     return cached_images(component, [image for image in (collection.sheet(), collection.average) if image is not None])
 
 
-def pair_files(component: Component, pair: MatchedPair, threshold: float, model: str) -> list[str]:
-    """All result files of a pair."""
+def pair_archive(component: Component, pair: MatchedPair, threshold: float, model: str) -> str:
+    """One zip with all result files of a pair."""
     with tempfile.TemporaryDirectory() as folder, whole_images([copy.size for copy in pair.copies]):
         write_pair(pair, Path(folder), threshold, model=model, flow=True)
-        return _cached(component, [Path(folder, name) for name in pair_file_names(flow=True)])
+        return _cached(component, [zip_folder(Path(folder), PAIR_ARCHIVE, remove=True)])[0]
 
 
 def pair_masks(component: Component, pair: MatchedPair) -> list[str]:

@@ -62,6 +62,13 @@ class PointQuestion(Question):
     side: Literal[0, 1]
 
 
+class CollectionQuestion(Question):
+    """Where a point of an image of a collection lies in all."""
+
+    point: Point
+    image: Annotated[int, Strict(), Field(ge=0)]
+
+
 class PictureQuestion(Question):
     """The pictures of a mode."""
 
@@ -73,6 +80,7 @@ _QUESTIONS: dict[str, type[BaseModel]] = {
     "viewer_heat": PointQuestion,
     "viewer_grid": Question,
     "viewer_pictures": PictureQuestion,
+    "collection_transfer": CollectionQuestion,
 }
 
 

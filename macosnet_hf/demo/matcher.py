@@ -44,12 +44,12 @@ class Matcher:
                 self._loaded = {"model": model, "processor": processor}
             return self._loaded
 
-    def pair(self, source: str, target: str, refine: str) -> MatchedPair:
+    def pair(self, source: str, target: str, refine: str, orientations: str | None = None) -> MatchedPair:
         """Matches the photos in two files. Who waits until large photos are read does not hold up others."""
         with self._working() as loaded:
             copies = _files().open_pair(source, target, read=self.reader.working_copy)
             with self._turns["pair"]:
-                return _files().match_copies(copies, refine=refine, **loaded)
+                return _files().match_copies(copies, refine=refine, orientations=orientations, **loaded)
 
     def collection(self, paths: list[str], refine: str, progress: Any) -> SegmentedCollection:
         """Segments the photos in some files; `progress` as in `segment_files`."""

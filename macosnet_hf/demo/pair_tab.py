@@ -9,10 +9,11 @@ import gradio as gr
 
 from ..inference.result_files import VIEWS
 from . import components, limits
-from .downloads import pair_files
-from .examples import EXAMPLES
+from .code import pair_code
+from .downloads import pair_archive
+from .examples import EXAMPLES, LABELS, MIRRORED
 from .sessions import Sessions
-from .texts import PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
+from .texts import FACING, PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
 from .viewer import viewer, viewer_images, viewer_lines
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class PairTab:
             self._stage()
         self._start()
         self._options()
-        self.shown = [self.key, self.verdict, self.drawing, self.files, self.results]
+        self.shown = [self.key, self.verdict, self.drawing, self.archive, self.code, self.results]
         self._matching_events(demo)
         self._result_events()
 
@@ -47,8 +48,8 @@ class PairTab:
             self.examples = gr.Dataset(
                 elem_id="examples",
                 label="Or try one of these",
-                components=self.uploads,
-                samples=[list(pair) for pair in EXAMPLES],
+                components=[*self.uploads, gr.Textbox(visible=False)],
+                samples=[[*pair, LABELS[pair]] for pair in EXAMPLES],
                 show_label=False,
             )
 
@@ -59,31 +60,37 @@ class PairTab:
             )
             self.count = gr.Slider(5, 200, 40, step=5, label="Lines, at most", elem_id="count", min_width=240)
             self.refine = components.refinement_choice()
-        with gr.Column(elem_id="downloads"):
-            gr.Markdown(
-                "**Download:** matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the photos' "
-                "own sizes."
+            self.orientations = gr.Radio(
+                FACING, value="none", label="Photo B may be", elem_id="orientations", min_width=240
             )
-            self.make_files = gr.Button("Make the files", elem_id="make-files")
-            self.files = gr.Files(label="Files", interactive=False, visible=False, elem_id="files")
+        with gr.Column(elem_id="pair-downloads"):
+            self.download, self.archive = components.download("pair")
+            gr.Markdown(
+                "One zip: matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the photos' own "
+                "sizes.",
+                elem_classes="small",
+            )
+            self.code = components.code()
 
     def _matching_events(self, demo: gr.Blocks) -> None:
         opening = demo.load(
             self.show_example,
             [self.threshold, self.count],
-            [*self.uploads, *self.shown],
+            [self.orientations, *self.uploads, *self.shown],
             show_progress_on=self.verdict,
             **components.PRIVATE,
         )
         for place in self.uploads:
             components.check_on_upload(place, self.sessions.matcher.reader)
-        inputs = [*self.uploads, self.threshold, self.count, self.refine]
+        inputs = [*self.uploads, self.threshold, self.count, self.refine, self.orientations]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
-        chosen = self.examples.click(lambda pair: pair, self.examples, self.uploads, **components.INSTANT)
+        chosen = self.examples.click(
+            self.choose_example, self.examples, [*self.uploads, self.orientations], **components.INSTANT
+        )
         blank = [self.key, self.verdict, self.results]
         changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
         changed |= components.on_uploads(self.changed, self.uploads)
-        for event in (self.button.click, chosen.then):
+        for event in (self.button.click, chosen.then, self.orientations.input):
             # Once more at the end: its answer may overtake that of a change.
             components.run_on(event, blank, **matching).then(**changed)
         for place in self.uploads:
@@ -101,18 +108,13 @@ class PairTab:
             [slider.input for slider in options],
             self.redraw,
             [self.key, *options],
-            [self.drawing, self.files],
+            [self.drawing, self.archive, self.code],
             trigger_mode="always_last",
             **components.QUIET,
         )
-        self.make_files.click(
-            self.write_files,
-            [self.key, self.threshold],
-            self.files,
-            concurrency_limit=2,
-            show_progress_on=self.make_files,
-            **components.PRIVATE,
-        )
+        queue = {"concurrency_limit": 2, "show_progress_on": self.download, **components.PRIVATE}
+        written = self.download.click(self.write_files, [self.key, self.threshold], self.archive, **queue)
+        components.download_of(written, self.archive)
 
     def _of_runs(self) -> dict[str, Any]:
         queue = {"concurrency_id": "pair", "concurrency_limit": limits.STARTED["pair"]}
@@ -130,17 +132,28 @@ class PairTab:
                 value=viewer_lines(result, threshold, count),
                 images=viewer_images(key, (result.source, result.target), names),
             ),
-            _no_files(),
+            None,
+            self._code(pair, threshold, count),
             gr.Column(visible=True),
         )
 
+    def _code(self, pair: MatchedPair, threshold: float, count: int) -> str:
+        return pair_code(pair, threshold, count, self.sessions.matcher.checkpoint)
+
     def match_photos(
-        self, source: str | None, target: str | None, threshold: float, count: int, refine: str, request: gr.Request
+        self,
+        source: str | None,
+        target: str | None,
+        threshold: float,
+        count: int,
+        refine: str,
+        orientations: str,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
             photos = components.checked_pair(source, target)
             return self._show_if_chosen(
-                photos, lambda: self.sessions.matcher.pair(*photos, refine), threshold, count, request
+                photos, lambda: self.sessions.matcher.pair(*photos, refine, orientations), threshold, count, request
             )
 
     def _show_if_chosen(
@@ -157,7 +170,7 @@ class PairTab:
             pair = work()
         if place.photos != photos:
             key, verdict, results = components.no_result(PRESS_MATCH)
-            return key, verdict, gr.skip(), _no_files(), results
+            return key, verdict, gr.skip(), None, "", results
         place.shown = photos
         return self.show(pair, threshold, count, request.session_hash)
 
@@ -172,13 +185,23 @@ class PairTab:
                 components.in_cache(place, path) for place, path in zip(self.uploads, EXAMPLES[0], strict=True)
             )
             self.sessions.place(request, "pair").shown = photos
-            return (*photos, *self.show(self.sessions.example_pair(), threshold, count, request.session_hash))
+            pair = self.sessions.example_pair()
+            return (self._facing(), *photos, *self.show(pair, threshold, count, request.session_hash))
 
-    def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[str, gr.Files]:
+    def choose_example(self, sample: list[str]) -> tuple[str, str, str]:
+        """Two photos, and how the second may face."""
+        source, target, label = sample
+        return source, target, "mirror" if label == LABELS[MIRRORED] else self._facing()
+
+    def _facing(self) -> str:
+        return str(self.sessions.matcher.load()["model"].config.orientations)
+
+    def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         """The lines; the files for download are of another threshold, so they go."""
         with errors_for_visitors():
             self.sessions.place(request, "pair").files = None
-            return viewer_lines(self.sessions.pairs.get(key).result, threshold, count), _no_files()
+            pair = self.sessions.pairs.get(key)
+            return viewer_lines(pair.result, threshold, count), None, self._code(pair, threshold, count)
 
     def refine_again(
         self,
@@ -194,14 +217,10 @@ class PairTab:
             pair = self.sessions.pairs.get(key)
             return self._show_if_chosen((source, target), lambda: pair.refined(refine), threshold, count, request)
 
-    def write_files(self, key: str | None, threshold: float, request: gr.Request) -> gr.Files:
-        """All files of what is shown; none if that has changed meanwhile."""
+    def write_files(self, key: str | None, threshold: float, request: gr.Request) -> str | None:
+        """A zip of all files of what is shown; none if that has changed meanwhile."""
         with errors_for_visitors():
             place = self.sessions.place(request, "pair")
             place.files = asked = (key, threshold)
-            paths = pair_files(self.files, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
-            return gr.Files(paths, visible=True) if place.files == asked else _no_files()
-
-
-def _no_files() -> gr.Files:
-    return gr.Files(None, visible=False)
+            path = pair_archive(self.archive, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
+            return path if place.files == asked else None

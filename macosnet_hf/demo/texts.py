@@ -33,7 +33,9 @@ PRESS_MATCH = "Press Match when both photos are there."
 TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
+FACING = [("as photo A", "none"), ("mirrored", "mirror"), ("mirrored or turned", "all")]
 REFINEMENTS = [("sharp", "grabcut"), ("soft", "otsu"), ("raw", "none")]
+EDGES = "Sharp follows the photo (GrabCut), soft a threshold (Otsu), raw is what the network says."
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
         def moved(result: PairResult) -> dict[str, Any]:
             return {"point": _rounded(result.transfer([question["point"]], DIRECTIONS[question["side"]]))}
 
-        return _answer(pairs, question, moved)
+        return answer(pairs, question, lambda pair: moved(pair.result))
 
     def viewer_heat(question: Any) -> dict[str, Any]:
         """The photo that a point does not lie on, under a heat map of its similarity to that point."""
@@ -67,11 +67,11 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
             best = (np.array([column, row]) + 0.5) * scale - 0.5
             return {"src": data_address(overlay_similarity(other, similarity)), "best": _rounded(best)}
 
-        return _answer(pairs, question, drawn)
+        return answer(pairs, question, lambda pair: drawn(pair.result))
 
     def viewer_grid(question: Any) -> dict[str, Any]:
         """A grid of points over the object of the source, and where they lie in the target."""
-        return _answer(pairs, question, grid_document)
+        return answer(pairs, question, lambda pair: grid_document(pair.result))
 
     def viewer_pictures(question: Any) -> dict[str, Any]:
         """What a mode lays over the photos: `{"sides": [address of source, of target]}`, null for nothing."""
@@ -79,7 +79,7 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
         def drawn(result: PairResult) -> dict[str, Any]:
             return {"sides": [image and data_address(image) for image in PICTURES[question["mode"]](result)]}
 
-        return _answer(pairs, question, drawn)
+        return answer(pairs, question, lambda pair: drawn(pair.result))
 
     return gr.HTML(
         elem_id="viewer",
@@ -91,13 +91,13 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
     )
 
 
-def _answer(pairs: ResultStore[Any], question: Any, work: Callable[[PairResult], dict[str, Any]]) -> dict[str, Any]:
+def answer(results: ResultStore[Any], question: Any, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """What `work` makes of the result that a question is about, or `{"error": sentence}`.
 
     Questions of another form than `guard.py` says do not come here.
     """
     try:
-        return work(pairs.get(question["id"]).result)
+        return work(results.get(question["id"]))
     except MaCoSNetError as error:
         return {"error": str(error)}
 

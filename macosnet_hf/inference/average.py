@@ -13,7 +13,7 @@ from torch import Tensor
 from ..collection import Collection
 from ..errors import InputError
 from ..geometry import resize_masks, warp
-from .collection_transforms import match_collection
+from .collection_transforms import CollectionMatches, match_collection
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _ALL_PAIRS_UP_TO = 30  # images; of more, each is matched with its neighbours
 _BACKGROUND_WEIGHT = 0.02  # so that the surroundings of the object are a faint mean of themselves
+
+
+def repaired_matches(collection: Collection) -> CollectionMatches:
+    """What the direct transforms of two or more images and the ways round through others agree on."""
+    graph = "all" if len(collection) <= _ALL_PAIRS_UP_TO else "neighbours"
+    return match_collection(collection, graph=graph).repaired()
 
 
 @torch.inference_mode()
@@ -32,6 +38,7 @@ def aligned_average(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     collection: Collection | None = None,
+    matches: CollectionMatches | None = None,
     side: int = 480,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
@@ -45,6 +52,7 @@ def aligned_average(
         probabilities: `(N, S, S)` soft masks, as of a [`~macosnet_hf.collection.CollectionResult`].
         reference: index of the image that the others are warped onto; its frame is the result's.
         collection: of these images in this order, where they are encoded already.
+        matches: of these images in this order, where there are [`repaired_matches`] already.
         side: longer side of the result in pixels, at most that of the reference.
         progress: called with (done, total) after each image.
 
@@ -59,13 +67,11 @@ def aligned_average(
             f"The reference must be one of the {len(images)} images, each with a mask; got {reference} and "
             f"{len(probabilities)} masks."
         )
-    repaired = None
-    if len(images) > 1:
+    if matches is None and len(images) > 1:
         if collection is None:
             collection = Collection(model, processor)
             collection.add(images)
-        graph = "all" if len(images) <= _ALL_PAIRS_UP_TO else "neighbours"
-        repaired = match_collection(collection, graph=graph).repaired()
+        matches = repaired_matches(collection)
     target = images[reference].copy()
     target.thumbnail((side, side))
     size = (target.height, target.width)
@@ -75,11 +81,11 @@ def aligned_average(
         if progress is not None:
             progress(number + 1, len(images))
         mask = torch.from_numpy(probabilities[number])[None, None]
-        if repaired is None or number == reference:
+        if matches is None or number == reference:
             pixels = _as_tensor(target)
             shown = resize_masks(mask[0], size)[None] + _BACKGROUND_WEIGHT
         else:
-            transform = repaired.transforms[number : number + 1, reference]
+            transform = matches.transforms[number : number + 1, reference]
             if not torch.isfinite(transform.affine).all():  # nothing leads there
                 continue
             network = model.config.image_size

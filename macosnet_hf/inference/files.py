@@ -16,15 +16,24 @@ from PIL import Image, ImageOps
 from ..collection import CollectionResult, hard_mask, odd_ones_out, segment_collection
 from ..drawing import overview
 from ..errors import ImageError, InputError
-from ..geometry import SYMMETRIES, dense_flow
+from ..geometry import (
+    SYMMETRIES,
+    Transform,
+    denormalize_points,
+    dense_flow,
+    identity_affine,
+    identity_tps,
+    normalize_points,
+)
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
 from . import DIRECTIONS, start_of
-from .average import aligned_average
+from .average import aligned_average, repaired_matches
 from .pair import PairResult, check_points, match_images
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching
+    from .collection_transforms import CollectionMatches
 
 Progress = Callable[[float, str], None]
 """Called often with the share that is done, 0 to 1, and the current step in words; may raise to stop the work."""
@@ -54,11 +63,13 @@ class MatchedPair:
         copies: working copies of source and target.
         result: of these copies.
         refine: how the masks were refined.
+        orientations: in which the source was looked for; None for those of the model's configuration.
     """
 
     copies: tuple[WorkingCopy, WorkingCopy]
     result: PairResult
     refine: str
+    orientations: str | None = None
 
     @property
     def same_image(self) -> bool:
@@ -74,9 +85,9 @@ class MatchedPair:
 
     def refined(self, refine: str) -> MatchedPair:
         """The same pair with masks refined in another way; the pair is not matched again."""
-        return (
-            self if refine == self.refine else MatchedPair(self.copies, self.result.with_options(refine=refine), refine)
-        )
+        if refine == self.refine:
+            return self
+        return replace(self, result=self.result.with_options(refine=refine), refine=refine)
 
     def above(self, threshold: float) -> MatchedPair:
         """The same pair without the matches whose score is not above the threshold."""
@@ -192,7 +203,7 @@ def match_copies(
     """[`match_files`] for files that are open already."""
     images = (copies[0].image, copies[1].image)
     result = match_images(images, model=model, processor=processor, refine=refine, orientations=orientations)
-    return MatchedPair(copies, result, refine)
+    return MatchedPair(copies, result, refine, orientations)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +226,7 @@ class SegmentedCollection:
         refine: how the masks were refined.
         orientations: of each image, the name in [`~macosnet_hf.geometry.SYMMETRIES`] of how it shows the object,
             compared with the others: identity or mirror.
+        transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
     """
 
     copies: Sequence[WorkingCopy]
@@ -226,6 +238,38 @@ class SegmentedCollection:
     average: Image.Image | None
     refine: str
     orientations: Sequence[str]
+    transforms: Transform | None = None
+
+    def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
+        """Where a point of one working copy lies in all of them.
+
+        Args:
+            point: (x, y) in pixels of the copy.
+            number: of the image.
+
+        Returns:
+            `(N, 2)` as (x, y) in pixels of each copy; NaN where nothing leads, such as to an odd one out.
+
+        Raises:
+            InputError: if the point does not lie in the image, or there is no such image.
+        """
+        if not 0 <= number < len(self.copies):
+            raise InputError(f"There is no image number {number}; there are {len(self.copies)}, counted from 0.")
+        images = [copy.image for copy in self.copies]
+        start = torch.from_numpy(check_points([point], images[number].size))
+        moved = torch.full((len(images), 2), float("nan"))
+        if self.transforms is not None:
+            side = self.network_side
+            placed = normalize_points(start, images[number].size[::-1], side).expand(len(images), -1, -1)
+            sizes = torch.tensor([image.size[::-1] for image in images])
+            moved = denormalize_points(self.transforms[:, number].apply(placed), sizes, side)[:, 0]
+        moved[number] = start[0]
+        return moved.numpy().astype(np.float64)
+
+    @property
+    def network_side(self) -> int:
+        """S: the network sees each image at S x S."""
+        return int(self.result.probabilities.shape[-1])
 
     def has_common_object(self, number: int) -> bool:
         """Whether the mask of an image shows an object that others have too; if not, what stands out in it."""
@@ -236,7 +280,8 @@ class SegmentedCollection:
         return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])
 
     def sheet(self, numbers: Sequence[int] | None = None) -> Image.Image:
-        """The contact sheet of all images or some: each with its object outlined, and the cutout below it.
+        """The contact sheet of all images or some: each with its object outlined, and the cutout below it; odd ones are
+        marked.
 
         All face one way: those that show the object mirrored, compared with the others, are drawn mirrored.
         """
@@ -251,7 +296,8 @@ class SegmentedCollection:
                 image, mask = ImageOps.mirror(image), ImageOps.mirror(mask)
             images.append(image)
             masks.append(np.asarray(mask.resize(image.size, Image.Resampling.BILINEAR)) >= 128)
-        return overview(images, masks, [names[number] for number in numbers])
+        odd = [place for place, number in enumerate(numbers) if number in self.odd]
+        return overview(images, masks, [names[number] for number in numbers], odd)
 
 
 def check_collection_size(count: int) -> None:
@@ -375,16 +421,20 @@ def segment_copies(
     assert result.collection is not None
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
-    mean = None
+    mean, transforms = None, None
     if average:
         belonging = [number for number in range(count) if number not in odd]
+        subset = result.collection.subset(belonging)
+        matches = repaired_matches(subset) if len(belonging) > 1 else None
+        transforms = _spread(matches, belonging, count, model)
         mean = aligned_average(
             [images[number] for number in belonging],
             result.probabilities[belonging],
             belonging.index(reference),
             model=model,
             processor=processor,
-            collection=result.collection.subset(belonging),
+            collection=subset,
+            matches=matches,
             progress=lambda done, total: report(first + (1 - first) * done / total, f"Averaged {done} of {total}"),
         )
     return SegmentedCollection(
@@ -397,4 +447,17 @@ def segment_copies(
         average=mean,
         refine=refine,
         orientations=[list(SYMMETRIES)[number] for number in result.collection.orientations],
+        transforms=transforms,
     )
+
+
+def _spread(
+    matches: CollectionMatches | None, numbers: Sequence[int], count: int, model: MaCoSNetForKeypointMatching
+) -> Transform:
+    """Transforms `(N, N)` between all of `count` images, NaN but for those of some of them, which have matches."""
+    affine, tps = identity_affine(count, count), identity_tps(count, count)
+    affine[~torch.eye(count, dtype=torch.bool)] = float("nan")
+    if matches is not None:
+        rows = torch.tensor(numbers)
+        affine[rows[:, None], rows], tps[rows[:, None], rows] = matches.affine, matches.tps
+    return model.make_transform(affine, tps)

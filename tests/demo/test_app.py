@@ -449,12 +449,12 @@ def test_the_folder_of_uploads_cannot_be_looked_through(address, folder):
 
 
 class BrokenMatcher(app.Matcher):
-    def pair(self, source, target, refine):
+    def pair(self, source, target, refine, orientations=None):
         raise ZeroDivisionError("secret detail")
 
 
 class PickyMatcher(app.Matcher):
-    def pair(self, source, target, refine):
+    def pair(self, source, target, refine, orientations=None):
         raise macosnet_hf.InputError("These two are too alike.")
 
 

@@ -19,6 +19,7 @@ from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noq
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 from macosnet_hf.demo.examples import CAT, EXAMPLES  # noqa: E402
+from macosnet_hf.inference.result_files import pair_file_names  # noqa: E402
 from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -143,19 +144,19 @@ def test_verdict_result_and_controls_are_above_the_fold(browser, address, size):
 
 
 def test_modes_are_pictures_of_both_photos(page, matcher, result):
-    """Masks and cutouts cover both photos, a warp is one picture; nothing is asked for twice."""
+    """Masks, cutouts and parts cover both photos, a warp is one picture; nothing is asked for twice."""
     before = matcher.pairs
     over = page.locator("#viewer image.over")
     asked = lambda: sum("component_server" in url for url in page.asked)  # noqa: E731
     pictures = {}
-    for mode, count in (("Masks", 2), ("Cutout", 2), ("Warp", 1)):
+    for mode, count in (("Masks", 2), ("Cutout", 2), ("Warp", 1), ("Parts", 2)):
         show(page, mode)
         wait_until(page, lambda count=count: over.count() == count)
         pictures[mode] = [over.nth(number).get_attribute("href") for number in range(count)]
         assert page.locator("#viewer .match").count() == 0
-    assert len({href for hrefs in pictures.values() for href in hrefs}) == 5
+    assert len({href for hrefs in pictures.values() for href in hrefs}) == 7
     times = asked()
-    assert times == 3
+    assert times == 4
     show(page, "Masks")
     assert [over.nth(number).get_attribute("href") for number in (0, 1)] == pictures["Masks"]
     show(page, "Matches")
@@ -163,6 +164,68 @@ def test_modes_are_pictures_of_both_photos(page, matcher, result):
     assert numbers(page) == (40, len(result.matches))
     assert asked() == times
     assert matcher.pairs == before
+
+
+def test_a_heat_map_follows_the_clicked_point(page, matcher):
+    """It lies over the other photo, and there is one before the first click."""
+    before = matcher.pairs
+    show(page, "Heat map")
+    over = page.locator("#viewer image.over")
+    over.wait_for()
+    assert over.get_attribute("data-side") == "1"
+    assert page.locator("#viewer .pin").count() == 2
+    box = page.locator("#viewer image.photo").nth(1).bounding_box()
+    page.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.6 * box["height"])
+    wait_until(page, lambda: over.get_attribute("data-side") == "0")
+    assert over.count() == 1
+    first = over.get_attribute("href")
+    page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + 0.2 * box["height"])
+    wait_until(page, lambda: over.get_attribute("href") != first)
+    assert matcher.pairs == before
+
+
+def test_points_by_keyboard(page, result):
+    show(page, "Points")
+    page.locator("#viewer svg").focus()
+    for name in ("ArrowLeft", "ArrowUp", "Enter"):
+        page.keyboard.press(name)
+    wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
+    size = np.array(result.source.size)
+    np.testing.assert_allclose(pin(page, 0, 0, size), size / 2 - max(size) / 40, atol=1)
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")  # in the other photo
+    wait_until(page, lambda: page.locator("#viewer .pin").count() == 2)
+    assert page.locator("#viewer .pin").nth(1).locator(".start").get_attribute("data-side") == "1"
+
+
+def test_a_mirror_image_is_said_and_the_choice_matches_anew(page, matcher):
+    page.locator("#examples tbody tr").nth(3).click()
+    page.get_by_text("matched as a mirror image").wait_for(timeout=60_000)
+    before = matcher.pairs
+    open_options(page)
+    page.get_by_label("as photo A", exact=True).check()
+    wait_until(page, lambda: matcher.pairs == before + 1)
+    page.locator("#viewer svg").wait_for(timeout=60_000)
+    assert "mirror" not in page.locator("#verdict").inner_text()
+
+
+def test_the_code_makes_what_is_shown(page, result):
+    page.get_by_role("button", name="Copy as Python").first.click()
+    text = page.locator(".as-python .cm-content:visible")
+    text.wait_for()
+    open_options(page)
+    page.locator("#threshold input[type=number]").fill("0.6")
+    wait_until(page, lambda: "threshold=0.6" in text.inner_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("macosnet_hf.match_pair", lambda *files, **options: calls.append((files, options)) or result)
+        patch.setattr(type(result), "draw_matches", lambda self, count: Image.new("RGB", (count, 1)))
+        patch.setattr(Image.Image, "save", lambda self, name: calls.append((self.width, name)))
+        calls = []
+        exec(text.inner_text().replace("\xa0", " "), {})
+    assert calls[0][0] == ("cheetah1.jpg", "cat.jpg")
+    assert calls[0][1] == {"refine": "grabcut", "threshold": 0.6}
+    assert calls[1] == (40, "matches.png")
 
 
 def test_the_line_of_a_warp_follows_mouse_and_keys(page):
@@ -490,23 +553,24 @@ def test_a_photo_of_the_camera(clipboard_page, matcher):
     assert matcher.pairs == before + 1
 
 
-def download_matches(page, tmp_path):
-    """Makes the files of the pair, and reads the one that the browser downloads."""
-    page.locator("#make-files").click()
-    page.locator("#files a").first.wait_for(timeout=60_000)
-    with page.expect_download() as started:
-        page.locator("#files a[download='matches.json']").click()
-    started.value.save_as(tmp_path / "matches.json")
-    return json.loads((tmp_path / "matches.json").read_text())
+def download(page, name, tmp_path):
+    """The zip that one click gives: names of its files, and the document in the first."""
+    with page.expect_download(timeout=60_000) as started:
+        page.locator(f"#{name}-download").click()
+    started.value.save_as(tmp_path / started.value.suggested_filename)
+    with zipfile.ZipFile(tmp_path / started.value.suggested_filename) as archive:
+        return archive.namelist(), json.loads(archive.read(archive.namelist()[0]))
 
 
 def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
-    assert len(download_matches(page, tmp_path)["matches"]) == len(result.matches)
-    assert page.locator("#files a").count() >= 8
+    names, document = download(page, "pair", tmp_path)
+    assert names[0] == "matches.json"
+    assert sorted(names) == sorted(pair_file_names(flow=True))
+    assert len(document["matches"]) == len(result.matches)
     open_options(page)
     page.locator("#threshold input[type=number]").fill("0.6")  # files of another threshold than what is shown
-    page.locator("#files a").first.wait_for(state="hidden")
-    document = download_matches(page, tmp_path)
+    wait_until(page, lambda: page.locator("#viewer .match").count() < 40)
+    names, document = download(page, "pair", tmp_path)
     assert document["threshold"] == 0.6
     assert len(document["matches"]) == int((result.scores > 0.6).sum())
 
@@ -532,13 +596,27 @@ def test_collection_upload_run_and_zip(page, tmp_path):
     assert page.locator("#agreement .odd.name").inner_text() == "own0.jpg"
     page.get_by_role("tab", name="Contact sheet").click()
     page.locator("#sheet img").wait_for()
-    page.locator("#make-zip").click()
-    page.locator("#zip a").first.wait_for(timeout=60_000)
-    with page.expect_download() as started:
-        page.locator("#zip a").first.click()
-    started.value.save_as(tmp_path / "collection.zip")
-    with zipfile.ZipFile(tmp_path / "collection.zip") as archive:
-        assert {f"own{number}_cutout.png" for number in range(4)} <= set(archive.namelist())
+    names, _ = download(page, "collection", tmp_path)
+    assert {f"own{number}_cutout.png" for number in range(4)} <= set(names)
+
+
+def test_a_point_of_a_collection_is_clicked_in_one_photo_and_seen_in_all_that_belong(page):
+    open_collection(page)
+    page.get_by_role("tab", name="Points").click()
+    photos = page.locator("#points figure")
+    assert photos.count() == 4
+    assert page.locator("#points .odd figcaption").inner_text() == "odd one out: tower.jpg"
+    photos.first.locator("button").click(position={"x": 60, "y": 60})
+    wait_until(page, lambda: page.locator("#points i").count() >= 2)
+    first = photos.first.locator("i")
+    box, dot = photos.first.locator("img").bounding_box(), first.bounding_box()
+    assert abs(dot["x"] + dot["width"] / 2 - box["x"] - 60) < 2
+    assert abs(dot["y"] + dot["height"] / 2 - box["y"] - 60) < 2
+    assert page.locator("#points .odd i").count() == 0
+    odd = page.locator("#points .odd button")
+    odd.focus()
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: page.locator("#points .odd i").inner_text() == "2")
 
 
 def test_wrong_files_of_a_collection_are_left_out_at_once(page, tmp_path):
@@ -604,14 +682,8 @@ def test_photos_of_the_same_name_are_told_apart_and_a_change_takes_the_result_aw
     assert page.locator("#collection-verdict img").count() == 1
     assert len(set(page.locator("#agreement .name").all_inner_texts())) == 4
     assert page.locator("#agreement .name img").count() == 4
-    page.locator("#make-zip").click()
-    page.locator("#zip a").first.wait_for(timeout=60_000)
-    with page.expect_download() as started:
-        page.locator("#zip a").first.click()
-    started.value.save_as(tmp_path / "collection.zip")
-    with zipfile.ZipFile(tmp_path / "collection.zip") as archive:
-        document = json.loads(archive.read("summary.json"))
-        assert {"image_0001_mask.png", "image_0001_2_mask.png"} <= set(archive.namelist())
+    names, document = download(page, "collection", tmp_path)
+    assert {"image_0001_mask.png", "image_0001_2_mask.png"} <= set(names)
     assert document["odd_ones_out"] == ["image_0001.jpg (photo 2)"]
     page.locator("#photos button[aria-label='Delete image']").first.click(force=True)
     nothing_stands_there(page, PRESS_THE_BUTTON)

@@ -183,6 +183,10 @@ def test_every_input_of_the_page_has_a_schema(served):
         ("viewer_transfer", {"id": ["x"], "point": [1, 2], "side": 0}, 422),
         ("viewer_transfer", None, 422),
         ("viewer_grid", {"id": "x"}, 200),
+        ("viewer_heat", {"id": "x", "point": [1, 2], "side": 0}, 200),
+        ("viewer_heat", {"id": "x", "point": [1, 2], "side": 2}, 422),
+        ("collection_transfer", {"id": "x", "point": [1, 2], "image": 3}, 200),
+        ("collection_transfer", {"id": "x", "point": [1, 2], "image": -1}, 422),
         ("viewer_pictures", {"id": "x", "mode": "masks"}, 200),
         ("viewer_pictures", {"id": "x", "mode": "passwords"}, 422),
         ("viewer_pictures", {"id": "x"}, 422),
@@ -192,7 +196,8 @@ def test_every_input_of_the_page_has_a_schema(served):
 )
 def test_questions_of_the_viewer(served, no_traceback, function, question, status):
     demo, address, _ = served
-    (viewer,) = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == "viewer"]
+    place = "points" if function == "collection_transfer" else "viewer"
+    (viewer,) = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == place]
     body = {"data": question, "component_id": viewer._id, "session_hash": "s", "fn_name": function}
     answer = post(address, "component_server", body)
     assert answer.status_code == status, answer.text

@@ -152,3 +152,29 @@ def test_a_collection_can_be_stopped_at_any_step(network):
     assert shares[-1] == 1
     assert [mask.shape for mask in pair.masks] == [(256, 256), (256, 256), (512, 322)]
     assert pair.reference == int(np.argmax(pair.result.agreement))
+
+
+def test_points_of_a_collection_travel_to_all_that_belong(network, tmp_path):
+    with Image.open(LION) as photo:
+        lion = photo.convert("RGB")
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    sizes = [(256, 256), (300, 200), (180, 240)]
+    for path, size in zip(paths, sizes, strict=False):
+        lion.resize(size).save(path)
+    with Image.open(TOWER) as tower:
+        tower.save(paths[3])
+    found = segment_files(paths, paths, **network, refine="none")
+    assert found.odd == [3]
+    point = np.array([0.5, 0.4])
+    for number, size in enumerate(sizes):
+        places = found.transfer(point * size - 0.5, number)
+        np.testing.assert_allclose((places[:3] + 0.5) / sizes, np.tile(point, (3, 1)), atol=0.05)
+        np.testing.assert_allclose(places[number], point * size - 0.5, atol=1e-4)
+        assert np.isnan(places[3]).all()
+    alone = found.transfer((5, 6), 3)
+    assert alone[3].tolist() == [5, 6]
+    assert np.isnan(alone[:3]).all()
+    with pytest.raises(InputError, match="no image number 4"):
+        found.transfer((5, 6), 4)
+    with pytest.raises(InputError, match="300x200"):
+        found.transfer((300, 6), 1)

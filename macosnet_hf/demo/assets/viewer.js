@@ -14,7 +14,7 @@ const WORDS = {
   parts: "The same colour marks the same part in both photos.",
 };
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
-let mode = "matches", pictures = {}, share = 0.5, heat = null;
+let mode = "matches", pictures = {}, share = 0.5, heat = null, cursor = null;
 
 function parse(text) {
   try { return text ? JSON.parse(text) : null; } catch { return null; }
@@ -159,7 +159,8 @@ function draw() {
   if (!images) { stage.replaceChildren(); say(" "); return; }
   arrange();
   const svg = node("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img" });
-  svg.setAttribute("aria-label", `${images.sides.map((side, i) => `Photo ${"AB"[i]}, ${side.name}`).join(", and ")}`);
+  const names = images.sides.map((side, i) => `photo ${"AB"[i]}, ${side.name}`).join(", and ");
+  svg.setAttribute("aria-label", `${mode}: ${names}. ${mode in WORDS ? "" : "Arrows move a cross, Enter sets a point."}`);
   const shown = boxes[0] ? [0, 1] : [1];
   for (const i of shown) node("rect", { ...frame(i), rx: 8 }, node("clipPath", { id: `viewer-round-${i}` }, svg));
   for (const i of shown) picture(svg, i, images.sides[i].src, "photo");
@@ -168,12 +169,19 @@ function draw() {
   node("g", { class: "matches" }, svg);
   node("g", { class: "points" }, svg);
   svg.addEventListener("click", add);
+  if (!(mode in WORDS)) {
+    svg.setAttribute("tabindex", 0);
+    svg.setAttribute("role", "application");
+    svg.addEventListener("keydown", key);
+  }
   const canvas = document.createElement("div");
   canvas.className = "viewer-canvas";
   canvas.style.width = `${size[0]}px`;
   canvas.append(svg);
   for (const i of shown) label(canvas, i);
+  const focused = stage.contains(document.activeElement) && document.activeElement.matches("svg");
   stage.replaceChildren(canvas);
+  if (focused) svg.focus();
   redraw();
 }
 
@@ -228,6 +236,7 @@ function redraw() {
   if (mode === "matches") drawMatches(svg.querySelector(".matches"));
   if (mode === "points") drawPoints(svg.querySelector(".points"));
   if (mode === "heat") drawHeat(svg);
+  drawCursor();
   svg.classList.toggle("faint", matches.faint);
   find(".viewer-clear").disabled = !points.length;
   say();
@@ -261,17 +270,20 @@ async function ask(work) {
   } finally { waiting -= 1; }
 }
 
-async function add(event) {
+function add(event) {
   if (mode in WORDS) return;
   const edge = find("svg").getBoundingClientRect();
   const at = boxes.map((box) => [(event.clientX - edge.left - box.x) / box.k, (event.clientY - edge.top - box.y) / box.k]);
   const from = at.findIndex(([x, y], i) => x >= 0 && y >= 0 && x <= images.sides[i].w && y <= images.sides[i].h);
   if (from < 0) return;
+  addAt(from, clamp(from, at[from].map((value) => value - 0.5)));
+}
+
+async function addAt(from, start) {
   if (mode !== "heat" && points.filter((point) => !point.dot).length + waiting >= MOST_POINTS) {
     say("Enough points; clear them to go on.", true);
     return;
   }
-  const start = clamp(from, at[from].map((value) => value - 0.5));
   if (mode === "heat") { await heatOf(start, from); return; }
   const answer = await ask((id) => server.viewer_transfer({ id, point: start, side: from }));
   if (!answer) return;
@@ -279,6 +291,33 @@ async function add(event) {
   const ends = from === 0 ? [start, answer.point] : [answer.point, start];
   points.push({ at: ends, from, color: PIN_COLORS[points.length % PIN_COLORS.length] });
   if (mode === "matches") show("points"); else redraw();
+}
+
+// By keyboard: arrows move a cross, over the border of a photo into the other one, and Enter clicks there.
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+function key(event) {
+  if (mode in WORDS || !(event.key in ARROWS || event.key === "Enter")) return;
+  event.preventDefault();
+  cursor ||= { from: 0, at: [images.sides[0].w / 2, images.sides[0].h / 2] };
+  if (event.key === "Enter") { addAt(cursor.from, cursor.at); return; }
+  const side = images.sides[cursor.from], step = Math.max(side.w, side.h) / 40, [right, down] = ARROWS[event.key];
+  const moved = [cursor.at[0] + right * step, cursor.at[1] + down * step];
+  const stacked = boxes[1].y > boxes[0].y + images.sides[0].h * boxes[0].k / 2;
+  const [value, end, forward] = stacked ? [moved[1], side.h, down] : [moved[0], side.w, right];
+  if ((cursor.from === 0 && forward > 0 && value > end) || (cursor.from === 1 && forward < 0 && value < 0)) {
+    cursor = { from: 1 - cursor.from, at: [images.sides[1 - cursor.from].w / 2, images.sides[1 - cursor.from].h / 2] };
+  } else cursor.at = clamp(cursor.from, moved);
+  drawCursor();
+}
+
+function drawCursor() {
+  const svg = find("svg");
+  svg?.querySelector(".cursor")?.remove();
+  if (!svg || !cursor || mode in WORDS) return;
+  const [x, y] = place(cursor.from, ...cursor.at);
+  const d = `M${x - 12} ${y}h24M${x} ${y - 12}v24`;
+  const group = node("g", { class: "cursor" }, svg);
+  for (const name of ["halo", "line"]) node("path", { d, class: name }, group);
 }
 
 find(".viewer-grid").addEventListener("click", async () => {
@@ -301,7 +340,7 @@ function receive() {
   const [before, id] = [sources(), images?.id];
   images = parse(props.images);
   matches = parse(props.value) || NO_MATCHES;
-  if (!images || sources() !== before) [points, heat] = [[], null];
+  if (!images || sources() !== before) [points, heat, cursor] = [[], null, null];
   if (images && images.id === id && find("svg")) { redraw(); return; }
   pictures = {};
   show(mode);
