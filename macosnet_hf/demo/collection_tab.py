@@ -41,7 +41,7 @@ class CollectionTab:
             elem_id="photos",
             type="filepath",
             file_types=["image"],
-            height=250,
+            height=180,
             object_fit="cover",
             interactive=True,
         )
@@ -50,7 +50,8 @@ class CollectionTab:
             self.button = gr.Button(label, variant="primary", size="lg", elem_id="segment", scale=3)
             self.stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
             self.example = gr.Button("Example", size="lg", elem_id="collection-example", min_width=140)
-        self.refine = components.refinement_choice()
+        with gr.Accordion("Options", open=False):
+            self.refine = components.refinement_choice()
         self.verdict = gr.HTML(elem_id="collection-verdict")
 
     def _results(self) -> None:

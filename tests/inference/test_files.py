@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
 
 from macosnet_hf import InputError, load_image, match_pair

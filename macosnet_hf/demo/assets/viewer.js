@@ -179,7 +179,7 @@ function draw() {
   canvas.style.width = `${size[0]}px`;
   canvas.append(svg);
   for (const i of shown) label(canvas, i);
-  const focused = stage.contains(document.activeElement) && document.activeElement.matches("svg");
+  const focused = stage.contains(document.activeElement) && document.activeElement.matches("svg:focus-visible");
   stage.replaceChildren(canvas);
   if (focused) svg.focus();
   redraw();
