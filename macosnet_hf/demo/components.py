@@ -147,7 +147,9 @@ def code() -> gr.Code:
 
 def result_image(label: str, **options: Any) -> gr.Image:
     """A place for a result."""
-    return gr.Image(label=label, alt_text=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options})
+    return gr.Image(
+        label=label, alt_text=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options}
+    )
 
 
 def refinement_choice(**options: Any) -> gr.Radio:
