@@ -206,8 +206,9 @@ def test_a_mirror_image_is_said_and_the_choice_matches_anew(page, matcher):
     open_options(page)
     page.get_by_label("as photo A", exact=True).check()
     wait_until(page, lambda: matcher.pairs == before + 1)
-    page.locator("#viewer svg").wait_for(timeout=60_000)
+    wait_until(page, lambda: page.locator("#verdict .mark").inner_text() in REASONS, 60)
     assert "mirror" not in page.locator("#verdict").inner_text()
+    page.locator("#viewer svg").wait_for()
 
 
 def test_the_code_makes_what_is_shown(page, result):
