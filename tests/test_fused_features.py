@@ -172,7 +172,7 @@ def test_points_are_matched_locally_by_the_fused_features():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_answers_alike(dtype):
+def test_half_precision_gives_the_same_answer(dtype):
     model, pixels = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, **FUSED), random_pictures(1, 2)
     exact = model(pixels)
     coarse = model.to(dtype)(pixels)

@@ -605,7 +605,7 @@ def test_direction_a_dot_in_the_source_appears_where_the_transform_brings_it_fro
     )
 
 
-def test_the_identity_warp_returns_the_picture():
+def test_the_identity_warp_returns_the_image():
     generator = torch.Generator().manual_seed(6)
     picture = torch.rand(2, 3, 9, 14, generator=generator)
     grid = geometry.sampling_grid(geometry.identity_affine(2), geometry.identity_tps(2), size=(9, 14))
@@ -620,7 +620,7 @@ def test_warp_nearest_keeps_labels_and_the_dtype():
     assert torch.equal(nearest, picture)
 
 
-def test_half_precision_parameters_are_raised_and_float64_is_kept():
+def test_half_precision_parameters_are_raised_and_float64_stays():
     points = torch.rand(1, 3, 2)
     half = geometry.identity_affine(1).half()
     assert geometry.apply_affine(points, half).dtype == torch.float32
@@ -630,7 +630,7 @@ def test_half_precision_parameters_are_raised_and_float64_is_kept():
     assert geometry.apply_affine(points.double(), half.double()).dtype == torch.float64
 
 
-def test_gradients_reach_both_stages_and_the_picture():
+def test_gradients_reach_both_stages_and_the_image():
     picture = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     affine, tps = random_affine(1, spread=0.1).requires_grad_(), random_tps(1, spread=0.05).requires_grad_()
     geometry.warp(picture, geometry.sampling_grid(affine, tps, size=(7, 4))).square().sum().backward()

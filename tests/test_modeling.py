@@ -256,12 +256,12 @@ def test_samples_of_a_batch_do_not_touch_each_other():
     "shape", [(2, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 4, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 2, 3, 64, 64)]
 )
 @pytest.mark.parametrize("model_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
-def test_pictures_of_another_shape_are_refused(model_class, shape):
+def test_images_of_another_shape_are_refused(model_class, shape):
     with pytest.raises(InputError):
         small_model(model_class)(torch.zeros(shape))
 
 
-def test_triplets_are_not_key_point_matching_and_flow_needs_sizes():
+def test_triplets_are_not_keypoint_matching_and_flow_needs_sizes():
     with pytest.raises(InputError, match="B, 2, 3"):
         small_model(MaCoSNetForKeypointMatching)(random_pictures(1, 3))
     with pytest.raises(InputError, match="image_sizes"):
@@ -396,7 +396,7 @@ def test_mask_depends_on_the_partner():
         (MaCoSNetForKeypointMatching, "features", 2, 2),
     ],
 )
-def test_encoder_passes_over_single_pictures(model_class, cascade, views, passes):
+def test_encoder_passes_over_single_images(model_class, cascade, views, passes):
     """Both directions and both masks of a pair cost four passes at most: each image once, and once warped."""
     model = small_model(model_class, cascade=cascade)
     encoder = getattr(model, "macosnet", model).encoder
@@ -409,7 +409,7 @@ def test_encoder_passes_over_single_pictures(model_class, cascade, views, passes
 # --- flow and point transfer ---
 
 
-def test_flow_is_the_transform_in_pixels_of_the_original_pictures():
+def test_flow_is_the_transform_in_pixels_of_the_original_images():
     model = small_model(MaCoSNetModel, tps_regularization=0.1)
     sizes = torch.tensor([[[41, 101], [61, 31], [50, 50]], [[200, 50], [10, 400], [33, 77]]])
     outputs = run(model, random_pictures(2, 3), output_flow=True, image_sizes=sizes)
@@ -437,7 +437,7 @@ def hand_outputs() -> MaCoSNetModelOutput:
 
 
 @pytest.mark.parametrize("local_matching", [False, True])
-def test_points_travel_in_pixels_of_pictures_that_are_not_square(local_matching):
+def test_points_are_transferred_in_pixels_of_images_that_are_not_square(local_matching):
     model = small_model(MaCoSNetForKeypointMatching)
     sizes = torch.tensor([[[101, 41], [21, 201]]])  # source 41 wide and 101 high, target 201 wide and 21 high
     # Target to source by T_AB: B's middle (100, 10) lands a quarter of A's width, from the centre of the input's first
@@ -603,7 +603,7 @@ def matching_model(mask_bias: float, mask_spread: float = 1e-3, **kwargs):
     return model
 
 
-def test_matches_and_key_points_follow_the_contract():
+def test_matches_and_keypoints_follow_the_contract():
     model = matching_model(3.0)
     outputs = run(model, random_pictures(2, 2))
     count = CELLS
@@ -688,7 +688,7 @@ def test_a_misspelt_keyword_is_no_silence(model_class):
     run(model, images, output_hidden_states=False, num_items_in_batch=1)  # as transformers' own training loop passes
 
 
-def test_loss_is_the_mean_distance_of_labelled_key_points():
+def test_loss_is_the_mean_distance_of_labelled_keypoints():
     model, pictures = small_model(MaCoSNetForKeypointMatching), random_pictures(2, 2)
     labels = torch.rand(2, 2, 4, 2, generator=torch.Generator().manual_seed(5))
     labels[0, 0, 3] = -1  # absent in one image, so absent in both

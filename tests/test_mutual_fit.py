@@ -104,7 +104,7 @@ def test_a_known_warp_is_found_better():
     assert (back - inner).norm(dim=-1).mean() < 0.35 * before
 
 
-def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
+def test_the_images_may_be_swapped_and_pairs_stand_alone():
     features, transforms = some_features(3), some_transforms(3)
     fitted = fit_mutually(features, transforms)
     swapped = fit_mutually(features.flip(1), transforms.flip(1)).flip(1)
@@ -114,7 +114,7 @@ def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
         torch.testing.assert_close(getattr(alone, part), getattr(fitted[1:2], part), atol=1e-5, rtol=0)
 
 
-def test_without_likeness_the_transforms_stay():
+def test_without_similarity_the_transforms_stay():
     transforms = some_transforms(2)
     unlike = torch.zeros(2, 2, 4, SIDE, IMAGE_SIZE)
     unlike[:, 0, 0], unlike[:, 1, 1] = 1, 1  # unit vectors at right angles
@@ -182,7 +182,7 @@ def test_the_matcher_fits_and_the_model_does_not(pictures):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_fits_alike(dtype):
+def test_half_precision_gives_the_same_fit(dtype):
     features, transforms = some_features(2), some_transforms(2)
     exact = fit_mutually(features, transforms).tps
     torch.testing.assert_close(fit_mutually(features.to(dtype), transforms).tps, exact, atol=0.02, rtol=0)

@@ -157,7 +157,7 @@ def test_the_configuration_decides_where_nothing_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_orient_alike(dtype):
+def test_other_precisions_find_the_same_orientation(dtype):
     model = small_model(MaCoSNetForKeypointMatching, orientations="mirror").to(dtype)
     pair = pairs_of_photos()[:1]
     twice = torch.cat((pair, torch.stack((pair[:, 0].flip(-1), pair[:, 1]), dim=1)))

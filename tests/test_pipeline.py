@@ -60,7 +60,7 @@ def segmenter():
     return pipeline("image-co-segmentation", model=DEFAULT_CHECKPOINT)
 
 
-def test_points_of_photographs_that_are_not_square(matcher, photos):
+def test_points_of_images_that_are_not_square(matcher, photos):
     assert_stretched(matcher(photos[:2]))
 
 
@@ -167,7 +167,7 @@ def test_a_threshold_for_all_calls(matcher, photos):
 
 
 @pytest.mark.parametrize("task", ["matcher", "segmenter"])
-def test_a_photograph_that_is_not_there_is_said(task, photos, request):
+def test_an_image_that_is_not_there_is_said(task, photos, request):
     with pytest.raises(ImageError, match=r"'nowhere\.jpg' does not exist") as caught:
         request.getfixturevalue(task)([photos[0], "nowhere.jpg"])
     assert "padding" not in str(caught.value)  # the library takes it for base64
@@ -187,12 +187,12 @@ def test_options_of_co_segmentation(segmenter, photos, option, words):
 
 
 @pytest.mark.parametrize("inputs", ["photo.png", [], [1, 2], None, [[PAIR]], [PAIR, "c.png"], {"a": 1}])
-def test_what_is_no_list_of_photographs_is_said(segmenter, inputs):
+def test_what_is_no_list_of_images_is_said(segmenter, inputs):
     with pytest.raises(InputError, match="Co-segmentation"):
         segmenter(inputs)
 
 
-def test_one_photograph_is_too_few(segmenter, photos):
+def test_one_image_is_too_few(segmenter, photos):
     with pytest.raises(InputError, match="two or more"):
         segmenter(photos[:1])
 

@@ -62,7 +62,7 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("method", COLOUR_METHODS)
-def test_the_picture_s_colours_correct_the_soft_mask(method):
+def test_the_image_s_colours_correct_the_soft_mask(method):
     picture, truth, soft = scene()
     before = jaccard(soft >= 0.5, truth)
     after = refine_mask(picture, soft, method)
@@ -121,7 +121,7 @@ def test_grabcut_may_doubt_a_sure_soft_mask_only_where_colours_are_distinct():
     assert refine_mask(fur, soft)[soft > NARROW_LIMITS[1]].all()
 
 
-def test_grabcut_on_a_large_picture_runs_small_and_ends_smooth():
+def test_grabcut_on_a_large_image_runs_small_and_ends_smooth():
     picture, truth, soft = scene(1600, 1040)
     mask = refine_mask(picture, soft, "grabcut", working_size=160)
     assert mask.shape == (1040, 1600)
@@ -140,7 +140,7 @@ def test_working_size_bounds_the_cost_and_not_the_answer():
     assert jaccard(full, small) > 0.9
 
 
-def test_a_full_size_mask_is_aligned_with_its_picture():
+def test_a_full_size_mask_is_aligned_with_its_image():
     """A shift of half a small pixel at the way down or up would show as a biased edge."""
     picture, truth, _ = scene(960, 640)
     mask = refine_mask(picture, truth.astype(np.float32), "grabcut", working_size=120)
@@ -291,7 +291,7 @@ def test_grabcut_never_loses_the_object():
 
 @pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 50), (5, 4), (3, 2000)])
-def test_tiny_and_extreme_pictures(method, size):
+def test_tiny_and_extreme_images(method, size):
     generator = np.random.default_rng(5)
     picture = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
     soft = generator.random(size, dtype=np.float32)

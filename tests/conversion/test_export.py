@@ -150,7 +150,7 @@ def test_onnx_says_what_the_model_says(onnx_folder, model, count):
     assert (expected.matching_scores > 0).any()
 
 
-def test_onnx_is_valid_and_says_how_pictures_are_prepared(onnx_folder, processor):
+def test_onnx_is_valid_and_says_how_images_are_prepared(onnx_folder, processor):
     import onnx
 
     graph = onnx.load(onnx_folder / "model.onnx")

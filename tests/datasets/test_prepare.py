@@ -106,7 +106,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_works(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_run_cut_off_before_the_renaming_is_repeated_and_a_strangers_folder_is_kept(tmp_path):
+def test_a_run_cut_off_before_the_renaming_is_repeated_and_a_strangers_folder_is_left_alone(tmp_path):
     root, hidden = coseg(tmp_path / "in"), tmp_path / ".out.partial"
     prepare("coseg", root, hidden)
     assert prepare("coseg", root, tmp_path / "out") == {"test": 6}
@@ -154,7 +154,7 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     assert prepare("coseg", root, tmp_path / "new", overwrite=True) == {"test": 5}
 
 
-def test_pictures_are_stored_once_a_row_group_and_without_folders(tmp_path):
+def test_images_are_stored_once_a_row_group_and_without_folders(tmp_path):
     root = pf_willow(tmp_path / "in", images=8, classes=("car(G)",))
     prepare("pf-willow", root, tmp_path / "out")
     files = sorted((tmp_path / "out" / "data").iterdir())

@@ -83,7 +83,7 @@ def test_an_empty_class_is_named_or_counted_in_every_archive(tmp_path, name):
     assert any(text in message for message in problems.messages)
 
 
-def test_pictures_where_none_is_looked_for_are_named(tmp_path):
+def test_images_where_none_is_looked_for_are_named(tmp_path):
     root = archives.coseg(tmp_path / "coseg")
     archives.write_image(root / "images" / "loose.jpg")
     archives.write_image(root / "images" / "Cat" / "more" / "photo.jpg")
@@ -180,14 +180,14 @@ def test_prepared_data_of_another_benchmark_is_not_scored_under_its_name(tmp_pat
     assert "paper" not in capsys.readouterr().out
 
 
-def test_spair_takes_no_box_of_key_points_for_an_annotated_one(tmp_path):
+def test_spair_takes_no_box_of_keypoints_for_an_annotated_one(tmp_path):
     records = list(iter_records("spair-71k", archives.spair(tmp_path)))
     records[0]["target_box"] = None
     with pytest.raises(DataError, match="no annotated box of the target"):
         evaluate(records, PROTOCOLS["spair-71k"], make_baseline("identity"))
 
 
-def test_stored_predictions_of_another_picture_of_the_same_name_are_refused(tmp_path, capsys):
+def test_stored_predictions_of_another_image_of_the_same_name_are_refused(tmp_path, capsys):
     first, second = archives.coseg(tmp_path / "first"), archives.coseg(tmp_path / "second")
     archives.write_image(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
     arguments = ["--baseline", "identity", "--predictions", str(tmp_path / "stored")]

@@ -93,7 +93,7 @@ def test_adding_later_gives_what_adding_at_once_gives(network, photos):
     torch.testing.assert_close(match_collection(later).tps, match_collection(once).tps, rtol=0, atol=0)
 
 
-def test_the_order_of_the_photographs_changes_nothing(network, photos):
+def test_the_order_of_the_images_changes_nothing(network, photos):
     more = [*photos, photos[0].rotate(90), photos[1].rotate(180)]  # enough for what masks have in common
     order = [4, 0, 6, 3, 1, 2, 5]
     straight, shuffled = Collection(*network), Collection(*network)
@@ -105,7 +105,7 @@ def test_the_order_of_the_photographs_changes_nothing(network, photos):
     torch.testing.assert_close(second.trust, first.trust[order][:, order], atol=1e-4, rtol=0)
 
 
-def test_points_travel_as_with_the_pair_by_itself(network, photos, collection):
+def test_points_are_transferred_as_with_the_pair_by_itself(network, photos, collection):
     model, processor = network
     matches = match_collection(collection)
     points = [[3.0, 5.0], [40.0, 20.0]]
@@ -123,7 +123,7 @@ def test_points_travel_as_with_the_pair_by_itself(network, photos, collection):
     model.config.cascade = "exact"
 
 
-def test_a_mask_travels_with_its_points(collection):
+def test_a_mask_is_transferred_with_its_points(collection):
     matches = match_collection(collection)
     side = 33
     mask = np.zeros((side, side), dtype=np.float32)

@@ -236,7 +236,7 @@ def test_the_photos_of_two_things_are_those_that_the_script_makes():
         assert np.abs(kept - made).mean() < 4  # JPEG
 
 
-def test_the_picture_of_the_coordinates_is_what_its_script_draws(tmp_path):
+def test_the_image_of_the_coordinates_is_what_its_script_draws(tmp_path):
     drawn = tmp_path / "coordinates.png"
     subprocess.run([sys.executable, str(DOCS / "images" / "draw_coordinates.py"), str(drawn)], check=True)
     kept, again = (

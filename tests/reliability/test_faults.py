@@ -259,7 +259,7 @@ def test_an_older_prepared_set_is_never_there_in_part(tmp_path, moment):
     assert names(tmp_path) == ["new", "old", "out"]
 
 
-def test_a_removal_that_was_cut_off_is_told_and_repeated(tmp_path):
+def test_a_removal_that_was_cut_off_is_reported_and_repeated(tmp_path):
     """A partial folder that had lost its marker first was `in the way` for ever."""
     archive, partial = coseg(tmp_path / "in"), tmp_path / ".out.partial"
     partial.mkdir()  # cut off before the marker was there

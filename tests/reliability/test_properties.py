@@ -233,7 +233,7 @@ def test_warping_commutes_with_mirrors_and_transposition(seed, spread, height, w
 
 @examples(60)
 @given(seeds, sides, sides, st.sampled_from(["bilinear", "nearest"]), st.booleans())
-def test_the_identity_warps_a_picture_on_to_itself(seed, height, width, mode, spline):
+def test_the_identity_warps_an_image_on_to_itself(seed, height, width, mode, spline):
     picture = randn(2, 3, height, width, seed=seed)
     tps = geometry.identity_tps(2, dtype=torch.float64) if spline else None
     grid = geometry.sampling_grid(geometry.identity_affine(2, dtype=torch.float64), tps, size=(height, width))
@@ -258,7 +258,7 @@ def test_warping_twice_is_warping_once_through_the_composition(seed, height, wid
 
 @examples(60)
 @given(seeds, sides, sides, st.sampled_from([0.0, 0.3, 1.0, 30.0]), st.sampled_from(["zeros", "border", "reflection"]))
-def test_warping_never_leaves_the_range_of_the_picture(seed, height, width, spread, padding):
+def test_warping_never_leaves_the_range_of_the_image(seed, height, width, spread, padding):
     assume(padding != "reflection" or min(height, width) > 1)
     picture = randn(2, 1, height, width, seed=seed).sigmoid()
     grid = geometry.sampling_grid(random_affine(2, seed, spread), random_tps(2, seed, spread), size=(7, 6))
@@ -556,7 +556,7 @@ def test_the_checkpoint_s_points_and_masks_do_not_depend_on_batch_order_layout_o
         model.to(memory_format=torch.contiguous_format)
 
 
-def test_preparing_pictures_does_not_depend_on_the_batch_or_on_how_they_are_given(checkpoint):
+def test_preparing_images_does_not_depend_on_the_batch_or_on_how_they_are_given(checkpoint):
     processor = checkpoint[1]
     photos = photographs()
     together = processor([photos[:2], photos[1:]], return_tensors="pt")["pixel_values"]
@@ -607,7 +607,7 @@ def test_pck_is_a_share_grows_with_alpha_and_does_not_know_the_order_of_points(p
 
 @examples(60)
 @given(point_pairs, alphas, st.integers(-300, 300), st.sampled_from([0.25, 2.0, 8.0]))
-def test_pck_bbox_does_not_change_when_the_picture_is_moved_scaled_or_mirrored(pairs, alpha, shift, factor):
+def test_pck_bbox_does_not_change_when_the_image_is_moved_scaled_or_mirrored(pairs, alpha, shift, factor):
     predicted, truth = (np.array(points) for points in zip(*pairs, strict=True))
     assume(has_extent(list(map(tuple, truth))))
     share = errors_of(predicted, truth, "bbox").pck(alpha)
@@ -618,7 +618,7 @@ def test_pck_bbox_does_not_change_when_the_picture_is_moved_scaled_or_mirrored(p
 
 @examples(60)
 @given(point_pairs, alphas, st.sampled_from([0.5, 2.0, 4.0]), st.sampled_from([0.5, 1.0, 8.0]))
-def test_pck_image_does_not_change_when_a_picture_is_resized(pairs, alpha, tall, wide):
+def test_pck_image_does_not_change_when_an_image_is_resized(pairs, alpha, tall, wide):
     predicted, truth = (np.array(points) for points in zip(*pairs, strict=True))
     factor = np.array([wide, tall])
     share = errors_of(predicted, truth, "image", size=(320, 400)).pck(alpha)
@@ -689,7 +689,7 @@ def test_transferred_labels_stay_in_range_and_the_identity_transfers_everything(
 
 @examples(60)
 @given(masks, st.sampled_from([0.0, 1.0, 30.0]), alphas)
-def test_flow_errors_are_finite_and_the_same_in_transposed_pictures(drawn, spread, alpha):
+def test_flow_errors_are_finite_and_the_same_in_transposed_images(drawn, spread, alpha):
     mask = drawn_mask(*drawn)
     rng = np.random.default_rng(drawn[0])
     flow = rng.integers(-9, 9, (*mask.shape, 2)).astype(np.float64)

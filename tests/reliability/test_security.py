@@ -138,7 +138,7 @@ def test_code_beside_data_does_not_run(tmp_path, witness, monkeypatch):
         list(open_records("coseg", tmp_path / "prepared")[0])
 
 
-def test_kept_predictions_hold_numbers_only(tmp_path, witness):
+def test_stored_predictions_hold_numbers_only(tmp_path, witness):
     from macosnet_hf.evaluation.predictions import FORMAT, PredictionReader, record_stamp
 
     array = np.empty(1, dtype=object)
@@ -261,7 +261,7 @@ def test_rows_of_a_pair_list_stay_in_the_data_folder(tmp_path, private, name):
         assert not (tmp_path / "out").exists()
 
 
-def test_rows_may_name_their_pictures_in_any_way_that_stays_inside(tmp_path):
+def test_rows_may_name_their_images_in_any_way_that_stays_inside(tmp_path):
     data = tmp_path / "data"
     (data / "p").mkdir(parents=True)
     Image.new("RGB", (64, 48)).save(data / "p" / "..a.png")
@@ -462,7 +462,7 @@ def large_png(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_001, 10_000), (60_000, 60_000), (2, 50_000_001)])
-def test_oversized_pictures_are_refused_by_their_header(tmp_path, sound, size):
+def test_oversized_images_are_refused_by_their_header(tmp_path, sound, size):
     """They would end in another sentence if a single byte of their pixels were looked at."""
     data = large_png(*size)
     path = tmp_path / "large.png"

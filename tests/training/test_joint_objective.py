@@ -51,7 +51,7 @@ def gradients(objective: JointObjective, batch: dict[str, torch.Tensor]) -> dict
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_on_the_device_is_the_crop_of_the_picture(flip):
+def test_a_crop_on_the_device_is_the_crop_of_the_image(flip):
     """Against cropping and mirroring with PIL, where the crop falls on whole pixels."""
     coarse = torch.rand(1, 3, 5, 5, generator=seeded())
     smooth = torch.nn.functional.interpolate(coarse, size=(101, 101), mode="bicubic", align_corners=True).clamp(0, 1)
@@ -129,7 +129,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms():
     assert losses["total"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_each_picture_is_encoded_once():
+def test_each_image_is_encoded_once():
     objective = objective_of()
     rows = []
     objective.model.encoder.register_forward_hook(lambda module, given, result: rows.append(len(given[0])))

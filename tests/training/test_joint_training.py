@@ -96,7 +96,7 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
     assert set(TERMS) - {term} <= set(line)
 
 
-def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
+def test_a_teacher_s_masks_are_stored_beside_the_run(runs, start_model):
     from macosnet_hf.io.checkpoints import load_model_and_processor
     from macosnet_hf.training.images import TrainingImages
     from macosnet_hf.training.pseudo_masks import load_masks, teacher_masks
@@ -132,14 +132,14 @@ def test_frozen_parts_stay(runs, start_model):
         assert not equal(trained, start), name
 
 
-def test_the_best_model_by_the_label_free_criterion_is_kept(runs):
+def test_the_best_model_by_the_label_free_criterion_is_stored(runs):
     lines = log(runs.folder / "whole", "criterion")
     assert lines
     assert all(0 <= line["criterion"] <= 1 for line in lines)
     assert (runs.folder / "whole" / "best" / "model.safetensors").is_file()
 
 
-def test_adapt_tells_before_and_after_and_leaves_a_model(runs):
+def test_adapt_reports_before_and_after_and_leaves_a_model(runs):
     runs.succeeded("adapt")
     assert (runs.folder / "adapted" / "model.safetensors").is_file()
     assert "before" in runs.text("adapt").lower()

@@ -343,7 +343,7 @@ def test_consistent_triplets_cost_nothing():
     assert losses.transitivity_loss(transforms_of(outputs)).item() > 1
 
 
-def test_transitivity_needs_three_pictures():
+def test_transitivity_needs_three_images():
     with pytest.raises(InputError, match="three images"):
         losses.transitivity_loss(transforms_of(random_outputs(2)))
 
@@ -482,7 +482,7 @@ def test_consistency_follows_the_transform_s_direction():
     assert losses.consistency_loss(wrong, transforms_of(wrong)).item() > 1
 
 
-def test_a_picture_warped_away_altogether_counts_nothing():
+def test_an_image_warped_away_altogether_counts_nothing():
     outputs = identity_outputs(masks=torch.randn(1, 2, PIXELS, PIXELS))
     outputs.affine[0, :, 2] = 9.0
     outputs.affine.requires_grad_()

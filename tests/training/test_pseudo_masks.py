@@ -131,7 +131,7 @@ def jaccard(found: torch.Tensor, truth: torch.Tensor) -> list[float]:
     return [((a & b).sum() / (a | b).sum()).item() for a, b in zip(found, truth, strict=True)]
 
 
-def test_sharpen_follows_the_edges_of_the_picture_from_a_coarse_map():
+def test_sharpen_follows_the_edges_of_the_image_from_a_coarse_map():
     pictures, _, truth = scene(3, 128, 8)
     coarse = torch.nn.functional.avg_pool2d(truth[:, None].float(), 16)[:, 0]
     blocks = torch.nn.functional.interpolate(coarse[:, None], size=(128, 128), mode="nearest")[:, 0] > 0.5
@@ -200,7 +200,7 @@ def test_a_teacher_s_masks_are_those_of_a_collection(teacher):
     assert (found.float().mean((1, 2)) > 0.02).all()
 
 
-def test_a_teacher_s_masks_stay_with_their_photographs_whatever_the_order(teacher):
+def test_a_teacher_s_masks_stay_with_their_images_whatever_the_order(teacher):
     pictures = read(["cheetah1.jpg", "tower.jpg", "lion.jpg", "bus.png"])
     names = ["cat", "thing", "cat", "thing"]
     straight = masks_of(teacher, pictures, names)
@@ -209,6 +209,6 @@ def test_a_teacher_s_masks_stay_with_their_photographs_whatever_the_order(teache
     assert torch.equal(shuffled, straight[order])
 
 
-def test_a_teacher_needs_two_photographs_of_a_class(teacher):
+def test_a_teacher_needs_two_images_of_a_class(teacher):
     with pytest.raises(DataError, match=r"'dog' \(1\)"):
         masks_of(teacher, read(["cheetah1.jpg", "lion.jpg", "bus.png"]), ["cat", "cat", "dog"])

@@ -101,7 +101,7 @@ def test_the_target_shows_at_q_what_the_source_shows_at_t_of_q():
     assert compared > 200
 
 
-def test_nothing_outside_the_photograph_is_filled_with_a_colour_of_its_own():
+def test_nothing_outside_the_image_is_filled_with_a_colour_of_its_own():
     """An image of brightness 0.5 to 1: reflection keeps to these, a black, white or grey frame would not."""
     photographs = 0.5 + smooth_pictures(6) / 2
     photographs[:, 0] = 1.0
@@ -198,7 +198,7 @@ def test_control_points_move_no_further_than_the_jitter():
     assert moved.amax(1).min() < 0.01
 
 
-def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_photograph():
+def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_image():
     view = random_view(1000, seeded(), CPU)
     assert 0.4 < (view[:, 0] < 0).float().mean() < 0.6
     assert torch.equal(view[:, 0].abs(), view[:, 4])  # no change of aspect, never upside down
@@ -208,7 +208,7 @@ def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_photograph():
     assert (view[:, [1, 3]] == 0).all()
 
 
-def test_photometric_changes_stay_in_range_and_keep_every_picture_to_itself():
+def test_photometric_changes_stay_in_range_and_keep_every_image_to_itself():
     pictures = smooth_pictures(8)
     changed = photometric(pictures, seeded(4))
     assert changed.shape == pictures.shape

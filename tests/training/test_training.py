@@ -173,7 +173,7 @@ def test_the_number_of_checkpoints_is_bounded(runs):
         assert found == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_resuming_with_other_settings_or_photographs_is_refused(runs):
+def test_resuming_with_other_settings_or_images_is_refused(runs):
     runs.refused("other-seed", "other settings: seed 0 (now 5)")
     runs.refused("other-batch", "per_device_train_batch_size 2 (now 3)")
     runs.refused("other-limit", "rotation 0.3 (now 0.7)")

@@ -8,7 +8,7 @@ from macosnet_hf.datasets.prepare import prepare
 from macosnet_hf.training.images import TrainingImages, find_images
 
 
-def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
+def test_pairs_of_a_prepared_data_set_give_each_image_once(tmp_path):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
     photographs = TrainingImages([str(tmp_path / "prepared")], 32)
@@ -21,7 +21,7 @@ def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
     assert found == sorted(tuple(direct[index].flatten().tolist()) for index in range(6))
 
 
-def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_path):
+def test_single_images_of_a_prepared_data_set_come_without_their_masks(tmp_path):
     for index in range(2):
         write_image(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
         mask(tmp_path / "mine" / "masks" / "cat" / f"{index}.png", disc())
@@ -34,13 +34,13 @@ def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_pat
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_the_limit_counts_pictures_of_a_class(tmp_path, limit):
+def test_the_limit_counts_images_of_a_class(tmp_path, limit):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)",))
     prepare("pf-willow", archive, tmp_path / "prepared")
     assert len(TrainingImages([str(tmp_path / "prepared")], 32, limit=limit)) == limit
 
 
-def test_a_stream_gives_the_same_photographs(tmp_path):
+def test_a_stream_gives_the_same_images(tmp_path):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
     stored = TrainingImages([str(tmp_path / "prepared")], 32)
