@@ -76,10 +76,10 @@ def slow_propagation(features, masks, others):
                 for other in others[number][:16]:
                     for v in range(height):
                         for u in range(width):
-                            alike = float(unit[number, :, y, x] @ unit[other, :, v, u])
-                            found.append((alike, masks[other, v, u]))
+                            similarity = float(unit[number, :, y, x] @ unit[other, :, v, u])
+                            found.append((similarity, masks[other, v, u]))
                 best = sorted(found, reverse=True)[:20]
-                weights = [math.exp(alike / 0.1) for alike, _ in best]
+                weights = [math.exp(similarity / 0.1) for similarity, _ in best]
                 result[number, y, x] = sum(w * m for w, (_, m) in zip(weights, best, strict=True)) / sum(weights)
     return result
 

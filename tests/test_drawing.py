@@ -352,10 +352,10 @@ def test_an_upright_rgb_image_is_looked_at_without_a_copy(tmp_path):
     turned.getexif()[0x0112] = 6
     with_transparency = plain_one.copy()
     with_transparency.info["transparency"] = (255, 0, 0)
-    for picture in (turned, with_transparency, plain_one.convert("L"), plain_one.convert("RGBA")):
-        seen = as_upright_rgb(picture)
-        assert seen is not picture
-        np.testing.assert_array_equal(np.asarray(seen), np.asarray(upright_rgb(picture)))
+    for image in (turned, with_transparency, plain_one.convert("L"), plain_one.convert("RGBA")):
+        seen = as_upright_rgb(image)
+        assert seen is not image
+        np.testing.assert_array_equal(np.asarray(seen), np.asarray(upright_rgb(image)))
 
 
 def test_nothing_that_draws_changes_its_images(cheetah):

@@ -124,7 +124,7 @@ def test_views_are_the_same_images_one_by_one(processor, pair):
 def test_every_kind_of_image(processor, pair, kind, tmp_path):
     array = np.asarray(pair[0])
     pair[0].save(tmp_path / "a.png")
-    picture, tolerance = {
+    image, tolerance = {
         "path": (str(tmp_path / "a.png"), 0),
         "hwc": (array, 0),
         "chw": (np.ascontiguousarray(array.transpose(2, 0, 1)), 0),
@@ -136,9 +136,9 @@ def test_every_kind_of_image(processor, pair, kind, tmp_path):
         "bf16": ((torch.from_numpy(array.copy()).permute(2, 0, 1) / 255).bfloat16(), 4 / 255),
     }[kind]
     expected = processor.preprocess_views(pair[0])["pixel_values"]
-    found = processor.preprocess_views(picture)["pixel_values"]
+    found = processor.preprocess_views(image)["pixel_values"]
     assert np.abs(found - expected).max() <= 2 * tolerance
-    together = processor([picture, pair[1]])["pixel_values"]
+    together = processor([image, pair[1]])["pixel_values"]
     assert np.array_equal(together[0, 0], found[0])
 
 
@@ -168,8 +168,8 @@ def test_pil_images_of_any_mode_look_as_load_image_sees_them(processor, pair, mo
 def test_alpha_in_arrays_is_laid_on_white(processor):
     array = np.full((20, 30, 4), 77, np.uint8)
     array[..., 3] = 0
-    for picture in (array, array.astype(np.float32) / 255, array.astype(np.float32)):
-        assert np.allclose(processor.preprocess_views(picture)["pixel_values"], 1.0, atol=1e-6)
+    for image in (array, array.astype(np.float32) / 255, array.astype(np.float32)):
+        assert np.allclose(processor.preprocess_views(image)["pixel_values"], 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

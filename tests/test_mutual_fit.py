@@ -137,8 +137,8 @@ def test_senseless_transforms_do_no_harm(kind):
     fitted = fit_mutually(some_features(1), transforms)
     for part in (fitted.affine, fitted.tps):
         assert torch.isfinite(part).all()
-    kept = kind in ("far away", "turned inside out")
-    torch.testing.assert_close(fitted.affine[0, 0], affine[0, 0] if kept else geometry.identity_affine(1)[0])
+    unchanged = kind in ("far away", "turned inside out")
+    torch.testing.assert_close(fitted.affine[0, 0], affine[0, 0] if unchanged else geometry.identity_affine(1)[0])
     torch.testing.assert_close(fitted.affine[0, 1], affine[0, 1])
 
 
@@ -153,21 +153,21 @@ def test_gradients_are_finite():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return torch.randn(2, 2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_the_matcher_fits_and_the_model_does_not(pictures):
+def test_the_matcher_fits_and_the_model_does_not(images):
     fitting = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, tps_regularization=REGULARIZATION)
     plain = small_model(MaCoSNetForKeypointMatching, tps_regularization=REGULARIZATION)
     plain.load_state_dict(fitting.state_dict())
     sizes = torch.tensor([[[50, 40], [60, 30]]] * 2)
-    outputs = fitting(pictures, output_flow=True, image_sizes=sizes)
-    bare = plain(pictures)
+    outputs = fitting(images, output_flow=True, image_sizes=sizes)
+    bare = plain(images)
     assert isinstance(fitting.macosnet, MaCoSNetModel)
-    torch.testing.assert_close(fitting.macosnet(pictures).tps, bare.tps)
-    torch.testing.assert_close(plain.macosnet(pictures).tps, bare.tps)
+    torch.testing.assert_close(fitting.macosnet(images).tps, bare.tps)
+    torch.testing.assert_close(plain.macosnet(images).tps, bare.tps)
     expected = fit_mutually(bare.features, geometry.Transform(bare.affine, bare.tps, REGULARIZATION))
     torch.testing.assert_close(outputs.affine, expected.affine)
     torch.testing.assert_close(outputs.tps, expected.tps)

@@ -103,12 +103,12 @@ def test_a_list_of_pairs_gives_a_list_of_results(matcher, photos, batch_size):
 
 def test_masks_are_those_of_segment(segmenter, photos):
     found = segmenter([photos[2], photos[3], photos[0]], partners=2, refine="none")
-    pictures = [Image.open(path).convert("RGB") for path in (photos[2], photos[3], photos[0])]
-    expected = segment_collection(pictures, model=segmenter.model, processor=segmenter.image_processor, partners=2)
-    for number, (result, picture) in enumerate(zip(found, pictures, strict=True)):
+    images = [Image.open(path).convert("RGB") for path in (photos[2], photos[3], photos[0])]
+    expected = segment_collection(images, model=segmenter.model, processor=segmenter.image_processor, partners=2)
+    for number, (result, image) in enumerate(zip(found, images, strict=True)):
         assert set(result) == {"label", "score", "agreement", "mask"}
-        assert (result["mask"].mode, result["mask"].size) == ("L", picture.size)
-        hard = hard_mask(expected.probabilities[number], picture.size[::-1])
+        assert (result["mask"].mode, result["mask"].size) == ("L", image.size)
+        hard = hard_mask(expected.probabilities[number], image.size[::-1])
         assert np.array_equal(np.asarray(result["mask"]), hard * np.uint8(255))
         assert result["agreement"] == pytest.approx(expected.agreement[number], abs=1e-5)
         assert 0.5 <= result["score"] <= 1  # the mean of what lies above one half

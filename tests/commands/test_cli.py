@@ -111,9 +111,9 @@ def test_match_writes_what_match_pair_finds(run):
     np.testing.assert_allclose(document["reverse"]["tps"], expected.tps[1], atol=1e-6)
 
     for name, mask in (("source_mask.png", expected.source_mask), ("target_mask.png", expected.target_mask)):
-        picture = outcome.image(name)
-        assert picture.dtype == np.uint8
-        np.testing.assert_array_equal(picture, mask * 255)
+        found = outcome.image(name)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, mask * 255)
     assert outcome.image("source_warped.png").shape == (expected.target.height, expected.target.width, 3)
     assert outcome.image("matches.png").ndim == 3
 
@@ -621,7 +621,7 @@ def test_two_phone_images_take_bounded_time_and_memory(tmp_path):
 
 
 def test_many_large_images_are_not_all_in_memory(tmp_path):
-    """Twelve of 12 megapixels would be 430 MB more than two, if all were kept."""
+    """Twelve of 12 megapixels would be 430 MB more than two, if all were held."""
     photo = Image.open(CHEETAH).convert("RGB").resize((4000, 3000))
     for number in range(12):
         photo.save(tmp_path / f"{number}.jpg", quality=60)
@@ -670,9 +670,9 @@ def test_ctrl_c_leaves_nothing(tmp_path, command):
 def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    with Image.open(LION) as picture:
+    with Image.open(LION) as image:
         for number in range(12):
-            picture.convert("RGB").resize((3000, 2000 + number)).save(photos / f"{number:02}.jpg")
+            image.convert("RGB").resize((3000, 2000 + number)).save(photos / f"{number:02}.jpg")
     process = subprocess.Popen(
         [*COMMAND, "segment", photos, "--output-dir", output],
         stdout=subprocess.PIPE,
@@ -693,9 +693,9 @@ def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     assert f"interrupted; {done} of 12 images were segmented and written" in err
     for entry in summary["photos"]:
         for kind in ("mask", "cutout"):
-            with Image.open(output / entry[kind]) as picture:
-                picture.load()
-                assert picture.size == (entry["width"], entry["height"])
+            with Image.open(output / entry[kind]) as image:
+                image.load()
+                assert image.size == (entry["width"], entry["height"])
     assert len(list(output.iterdir())) == 2 * done + 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from real_photos import PHOTOS
-from small_models import IMAGE_SIZE, random_pictures, small_model
+from small_models import IMAGE_SIZE, random_images, small_model
 
 from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor, OutputError
 from macosnet_hf.commands.main import main
@@ -49,7 +49,7 @@ def test_compiles_without_graph_breaks(cascade):
     model = small_model(MaCoSNetForKeypointMatching, cascade=cascade, mutual_fit=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    pixels = random_pictures(2, 2)
+    pixels = random_images(2, 2)
     with torch.no_grad():
         found, expected = compiled(pixels), model(pixels)
     assert found.keys() == expected.keys()
@@ -63,7 +63,7 @@ def test_compiles_without_graph_breaks(cascade):
 )
 def test_compiles_with_the_default_backend(model):
     torch._dynamo.reset()
-    pixels = random_pictures(1, 2)
+    pixels = random_images(1, 2)
     with torch.no_grad():
         found, expected = torch.compile(model, fullgraph=True)(pixels), model(pixels)
     for name in expected:
@@ -73,7 +73,7 @@ def test_compiles_with_the_default_backend(model):
 def test_gradients_flow_through_the_compiled_model():
     model = small_model(MaCoSNetForKeypointMatching)
     torch._dynamo.reset()
-    pixels = random_pictures(1, 2)
+    pixels = random_images(1, 2)
     gradients = []
     for network in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -87,7 +87,7 @@ def test_export_to_pt2(model, processor, tmp_path, checkpoint, capsys):
     assert main(["export", "--format", "pt2", "--model", str(checkpoint), str(tmp_path / "out")]) == 0
     assert "ms in torch.export" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    pixels = random_pictures(4, 2)
+    pixels = random_images(4, 2)
     with torch.no_grad():
         expected = model(pixels)
     for name, found in zip(OUTPUTS, program(pixel_values=pixels), strict=True):
@@ -140,7 +140,7 @@ def test_onnx_says_what_the_model_says(onnx_folder, model, count):
         ("pixel_values", ["batch", 2, 3, IMAGE_SIZE, IMAGE_SIZE])
     ]
     assert [entry.name for entry in session.get_outputs()] == list(OUTPUTS)
-    pixels = random_pictures(count, 2, seed=count + 20)
+    pixels = random_images(count, 2, seed=count + 20)
     with torch.no_grad():
         expected = model(pixels)
     found = session.run(None, {"pixel_values": pixels.numpy()})
@@ -191,7 +191,7 @@ def test_missing_packages_are_named(model, processor, tmp_path, monkeypatch, cap
 # ---- load and compute ------------------------------------------------------------------------------------------------
 
 
-def photographs():
+def images():
     names = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg")
     return [Image.open(PHOTOS / name).convert("RGB") for name in names]
 
@@ -203,7 +203,7 @@ def test_half_precision_finds_the_same_points(dtype, count):
     A CPU takes some 15 s a pair in float16; benchmarks/half_precision.py measures PCK itself on many pairs.
     """
     processor = MaCoSNetImageProcessor.from_pretrained(DEFAULT_CHECKPOINT)
-    photos = photographs()
+    photos = images()
     pairs = [[photos[0], photos[1]], [photos[2], photos[0]], [photos[1], photos[2]]][:count]
     pixels = processor(pairs, return_tensors="pt")["pixel_values"]
     points = {}

@@ -159,14 +159,14 @@ def test_images_are_stored_once_a_row_group_and_without_folders(tmp_path):
     prepare("pf-willow", root, tmp_path / "out")
     files = sorted((tmp_path / "out" / "data").iterdir())
     assert [path.name for path in files] == ["test-00000-of-00001.parquet"]
-    pictures = sum(path.stat().st_size for path in root.rglob("*.png"))
+    images = sum(path.stat().st_size for path in root.rglob("*.png"))
     in_columns = 0
     group = pq.ParquetFile(files[0]).metadata.row_group(0)
     for index in range(group.num_columns):
         if group.column(index).path_in_schema.endswith("image.bytes"):
             in_columns += group.column(index).total_compressed_size
     # 28 pairs hold 56 images; each column needs its own copy of the 8 (the source column of 7) and no more.
-    assert in_columns < 2.1 * pictures
+    assert in_columns < 2.1 * images
     assert str(tmp_path).encode() not in files[0].read_bytes()
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 

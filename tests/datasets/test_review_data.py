@@ -40,7 +40,7 @@ def test_a_row_of_more_columns_than_the_header_is_named(tmp_path):
         list(iter_records("pf-willow", root))
 
 
-def _without_mat_pictures(root: Path) -> None:
+def _without_mat_images(root: Path) -> None:
     (root / "test_pairs.csv").unlink()
     for path in (root / "PF-dataset" / "duck(S)").glob("*.png"):
         path.unlink()
@@ -52,7 +52,7 @@ def _without_cars(root: Path) -> None:
 
 
 EMPTY = {
-    "pf-willow": (archives.pf_willow, _without_mat_pictures, "no image in the class 'duck(S)'", 3),
+    "pf-willow": (archives.pf_willow, _without_mat_images, "no image in the class 'duck(S)'", 3),
     "internet": (archives.internet, _without_cars, "no image of the class 'Car'", 6),
     "internet-gone": (
         archives.internet,

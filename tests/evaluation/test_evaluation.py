@@ -197,7 +197,7 @@ def test_sources_that_are_moved_before_matching(tmp_path, processor, moved, orie
             quarters = {"turn_90": 3, "turn_180": 2, "turn_270": 1}.get(moved, 0)  # NumPy's turn counter-clockwise
             seen = source[:, ::-1] if moved == "mirror" else np.rot90(source, quarters)
             pair = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in (seen, target)]
-            sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
+            sizes = torch.tensor([[(image.height, image.width) for image in pair]])
             points = keypoint_array(record, ("source", "target")[start])
             if start == 0:
                 points = by_hand(points, source.shape[:2])
@@ -237,7 +237,7 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
         predictions = predictor.predict_pairs(records, direction=direction, dense=True, masks=True)
         for record, prediction in zip(records, predictions, strict=True):
             pair = [open_image(record[f"{side}_image"], "x") for side in ("source", "target")]
-            sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
+            sizes = torch.tensor([[(image.height, image.width) for image in pair]])
             with torch.no_grad():
                 inputs = processor([pair], return_tensors="pt")
                 outputs = model(**inputs)
@@ -263,10 +263,10 @@ def test_a_mask_of_single_images_is_the_mean_over_partners(tmp_path, processor):
     prediction = ModelPredictor(model, processor).predict_images(
         records, [[2, 1], [0, 2], [1, 0]], batch_size=2, dense=True
     )[0]
-    pictures = [open_image(record["source_image"], "x") for record in records]
+    images = [open_image(record["source_image"], "x") for record in records]
     with torch.no_grad():
         masks = [
-            model(**processor([[pictures[0], pictures[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
+            model(**processor([[images[0], images[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
             for other in (1, 2)
         ]
     np.testing.assert_allclose(prediction["mask/target"], torch.stack(masks).mean(0), atol=1e-4)
@@ -410,8 +410,8 @@ def test_masks_are_scored_at_the_original_size(tmp_path):
         def describe(self):
             return {}
 
-        def predict_masks(self, pictures, partners):
-            return np.ones((len(pictures), 10, 10), np.float32)
+        def predict_masks(self, images, partners):
+            return np.ones((len(images), 10, 10), np.float32)
 
     result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], Everything(), Options(refine="none"))
     assert result.variants["masks"].overall()["jaccard"] == pytest.approx(0.5)

@@ -128,15 +128,15 @@ def test_a_mask_is_transferred_with_its_points(collection):
     side = 33
     mask = np.zeros((side, side), dtype=np.float32)
     mask[10:25, 5:20] = 1
-    bent = matches.transfer_mask(mask, 1)
-    np.testing.assert_allclose(bent[1], mask, atol=1e-5)
+    warped = matches.transfer_mask(mask, 1)
+    np.testing.assert_allclose(warped[1], mask, atol=1e-5)
     # Slowly: the value at a place of image 3 is the mask's where T_13 sends that place.
     grid = make_grid(side, side, side=240).reshape(1, -1, 2)
     places = apply_cascade(grid, matches.affine[1:2, 3], matches.tps[1:2, 3])[0].numpy()
     columns, rows = (np.rint(((places[:, axis] * 239 / 240 + 1) * side - 1) / 2).astype(int) for axis in (0, 1))
     inner = (np.abs(places) < 0.98).all(1)
     nearest = mask[rows.clip(0, side - 1), columns.clip(0, side - 1)]
-    assert np.mean(np.abs(bent[3].reshape(-1) - nearest)[inner] < 0.51) > 0.99
+    assert np.mean(np.abs(warped[3].reshape(-1) - nearest)[inner] < 0.51) > 0.99
 
 
 def test_graphs(collection):

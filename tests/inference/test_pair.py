@@ -113,14 +113,14 @@ def test_unknown_direction(result):
         result.transfer([[1, 1]], "sideways")
 
 
-def bilinear(picture, x, y):
+def bilinear(image, x, y):
     """Value of an image `(H, W, 3)` at a real place, black outside; plain arithmetic."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     total = np.zeros(3)
     for row in (int(np.floor(y)), int(np.floor(y)) + 1):
         for column in (int(np.floor(x)), int(np.floor(x)) + 1):
             if 0 <= row < height and 0 <= column < width:
-                total += picture[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
+                total += image[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
     return total
 
 

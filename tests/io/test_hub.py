@@ -53,9 +53,9 @@ def prepared(tmp_path_factory):
 
 
 def environment(hub, tmp_path, **more):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return {
-        **kept,
+        **inherited,
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(tmp_path / "hf"),

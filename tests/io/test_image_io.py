@@ -501,15 +501,15 @@ def test_no_file_stays_open(photo, tmp_path):
     cut.write_bytes(good.read_bytes()[:4000])
     (tmp_path / "none.png").write_bytes(b"nothing")
     before = len(os.listdir("/proc/self/fd"))
-    kept = []
+    held = []
     for _ in range(3):
-        kept.append(load_image(good))
+        held.append(load_image(good))
         image_size(good)
         for bad in (cut, tmp_path / "none.png"):
             try:
                 load_image(bad)
             except ImageError as error:
-                kept.append(error)  # its traceback keeps every frame alive
+                held.append(error)  # its traceback keeps every frame alive
     assert len(os.listdir("/proc/self/fd")) == before
 
 

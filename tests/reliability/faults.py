@@ -52,7 +52,7 @@ PATIENCE = 900  # seconds after which a run counts as hanging
 
 
 class Run:
-    """A piece of work in a process of its own, with what it says kept in a file."""
+    """A piece of work in a process of its own, with what it says in a file."""
 
     def __init__(self, work: Work, says: Path) -> None:
         self.says = says

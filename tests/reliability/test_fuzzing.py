@@ -150,8 +150,8 @@ def test_no_bytes_but_images_become_images(data, start):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_every_image_of_pil_becomes_rgb_of_its_size(width, height, mode, rng):
     size = len(Image.new(mode, (width, height)).tobytes())
-    picture = Image.frombytes(mode, (width, height), rng.randbytes(size))
-    loaded = load_image(picture)
+    image = Image.frombytes(mode, (width, height), rng.randbytes(size))
+    loaded = load_image(image)
     assert (loaded.mode, loaded.size) == ("RGB", (width, height))
 
 

@@ -24,7 +24,7 @@ import torch
 from archives import HEADER, coseg, pf_willow, spair
 from PIL import Image
 from small_models import save_small_checkpoint
-from training_runs import Runs, environment, photographs
+from training_runs import Runs, environment, image_folder
 
 import macosnet_hf
 from macosnet_hf import CheckpointError, DataError, ImageError, InputError, OutputError
@@ -159,7 +159,7 @@ def trained(tmp_path_factory, sound) -> tuple[Runs, Runs]:
     pytest.importorskip("accelerate", reason="accelerate is not installed (extra `train`)")
     root = tmp_path_factory.mktemp("trained")
     first, second = Runs(root), Runs(root)
-    base = ("--dataset_name", photographs(root / "photos", 4), "--model_name_or_path", sound, "--photo_size", 96)
+    base = ("--dataset_name", image_folder(root / "photos", 4), "--model_name_or_path", sound, "--photo_size", 96)
     base += ("--per_device_train_batch_size", 2, "--num_warmup_steps", 0, "--logging_steps", 1, "--max_train_steps", 3)
     base += ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
     first.add("whole", "pretrain", *base, "--output_dir", root / "whole")
@@ -287,7 +287,7 @@ def test_annotations_and_lists_of_spair_stay_in_their_folders(tmp_path, private)
         list(iter_records("spair-71k", root))
 
 
-@pytest.mark.parametrize("kind", ["picture", "mask", "folder"])
+@pytest.mark.parametrize("kind", ["image", "mask", "folder"])
 def test_links_out_of_an_archive_do_not_get_into_what_is_prepared(tmp_path, private, kind):
     """An archive may hold links; what they lead to on this machine must not be published with the data set."""
     root = coseg(tmp_path / "in")
@@ -295,9 +295,7 @@ def test_links_out_of_an_archive_do_not_get_into_what_is_prepared(tmp_path, priv
         shutil.move(root / "images" / "Cat", tmp_path / "elsewhere")
         (root / "images" / "Cat").symlink_to(tmp_path / "elsewhere")
     else:
-        path = (
-            root / ("images" if kind == "picture" else "masks") / "Cat" / ("p1.jpg" if kind == "picture" else "p1.png")
-        )
+        path = root / ("images" if kind == "image" else "masks") / "Cat" / ("p1.jpg" if kind == "image" else "p1.png")
         path.unlink()
         target = private
         if kind == "mask":
@@ -346,41 +344,41 @@ def test_names_of_uploads_cannot_lead_out_of_a_zip():
 
 
 def test_results_replace_links_and_do_not_write_through_them(tmp_path):
-    kept = tmp_path / "kept.txt"
-    kept.write_text("mine")
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
     for name in ("a.txt", "b.json"):
-        (out / name).symlink_to(kept)
+        (out / name).symlink_to(own)
     with output_folder(out) as folder:
         for name in ("a.txt", "b.json"):
             (folder / name).write_text("result")
     write_file(out / "c.json", "x")
-    (out / "d.json").symlink_to(kept)
+    (out / "d.json").symlink_to(own)
     write_file(out / "d.json", "x")
-    assert kept.read_text() == "mine"
+    assert own.read_text() == "mine"
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
 def test_what_others_left_under_our_temporary_names_is_not_followed(tmp_path):
     """A link called like a leftover of ours must not make the clean-up delete what it leads to."""
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (kept / "mine.txt").write_text("mine")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.txt").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".macosnet-link0001").symlink_to(kept)
+    (out / ".macosnet-link0001").symlink_to(own)
     (out / ".macosnet-file").write_text("a file")
     (out / ".macosnet-left0001").mkdir()
-    (out / ".macosnet-left0001" / "inner").symlink_to(kept)
+    (out / ".macosnet-left0001" / "inner").symlink_to(own)
     with output_folder(out) as folder:
         (folder / "a.txt").write_text("a")
-    assert (kept / "mine.txt").read_text() == "mine"
+    assert (own / "mine.txt").read_text() == "mine"
     assert sorted(path.name for path in out.iterdir()) == [".macosnet-file", ".macosnet-link0001", "a.txt"]
-    (tmp_path / ".prepared.partial").symlink_to(kept)
+    (tmp_path / ".prepared.partial").symlink_to(own)
     with pytest.raises(OutputError, match="in the way"):
         prepare("coseg", coseg(tmp_path / "in"), tmp_path / "prepared")
-    assert (kept / "mine.txt").read_text() == "mine"
+    assert (own / "mine.txt").read_text() == "mine"
 
 
 def test_uploads_stay_in_their_folder_and_no_other_file_is_served(tmp_path, monkeypatch):
@@ -394,10 +392,10 @@ def test_uploads_stay_in_their_folder_and_no_other_file_is_served(tmp_path, monk
     demo = app.build_demo()
     address = app.serve(demo, port=free_port()).rstrip("/")
     try:
-        picture = io.BytesIO()
-        Image.new("RGB", (9, 9)).save(picture, "PNG")
+        image = io.BytesIO()
+        Image.new("RGB", (9, 9)).save(image, "PNG")
         for name in ("../../../evil.png", "/tmp/evil.png", "..\\..\\evil.png", "....//evil.png"):
-            files = {"files": (name, picture.getvalue(), "image/png")}
+            files = {"files": (name, image.getvalue(), "image/png")}
             (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
             assert Path(os.path.realpath(path)).is_relative_to(os.path.realpath(tmp_path / "served"))
         found = [path for path in tmp_path.rglob("*evil*") if path.is_file()]

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from training_runs import Runs, equal, photographs, weights
+from training_runs import Runs, equal, image_folder, weights
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -23,7 +23,7 @@ FILES = (
 def runs(tmp_path_factory, start_model) -> Runs:
     root = tmp_path_factory.mktemp("runs")
     runs = Runs(root)
-    words = ("--dataset_name", photographs(root / "photos", 4), "--model_name_or_path", start_model)
+    words = ("--dataset_name", image_folder(root / "photos", 4), "--model_name_or_path", start_model)
     words += ("--per_device_train_batch_size", 2, "--photo_size", 96, "--num_warmup_steps", 0, "--logging_steps", 1)
     words += ("--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     words += ("--checkpoints_total_limit", 9)

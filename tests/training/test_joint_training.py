@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from training_runs import ROOT, Runs, equal, log, part, photographs, weights
+from training_runs import ROOT, Runs, equal, image_folder, log, part, weights
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -19,7 +19,7 @@ PRESETS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, start_model) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    photos = photographs(root / "photos", 12)
+    photos = image_folder(root / "photos", 12)
     runs = Runs(root)
     base = ("--dataset_name", photos, "--model_name_or_path", start_model, "--photo_size", 96, "--num_warmup_steps", 0)
     base += ("--per_device_train_batch_size", 2, "--logging_steps", 1, "--validation_groups", 2, "--ema_decay", 0)
@@ -50,7 +50,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     runs.add("taught", "train", *taught, "--output_dir", root / "taught")
 
     runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", "--model", start_model)
-    one = photographs(root / "one", 1)
+    one = image_folder(root / "one", 1)
     runs.add("adapt-one", "adapt", one, "--output-dir", root / "adapted-one", "--model", start_model)
 
     out = ("--output_dir", root / "refused")
