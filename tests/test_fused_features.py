@@ -209,7 +209,9 @@ def test_exported_graphs_say_the_same(format, size, tmp_path):
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason="needs the extra `export`")
-    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, image_size=size, **ALL_STAGES)
+    # Graphs of the mutual fit and of several windows are those of tests/conversion/test_export.py.
+    window = {"local_matching_windows": [0.4], "local_matching_sigmas": [0.1]}
+    model = small_model(MaCoSNetForKeypointMatching, image_size=size, **window, **ALL_STAGES)
     processor = MaCoSNetImageProcessor(size={"height": size, "width": size})
     result = export(model, processor, tmp_path / "out", format)  # raises where one output differs by more than 1e-4
     assert max(result.difference.values()) <= 1e-4

@@ -18,6 +18,7 @@ from ..errors import InputError, OutputError
 from ..io.checkpoints import check_checkpoint
 from ..io.output_folder import clear_left_overs, output_folder
 from ..io.package import DEFAULT_CHECKPOINT
+from ..io.system_files import is_of_system
 
 if TYPE_CHECKING:
     from ..training.settings import JointSettings
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("The output folder lies in the folder of the images; choose another one.")
     if output.is_dir():
         clear_left_overs(output)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and not all(map(is_of_system, output.iterdir())):
         raise OutputError(f"The output folder {args.output_dir} is not empty; choose a new one.")
     check_checkpoint(args.model)
     small = _too_small(folder)

@@ -154,6 +154,19 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     assert prepare("coseg", root, tmp_path / "new", overwrite=True) == {"test": 5}
 
 
+def test_what_operating_systems_leave_does_not_make_a_folder_a_stranger_s(tmp_path):
+    """A folder that was looked into on a Mac or under Windows can be read and overwritten."""
+    root, output = coseg(tmp_path / "in"), tmp_path / "out"
+    count = prepare("coseg", root, output)
+    for name in (".DS_Store", "._README.md", "data/.DS_Store", "data/desktop.ini"):
+        (output / name).write_bytes(b"of the system")
+    for shard in list((output / "data").glob("*.parquet")):
+        shard.with_name(f"._{shard.name}").write_bytes(b"of the system")
+    assert len(list(open_records("coseg", output)[0])) == count["test"]
+    assert prepare("coseg", root, output, overwrite=True) == count
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "data"]
+
+
 def test_images_are_stored_once_a_row_group_and_without_folders(tmp_path):
     root = pf_willow(tmp_path / "in", images=8, classes=("car(G)",))
     prepare("pf-willow", root, tmp_path / "out")

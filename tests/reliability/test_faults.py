@@ -281,6 +281,7 @@ def test_two_evaluations_do_not_write_the_same_predictions(tmp_path):
         start_predictions(folder)
     assert names(partial) == ["samples-000-00000.npz"]
     release_folder(held)
+    (partial / ".DS_Store").touch()
     start_predictions(folder)
     start_predictions(folder)  # a run in this process that ended in an error does not shut out the next one
     np.savez(partial / "samples-000-00000.npz", **{"0|x": np.ones(1)})

@@ -42,6 +42,8 @@ def runs(tmp_path_factory, start_model) -> Runs:
     resumed.add("only", "pretrain", *words, "--output_dir", only, "--ema_decay", 0.5)
     # The way out that the sentence names.
     shutil.copytree(root / FILES[0] / "checkpoint-1", root / "moved" / "checkpoint-1")
+    for file in ("._random_states_0.pkl", ".DS_Store"):  # as on a disk that was at a Mac
+        (root / "moved" / "checkpoint-1" / file).write_bytes(b"of the system")
     resumed.add("moved", "pretrain", *words, "--output_dir", root / "moved", "--ema_decay", 0.5)
     resumed.start()
     return resumed

@@ -49,7 +49,8 @@ def runs(tmp_path_factory, start_model) -> Runs:
     taught = (*short, "--prior_weight", 5, "--mask_teacher", start_model)
     runs.add("taught", "train", *taught, "--output_dir", root / "taught")
 
-    runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", "--model", start_model)
+    few = ("--model", start_model, "--max-train-steps", 4)
+    runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", *few)
     one = image_folder(root / "one", 1)
     runs.add("adapt-one", "adapt", one, "--output-dir", root / "adapted-one", "--model", start_model)
 
