@@ -114,7 +114,7 @@ def test_what_operating_systems_leave_in_folders_is_not_uploaded(checkpoint, tmp
     assert {upload.name for upload in plan("model", folder)} == before
 
 
-def test_the_embedded_checkpoint_travels_with_its_code():
+def test_the_embedded_checkpoint_is_uploaded_with_its_code():
     uploads = {upload.name: upload for upload in plan("model", DEFAULT_CHECKPOINT)}
     assert uploads["modeling_macosnet.py"].size == (ROOT / "macosnet_hf" / "modeling_macosnet.py").stat().st_size
     config = json.loads(uploads["config.json"].path.read_text())
