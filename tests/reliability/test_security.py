@@ -29,6 +29,7 @@ from training_runs import Runs, environment, image_folder
 import macosnet_hf
 from macosnet_hf import CheckpointError, DataError, ImageError, InputError, OutputError
 from macosnet_hf.commands.main import main
+from macosnet_hf.commands.segment import print_remarks
 from macosnet_hf.conversion.published import read_state_dict
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
 from macosnet_hf.datasets.masks import mask_from_image
@@ -419,6 +420,27 @@ def test_text_of_a_stranger_cannot_steer_the_terminal(tmp_path, capsys):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
     assert str(InputError("half a character: \ud83d")).encode("utf-8")
     assert str(InputError("Zwei Zeilen:\n\t猫, é und 👩‍🚀")) == "Zwei Zeilen:\n\t猫, é und 👩‍🚀"
+
+
+def test_names_of_images_cannot_steer_the_terminal_nor_make_up_a_line(capsys):
+    name = "c\x1b[2J.png\nmacosnet: all is well"
+    print_remarks({"odd_ones_out": [name], "photos": [{"file": name, "common": False}, {"file": name, "common": True}]})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" all is well ")[0] for line in said] == ["c\ufffd[2J.png macosnet:"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_no_model_goes_where_it_could_not_be_loaded_from(tmp_path, sound, capfd):
+    """`adapt` trained for minutes and ended in a traceback of safetensors."""
+    out = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"out\xff"))
+    (tmp_path / "images").mkdir()
+    for words in (
+        ["adapt", str(tmp_path / "images"), "--output-dir", out, "--model", str(sound)],
+        ["convert", str(tmp_path / "nowhere.pth.tar"), out],
+    ):
+        assert main(words) == 2
+        assert "has a name that is not UTF-8" in capfd.readouterr().err
+    assert not os.path.exists(out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
