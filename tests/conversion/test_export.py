@@ -217,7 +217,6 @@ def test_first_result_comes_within_seconds():
     code = "import sys, time; from macosnet_hf import match_pair; match_pair(*sys.argv[1:]); print(time.process_time())"
     command = [sys.executable, "-c", code, str(PHOTOS / "cheetah1.jpg"), str(PHOTOS / "lion.jpg")]
     folder = Path(__file__).parents[2]
-    runs = [
-        float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout) for _ in range(2)
-    ]
-    assert min(runs) < 6
+    # Once more where the first is slow.
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout for _ in range(2))
+    assert any(float(seconds) < 6 for seconds in runs)
