@@ -23,7 +23,7 @@ from gradio_client import Client, handle_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "reliability"))
 from load import hammer
-from served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_demo
+from served_demo import PHOTOS, ROOT, ServedDemo, enlarge, match, served_demo
 
 missed: list[str] = []
 
@@ -109,7 +109,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pair = [enlarge(PHOTOGRAPHS[index], (4000, 3000), folder / f"large{index}.jpg") for index in (0, 1)]
+        pair = [enlarge(PHOTOS[index], (4000, 3000), folder / f"large{index}.jpg") for index in (0, 1)]
         with served_demo(folder / "server") as demo:
             client = Client(demo.address, verbose=False, download_files=str(folder / "mine"))
             result = match(client, *pair)[0]["result"]
@@ -129,14 +129,12 @@ def main() -> int:
                 client.predict(result, [[100, 100]], api_name="/transfer_points")
                 seconds.append(time.perf_counter() - began)
             print(f"| the same, round trip of gradio_client | {statistics.median(seconds):.2f} s | | |")
-            photographs = [
-                enlarge(
-                    PHOTOGRAPHS[index % len(PHOTOGRAPHS)], (1600 + 8 * index, 1200), folder / f"image{index:02}.jpg"
-                )
+            images = [
+                enlarge(PHOTOS[index % len(PHOTOS)], (1600 + 8 * index, 1200), folder / f"image{index:02}.jpg")
                 for index in range(args.collection)
             ]
             began = time.perf_counter()
-            client.predict([handle_file(str(path)) for path in photographs], api_name="/segment_collection")
+            client.predict([handle_file(str(path)) for path in images], api_name="/segment_collection")
             report(
                 f"collection of {args.collection}, 2 megapixels each",
                 time.perf_counter() - began,

@@ -57,7 +57,7 @@ def plain_pair(model: MaCoSNetModel, source: Tensor, target: Tensor) -> tuple[Te
     return affine, tps, model.predict_masks(first, correlate(second.normalized, first.normalized))
 
 
-def photographs(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     """Images of noise, all different."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 255, (240, 240, 3), dtype=np.uint8)) for _ in range(count)]
@@ -136,7 +136,7 @@ def _in_turn(bench: Bench, works: dict[str, Callable[[], Any]], rounds: int) -> 
 
 def measure_collection(bench: Bench, count: int, whole: int) -> dict[str, Any]:
     """N images, all ordered pairs and all masks."""
-    network, photos = bench.model.macosnet, photographs(count)
+    network, photos = bench.model.macosnet, images(count)
     pixels = bench.processor.preprocess_views(photos, return_tensors="pt")["pixel_values"].to(bench.device)
     pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
     random = np.random.default_rng(0)
@@ -197,8 +197,8 @@ def measure_reading(rounds: int = 5) -> dict[str, float]:
     data, processor = file.getvalue(), MaCoSNetImageProcessor()
 
     def plain() -> None:
-        picture = Image.open(io.BytesIO(data)).convert("RGB").resize((240, 240), Image.Resampling.BILINEAR)
-        torch.from_numpy(np.asarray(picture, dtype=np.float32)).permute(2, 0, 1) / 255
+        image = Image.open(io.BytesIO(data)).convert("RGB").resize((240, 240), Image.Resampling.BILINEAR)
+        torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 255
 
     def ours() -> None:
         processor.preprocess_views([load_image(data, reduced_to=240)], return_tensors="pt")
@@ -223,7 +223,7 @@ def only_memory(preset: str, count: int) -> None:
     """Prints the peak memory of this process after a collection of so many images."""
     bench = Bench(preset, torch.device("cpu"), False)
     collection = Collection(bench.model, bench.processor)
-    collection.add(photographs(count))
+    collection.add(images(count))
     match_collection(collection)
     collection.segment()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -271,7 +271,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(result: dict[str, Any]) -> str:
+def chart(result: dict[str, Any]) -> str:
     """Seconds against the number of images, both logarithmic, as SVG."""
     width, height, left, top = 640, 360, 60, 40
     counts = [int(count) for count in result["collections"]]
@@ -341,7 +341,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.svg:
-        arguments.svg.write_text(picture(result))
+        arguments.svg.write_text(chart(result))
 
 
 if __name__ == "__main__":

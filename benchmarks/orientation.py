@@ -2,9 +2,10 @@
 
     python benchmarks/orientation.py CSV_OR_FOLDER [--model lite] [--quarters] [--count N]
 
-Takes a list of pairs in the columns of PF whose objects face alike (leordeanu-cars), or a folder of images that all
-face alike, such as frontal faces: neighbours in the order of names make pairs. Each pair is asked as it is and with its
-source mirrored; with --quarters also turned, among all eight symmetries. Prints the shares of right answers.
+Takes a list of pairs in the columns of PF whose objects face the same way (leordeanu-cars), or a folder of images
+that all face the same way, such as frontal faces: neighbours in the order of names make pairs. Each pair is asked as it
+is and with its source mirrored; with --quarters also turned, among all eight symmetries. Prints the shares of right
+answers.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def is_right(row: dict[str, Any]) -> bool:
 
 def numbers(row: dict[str, Any]) -> list[float]:
     """What the logistic regression of a rule takes."""
-    return [row["alike"], row["near"], np.tanh(row["upright"] / UPRIGHT_SCALE), 1.0]
+    return [row["similarity"], row["near"], np.tanh(row["upright"] / UPRIGHT_SCALE), 1.0]
 
 
 def fit(rows: list[dict[str, Any]]) -> None:
@@ -77,7 +77,7 @@ def fit(rows: list[dict[str, Any]]) -> None:
         gradient = values.T @ (balance * (right - chance)) - 0.01 * weights
         curvature = (values * (balance * chance * (1 - chance))[:, None]).T @ values + 0.01 * np.eye(len(weights))
         weights = weights + np.linalg.solve(curvature, gradient)
-    print("Rule(alike={:.3g}, near={:.3g}, upright={:.3g}, bias={:.3g})".format(*weights))
+    print("Rule(similarity={:.3g}, near={:.3g}, upright={:.3g}, bias={:.3g})".format(*weights))
     chance = 1 / (1 + np.exp(-values @ weights))
     kind = np.array([row["kind"] for row in rows])
     groups = {"same side": kind == "same side", "unrelated": kind == "unrelated", "wrong": right == 0}

@@ -76,9 +76,9 @@ def draw_matches(
 ) -> Image.Image:
     """Two images side by side at the same height, with a line from each point to its partner.
 
-    The hue of a line is the direction of its point from the middle of the source points, so that neighbours look alike
-    and a line can be followed to its end. Lines of low score are fainter. Matches with a point outside its image are
-    left out.
+    The hue of a line is the direction of its point from the middle of the source points, so that lines of
+    neighbours look similar and each can be followed to its end. Lines of low score are fainter. Matches with a point
+    outside its image are left out.
 
     Args:
         source, target: left and right image.

@@ -6,12 +6,16 @@ import re
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def printable(text: str) -> str:
+    """Returns a text that a terminal can show: names of a stranger's files must not steer it."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
 class MaCoSNetError(Exception):
     """Base of every error that this library raises on purpose. Its text is one plain sentence for a person."""
 
     def __str__(self) -> str:
-        # A name out of a stranger's file must not steer the terminal that shows it, nor be impossible to print.
-        return _UNPRINTABLE.sub("\ufffd", super().__str__())
+        return printable(super().__str__())
 
 
 class InputError(MaCoSNetError, ValueError):

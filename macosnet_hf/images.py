@@ -71,6 +71,23 @@ def exif_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
+def load_pixels(image: Image.Image) -> None:
+    """Reads the pixels of an image that a caller has opened.
+
+    PIL (12.3) maps an uncompressed greyscale TIFF file into memory with the sides that it has once it is turned, which
+    mixes its rows up. Without the file's name it reads the pixels one by one.
+    """
+    name = getattr(image, "filename", "")
+    if image.format != "TIFF" or not name:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]  # of ImageFile
+    try:
+        image.load()
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
+
+
 def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Image:
     """An image of any mode as a new, upright image of mode "RGB" without EXIF, so that it is not turned twice.
 
@@ -85,7 +102,7 @@ def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Ima
         image: loaded, otherwise not changed.
         orientation: how its pixels lie, 1 to 8, where the caller has read that already.
     """
-    image.load()  # before the orientation is read: TIFF turns its pixels itself while loading
+    load_pixels(image)  # before the orientation is read: TIFF turns its pixels itself while loading
     orientation = exif_orientation(image) if orientation is None else orientation
     wide = image.mode.startswith("I") or image.mode == "F"
     upright = _by_bands(image, _eight_bits(image) if wide else _to_rgb)
@@ -132,7 +149,7 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
 
     A copy of 12 megapixels takes 48 MB.
     """
-    image.load()
+    load_pixels(image)
     if image.mode == "RGB" and not image.has_transparency_data and exif_orientation(image) == 1 and not _to_srgb(image):
         return image
     return upright_rgb(image)

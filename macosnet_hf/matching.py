@@ -161,7 +161,7 @@ def _match_some_locally(
     windows: Sequence[float],
     temperature: float,
 ) -> Tensor:
-    """[`match_locally`] for as many points as memory bears."""
+    """[`match_locally`] for as many points at once as memory allows."""
     batch, count = points.shape[:2]
     unit_window, unit_offsets = (
         make_grid(side, side, device=points.device, dtype=points.dtype).reshape(-1, 2)

@@ -23,9 +23,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_app(*arguments: str, **environment: str) -> subprocess.Popen:
+def start_app(*arguments: str, program: tuple[str, ...] = ("app.py",), **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "app.py", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -77,7 +77,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_pictures(*shape: int, seed: int = 1) -> torch.Tensor:
+def random_images(*shape: int, seed: int = 1) -> torch.Tensor:
     """`(*shape, 3, 96, 96)` images with structure at several scales (noise alone looks the same everywhere)."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(1)

@@ -76,10 +76,10 @@ def slow_propagation(features, masks, others):
                 for other in others[number][:16]:
                     for v in range(height):
                         for u in range(width):
-                            alike = float(unit[number, :, y, x] @ unit[other, :, v, u])
-                            found.append((alike, masks[other, v, u]))
+                            similarity = float(unit[number, :, y, x] @ unit[other, :, v, u])
+                            found.append((similarity, masks[other, v, u]))
                 best = sorted(found, reverse=True)[:20]
-                weights = [math.exp(alike / 0.1) for alike, _ in best]
+                weights = [math.exp(similarity / 0.1) for similarity, _ in best]
                 result[number, y, x] = sum(w * m for w, (_, m) in zip(weights, best, strict=True)) / sum(weights)
     return result
 
@@ -296,7 +296,7 @@ def test_order_does_not_matter(network, photos, refine):
         assert shuffled.agreement[place] == pytest.approx(straight.agreement[index], abs=1e-9)
 
 
-def test_a_photograph_given_twice_gets_the_same_mask_twice(network, photos):
+def test_an_image_given_twice_gets_the_same_mask_twice(network, photos):
     result = segment_collection([photos[0], photos[1], photos[0]], **network)
     np.testing.assert_array_equal(result.probabilities[0], result.probabilities[2])
     assert result.partners[0][0] == 2
@@ -312,7 +312,7 @@ def test_memory_options_change_nothing(network, photos, options):
 
 
 @pytest.mark.parametrize(("skip_memory", "passes"), [(1 << 30, 3), (0, 6)])
-def test_each_photograph_is_encoded_once_unless_memory_is_short(network, photos, skip_memory, passes):
+def test_each_image_is_encoded_once_unless_memory_is_short(network, photos, skip_memory, passes):
     encoded = []
     hook = network["model"].macosnet.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     try:
@@ -332,7 +332,7 @@ def test_progress_is_reported(network, photos):
     assert set(seen) == {(done, 9) for done in range(1, 10)}
 
 
-def test_too_few_photographs_or_bad_options(network, photos):
+def test_too_few_images_or_bad_options(network, photos):
     for few in ([], photos[:1]):
         with pytest.raises(InputError, match="two or more"):
             segment_collection(few, **network)
@@ -341,7 +341,7 @@ def test_too_few_photographs_or_bad_options(network, photos):
             segment_collection(photos[:2], **network, **options)
 
 
-def test_partners_are_the_most_alike():
+def test_partners_are_the_most_similar():
     features = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     indices, similarity = choose_partners(features, 3)
     pooled = features.numpy().astype(np.float64).mean((2, 3))

@@ -68,7 +68,7 @@ def test_matches_that_are_not_to_be_relied_on_are_faint(cheetah, tower):
     np.testing.assert_allclose((faint - nothing)[drawn], 0.25 * (bright - nothing)[drawn], atol=2)
 
 
-def test_matches_on_photographs(cheetah, tower):
+def test_matches_on_images(cheetah, tower):
     canvas = draw_matches(cheetah, tower, [[100, 50], [400, 300]], [[50, 100], [300, 550]])
     assert canvas.mode == "RGB"
     assert canvas.height == 600, "both are shown at the greater height"
@@ -97,7 +97,7 @@ def test_dots_stand_on_their_points(side):
     assert np.argwhere(end)[:, 0].mean() == pytest.approx(mark[0], abs=1.0)
 
 
-def test_lines_run_across_both_pictures():
+def test_lines_run_across_both_images():
     source, target = plain(300, 300), plain(300, 300)
     where = changed(draw_matches(source, target, [[50, 150]], [[250, 150]]), draw_matches(source, target, [], []))
     height, width = where.shape
@@ -115,7 +115,7 @@ def test_points_outside_and_nan_are_left_out():
     assert changed(draw_matches(source, target, *corners), blank).any()
 
 
-def test_no_points_draw_the_pictures_alone(cheetah, tower):
+def test_no_points_draw_the_images_alone(cheetah, tower):
     canvas = draw_matches(cheetah, tower, np.zeros((0, 2)), np.zeros((0, 2)), scores=[])
     left = cheetah.resize((round(600 * 502 / 343), 600), Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(canvas, dtype=int)[:, : left.width] - np.asarray(left, dtype=int)).mean() < 2
@@ -170,7 +170,7 @@ def test_extreme_aspects(size, other):
 
 
 @pytest.mark.parametrize("max_width", [200, 800, 1600])
-def test_wide_pictures_keep_the_maximal_width(max_width):
+def test_wide_images_keep_the_maximal_width(max_width):
     assert draw_matches(plain(4000, 2000), plain(4000, 2000), [], [], max_width=max_width).width <= max_width
 
 
@@ -355,7 +355,7 @@ def test_parts_are_coloured_on_the_object_alone(cheetah):
         overlay_parts(cheetah, colors, mask[:-1])
 
 
-def test_overview_of_extreme_pictures():
+def test_overview_of_extreme_images():
     images = [plain(5000, 3), plain(3, 5000), plain(2, 2)]
     masks = [np.ones((3, 5000), bool), np.zeros((5000, 3), bool), np.eye(2, dtype=bool)]
     assert overview(images, masks).width <= 1600
@@ -386,7 +386,7 @@ def test_upright_rgb_does_not_change_its_input():
     assert upright_rgb(turned).size == (20, 30), "and it happens once"
 
 
-def test_an_upright_rgb_picture_is_looked_at_without_a_copy(tmp_path):
+def test_an_upright_rgb_image_is_looked_at_without_a_copy(tmp_path):
     plain_one = Image.new("RGB", (30, 20), "red")
     assert as_upright_rgb(plain_one) is plain_one
     with Image.open(PHOTOS / "lion.jpg") as file:
@@ -396,13 +396,13 @@ def test_an_upright_rgb_picture_is_looked_at_without_a_copy(tmp_path):
     turned.getexif()[0x0112] = 6
     with_transparency = plain_one.copy()
     with_transparency.info["transparency"] = (255, 0, 0)
-    for picture in (turned, with_transparency, plain_one.convert("L"), plain_one.convert("RGBA")):
-        seen = as_upright_rgb(picture)
-        assert seen is not picture
-        np.testing.assert_array_equal(np.asarray(seen), np.asarray(upright_rgb(picture)))
+    for image in (turned, with_transparency, plain_one.convert("L"), plain_one.convert("RGBA")):
+        seen = as_upright_rgb(image)
+        assert seen is not image
+        np.testing.assert_array_equal(np.asarray(seen), np.asarray(upright_rgb(image)))
 
 
-def test_nothing_that_draws_changes_its_pictures(cheetah):
+def test_nothing_that_draws_changes_its_images(cheetah):
     """They are looked at without a copy; an image of the very size that is drawn is the hard case."""
     before, mask = np.array(cheetah), ellipse(cheetah)
     fitting = cheetah.resize((300, 300))

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_models import FUSED, IMAGE_SIZE, random_pictures, small_config, small_model, small_processor
+from small_models import FUSED, IMAGE_SIZE, random_images, small_config, small_model, small_processor
 
 from macosnet_hf.collection import Collection
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
@@ -34,7 +34,7 @@ def _no_gradients():
 
 
 def photos(count: int) -> list[Image.Image]:
-    pixels = random_pictures(count).permute(0, 2, 3, 1)
+    pixels = random_images(count).permute(0, 2, 3, 1)
     return [Image.fromarray(((1 + each / each.abs().max()) * 127).numpy().astype(np.uint8)) for each in pixels]
 
 
@@ -81,7 +81,7 @@ def test_fusion_is_that_of_plain_loops(size, weights):
     if 32 not in weights:
         settings["backbone_config"] = small_config().backbone_config
     model = small_model(MaCoSNetModel, image_size=size, **settings)
-    pixels = F.interpolate(random_pictures(1), size=(size, size), mode="bilinear")
+    pixels = F.interpolate(random_images(1), size=(size, size), mode="bilinear")
     features, maps = model.get_image_features(pixels), model.encoder.backbone(pixels).feature_maps
     by_stride = {s: each[0].double().numpy() for s, each in zip(model.encoder.strides, maps, strict=True)}
     expected = slow_fusion(by_stride, weights)
@@ -96,7 +96,7 @@ def test_fusion_is_that_of_plain_loops(size, weights):
 
 
 def test_one_stage_is_left_as_it_is():
-    model, pixels = small_model(MaCoSNetModel), random_pictures(2)
+    model, pixels = small_model(MaCoSNetModel), random_images(2)
     assert model.config.fused_strides == [16]
     assert torch.equal(model.get_image_features(pixels).last, model.encoder.backbone(pixels).feature_maps[-1])
     whole = small_model(
@@ -129,12 +129,12 @@ def test_blocks_of_an_efficientnet_are_chosen_by_number():
 @pytest.mark.parametrize("settings", [FUSED, ALL_STAGES], ids=["16 and 32", "8, 16 and 32"])
 def test_a_stored_map_gives_the_same_features(settings):
     model = small_model(MaCoSNetModel, **settings)
-    features = model.get_image_features(random_pictures(3))
+    features = model.get_image_features(random_images(3))
     assert torch.equal(MaCoSNetFeatures.from_map(features.last).normalized, features.normalized)
 
 
 def test_the_fast_cascade_warps_the_fused_map():
-    model, pixels = small_model(MaCoSNetModel, **FUSED), random_pictures(4)
+    model, pixels = small_model(MaCoSNetModel, **FUSED), random_images(4)
     features = model.get_image_features(pixels)
     source, target = features.select([0, 1]), features.select([2, 3])
     found = model.predict_transforms(source, target)
@@ -160,7 +160,7 @@ def test_a_collection_gives_the_masks_and_transforms_of_its_pairs():
 
 def test_points_are_matched_locally_by_the_fused_features():
     model = small_model(MaCoSNetForKeypointMatching, **FUSED)
-    outputs = model(random_pictures(1, 2))
+    outputs = model(random_images(1, 2))
     assert outputs.features.shape[2] == 16 + 24
     points = torch.tensor([[[20.0, 30.0], [60.0, 40.0]]])
     sizes = torch.full((1, 2, 2), IMAGE_SIZE)
@@ -172,8 +172,8 @@ def test_points_are_matched_locally_by_the_fused_features():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_answers_alike(dtype):
-    model, pixels = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, **FUSED), random_pictures(1, 2)
+def test_half_precision_gives_the_same_answer(dtype):
+    model, pixels = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, **FUSED), random_images(1, 2)
     exact = model(pixels)
     coarse = model.to(dtype)(pixels)
     assert coarse.features.dtype == dtype
@@ -187,7 +187,7 @@ def test_half_precision_answers_alike(dtype):
 
 
 def test_saved_and_loaded_models_answer_bit_for_bit(tmp_path):
-    model, pixels = small_model(MaCoSNetModel, **ALL_STAGES), random_pictures(1, 2)
+    model, pixels = small_model(MaCoSNetModel, **ALL_STAGES), random_images(1, 2)
     model.save_pretrained(tmp_path)
     loaded = MaCoSNetModel.from_pretrained(tmp_path).eval()
     assert loaded.config.fused_strides == [8, 16, 32]
@@ -197,7 +197,7 @@ def test_saved_and_loaded_models_answer_bit_for_bit(tmp_path):
 
 
 def test_compiles_without_graph_breaks():
-    model, pixels = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, **FUSED), random_pictures(1, 2)
+    model, pixels = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, **FUSED), random_images(1, 2)
     torch._dynamo.reset()
     found, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels), model(pixels)
     for name in expected:
@@ -209,7 +209,9 @@ def test_exported_graphs_say_the_same(format, size, tmp_path):
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(name, reason="needs the extra `export`")
-    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, image_size=size, **ALL_STAGES)
+    # Graphs of the mutual fit and of several windows are those of tests/conversion/test_export.py.
+    window = {"local_matching_windows": [0.4], "local_matching_sigmas": [0.1]}
+    model = small_model(MaCoSNetForKeypointMatching, image_size=size, **window, **ALL_STAGES)
     processor = MaCoSNetImageProcessor(size={"height": size, "width": size})
     result = export(model, processor, tmp_path / "out", format)  # raises where one output differs by more than 1e-4
     assert max(result.difference.values()) <= 1e-4
@@ -293,7 +295,7 @@ def test_backbones_that_do_not_give_the_stages_are_refused():
     with pytest.raises(InputError, match="gives 4 stages, but feature_strides names 3"):
         MaCoSNetModel(small_config(backbone_config=FUSED["backbone_config"], feature_strides=[4, 8, 16]))
     with pytest.raises(InputError, match="stage for stride 2 gives a map of"):  # strides 4 to 32 are taken for 2 to 16
-        MaCoSNetModel(small_config(backbone_config=FUSED["backbone_config"])).get_image_features(random_pictures(1))
+        MaCoSNetModel(small_config(backbone_config=FUSED["backbone_config"])).get_image_features(random_images(1))
     with pytest.raises(InputError, match="needs a backbone of timm's EfficientNet family"):
         MaCoSNetModel(small_config(feature_blocks=[1, 2, 4]))
     for blocks in ([0, 1, 2, 4, 7], [0, 1, 2, 5, 4]):

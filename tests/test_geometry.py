@@ -66,9 +66,9 @@ def reference_tps(point, parameters, regularization=0.0):
     return tuple(result)
 
 
-def reference_bilinear(picture, x, y, padding_mode="zeros"):
+def reference_bilinear(image, x, y, padding_mode="zeros"):
     """Bilinear value at a normalised place; `image` is a nested list [row][column]."""
-    height, width = len(picture), len(picture[0])
+    height, width = len(image), len(image[0])
     column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
     if padding_mode == "border":
         column, row = min(max(column, 0), width - 1), min(max(row, 0), height - 1)
@@ -77,7 +77,7 @@ def reference_bilinear(picture, x, y, padding_mode="zeros"):
     for r, row_weight in ((top, 1 - (row - top)), (top + 1, row - top)):
         for c, column_weight in ((left, 1 - (column - left)), (left + 1, column - left)):
             if 0 <= r < height and 0 <= c < width:
-                value += row_weight * column_weight * picture[r][c]
+                value += row_weight * column_weight * image[r][c]
     return value
 
 
@@ -605,22 +605,22 @@ def test_direction_a_dot_in_the_source_appears_where_the_transform_brings_it_fro
     )
 
 
-def test_the_identity_warp_returns_the_picture():
+def test_the_identity_warp_returns_the_image():
     generator = torch.Generator().manual_seed(6)
-    picture = torch.rand(2, 3, 9, 14, generator=generator)
+    image = torch.rand(2, 3, 9, 14, generator=generator)
     grid = geometry.sampling_grid(geometry.identity_affine(2), geometry.identity_tps(2), size=(9, 14))
-    torch.testing.assert_close(geometry.warp(picture, grid, padding_mode="border"), picture, atol=1e-5, rtol=0)
+    torch.testing.assert_close(geometry.warp(image, grid, padding_mode="border"), image, atol=1e-5, rtol=0)
 
 
 def test_warp_nearest_keeps_labels_and_the_dtype():
-    picture = torch.arange(12.0).reshape(1, 1, 3, 4).to(torch.bfloat16)
+    image = torch.arange(12.0).reshape(1, 1, 3, 4).to(torch.bfloat16)
     grid = geometry.sampling_grid(torch.tensor([[1, 0, 0.05, 0, 1, 0.05]]), size=(3, 4))
-    nearest = geometry.warp(picture, grid, mode="nearest", padding_mode="border")
+    nearest = geometry.warp(image, grid, mode="nearest", padding_mode="border")
     assert nearest.dtype == torch.bfloat16
-    assert torch.equal(nearest, picture)
+    assert torch.equal(nearest, image)
 
 
-def test_half_precision_parameters_are_raised_and_float64_is_kept():
+def test_half_precision_parameters_are_raised_and_float64_stays():
     points = torch.rand(1, 3, 2)
     half = geometry.identity_affine(1).half()
     assert geometry.apply_affine(points, half).dtype == torch.float32
@@ -630,11 +630,11 @@ def test_half_precision_parameters_are_raised_and_float64_is_kept():
     assert geometry.apply_affine(points.double(), half.double()).dtype == torch.float64
 
 
-def test_gradients_reach_both_stages_and_the_picture():
-    picture = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+def test_gradients_reach_both_stages_and_the_image():
+    image = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     affine, tps = random_affine(1, spread=0.1).requires_grad_(), random_tps(1, spread=0.05).requires_grad_()
-    geometry.warp(picture, geometry.sampling_grid(affine, tps, size=(7, 4))).square().sum().backward()
-    for tensor in (picture, affine, tps):
+    geometry.warp(image, geometry.sampling_grid(affine, tps, size=(7, 4))).square().sum().backward()
+    for tensor in (image, affine, tps):
         assert torch.isfinite(tensor.grad).all()
         assert tensor.grad.abs().max() > 0
 
@@ -684,7 +684,7 @@ def test_folded_tells_sane_transforms_from_torn_ones():
 @pytest.mark.parametrize("padding_mode", ["border", "zeros", "reflection"])
 def test_corner_weights_sample_as_warp_does(padding_mode):
     generator = torch.Generator().manual_seed(5)
-    picture = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
+    image = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
     inner = torch.rand(2, 60, 2, generator=generator, dtype=torch.float64) * 2 - 1
     outer = torch.randn(2, 60, 2, generator=generator, dtype=torch.float64) * 3
     corners = torch.tensor([[-1.0, -1], [1, 1], [0, 1], [1.0001, 0], [-1.2, 1.2]], dtype=torch.float64).expand(
@@ -694,9 +694,9 @@ def test_corner_weights_sample_as_warp_does(padding_mode):
     index, weights = geometry.corner_weights(points, (5, 7), padding_mode=padding_mode)
     assert index.min() >= 0
     assert index.max() < 35
-    values = picture.flatten(2).transpose(1, 2)
+    values = image.flatten(2).transpose(1, 2)
     found = torch.stack([(values[b][index[b]] * weights[b].unsqueeze(-1)).sum(1) for b in range(2)])
-    torch.testing.assert_close(found, geometry.sample_at(picture, points, padding_mode=padding_mode))
+    torch.testing.assert_close(found, geometry.sample_at(image, points, padding_mode=padding_mode))
     if padding_mode != "zeros":
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 

@@ -110,7 +110,7 @@ def test_pairs_triplets_and_batches(processor, pair):
     assert torch.equal(triplets[1, 0], triplet[0, 1])
 
 
-def test_views_are_the_same_pictures_one_by_one(processor, pair):
+def test_views_are_the_same_images_one_by_one(processor, pair):
     views = processor.preprocess_views(pair, return_tensors="pt")["pixel_values"]
     assert torch.equal(views, processor(pair, return_tensors="pt")["pixel_values"][0])
     assert processor.preprocess_views(pair[0])["pixel_values"].shape == (1, 3, 240, 240)
@@ -121,10 +121,10 @@ def test_views_are_the_same_pictures_one_by_one(processor, pair):
 @pytest.mark.parametrize(
     "kind", ["path", "hwc", "chw", "tensor", "unit", "unit tensor", "bytes as float", "int64", "bf16"]
 )
-def test_every_kind_of_picture(processor, pair, kind, tmp_path):
+def test_every_kind_of_image(processor, pair, kind, tmp_path):
     array = np.asarray(pair[0])
     pair[0].save(tmp_path / "a.png")
-    picture, tolerance = {
+    image, tolerance = {
         "path": (str(tmp_path / "a.png"), 0),
         "hwc": (array, 0),
         "chw": (np.ascontiguousarray(array.transpose(2, 0, 1)), 0),
@@ -136,9 +136,9 @@ def test_every_kind_of_picture(processor, pair, kind, tmp_path):
         "bf16": ((torch.from_numpy(array.copy()).permute(2, 0, 1) / 255).bfloat16(), 4 / 255),
     }[kind]
     expected = processor.preprocess_views(pair[0])["pixel_values"]
-    found = processor.preprocess_views(picture)["pixel_values"]
+    found = processor.preprocess_views(image)["pixel_values"]
     assert np.abs(found - expected).max() <= 2 * tolerance
-    together = processor([picture, pair[1]])["pixel_values"]
+    together = processor([image, pair[1]])["pixel_values"]
     assert np.array_equal(together[0, 0], found[0])
 
 
@@ -151,7 +151,7 @@ def test_arrays_of_whole_batches(processor, pair):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
-def test_pil_pictures_of_any_mode_look_as_load_image_sees_them(processor, pair, mode):
+def test_pil_images_of_any_mode_look_as_load_image_sees_them(processor, pair, mode):
     if mode in ("I;16", "I"):
         image = Image.fromarray(
             np.asarray(pair[0].convert("L")).astype(np.uint16 if mode == "I;16" else np.int32) * 257
@@ -168,8 +168,8 @@ def test_pil_pictures_of_any_mode_look_as_load_image_sees_them(processor, pair, 
 def test_alpha_in_arrays_is_laid_on_white(processor):
     array = np.full((20, 30, 4), 77, np.uint8)
     array[..., 3] = 0
-    for picture in (array, array.astype(np.float32) / 255, array.astype(np.float32)):
-        assert np.allclose(processor.preprocess_views(picture)["pixel_values"], 1.0, atol=1e-6)
+    for image in (array, array.astype(np.float32) / 255, array.astype(np.float32)):
+        assert np.allclose(processor.preprocess_views(image)["pixel_values"], 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -319,7 +319,7 @@ def test_a_path_that_cannot_be_read(processor, pair, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK"])
-def test_a_path_a_url_of_bytes_and_an_image_are_read_alike(pair, tmp_path, mode):
+def test_a_path_a_url_of_bytes_and_an_image_are_read_the_same_way(pair, tmp_path, mode):
     """transformers' loader clips 16 bits, shows what lies under transparency and loses a palette's profile."""
     image = pair[0].convert("RGB").resize((80, 60))
     if mode == "I;16":
@@ -581,7 +581,7 @@ def test_soft_masks_against_a_slow_reference(processor, mask_outputs):
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
-def test_hard_masks_in_each_pictures_own_size(processor, mask_outputs, threshold):
+def test_hard_masks_in_each_images_own_size(processor, mask_outputs, threshold):
     hard = processor.post_process_cosegmentation(mask_outputs, SIZES, threshold=threshold)
     soft = processor.post_process_soft_masks(mask_outputs, SIZES)
     assert len(hard) == 1
@@ -597,7 +597,7 @@ def test_masks_without_sizes_have_the_networks_size(processor, mask_outputs):
     assert torch.equal(torch.stack(masks), mask_outputs.mask_logits[0] >= 0)
 
 
-def test_sizes_come_from_the_pictures(processor, mask_outputs, pair):
+def test_sizes_come_from_the_images(processor, mask_outputs, pair):
     expected = processor.post_process_cosegmentation(mask_outputs, SIZES)[0]
     exif = pair[0].transpose(Image.Transpose.ROTATE_90)
     exif.getexif()[0x0112] = 6
@@ -625,7 +625,7 @@ def test_label_maps_are_the_masks_as_numbers(processor, mask_outputs):
 
 
 @pytest.mark.parametrize("refine", ["grabcut", "otsu"])
-def test_refinement_gets_each_picture_with_its_own_mask(processor, refine):
+def test_refinement_gets_each_image_with_its_own_mask(processor, refine):
     """A red disc on green, left in one image and low in the other, under a vague soft mask."""
     from macosnet_hf.refinement import refine_mask
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small_models import GRID_SIZE, IMAGE_SIZE, random_pictures, small_config, small_model
+from small_models import GRID_SIZE, IMAGE_SIZE, random_images, small_config, small_model
 from transformers import AutoBackbone, AutoConfig, ConvNextConfig, Dinov2Config, ResNetConfig, SwinConfig
 
 from macosnet_hf import geometry
@@ -95,7 +95,7 @@ def test_presets_build_and_run(preset, channels, millions):
 def test_other_backbones_of_transformers_work(backbone, strides):
     model = MaCoSNetModel(small_config(backbone_config=backbone)).eval()
     assert model.config.feature_strides == strides
-    outputs = run(model, random_pictures(1, 2))
+    outputs = run(model, random_images(1, 2))
     assert outputs.mask_logits.shape == (1, 2, IMAGE_SIZE, IMAGE_SIZE)
     assert outputs.correlation.shape == (1, 2, CELLS, GRID_SIZE, GRID_SIZE)
 
@@ -112,11 +112,11 @@ def test_the_attention_of_a_transformer_backbone_is_chosen_when_loading(tmp_path
     saved = small_model(MaCoSNetModel, backbone_config=backbone)
     saved.save_pretrained(tmp_path)
     assert saved.config.feature_strides == [4, 8, 16]
-    expected = run(saved, random_pictures(1, 2))
+    expected = run(saved, random_images(1, 2))
     for attention in ("eager", "sdpa"):
         model = MaCoSNetModel.from_pretrained(tmp_path, attn_implementation=attention).eval()
         assert model.encoder.backbone.config._attn_implementation == attention
-        found = run(model, random_pictures(1, 2))
+        found = run(model, random_images(1, 2))
         torch.testing.assert_close(found.mask_logits, expected.mask_logits, atol=1e-4, rtol=1e-4)
 
 
@@ -133,9 +133,9 @@ def test_stages_behind_the_last_one_used_are_cut_without_changing_the_others(kin
     encoder = MaCoSNetEncoder(config).eval()
     assert len(encoder.backbone.state_dict()) < len(whole.state_dict())
     encoder.backbone.load_state_dict(whole.state_dict(), strict=False)
-    pictures = torch.randn(1, 3, 96, 96)
+    images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
-        features, expected = encoder(pictures), whole(pictures).feature_maps
+        features, expected = encoder(images), whole(images).feature_maps
     for found, wanted in zip((*features.skips, features.last), expected, strict=True):
         assert torch.equal(found, wanted)
 
@@ -175,7 +175,7 @@ def test_backbones_with_other_stages_than_named_are_refused():
     coarse = ResNetConfig(hidden_sizes=[8, 12, 16, 24], embedding_size=8, depths=[1] * 4, out_features=["stage4"])
     model = MaCoSNetModel(small_config(backbone_config=coarse))  # stride 32 where 16 is claimed
     with pytest.raises(InputError, match="stride 16"):
-        model(random_pictures(1, 2))
+        model(random_images(1, 2))
 
 
 def test_configuration_survives_a_round_trip(tmp_path):
@@ -201,7 +201,7 @@ def test_ordered_pairs_are_followed_by_their_reverse():
 def test_forward_shapes(views, cascade):
     model = small_model(MaCoSNetModel, cascade=cascade)
     sizes = torch.tensor([[[100, 200], [50, 30], [80, 80]][:views]] * 2)
-    outputs = run(model, random_pictures(2, views), output_flow=True, image_sizes=sizes)
+    outputs = run(model, random_images(2, views), output_flow=True, image_sizes=sizes)
     pairs = views * (views - 1)
     assert outputs.affine.shape == (2, pairs, 6)
     assert outputs.tps.shape == (2, pairs, 18)
@@ -213,39 +213,39 @@ def test_forward_shapes(views, cascade):
 
 
 def test_outputs_on_request():
-    model, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
-    outputs = run(model, pictures, output_masks=False)
+    model, images = small_model(MaCoSNetModel), random_images(1, 2)
+    outputs = run(model, images, output_masks=False)
     assert outputs.mask_logits is None
     assert outputs.flow is None
-    as_tuple = run(model, pictures, return_dict=False)
+    as_tuple = run(model, images, return_dict=False)
     assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_tuple[0], run(model, pictures).affine)
+    assert torch.equal(as_tuple[0], run(model, images).affine)
     matching = small_model(MaCoSNetForKeypointMatching)
-    assert isinstance(run(matching, pictures, return_dict=False), tuple)
+    assert isinstance(run(matching, images, return_dict=False), tuple)
 
 
 @pytest.mark.parametrize("cascade", ["exact", "features"])
 def test_swapping_the_views_swaps_the_outputs(cascade):
-    model, pictures = small_model(MaCoSNetModel, cascade=cascade), random_pictures(2, 2)
-    forward, backward = run(model, pictures), run(model, pictures.flip(1))
+    model, images = small_model(MaCoSNetModel, cascade=cascade), random_images(2, 2)
+    forward, backward = run(model, images), run(model, images.flip(1))
     assert_same(fields(forward), {name: value.flip(1) for name, value in fields(backward).items()})
     assert (forward.affine[:, 0] - forward.affine[:, 1]).abs().max() > 0.01  # else the test could not tell
 
 
 def test_a_triplet_holds_its_three_pairs():
-    model, pictures = small_model(MaCoSNetModel), random_pictures(2, 3)
-    triplet = run(model, pictures)
+    model, images = small_model(MaCoSNetModel), random_images(2, 3)
+    triplet = run(model, images)
     for first, (i, j) in ((0, (0, 1)), (2, (0, 2)), (4, (1, 2))):
-        pair = run(model, pictures[:, [i, j]])
+        pair = run(model, images[:, [i, j]])
         expected = {name: triplet[name][:, first : first + 2] for name in DENSE_FIELDS[:-1]}
         assert_same(fields(pair), {**expected, "features": triplet.features[:, [i, j]]}, atol=1e-4, rtol=1e-4)
 
 
 def test_samples_of_a_batch_do_not_touch_each_other():
-    model, pictures = small_model(MaCoSNetForKeypointMatching), random_pictures(3, 2)
-    together = run(model, pictures)
+    model, images = small_model(MaCoSNetForKeypointMatching), random_images(3, 2)
+    together = run(model, images)
     for b in range(3):
-        alone = run(model, pictures[b : b + 1])
+        alone = run(model, images[b : b + 1])
         assert_same(
             fields(alone), {name: value[b : b + 1] for name, value in fields(together).items()}, atol=1e-4, rtol=1e-4
         )
@@ -256,16 +256,16 @@ def test_samples_of_a_batch_do_not_touch_each_other():
     "shape", [(2, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 4, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 2, 3, 64, 64)]
 )
 @pytest.mark.parametrize("model_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
-def test_pictures_of_another_shape_are_refused(model_class, shape):
+def test_images_of_another_shape_are_refused(model_class, shape):
     with pytest.raises(InputError):
         small_model(model_class)(torch.zeros(shape))
 
 
-def test_triplets_are_not_key_point_matching_and_flow_needs_sizes():
+def test_triplets_are_not_keypoint_matching_and_flow_needs_sizes():
     with pytest.raises(InputError, match="B, 2, 3"):
-        small_model(MaCoSNetForKeypointMatching)(random_pictures(1, 3))
+        small_model(MaCoSNetForKeypointMatching)(random_images(1, 3))
     with pytest.raises(InputError, match="image_sizes"):
-        small_model(MaCoSNetModel)(random_pictures(1, 2), output_flow=True)
+        small_model(MaCoSNetModel)(random_images(1, 2), output_flow=True)
 
 
 # --- correlation, cascade, decoder input ---
@@ -308,7 +308,7 @@ def test_inner_products_of_cells_match_the_loops():
     lengths, gram = cell_products(source)
     assert found.shape == (2, 8, 3, 5)
     for b in range(2):
-        here, there = (list(picture[b].flatten(1).t().double()) for picture in (source, target))
+        here, there = (list(image[b].flatten(1).t().double()) for image in (source, target))
         across = torch.stack([torch.stack([one @ other for other in there]) for one in here])
         within = torch.stack([torch.stack([one @ other for other in here]) for one in here])
         torch.testing.assert_close(found[b].flatten(1).double(), across, atol=1e-5, rtol=0)
@@ -317,7 +317,7 @@ def test_inner_products_of_cells_match_the_loops():
 
 
 def test_forward_s_correlation_has_the_source_s_positions_as_channels():
-    outputs = run(small_model(MaCoSNetModel), random_pictures(1, 3))
+    outputs = run(small_model(MaCoSNetModel), random_images(1, 3))
     for p, (i, j) in enumerate(ordered_pairs(3)):
         expected = torch.tensor(reference_correlation(outputs.features[0, i], outputs.features[0, j]))
         torch.testing.assert_close(outputs.correlation[0, p].flatten(1), expected, atol=1e-5, rtol=1e-4)
@@ -336,16 +336,16 @@ def heads(model, correlation, stage):
 @pytest.mark.parametrize("cascade", ["exact", "features"])
 def test_cascade_is_the_two_stages_by_hand(cascade):
     """Affine on (A, B); A warped by torch's own affine_grid; TPS on (warped A, B)."""
-    model, pictures = small_model(MaCoSNetModel, cascade=cascade), random_pictures(2, 2)
-    outputs = run(model, pictures)
+    model, images = small_model(MaCoSNetModel, cascade=cascade), random_images(2, 2)
+    outputs = run(model, images)
     with torch.inference_mode():
         for p, (i, j) in enumerate(ordered_pairs(2)):
-            source, target = model.encoder(pictures[:, i]), model.encoder(pictures[:, j])
+            source, target = model.encoder(images[:, i]), model.encoder(images[:, j])
             affine = heads(model, correlate(source.normalized, target.normalized), "affine")
             size = (IMAGE_SIZE, IMAGE_SIZE) if cascade == "exact" else (GRID_SIZE, GRID_SIZE)
             grid = F.affine_grid(affine.view(-1, 2, 3), [2, 1, *size], align_corners=True)
             if cascade == "exact":
-                warped = model.encoder(F.grid_sample(pictures[:, i], grid, align_corners=True)).last
+                warped = model.encoder(F.grid_sample(images[:, i], grid, align_corners=True)).last
             else:
                 warped = F.grid_sample(source.last, grid, align_corners=True)
             warped = warped / (warped.square().sum(1, keepdim=True) + 1e-6).sqrt()
@@ -355,21 +355,21 @@ def test_cascade_is_the_two_stages_by_hand(cascade):
 
 
 def test_cascades_differ():
-    pictures = random_pictures(1, 2)
-    exact, features = (run(small_model(MaCoSNetModel, cascade=kind), pictures) for kind in ("exact", "features"))
+    images = random_images(1, 2)
+    exact, features = (run(small_model(MaCoSNetModel, cascade=kind), images) for kind in ("exact", "features"))
     assert torch.equal(exact.affine, features.affine)
     assert (exact.tps - features.tps).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cascade", ["exact", "features"])
 def test_encoding_once_and_pairing_later_equals_forward(cascade):
-    model, pictures = small_model(MaCoSNetModel, cascade=cascade), random_pictures(1, 3)
-    outputs = run(model, pictures)
+    model, images = small_model(MaCoSNetModel, cascade=cascade), random_images(1, 3)
+    outputs = run(model, images)
     with torch.inference_mode():
-        features = model.get_image_features(pictures[0])
+        features = model.get_image_features(images[0])
         for p, (i, j) in enumerate(ordered_pairs(3)):
             source, target = features.select([i]), features.select([j])
-            found = model.predict_transforms(source, target, pictures[:, i] if cascade == "exact" else None)
+            found = model.predict_transforms(source, target, images[:, i] if cascade == "exact" else None)
             torch.testing.assert_close(found.affine[0], outputs.affine[0, p], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(found.tps[0], outputs.tps[0, p], atol=1e-4, rtol=1e-4)
             # The mask of i given j is read off S_ji: the layout of i, one channel per position of j.
@@ -378,7 +378,7 @@ def test_encoding_once_and_pairing_later_equals_forward(cascade):
 
 
 def test_mask_depends_on_the_partner():
-    outputs = run(small_model(MaCoSNetModel), random_pictures(1, 3))
+    outputs = run(small_model(MaCoSNetModel), random_images(1, 3))
     assert (outputs.mask_logits[0, 0] - outputs.mask_logits[0, 2]).abs().max() > 1e-3  # view 0 given 1, and given 2
 
 
@@ -396,23 +396,23 @@ def test_mask_depends_on_the_partner():
         (MaCoSNetForKeypointMatching, "features", 2, 2),
     ],
 )
-def test_encoder_passes_over_single_pictures(model_class, cascade, views, passes):
+def test_encoder_passes_over_single_images(model_class, cascade, views, passes):
     """Both directions and both masks of a pair cost four passes at most: each image once, and once warped."""
     model = small_model(model_class, cascade=cascade)
     encoder = getattr(model, "macosnet", model).encoder
     seen = []
     encoder.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    run(model, random_pictures(1, views))
+    run(model, random_images(1, views))
     assert sum(seen) == passes
 
 
 # --- flow and point transfer ---
 
 
-def test_flow_is_the_transform_in_pixels_of_the_original_pictures():
+def test_flow_is_the_transform_in_pixels_of_the_original_images():
     model = small_model(MaCoSNetModel, tps_regularization=0.1)
     sizes = torch.tensor([[[41, 101], [61, 31], [50, 50]], [[200, 50], [10, 400], [33, 77]]])
-    outputs = run(model, random_pictures(2, 3), output_flow=True, image_sizes=sizes)
+    outputs = run(model, random_images(2, 3), output_flow=True, image_sizes=sizes)
     for b, (p, (i, j)) in itertools.product(range(2), enumerate(ordered_pairs(3))):
         for row, column in ((0, 0), (3, 90), (50, 20), (95, 95)):
             target = torch.tensor([[[-1 + 2 * column / (IMAGE_SIZE - 1), -1 + 2 * row / (IMAGE_SIZE - 1)]]])
@@ -437,7 +437,7 @@ def hand_outputs() -> MaCoSNetModelOutput:
 
 
 @pytest.mark.parametrize("local_matching", [False, True])
-def test_points_travel_in_pixels_of_pictures_that_are_not_square(local_matching):
+def test_points_are_transferred_in_pixels_of_images_that_are_not_square(local_matching):
     model = small_model(MaCoSNetForKeypointMatching)
     sizes = torch.tensor([[[101, 41], [21, 201]]])  # source 41 wide and 101 high, target 201 wide and 21 high
     # Target to source by T_AB: B's middle (100, 10) lands a quarter of A's width, from the centre of the input's first
@@ -459,12 +459,12 @@ def test_points_travel_in_pixels_of_pictures_that_are_not_square(local_matching)
 
 
 def test_transfer_uses_the_configuration_s_regularisation_and_local_matching():
-    pictures, sizes = random_pictures(2, 2), torch.tensor([[[60, 90], [80, 50]]] * 2)
+    images, sizes = random_images(2, 2), torch.tensor([[[60, 90], [80, 50]]] * 2)
     points = torch.rand(2, 5, 2, generator=torch.Generator().manual_seed(3)) * 40
     found = {}
     for regularization, local in itertools.product((0.0, 0.5), (False, True)):
         model = small_model(MaCoSNetForKeypointMatching, tps_regularization=regularization, local_matching=local)
-        outputs = run(model, pictures)
+        outputs = run(model, images)
         found[regularization, local] = model.transfer_points(outputs, points, sizes)
         torch.testing.assert_close(
             model.transfer_points(outputs, points, sizes, local_matching=local), found[regularization, local]
@@ -603,9 +603,9 @@ def matching_model(mask_bias: float, mask_spread: float = 1e-3, **kwargs):
     return model
 
 
-def test_matches_and_key_points_follow_the_contract():
+def test_matches_and_keypoints_follow_the_contract():
     model = matching_model(3.0)
-    outputs = run(model, random_pictures(2, 2))
+    outputs = run(model, random_images(2, 2))
     count = CELLS
     assert outputs.loss is None
     assert outputs.matches.shape == outputs.matching_scores.shape == (2, 2, count)
@@ -635,14 +635,14 @@ def test_matches_and_key_points_follow_the_contract():
 
 
 def test_nothing_is_matched_off_the_object():
-    outputs = run(matching_model(-3.0), random_pictures(1, 2))
+    outputs = run(matching_model(-3.0), random_images(1, 2))
     assert (outputs.matches == -1).all()
     assert (outputs.matching_scores == 0).all()
 
 
 def test_scores_are_mask_times_similarity_times_consistency():
     model = matching_model(0.5, mask_spread=0.3, match_consistency_sigma=0.25, match_mask_threshold=0.4)
-    outputs = run(model, random_pictures(1, 2))
+    outputs = run(model, random_images(1, 2))
     size = torch.tensor([[[IMAGE_SIZE, IMAGE_SIZE], [IMAGE_SIZE, IMAGE_SIZE]]])
     source = outputs.keypoints[:, 0] * IMAGE_SIZE - 0.5
     target = model.transfer_points(outputs, source, size)
@@ -665,8 +665,8 @@ def test_scores_are_mask_times_similarity_times_consistency():
 
 def test_without_masks_points_are_matched_and_scored_without_them():
     with_masks = matching_model(0.8, mask_spread=0.3)
-    expected = run(with_masks, random_pictures(1, 2))
-    found = run(with_masks, random_pictures(1, 2), output_masks=False)
+    expected = run(with_masks, random_images(1, 2))
+    found = run(with_masks, random_images(1, 2), output_masks=False)
     assert found.mask_logits is None
     assert torch.equal(found.keypoints, expected.keypoints)
     outside = found.matches[:, 0] < 0
@@ -680,7 +680,7 @@ def test_without_masks_points_are_matched_and_scored_without_them():
 
 @pytest.mark.parametrize("model_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
 def test_a_misspelt_keyword_is_no_silence(model_class):
-    model, images = small_model(model_class), random_pictures(1, 2)
+    model, images = small_model(model_class), random_images(1, 2)
     with pytest.raises(TypeError, match="lables"):
         model(images, lables=torch.zeros(1, 2, 3, 2))
     with pytest.raises(TypeError, match="output_mask"):
@@ -688,12 +688,12 @@ def test_a_misspelt_keyword_is_no_silence(model_class):
     run(model, images, output_hidden_states=False, num_items_in_batch=1)  # as transformers' own training loop passes
 
 
-def test_loss_is_the_mean_distance_of_labelled_key_points():
-    model, pictures = small_model(MaCoSNetForKeypointMatching), random_pictures(2, 2)
+def test_loss_is_the_mean_distance_of_labelled_keypoints():
+    model, images = small_model(MaCoSNetForKeypointMatching), random_images(2, 2)
     labels = torch.rand(2, 2, 4, 2, generator=torch.Generator().manual_seed(5))
     labels[0, 0, 3] = -1  # absent in one image, so absent in both
     labels[1, 1, :2] = -1
-    outputs = run(model, pictures, labels=labels)
+    outputs = run(model, images, labels=labels)
     size = torch.tensor([[[1, 1], [1, 1]]] * 2)  # images of one pixel, so pixels are the labels' own unit
     to_target = model.transfer_points(outputs, labels[:, 0] - 0.5, size) + 0.5
     to_source = model.transfer_points(outputs, labels[:, 1] - 0.5, size, "target_to_source") + 0.5
@@ -702,18 +702,18 @@ def test_loss_is_the_mean_distance_of_labelled_key_points():
         distances.append(math.dist(to_target[b, n].tolist(), labels[b, 1, n].tolist()))
         distances.append(math.dist(to_source[b, n].tolist(), labels[b, 0, n].tolist()))
     assert outputs.loss.item() == pytest.approx(sum(distances) / len(distances), rel=1e-4)
-    none = run(model, pictures, labels=torch.full((2, 2, 4, 2), -1.0))
+    none = run(model, images, labels=torch.full((2, 2, 4, 2), -1.0))
     assert none.loss == 0
     for wrong in ((2, 2, 4), (2, 4, 2), (2, 3, 4, 2)):
         with pytest.raises(InputError, match="labels"):
-            model(pictures, labels=torch.zeros(wrong))
+            model(images, labels=torch.zeros(wrong))
 
 
 @pytest.mark.parametrize("local_matching", [False, True])
 def test_loss_trains_the_encoder_and_both_heads(local_matching):
-    model, pictures = small_model(MaCoSNetForKeypointMatching, local_matching=local_matching), random_pictures(2, 2)
+    model, images = small_model(MaCoSNetForKeypointMatching, local_matching=local_matching), random_images(2, 2)
     labels = torch.rand(2, 2, 4, 2, generator=torch.Generator().manual_seed(5))
-    model(pictures, labels=labels).loss.backward()
+    model(images, labels=labels).loss.backward()
     base = model.macosnet
     for module in (base.encoder, base.affine_head, base.tps_head):
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -727,15 +727,15 @@ def test_loss_trains_the_encoder_and_both_heads(local_matching):
 
 def test_a_new_model_starts_near_the_identity():
     torch.manual_seed(0)
-    outputs = run(MaCoSNetModel(small_config()).eval(), random_pictures(2, 2))
+    outputs = run(MaCoSNetModel(small_config()).eval(), random_images(2, 2))
     assert (outputs.affine - geometry.identity_affine(2, 2)).abs().max() < 0.1
     assert (outputs.tps - geometry.identity_tps(2, 2)).abs().max() < 0.1
 
 
 def test_bfloat16_runs_and_stays_close():
-    pictures = random_pictures(1, 2)
-    expected = run(small_model(MaCoSNetForKeypointMatching), pictures)
-    outputs = run(small_model(MaCoSNetForKeypointMatching).to(torch.bfloat16), pictures)
+    images = random_images(1, 2)
+    expected = run(small_model(MaCoSNetForKeypointMatching), images)
+    outputs = run(small_model(MaCoSNetForKeypointMatching).to(torch.bfloat16), images)
     assert outputs.features.dtype == torch.bfloat16
     assert outputs.affine.dtype == outputs.tps.dtype == outputs.keypoints.dtype == torch.float32
     assert (outputs.affine - expected.affine).abs().max() < 0.1
@@ -744,9 +744,9 @@ def test_bfloat16_runs_and_stays_close():
 
 def test_autocast_does_not_round_the_transforms():
     """A bfloat16 number near 1 is one of 128 steps: half a pixel at 240 pixels."""
-    model, pictures = small_model(MaCoSNetModel), random_pictures(2, 2)
+    model, images = small_model(MaCoSNetModel), random_images(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = run(model, pictures)
+        outputs = run(model, images)
     assert outputs.correlation.dtype == torch.bfloat16  # autocast was at work
     for parameters in (outputs.affine, outputs.tps):
         rounded = (parameters == parameters.bfloat16().float()).float().mean()
@@ -756,12 +756,12 @@ def test_autocast_does_not_round_the_transforms():
 @pytest.mark.parametrize("source_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
 @pytest.mark.parametrize("loaded_class", [MaCoSNetModel, MaCoSNetForKeypointMatching])
 def test_saved_and_loaded_models_agree_to_the_bit(source_class, loaded_class, tmp_path):
-    model, pictures = small_model(source_class), random_pictures(1, 2)
+    model, images = small_model(source_class), random_images(1, 2)
     model.save_pretrained(tmp_path)
     loaded, report = loaded_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    before, after = run(model, pictures), run(loaded.eval(), pictures)
+    before, after = run(model, images), run(loaded.eval(), images)
     for name in DENSE_FIELDS:
         assert torch.equal(before[name], after[name]), name
     if source_class is loaded_class:
@@ -773,10 +773,10 @@ def test_saved_and_loaded_models_agree_to_the_bit(source_class, loaded_class, tm
 def test_the_default_model_agrees_to_the_bit_after_saving(cascade, tmp_path):
     torch.manual_seed(0)
     model = MaCoSNetForKeypointMatching(MaCoSNetConfig(cascade=cascade)).eval()
-    pictures = torch.randn(1, 2, 3, 240, 240)
+    images = torch.randn(1, 2, 3, 240, 240)
     model.save_pretrained(tmp_path)
     loaded = MaCoSNetForKeypointMatching.from_pretrained(tmp_path).eval()
-    before, after = run(model, pictures), run(loaded, pictures)
+    before, after = run(model, images), run(loaded, images)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -795,8 +795,8 @@ def test_the_folder_holds_safetensors_and_names_every_auto_class(tmp_path):
 
 
 def test_every_part_is_trained_by_something_and_gradients_are_finite():
-    model, pictures = small_model(MaCoSNetModel).train(), random_pictures(2, 2)
-    outputs = model(pictures)
+    model, images = small_model(MaCoSNetModel).train(), random_images(2, 2)
+    outputs = model(images)
     sum(value.square().mean() for value in fields(outputs).values()).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not without

@@ -104,7 +104,7 @@ def test_a_known_warp_is_found_better():
     assert (back - inner).norm(dim=-1).mean() < 0.35 * before
 
 
-def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
+def test_the_images_may_be_swapped_and_pairs_stand_alone():
     features, transforms = some_features(3), some_transforms(3)
     fitted = fit_mutually(features, transforms)
     swapped = fit_mutually(features.flip(1), transforms.flip(1)).flip(1)
@@ -114,7 +114,7 @@ def test_the_pictures_may_be_swapped_and_pairs_stand_alone():
         torch.testing.assert_close(getattr(alone, part), getattr(fitted[1:2], part), atol=1e-5, rtol=0)
 
 
-def test_without_likeness_the_transforms_stay():
+def test_without_similarity_the_transforms_stay():
     transforms = some_transforms(2)
     unlike = torch.zeros(2, 2, 4, SIDE, IMAGE_SIZE)
     unlike[:, 0, 0], unlike[:, 1, 1] = 1, 1  # unit vectors at right angles
@@ -137,8 +137,8 @@ def test_senseless_transforms_do_no_harm(kind):
     fitted = fit_mutually(some_features(1), transforms)
     for part in (fitted.affine, fitted.tps):
         assert torch.isfinite(part).all()
-    kept = kind in ("far away", "turned inside out")
-    torch.testing.assert_close(fitted.affine[0, 0], affine[0, 0] if kept else geometry.identity_affine(1)[0])
+    unchanged = kind in ("far away", "turned inside out")
+    torch.testing.assert_close(fitted.affine[0, 0], affine[0, 0] if unchanged else geometry.identity_affine(1)[0])
     torch.testing.assert_close(fitted.affine[0, 1], affine[0, 1])
 
 
@@ -153,21 +153,21 @@ def test_gradients_are_finite():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return torch.randn(2, 2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_the_matcher_fits_and_the_model_does_not(pictures):
+def test_the_matcher_fits_and_the_model_does_not(images):
     fitting = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, tps_regularization=REGULARIZATION)
     plain = small_model(MaCoSNetForKeypointMatching, tps_regularization=REGULARIZATION)
     plain.load_state_dict(fitting.state_dict())
     sizes = torch.tensor([[[50, 40], [60, 30]]] * 2)
-    outputs = fitting(pictures, output_flow=True, image_sizes=sizes)
-    bare = plain(pictures)
+    outputs = fitting(images, output_flow=True, image_sizes=sizes)
+    bare = plain(images)
     assert isinstance(fitting.macosnet, MaCoSNetModel)
-    torch.testing.assert_close(fitting.macosnet(pictures).tps, bare.tps)
-    torch.testing.assert_close(plain.macosnet(pictures).tps, bare.tps)
+    torch.testing.assert_close(fitting.macosnet(images).tps, bare.tps)
+    torch.testing.assert_close(plain.macosnet(images).tps, bare.tps)
     expected = fit_mutually(bare.features, geometry.Transform(bare.affine, bare.tps, REGULARIZATION))
     torch.testing.assert_close(outputs.affine, expected.affine)
     torch.testing.assert_close(outputs.tps, expected.tps)
@@ -182,7 +182,7 @@ def test_the_matcher_fits_and_the_model_does_not(pictures):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_fits_alike(dtype):
+def test_half_precision_gives_the_same_fit(dtype):
     features, transforms = some_features(2), some_transforms(2)
     exact = fit_mutually(features, transforms).tps
     torch.testing.assert_close(fit_mutually(features.to(dtype), transforms).tps, exact, atol=0.02, rtol=0)

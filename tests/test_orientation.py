@@ -14,7 +14,7 @@ from small_models import (
     FUSED,
     GRID_SIZE,
     IMAGE_SIZE,
-    random_pictures,
+    random_images,
     save_small_checkpoint,
     small_config,
     small_model,
@@ -68,7 +68,7 @@ def pairs_of_photos():
     photos = [Image.open(path).convert("RGB") for path in (CHEETAH, LION)]
     pair = small_processor()([photos], return_tensors="pt")["pixel_values"][0]
     mirrored = torch.stack((pair[0].flip(-1), pair[1]))
-    return torch.stack((pair, mirrored, random_pictures(2)))
+    return torch.stack((pair, mirrored, random_images(2)))
 
 
 @pytest.fixture(params=["paper", "common, fused"])
@@ -157,7 +157,7 @@ def test_the_configuration_decides_where_nothing_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_orient_alike(dtype):
+def test_other_precisions_find_the_same_orientation(dtype):
     model = small_model(MaCoSNetForKeypointMatching, orientations="mirror").to(dtype)
     pair = pairs_of_photos()[:1]
     twice = torch.cat((pair, torch.stack((pair[:, 0].flip(-1), pair[:, 1]), dim=1)))
@@ -168,7 +168,7 @@ def test_other_precisions_orient_alike(dtype):
 
 
 def test_bad_orientations(model):
-    pixels = random_pictures(1, 3)
+    pixels = random_images(1, 3)
     with pytest.raises(InputError, match="'none', 'mirror', 'all'; got 'sideways'"):
         model(pixels[:, :2], orientations="sideways")
     with pytest.raises(InputError, match="'none', 'mirror' or 'all'"):

@@ -60,7 +60,7 @@ def segmenter():
     return pipeline("image-co-segmentation", model=DEFAULT_CHECKPOINT)
 
 
-def test_points_of_photographs_that_are_not_square(matcher, photos):
+def test_points_of_images_that_are_not_square(matcher, photos):
     assert_stretched(matcher(photos[:2]))
 
 
@@ -103,12 +103,12 @@ def test_a_list_of_pairs_gives_a_list_of_results(matcher, photos, batch_size):
 
 def test_masks_are_those_of_segment(segmenter, photos):
     found = segmenter([photos[2], photos[3], photos[0]], partners=2, refine="none")
-    pictures = [Image.open(path).convert("RGB") for path in (photos[2], photos[3], photos[0])]
-    expected = segment_collection(pictures, model=segmenter.model, processor=segmenter.image_processor, partners=2)
-    for number, (result, picture) in enumerate(zip(found, pictures, strict=True)):
+    images = [Image.open(path).convert("RGB") for path in (photos[2], photos[3], photos[0])]
+    expected = segment_collection(images, model=segmenter.model, processor=segmenter.image_processor, partners=2)
+    for number, (result, image) in enumerate(zip(found, images, strict=True)):
         assert set(result) == {"label", "score", "agreement", "mask"}
-        assert (result["mask"].mode, result["mask"].size) == ("L", picture.size)
-        hard = hard_mask(expected.probabilities[number], picture.size[::-1])
+        assert (result["mask"].mode, result["mask"].size) == ("L", image.size)
+        hard = hard_mask(expected.probabilities[number], image.size[::-1])
         assert np.array_equal(np.asarray(result["mask"]), hard * np.uint8(255))
         assert result["agreement"] == pytest.approx(expected.agreement[number], abs=1e-5)
         assert 0.5 <= result["score"] <= 1  # the mean of what lies above one half
@@ -167,7 +167,7 @@ def test_a_threshold_for_all_calls(matcher, photos):
 
 
 @pytest.mark.parametrize("task", ["matcher", "segmenter"])
-def test_a_photograph_that_is_not_there_is_said(task, photos, request):
+def test_an_image_that_is_not_there_is_said(task, photos, request):
     with pytest.raises(ImageError, match=r"'nowhere\.jpg' does not exist") as caught:
         request.getfixturevalue(task)([photos[0], "nowhere.jpg"])
     assert "padding" not in str(caught.value)  # the library takes it for base64
@@ -187,12 +187,12 @@ def test_options_of_co_segmentation(segmenter, photos, option, words):
 
 
 @pytest.mark.parametrize("inputs", ["photo.png", [], [1, 2], None, [[PAIR]], [PAIR, "c.png"], {"a": 1}])
-def test_what_is_no_list_of_photographs_is_said(segmenter, inputs):
+def test_what_is_no_list_of_images_is_said(segmenter, inputs):
     with pytest.raises(InputError, match="Co-segmentation"):
         segmenter(inputs)
 
 
-def test_one_photograph_is_too_few(segmenter, photos):
+def test_one_image_is_too_few(segmenter, photos):
     with pytest.raises(InputError, match="two or more"):
         segmenter(photos[:1])
 

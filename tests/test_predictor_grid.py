@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_models import FUSED, random_pictures, seeded, small_config, small_model
+from small_models import FUSED, random_images, seeded, small_config, small_model
 
 from macosnet_hf.collection import Collection
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
@@ -24,8 +24,8 @@ SIZE = 144  # a grid of 9 cells a side
 COARSE = {"image_size": SIZE, "predictor_grid": 6, "mutual_fit": True}
 
 
-def pictures(count: int) -> torch.Tensor:
-    return F.interpolate(random_pictures(count), size=(SIZE, SIZE), mode="bilinear")
+def structured_images(count: int) -> torch.Tensor:
+    return F.interpolate(random_images(count), size=(SIZE, SIZE), mode="bilinear")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_nothing_is_done_to_maps_that_are_on_the_grid():
 @pytest.mark.parametrize("cascade", ["exact", "features"])
 def test_the_heads_see_the_coarse_maps_and_all_else_the_fine_ones(cascade):
     model = small_model(MaCoSNetModel, **COARSE, cascade=cascade)
-    pixels = pictures(2).unsqueeze(0)
+    pixels = structured_images(2).unsqueeze(0)
     output = model(pixels)
     assert output.correlation.shape == (1, 2, 81, 9, 9)
     assert output.features.shape[-2:] == (9, 9)
@@ -90,7 +90,7 @@ def test_the_same_heads_fit_images_of_other_sizes():
 @pytest.mark.parametrize("orientations", ["mirror", "all"])
 def test_a_batch_is_as_its_pairs(orientations):
     model = small_model(MaCoSNetForKeypointMatching, **COARSE, **FUSED)
-    pixels = pictures(4).unflatten(0, (2, 2))
+    pixels = structured_images(4).unflatten(0, (2, 2))
     both = model(pixels, orientations=orientations)
     for number in (0, 1):
         one = model(pixels[number : number + 1], orientations=orientations)
@@ -101,7 +101,7 @@ def test_a_batch_is_as_its_pairs(orientations):
 def test_a_collection_is_as_its_pairs():
     model = small_model(MaCoSNetForKeypointMatching, **COARSE, cascade="features").float()
     processor = MaCoSNetImageProcessor(size={"height": 144, "width": 144})
-    pixels = (pictures(3).permute(0, 2, 3, 1).clamp(-1, 1) * 127 + 127).numpy().astype(np.uint8)
+    pixels = (structured_images(3).permute(0, 2, 3, 1).clamp(-1, 1) * 127 + 127).numpy().astype(np.uint8)
     collection = Collection(model, processor)
     collection.add([Image.fromarray(each) for each in pixels])
     matched = match_collection(collection, cascade="features")
@@ -113,7 +113,7 @@ def test_a_collection_is_as_its_pairs():
 
 def test_half_precision():
     model = small_model(MaCoSNetForKeypointMatching, **COARSE).to(torch.bfloat16)
-    assert torch.isfinite(model(pictures(2).unsqueeze(0)).keypoints).all()
+    assert torch.isfinite(model(structured_images(2).unsqueeze(0)).keypoints).all()
 
 
 def test_the_exported_network_is_the_same(tmp_path):
@@ -127,7 +127,7 @@ def test_the_exported_network_is_the_same(tmp_path):
 def test_synthetic_training_reaches_the_heads():
     model = small_model(MaCoSNetModel, **COARSE)
     model.train()
-    images = (random_pictures(2).clamp(-1, 1) * 127 + 127).to(torch.uint8)
+    images = (random_images(2).clamp(-1, 1) * 127 + 127).to(torch.uint8)
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, WarpRange())
     with torch.enable_grad():
         objective(images, seeded())["total"].backward()

@@ -43,8 +43,8 @@ def scene(width: int = 200, height: int = 130, shift: int = 0) -> tuple[np.ndarr
     truth = ellipse(width, height)
     soft = ellipse(width, height, shift=0.08 + shift / width).astype(np.float32)
     soft = np.asarray(Image.fromarray(soft).resize((12, 9), Image.Resampling.BOX).resize((width, height), 2))
-    picture = np.where(truth[..., None], fur[:height, :width], sky)
-    return np.ascontiguousarray(picture), truth, 0.05 + 0.9 * soft.clip(0, 1)
+    composed = np.where(truth[..., None], fur[:height, :width], sky)
+    return np.ascontiguousarray(composed), truth, 0.05 + 0.9 * soft.clip(0, 1)
 
 
 def ellipse(width: int, height: int, shift: float = 0.0) -> np.ndarray:
@@ -62,10 +62,10 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("method", COLOUR_METHODS)
-def test_the_picture_s_colours_correct_the_soft_mask(method):
-    picture, truth, soft = scene()
+def test_the_image_s_colours_correct_the_soft_mask(method):
+    image, truth, soft = scene()
     before = jaccard(soft >= 0.5, truth)
-    after = refine_mask(picture, soft, method)
+    after = refine_mask(image, soft, method)
     assert after.dtype == bool
     assert after.shape == (130, 200)
     assert before < 0.8
@@ -94,16 +94,16 @@ def slow_colour_overlap(rgb: np.ndarray, soft: np.ndarray) -> float:
 
 
 def test_overlap_of_colours_against_plain_loops():
-    picture, _, soft = scene(60, 40)
-    assert colour_overlap(picture, soft) == pytest.approx(slow_colour_overlap(picture, soft), abs=1e-5)
+    image, _, soft = scene(60, 40)
+    assert colour_overlap(image, soft) == pytest.approx(slow_colour_overlap(image, soft), abs=1e-5)
     noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
     weights = np.random.default_rng(1).random((9, 13), dtype=np.float32)
     assert colour_overlap(noise, weights) == pytest.approx(slow_colour_overlap(noise, weights), abs=1e-5)
 
 
 def test_overlap_of_colours_tells_fur_before_the_sky_from_fur_in_grass():
-    picture, truth, _ = scene()
-    assert colour_overlap(picture, truth.astype(np.float32)) < 0.2
+    image, truth, _ = scene()
+    assert colour_overlap(image, truth.astype(np.float32)) < 0.2
     fur = texture("cheetah1.jpg", (600, 390))[260:, 200:400]
     assert colour_overlap(fur[:130], truth.astype(np.float32)) > 0.9
     assert colour_overlap(np.zeros((5, 5, 3), np.uint8), np.full((5, 5), 0.5, np.float32)) == pytest.approx(1)
@@ -111,19 +111,19 @@ def test_overlap_of_colours_tells_fur_before_the_sky_from_fur_in_grass():
 
 def test_grabcut_may_doubt_a_sure_soft_mask_only_where_colours_are_distinct():
     """In fur before fur the answer stays with the soft mask; before the sky it does not."""
-    picture, _, soft = scene()
+    image, _, soft = scene()
     fur = np.ascontiguousarray(texture("cheetah1.jpg", (600, 390))[260:, 200:400])
     narrow = {"sure_background": NARROW_LIMITS[0], "sure_foreground": NARROW_LIMITS[1]}
     wide = {"sure_background": WIDE_LIMITS[0], "sure_foreground": WIDE_LIMITS[1]}
-    np.testing.assert_array_equal(refine_mask(picture, soft), refine_mask(picture, soft, **wide))
+    np.testing.assert_array_equal(refine_mask(image, soft), refine_mask(image, soft, **wide))
     np.testing.assert_array_equal(refine_mask(fur, soft), refine_mask(fur, soft, **narrow))
     assert (refine_mask(fur, soft, **narrow) != refine_mask(fur, soft, **wide)).any()
     assert refine_mask(fur, soft)[soft > NARROW_LIMITS[1]].all()
 
 
-def test_grabcut_on_a_large_picture_runs_small_and_ends_smooth():
-    picture, truth, soft = scene(1600, 1040)
-    mask = refine_mask(picture, soft, "grabcut", working_size=160)
+def test_grabcut_on_a_large_image_runs_small_and_ends_smooth():
+    image, truth, soft = scene(1600, 1040)
+    mask = refine_mask(image, soft, "grabcut", working_size=160)
     assert mask.shape == (1040, 1600)
     assert jaccard(mask, truth) > 0.93
     # Enlarged ten times by the nearest pixel, every tenth row or so would jump by a multiple of ten pixels.
@@ -133,30 +133,30 @@ def test_grabcut_on_a_large_picture_runs_small_and_ends_smooth():
 
 
 def test_working_size_bounds_the_cost_and_not_the_answer():
-    picture, _, soft = scene(400, 260)
-    full = refine_mask(picture, soft, working_size=400)
-    small = refine_mask(picture, soft, working_size=130)
+    image, _, soft = scene(400, 260)
+    full = refine_mask(image, soft, working_size=400)
+    small = refine_mask(image, soft, working_size=130)
     assert not np.array_equal(full, small)
     assert jaccard(full, small) > 0.9
 
 
-def test_a_full_size_mask_is_aligned_with_its_picture():
+def test_a_full_size_mask_is_aligned_with_its_image():
     """A shift of half a small pixel at the way down or up would show as a biased edge."""
-    picture, truth, _ = scene(960, 640)
-    mask = refine_mask(picture, truth.astype(np.float32), "grabcut", working_size=120)
+    image, truth, _ = scene(960, 640)
+    mask = refine_mask(image, truth.astype(np.float32), "grabcut", working_size=120)
     rows, columns = (np.argwhere(m).mean(0) for m in (mask, truth))
     assert np.abs(rows - columns).max() < 1.5  # one small pixel is eight large ones
 
 
 def test_grabcut_respects_what_is_sure():
-    picture, _, soft = scene()
+    image, _, soft = scene()
     soft = soft.copy()
     soft[:20, :20] = 1.0
     soft[60:70, 80:90] = 0.0
-    mask = refine_mask(picture, soft)
+    mask = refine_mask(image, soft)
     assert mask[:20, :20].all()
     assert not mask[60:70, 80:90].any()
-    free = refine_mask(picture, soft, sure_foreground=1.1, sure_background=-0.1)
+    free = refine_mask(image, soft, sure_foreground=1.1, sure_background=-0.1)
     assert not free[:20, :20].all()
     assert free[60:70, 80:90].any()
 
@@ -165,34 +165,32 @@ def test_grabcut_respects_what_is_sure():
 def test_the_same_input_gives_the_same_mask(method):
     import cv2
 
-    picture, _, soft = scene()
+    image, _, soft = scene()
     masks = []
     for seed in (1, 2, 3):
         cv2.setRNGSeed(seed)
-        masks.append(refine_mask(picture, soft, method))
+        masks.append(refine_mask(image, soft, method))
     assert np.array_equal(masks[0], masks[1])
     assert np.array_equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
 def test_numpy_pil_and_torch_agree_and_nothing_is_changed(method):
-    picture, _, soft = scene()
-    kept_picture, kept_soft = picture.copy(), soft.copy()
-    expected = refine_mask(picture, soft, method)
-    assert np.array_equal(refine_mask(Image.fromarray(picture), torch.from_numpy(soft), method), expected)
+    image, _, soft = scene()
+    kept_picture, kept_soft = image.copy(), soft.copy()
+    expected = refine_mask(image, soft, method)
+    assert np.array_equal(refine_mask(Image.fromarray(image), torch.from_numpy(soft), method), expected)
     with_gradient = torch.from_numpy(soft.astype(np.float64)).requires_grad_()
-    assert np.array_equal(refine_mask(picture, with_gradient, method), expected)
-    assert np.array_equal(refine_mask(picture[:, ::-1][:, ::-1], soft, method), expected), (
-        "a view with negative strides"
-    )
-    assert np.array_equal(picture, kept_picture)
+    assert np.array_equal(refine_mask(image, with_gradient, method), expected)
+    assert np.array_equal(refine_mask(image[:, ::-1][:, ::-1], soft, method), expected), "a view with negative strides"
+    assert np.array_equal(image, kept_picture)
     assert np.array_equal(soft, kept_soft)
 
 
 def test_half_precision_soft_masks():
-    picture, _, soft = scene()
+    image, _, soft = scene()
     for dtype in (torch.float16, torch.bfloat16):
-        mask = refine_mask(picture, torch.from_numpy(soft).to(dtype), "none")
+        mask = refine_mask(image, torch.from_numpy(soft).to(dtype), "none")
         assert (mask != (soft >= 0.5)).mean() < 0.01
 
 
@@ -202,9 +200,9 @@ def test_half_precision_soft_masks():
 
 
 def test_none_is_the_threshold():
-    picture, _, soft = scene()
-    assert np.array_equal(refine_mask(picture, soft, "none"), soft >= 0.5)
-    assert np.array_equal(refine_mask(picture, soft, "none", threshold=0.2), soft >= np.float32(0.2))
+    image, _, soft = scene()
+    assert np.array_equal(refine_mask(image, soft, "none"), soft >= 0.5)
+    assert np.array_equal(refine_mask(image, soft, "none", threshold=0.2), soft >= np.float32(0.2))
 
 
 def test_otsu_against_a_slow_search():
@@ -229,11 +227,11 @@ def test_otsu_against_scikit_image():
 
 
 def test_otsu_splits_a_soft_mask_of_any_scale():
-    picture, truth, soft = scene()
-    expected = refine_mask(picture, soft, "otsu")
+    image, truth, soft = scene()
+    expected = refine_mask(image, soft, "otsu")
     assert jaccard(expected, truth) > 0.5
     faint = 0.1 + 0.05 * soft
-    assert (refine_mask(picture, faint, "otsu") != expected).mean() < 0.01
+    assert (refine_mask(image, faint, "otsu") != expected).mean() < 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +242,8 @@ def test_otsu_splits_a_soft_mask_of_any_scale():
 @pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
 @pytest.mark.parametrize("value", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_a_constant_soft_mask_stays_what_it_is(method, value):
-    picture, _, soft = scene()
-    mask = refine_mask(picture, np.full_like(soft, value), method)
+    image, _, soft = scene()
+    mask = refine_mask(image, np.full_like(soft, value), method)
     assert mask.all() == (value >= 0.5)
     assert mask.any() == (value >= 0.5)
 
@@ -253,8 +251,8 @@ def test_a_constant_soft_mask_stays_what_it_is(method, value):
 @pytest.mark.parametrize("scale", [0.4, 0.1])
 def test_grabcut_without_any_value_above_the_threshold(scale):
     """An undecided decoder: the object is there, but never above one half."""
-    picture, truth, soft = scene()
-    mask = refine_mask(picture, soft * scale, "grabcut")
+    image, truth, soft = scene()
+    mask = refine_mask(image, soft * scale, "grabcut")
     if scale == 0.4:
         assert jaccard(mask, truth) > 0.9
     else:
@@ -262,40 +260,40 @@ def test_grabcut_without_any_value_above_the_threshold(scale):
 
 
 def test_grabcut_without_any_value_below_the_threshold():
-    picture, truth, soft = scene()
-    assert jaccard(refine_mask(picture, 0.55 + 0.4 * soft, "grabcut"), truth) > 0.9
+    image, truth, soft = scene()
+    assert jaccard(refine_mask(image, 0.55 + 0.4 * soft, "grabcut"), truth) > 0.9
 
 
 @pytest.mark.parametrize("pixels", [1, 4])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("doubt", [0.0, 0.3])
 def test_grabcut_with_almost_no_object_or_background(pixels, inverse, doubt):
-    picture, _, soft = scene()
+    image, _, soft = scene()
     few = np.full_like(soft, doubt)
     few[64, 80 : 80 + pixels] = 1 - doubt
     few = 1 - few if inverse else few
     if doubt:  # by Otsu's threshold the same few pixels stand out, and they are still too few
-        assert np.array_equal(refine_mask(picture, few, "otsu"), few >= 0.5)
-    assert np.array_equal(refine_mask(picture, few), few >= 0.5)
+        assert np.array_equal(refine_mask(image, few, "otsu"), few >= 0.5)
+    assert np.array_equal(refine_mask(image, few), few >= 0.5)
 
 
 def test_grabcut_never_loses_the_object():
     """Object and background of the same colour: nothing to cut along."""
     generator = np.random.default_rng(0)
-    picture = generator.integers(100, 110, (60, 90, 3), dtype=np.uint8)
+    noise = generator.integers(100, 110, (60, 90, 3), dtype=np.uint8)
     _, _, soft = scene(90, 60)
-    for image in (picture, np.full_like(picture, 128)):
+    for image in (noise, np.full_like(noise, 128)):
         mask = refine_mask(image, soft * 0.85 + 0.06, sure_foreground=1.1)
         assert mask.sum() >= 0.1 * (soft * 0.85 + 0.06 >= 0.5).sum() > 0
 
 
 @pytest.mark.parametrize("method", ["grabcut", "otsu", "none", pytest.param("crf", marks=needs_crf)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 50), (5, 4), (3, 2000)])
-def test_tiny_and_extreme_pictures(method, size):
+def test_tiny_and_extreme_images(method, size):
     generator = np.random.default_rng(5)
-    picture = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
     soft = generator.random(size, dtype=np.float32)
-    mask = refine_mask(picture, soft, method)
+    mask = refine_mask(image, soft, method)
     assert mask.shape == size
     assert mask.dtype == bool
 
@@ -317,31 +315,31 @@ def test_tiny_and_extreme_pictures(method, size):
 )
 @pytest.mark.parametrize("method", ["grabcut", "otsu", "none"])
 def test_bad_input_is_named(change, words, method):
-    picture, _, soft = scene()
+    image, _, soft = scene()
     with pytest.raises(InputError, match=words):
-        refine_mask(*change(picture, soft), method)
+        refine_mask(*change(image, soft), method)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.2, 0.8, 0.99, 1.0])
 def test_grabcut_with_any_threshold(threshold):
     """Also with one that lies beyond what counts as sure."""
-    picture, truth, soft = scene()
-    mask = refine_mask(picture, (soft - 0.05) / 0.9, threshold=threshold)
+    image, truth, soft = scene()
+    mask = refine_mask(image, (soft - 0.05) / 0.9, threshold=threshold)
     assert mask.shape == truth.shape
     if 0.1 < threshold < 0.9:
         assert jaccard(mask, truth) > 0.85
-    faint = refine_mask(picture, soft * 0.04, threshold=0.02)  # all of it is below what counts as sure background
+    faint = refine_mask(image, soft * 0.04, threshold=0.02)  # all of it is below what counts as sure background
     assert jaccard(faint, truth) > 0.5
 
 
 def test_bad_options():
-    picture, _, soft = scene()
+    image, _, soft = scene()
     with pytest.raises(InputError, match="grabcut, otsu, crf, none"):
-        refine_mask(picture, soft, "magic")
+        refine_mask(image, soft, "magic")
     with pytest.raises(InputError, match="iteration"):
-        refine_mask(picture, soft, iterations=0)
+        refine_mask(image, soft, iterations=0)
     with pytest.raises(InputError, match="working_size"):
-        refine_mask(picture, soft, working_size=0)
+        refine_mask(image, soft, working_size=0)
 
 
 def test_a_missing_crf_says_what_to_install():

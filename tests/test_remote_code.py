@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import random_pictures, small_model
+from small_models import random_images, small_model
 
 from macosnet_hf.configuration_macosnet import MaCoSNetConfig
 from macosnet_hf.geometry import relative_points
@@ -72,20 +72,20 @@ assert "macosnet_hf" not in sys.modules
 """
 
 
-def run_elsewhere(folder: Path, pictures: torch.Tensor, scratch: Path) -> Path:
+def run_elsewhere(folder: Path, images: torch.Tensor, scratch: Path) -> Path:
     """Runs the program with nothing of the checkout on its path; returns the folder of its results."""
     results = scratch / "results"
     working = scratch / "elsewhere"
     results.mkdir()
     working.mkdir()
-    save_file({"pixel_values": pictures.contiguous()}, scratch / "pictures.safetensors")
+    save_file({"pixel_values": images.contiguous()}, scratch / "images.safetensors")
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(scratch / "hf"),
         "HF_MODULES_CACHE": str(scratch / "modules"),
     }
-    arguments = [str(folder), str(scratch / "pictures.safetensors"), str(results), str(torch.get_num_threads())]
+    arguments = [str(folder), str(scratch / "images.safetensors"), str(results), str(torch.get_num_threads())]
     finished = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM, *arguments],
         cwd=working,
@@ -116,14 +116,14 @@ def _flush_denormal():
 )
 def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_path):
     if case.startswith("MaCoSNetModel"):
-        saved, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
+        saved, images = small_model(MaCoSNetModel), random_images(1, 2)
     else:
         torch.manual_seed(0)
         config = MaCoSNetConfig.from_preset("lite-fused" if "fused" in case else "lite")
-        saved, pictures = MaCoSNetForKeypointMatching(config).eval(), torch.randn(1, 2, 3, 240, 240)
+        saved, images = MaCoSNetForKeypointMatching(config).eval(), torch.randn(1, 2, 3, 240, 240)
     folder = tmp_path / "model"
     saved.save_pretrained(folder)
-    results = run_elsewhere(folder, pictures, tmp_path)
+    results = run_elsewhere(folder, images, tmp_path)
 
     for model_class, auto_class in (
         (MaCoSNetModel, "AutoModel"),
@@ -131,7 +131,7 @@ def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_pat
     ):
         model = saved if isinstance(saved, model_class) else model_class.from_pretrained(folder).eval()
         with torch.inference_mode():
-            expected = {name: value for name, value in model(pictures).items() if value is not None}
+            expected = {name: value for name, value in model(images).items() if value is not None}
         for which in ("first", "second"):
             found = load_file(results / f"{which}-{auto_class}.safetensors")
             assert found.keys() == expected.keys()
@@ -139,7 +139,7 @@ def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_pat
                 assert torch.equal(found[name], value), f"{which} {auto_class}: {name}"
         if auto_class == "AutoModelForKeypointMatching":
             sizes = torch.tensor([[[40, 90], [70, 30]]])
-            points = model.transfer_points(model(pictures), torch.tensor([[[10.0, 20.0]]]), sizes)
+            points = model.transfer_points(model(images), torch.tensor([[[10.0, 20.0]]]), sizes)
             assert torch.equal(load_file(results / "points.safetensors")["points"], points)
 
     # What the other process saved is loaded by the installed package, too.

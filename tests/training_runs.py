@@ -140,15 +140,15 @@ class Runs:
             assert part in errors[0]
 
 
-def photographs(folder: Path, count: int) -> Path:
+def image_folder(folder: Path, count: int) -> Path:
     """Different crops of real images, in two class folders."""
-    pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    photos = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
     for index in range(count):
-        picture = pictures[index % 4]
+        image = photos[index % 4]
         corner = 40 * (index // 4)
         path = folder / ("cats" if index % 2 else "things") / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture[corner : corner + 240, corner : corner + 260]).resize((130, 120)).save(path)
+        Image.fromarray(image[corner : corner + 240, corner : corner + 260]).resize((130, 120)).save(path)
     return folder
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, OutputError
-from ..io.checkpoints import check_checkpoint
+from ..io.checkpoints import check_checkpoint, check_model_folder
 from ..io.output_folder import clear_left_overs, output_folder
 from ..io.package import DEFAULT_CHECKPOINT
+from ..io.system_files import is_of_system
+from .arguments import one_line
 
 if TYPE_CHECKING:
     from ..training.settings import JointSettings
@@ -103,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("The output folder lies in the folder of the images; choose another one.")
     if output.is_dir():
         clear_left_overs(output)
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and not all(map(is_of_system, output.iterdir())):
         raise OutputError(f"The output folder {args.output_dir} is not empty; choose a new one.")
+    check_model_folder(output)
     check_checkpoint(args.model)
     small = _too_small(folder)
     try:
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             f'`macosnet adapt` needs the package {error.name}: install the extra with pip install "macosnet-hf[train]".'
         ) from error
     for name in small:
-        print(f"macosnet: left out: {name} holds a single image.", file=sys.stderr)
+        print(one_line(f"macosnet: left out: {name} holds a single image."), file=sys.stderr)
     with output_folder(output) as partial:
         try:
             result = train(settings_of(args, partial, small))

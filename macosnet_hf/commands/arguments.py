@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -59,6 +60,11 @@ def progress_bar() -> Iterator[Progress]:
             bar.set_description_str(text)
 
         yield show
+
+
+def one_line(text: str) -> str:
+    """Returns a text for the terminal in one line, without what would steer it."""
+    return " ".join(printable(text).split())
 
 
 def print_left_out(messages: list[str]) -> None:

@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
         MaCoSNetError: for anything that cannot be done, in one sentence.
     """
     from ..conversion.published import convert, save
+    from ..io.checkpoints import check_model_folder
+
+    check_model_folder(args.output)
 
     with progress_bar() as progress:
         progress(0.0, "Reading the checkpoint")

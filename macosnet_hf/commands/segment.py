@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..directions import COLLECTION_ORIENTATIONS
 from ..errors import ImageError, InputError
@@ -17,7 +17,7 @@ from ..io.image_files import image_size, is_image_file
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
-from .arguments import add_model_arguments, load_network, progress_bar
+from .arguments import add_model_arguments, load_network, one_line, progress_bar
 
 if TYPE_CHECKING:
     from ..inference.files import Progress
@@ -107,17 +107,23 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.zip:
             zip_folder(folder, COLLECTION_ARCHIVE)
-    for name in document["odd_ones_out"]:
-        print(f"{name} does not seem to show what the others show")
-    for photo in document["photos"]:
-        if not photo["common"]:
-            print(f"{photo['file']} has no object in common with its partners: its mask is what stands out in it")
+    print_remarks(document)
     count = len(document["photos"])
     print(f"{count} images; see {Path(args.output_dir) / 'overview.png'}")
     if document["not_done"]:
         print(f"macosnet: interrupted; {count} of {len(copies)} images were segmented and written.", file=sys.stderr)
         return 130
     return 0
+
+
+def print_remarks(document: dict[str, Any]) -> None:
+    """Prints which images of a result do not fit the others."""
+    for name in document["odd_ones_out"]:
+        print(one_line(f"{name} does not seem to show what the others show"))
+    for photo in document["photos"]:
+        if not photo["common"]:
+            what = "has no object in common with its partners: its mask is what stands out in it"
+            print(one_line(f"{photo['file']} {what}"))
 
 
 def _image_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:

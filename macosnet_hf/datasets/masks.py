@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, ImageError
-from ..images import exif_orientation, turned
+from ..images import exif_orientation, load_pixels, turned
 from ..io import image_files
 from .images import image_name, source_of
 
@@ -55,7 +55,7 @@ def read_mask(image: Any, where: str, size: tuple[int, int] | None = None) -> Ob
     """
     try:
         opened = image if isinstance(image, Image.Image) else image_files.load_as_stored(source_of(image))
-        opened.load()
+        load_pixels(opened)
         opened = turned(opened, exif_orientation(opened))
     except (ImageError, OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         # Of an image that a caller has opened, this is the first that its pixels are looked at.

@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
 from ..io.output_folder import release_folder, start_folder
+from ..io.system_files import is_of_system
 from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .images import open_image
 from .masks import read_mask
@@ -243,10 +244,12 @@ def prepare(
 
 def _holds_output(folder: Path) -> bool:
     """Whether a folder holds nothing but what [`prepare`] writes, complete or not, so that it may be removed."""
-    if {path.name for path in folder.iterdir()} - {"README.md", "data", MARKER}:
+    if {path.name for path in folder.iterdir() if not is_of_system(path)} - {"README.md", "data", MARKER}:
         return False
     data = folder / "data"
-    return not data.exists() or (data.is_dir() and all(path.suffix == ".parquet" for path in data.iterdir()))
+    if not data.exists():
+        return True
+    return data.is_dir() and all(path.suffix == ".parquet" or is_of_system(path) for path in data.iterdir())
 
 
 def _is_complete_output(folder: Path) -> bool:

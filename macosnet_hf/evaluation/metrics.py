@@ -183,7 +183,7 @@ def _counted(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | Non
 
 
 def precision(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None = None) -> float:
-    """P: share of correctly labelled pixels, foreground and background alike (the paper, section 4.1).
+    """P: share of correctly labelled pixels, foreground and background (the paper, section 4.1).
 
     Args:
         predicted, truth: bool `(h, w)`.

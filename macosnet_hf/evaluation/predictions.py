@@ -19,6 +19,7 @@ import numpy as np
 from ..datasets.schema import Record
 from ..errors import DataError, InputError, OutputError
 from ..io.output_folder import release_folder, start_folder
+from ..io.system_files import is_of_system
 from .predictors import Prediction
 
 FORMAT = 3
@@ -124,7 +125,10 @@ def start_predictions(folder: str | os.PathLike[str]) -> None:
 
 
 def _holds_predictions(partial: Path) -> bool:
-    return all(path.name.startswith("samples-") or path.name == "manifest.json" for path in partial.iterdir())
+    return all(
+        path.name.startswith("samples-") or path.name == "manifest.json" or is_of_system(path)
+        for path in partial.iterdir()
+    )
 
 
 def abandon_predictions(folder: str | os.PathLike[str]) -> None:

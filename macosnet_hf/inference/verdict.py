@@ -45,7 +45,7 @@ class Evidence(NamedTuple):
     """What a verdict rests on, see [`evidence_of`]. `near` and `upright` are means over both directions of the pair.
 
     Attributes:
-        alike: cosine similarity of the mean features of both objects.
+        similarity: cosine similarity of the mean features of both objects.
         near: share of the cells on both objects whose window of 3x3 cells finds its most similar place in the whole
             other image at most two cells from where the transforms send it. A window is moved as the transforms say.
         upright: how much more similar the most similar windows are than those turned or mirrored before the
@@ -54,7 +54,7 @@ class Evidence(NamedTuple):
             cells; of the image that has less. On a plain surface the one is small, on an even one (noise) the other.
     """
 
-    alike: float
+    similarity: float
     near: float
     upright: float
     structure: float
@@ -81,7 +81,7 @@ def evidence_of(features: Tensor, masks: Tensor, transforms: Transform) -> Evide
     ]
     near, upright = torch.stack(ways).mean(0).tolist()
     return Evidence(
-        alike=float(F.cosine_similarity(mean[0], mean[1], dim=0)),
+        similarity=float(F.cosine_similarity(mean[0], mean[1], dim=0)),
         near=near,
         upright=upright,
         structure=float((_variance(unit) * _variance(blocks)).min()),
@@ -163,12 +163,12 @@ class Rule(NamedTuple):
 
     Attributes:
         blank: least `structure` of an image of something.
-        alike, near, upright, bias: a logistic regression; of `upright` it takes `tanh(upright / UPRIGHT_SCALE)`.
+        similarity, near, upright, bias: a logistic regression; of `upright` it takes `tanh(upright / UPRIGHT_SCALE)`.
         good, fair: least agreement for these words.
     """
 
     blank: float
-    alike: float
+    similarity: float
     near: float
     upright: float
     bias: float
@@ -178,8 +178,8 @@ class Rule(NamedTuple):
 
 # What `python benchmarks/verdicts.py DATA --fit` chose for features of one stage (the checkpoint of version 0.1)
 # and for those of several (`fused_strides`: `lite`). Other encoders have other similarities.
-ONE_STAGE = Rule(blank=0.16, alike=5.47, near=4.05, upright=2.93, bias=-5.92, good=0.88, fair=0.4)
-FUSED = Rule(blank=0.15, alike=7.28, near=4.13, upright=4.6, bias=-6.71, good=0.9, fair=0.5)
+ONE_STAGE = Rule(blank=0.16, similarity=5.47, near=4.05, upright=2.93, bias=-5.92, good=0.88, fair=0.4)
+FUSED = Rule(blank=0.15, similarity=7.28, near=4.13, upright=4.6, bias=-6.71, good=0.9, fair=0.5)
 
 
 def judge(features: Tensor, masks: Tensor, transforms: Transform, *, fused: bool) -> Verdict:
@@ -196,7 +196,7 @@ def verdict_of(evidence: Evidence, rule: Rule) -> Verdict:
     """The verdict that follows from the evidence."""
     if not evidence.structure >= rule.blank:  # also where it is not a number
         return Verdict(0.0, "poor", REASONS["blank"])
-    total = rule.alike * evidence.alike + rule.near * evidence.near + rule.bias
+    total = rule.similarity * evidence.similarity + rule.near * evidence.near + rule.bias
     agreement = 1 / (1 + math.exp(-total - rule.upright * math.tanh(evidence.upright / UPRIGHT_SCALE)))
     quality = "good" if agreement >= rule.good else "fair" if agreement >= rule.fair else "poor"
     return Verdict(agreement, quality, REASONS["turned" if quality == "poor" and evidence.upright < 0 else quality])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, OutputError
 from .memory import collector_paused
 from .package import DEFAULT_CHECKPOINT, EMBEDDED
 
@@ -47,6 +47,21 @@ def pick_device(device: str = "auto") -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("This machine has no CUDA device that can be used; use cpu or auto.")
     return chosen
+
+
+def check_model_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder from which a model could not be loaded again: safetensors opens names in UTF-8 only.
+
+    Raises:
+        OutputError: if the folder, or one above it, has another name.
+    """
+    try:
+        os.path.abspath(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"{os.fspath(folder)} has a name that is not UTF-8, and a model could not be loaded from there; "
+            "choose another one."
+        ) from None
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, OutputError
 from .checkpoints import check_checkpoint
+from .system_files import is_of_system
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoUrl
@@ -25,7 +26,6 @@ KINDS = ("model", "dataset", "space")
 
 # What is not uploaded of a training run's folder.
 _LEFT_OUT = ("checkpoint-*", "partial-*", "samples", "best", "macosnet", "runs", "log.jsonl", "*.npz", "__pycache__")
-_OF_SYSTEMS = ("Thumbs.db", "desktop.ini", "__MACOSX")  # and hidden files; what operating systems leave in folders
 # Of a checkout, the Space needs the app and what it shows, what it installs, and the package with its checkpoint.
 _SPACE_FILES = (
     "app.py",
@@ -100,9 +100,10 @@ def _files(start: Path, *, top: bool) -> Iterator[Path]:
         yield start
     elif start.is_dir():
         for path in sorted(start.iterdir()):
-            patterns = (*_OF_SYSTEMS, *(_LEFT_OUT if top else ("__pycache__", "*.pyc")))
+            patterns = _LEFT_OUT if top else ("__pycache__", "*.pyc")
             hidden = path.name.startswith(".") and path.name != ".gitattributes"
-            if not hidden and not any(fnmatch(path.name, pattern) for pattern in patterns):
+            left_out = hidden or is_of_system(path) or any(fnmatch(path.name, pattern) for pattern in patterns)
+            if not left_out:
                 yield from _files(path, top=False)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import InputError, OutputError
+from ..io.system_files import is_of_system
 from .settings import FREE, TrainingSettings
 
 _WAYS_OUT = "resume with the same ones, start anew, or pass --allow_changes"
@@ -269,6 +270,8 @@ def _refuse_code(path: Path) -> None:
         InputError: if there is more in one than tensors and plain values, or less than there was.
     """
     for file in sorted(path.glob("*.pkl")):
+        if is_of_system(file):  # nor does accelerate read it
+            continue
         try:
             read_pickle(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds

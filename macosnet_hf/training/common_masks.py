@@ -228,8 +228,8 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     chances = logits.sigmoid()
     both, total = (chances * labels).sum(dim=(1, 2)), (chances + labels).sum(dim=(1, 2))
-    present = (labels.sum(dim=(1, 2)) > _SMALLEST_OBJECT).float()
-    return (present * (1 - (2 * both + 1) / (total + 1))).sum() / present.sum().clamp(min=1)
+    has_object = (labels.sum(dim=(1, 2)) > _SMALLEST_OBJECT).float()
+    return (has_object * (1 - (2 * both + 1) / (total + 1))).sum() / has_object.sum().clamp(min=1)
 
 
 __all__ = ["CommonObjective", "CompositeGroups", "composable_classes", "dice_loss"]

@@ -22,6 +22,7 @@ from accelerate.utils import (
 from transformers.utils import logging
 
 from ..errors import InputError, MaCoSNetError, OutputError
+from ..io.checkpoints import check_model_folder
 from ..io.hub import create_repository, push
 from ..io.output_folder import held_by_this_process, hold_folder
 from .checkpoints import find_checkpoint, refuse_other_settings, write_model
@@ -99,6 +100,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         raise InputError("Several processes were started but do not find each other; see training/README.md.")
     set_seed(settings.seed)
     if accelerator.is_main_process:
+        check_model_folder(settings.output_dir)
         _take_folder(Path(settings.output_dir))
     accelerator.wait_for_everyone()
     checkpoint = find_checkpoint(settings)

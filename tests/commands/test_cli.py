@@ -111,9 +111,9 @@ def test_match_writes_what_match_pair_finds(run):
     np.testing.assert_allclose(document["reverse"]["tps"], expected.tps[1], atol=1e-6)
 
     for name, mask in (("source_mask.png", expected.source_mask), ("target_mask.png", expected.target_mask)):
-        picture = outcome.image(name)
-        assert picture.dtype == np.uint8
-        np.testing.assert_array_equal(picture, mask * 255)
+        found = outcome.image(name)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, mask * 255)
     assert outcome.image("source_warped.png").shape == (expected.target.height, expected.target.width, 3)
     assert outcome.image("matches.png").ndim == 3
 
@@ -251,7 +251,7 @@ STRANGE_PHOTOS = {
 
 
 @pytest.mark.parametrize("name", STRANGE_PHOTOS)
-def test_strange_photographs_work(run, tmp_path, name):
+def test_strange_images_work(run, tmp_path, name):
     STRANGE_PHOTOS[name](tmp_path / name)
     outcome = run("match", tmp_path / name, LION, refine="grabcut")
     assert outcome.err == ""
@@ -264,7 +264,7 @@ def test_strange_photographs_work(run, tmp_path, name):
     assert outcome.names() == sorted(pair_file_names())
 
 
-def test_coordinates_are_those_of_the_upright_picture(run, tmp_path):
+def test_coordinates_are_those_of_the_upright_image(run, tmp_path):
     save_rotated(tmp_path / "rotated.jpg")
     with Image.open(tmp_path / "rotated.jpg") as stored:
         assert stored.size == (200, 300)
@@ -300,7 +300,7 @@ BAD_PHOTOS = {
 
 @pytest.mark.parametrize("place", ["source", "target"])
 @pytest.mark.parametrize("kind", BAD_PHOTOS)
-def test_bad_photographs_end_in_a_sentence(run, tmp_path, kind, place):
+def test_bad_images_end_in_a_sentence(run, tmp_path, kind, place):
     make, words = BAD_PHOTOS[kind]
     make(tmp_path / "photo.jpg")
     photos = (tmp_path / "photo.jpg", LION) if place == "source" else (LION, tmp_path / "photo.jpg")
@@ -336,7 +336,7 @@ def test_unwritable_output_folder(run, command):
     assert outcome.err.count("\n") == 1
 
 
-def test_results_do_not_replace_the_photographs(run, tmp_path):
+def test_results_do_not_replace_the_images(run, tmp_path):
     for name in ("source_mask.png", "a.png", "a_mask.png"):
         cheetah().save(tmp_path / name)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -470,7 +470,7 @@ def test_segment_a_folder_with_everything_in_it(run, tmp_path):
     )
 
 
-def test_segment_photographs_of_the_same_name(run, tmp_path):
+def test_segment_images_of_the_same_name(run, tmp_path):
     for name, photo in (("a", CHEETAH), ("b", LION)):
         (tmp_path / name).mkdir()
         shutil.copy(photo, tmp_path / name / "photo.jpg")
@@ -482,7 +482,7 @@ def test_segment_photographs_of_the_same_name(run, tmp_path):
         assert by_photo == {str(photos[1]): "photo_mask.png", str(photos[0]): "photo_2_mask.png"}
 
 
-def test_segment_counts_a_photograph_named_twice_once(run, tmp_path, monkeypatch):
+def test_segment_counts_an_image_named_twice_once(run, tmp_path, monkeypatch):
     monkeypatch.chdir(IMAGES)
     twice = IMAGES / ".." / "images" / "cheetah1.jpg"
     outcome = run("segment", CHEETAH, "lion.jpg", "./cheetah1.jpg", twice)
@@ -490,7 +490,7 @@ def test_segment_counts_a_photograph_named_twice_once(run, tmp_path, monkeypatch
     assert_refused(run("segment", CHEETAH, "cheetah1.jpg", folder=tmp_path / "new"), "two or more different")
 
 
-def test_segment_shows_a_rotated_photograph_upright(run, tmp_path):
+def test_segment_shows_a_rotated_image_upright(run, tmp_path):
     save_rotated(tmp_path / "rotated.jpg")
     outcome = run("segment", tmp_path / "rotated.jpg", LION)
     assert outcome.image("rotated_mask.png").shape == (200, 300)
@@ -498,14 +498,14 @@ def test_segment_shows_a_rotated_photograph_upright(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wide.png", "16-bit.png", "animated.gif", "plain.png", "tiny.png"])
-def test_segment_strange_photographs(run, tmp_path, name):
+def test_segment_strange_images(run, tmp_path, name):
     STRANGE_PHOTOS[name](tmp_path / name)
     outcome = run("segment", tmp_path / name, LION, refine="grabcut")
     assert outcome.code == 0
     assert outcome.err == ""
 
 
-def test_segment_too_few_photographs(run, tmp_path):
+def test_segment_too_few_images(run, tmp_path):
     assert_refused(run("segment", CHEETAH), "two or more")
     assert_refused(run("segment", tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "photos").mkdir()
@@ -518,7 +518,7 @@ def test_segment_too_few_photographs(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated JPEG", "one pixel"])
-def test_segment_refuses_a_bad_photograph_that_was_named(run, tmp_path, kind):
+def test_segment_refuses_a_bad_image_that_was_named(run, tmp_path, kind):
     make, words = BAD_PHOTOS[kind]
     make(tmp_path / "photo.jpg")
     assert_refused(run("segment", CHEETAH, LION, tmp_path / "photo.jpg"), "photo.jpg", words)
@@ -588,7 +588,7 @@ def test_bad_path_as_a_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_phone_photographs_take_bounded_time_and_memory(tmp_path):
+def test_two_phone_images_take_bounded_time_and_memory(tmp_path):
     photos = []
     for photo in (CHEETAH, LION):
         photos.append(tmp_path / photo.name)
@@ -620,8 +620,8 @@ def test_two_phone_photographs_take_bounded_time_and_memory(tmp_path):
         assert mask.size == (4000, 3000)
 
 
-def test_many_large_photographs_are_not_all_in_memory(tmp_path):
-    """Twelve of 12 megapixels would be 430 MB more than two, if all were kept."""
+def test_many_large_images_are_not_all_in_memory(tmp_path):
+    """Twelve of 12 megapixels would be 430 MB more than two, if all were held."""
     photo = Image.open(CHEETAH).convert("RGB").resize((4000, 3000))
     for number in range(12):
         photo.save(tmp_path / f"{number}.jpg", quality=60)
@@ -670,9 +670,9 @@ def test_ctrl_c_leaves_nothing(tmp_path, command):
 def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    with Image.open(LION) as picture:
+    with Image.open(LION) as image:
         for number in range(12):
-            picture.convert("RGB").resize((3000, 2000 + number)).save(photos / f"{number:02}.jpg")
+            image.convert("RGB").resize((3000, 2000 + number)).save(photos / f"{number:02}.jpg")
     process = subprocess.Popen(
         [*COMMAND, "segment", photos, "--output-dir", output],
         stdout=subprocess.PIPE,
@@ -693,9 +693,9 @@ def test_ctrl_c_while_cutting_out_keeps_what_is_done(tmp_path):
     assert f"interrupted; {done} of 12 images were segmented and written" in err
     for entry in summary["photos"]:
         for kind in ("mask", "cutout"):
-            with Image.open(output / entry[kind]) as picture:
-                picture.load()
-                assert picture.size == (entry["width"], entry["height"])
+            with Image.open(output / entry[kind]) as image:
+                image.load()
+                assert image.size == (entry["width"], entry["height"])
     assert len(list(output.iterdir())) == 2 * done + 2
 
 

@@ -76,7 +76,7 @@ def test_what_nobody_reads_any_more_ends_quietly(tmp_path, model):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_standard_output_is_told_in_a_sentence(tmp_path, model):
+def test_a_full_standard_output_is_reported_in_a_sentence(tmp_path, model):
     archive = coseg(tmp_path / "archive", images=2)
     done = shell(f"{EVALUATE} > /dev/full", archive, tmp_path, model)
     assert done.returncode == 2
@@ -89,7 +89,7 @@ def test_a_full_standard_output_is_told_in_a_sentence(tmp_path, model):
 
 
 @pytest.mark.parametrize("megabytes", [300, 600, 1000, 1800])
-def test_too_little_address_space_is_told_in_a_sentence(photos, tmp_path, model, megabytes):
+def test_too_little_address_space_is_reported_in_a_sentence(photos, tmp_path, model, megabytes):
     """It was an ImportError of one of many libraries, or an error of torch's allocator."""
     done = shell(f"ulimit -v {megabytes * 1024}; {SEGMENT}", photos, tmp_path / "out", model)
     if done.returncode < 0 or done.returncode > 128:
@@ -248,4 +248,4 @@ def test_names_that_are_no_utf_8_are_trained_on(photos):
     from macosnet_hf.training.images import TrainingImages
 
     os.rename(photos / "0.png", os.fsencode(photos) + b"/\xff.png")
-    assert TrainingImages([str(photos)], 32).fingerprint().startswith("3 photographs, ")
+    assert TrainingImages([str(photos)], 32).fingerprint().startswith("3 image_folder, ")

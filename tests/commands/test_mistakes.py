@@ -103,7 +103,9 @@ def test_what_a_killed_adaptation_left_does_not_stop_the_next_one(tmp_path, capf
     said = refused(capfd, "adapt", images, "--output-dir", output, "--model", tmp_path / "nowhere")
     assert "nowhere" in said  # and nothing about the output folder
     assert list(output.iterdir()) == []
-    (output / "of-somebody.txt").write_text("kept")
+    (output / ".DS_Store").write_bytes(b"of the system")  # somebody made the folder in the Finder
+    assert "nowhere" in refused(capfd, "adapt", images, "--output-dir", output, "--model", tmp_path / "nowhere")
+    (output / "of-somebody.txt").write_text("theirs")
     assert "is not empty" in refused(capfd, "adapt", images, "--output-dir", output)
 
 

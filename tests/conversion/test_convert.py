@@ -79,13 +79,13 @@ def column_major_correlation(source, target):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     torch.manual_seed(4)
     return F.interpolate(torch.randn(2, 3, 12, 12), size=(240, 240), mode="bicubic")
 
 
 @pytest.fixture(scope="module")
-def original(pictures):
+def original(images):
     """Random weights; the statistics are those of the images, or a random network would say the same of all."""
     torch.manual_seed(3)
     network = TwoStageNetwork()
@@ -100,15 +100,15 @@ def original(pictures):
                 module.bias.uniform_(-0.3, 0.1)
                 # Small residual branches, as in a trained network; otherwise 33 blocks turn rounding into noise.
                 module.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.7, 1.3)))
-        network.train()(pictures, pictures.flip(0))
+        network.train()(images, images.flip(0))
     return network.eval()
 
 
 @pytest.fixture(scope="module")
-def expected(original, pictures):
+def expected(original, images):
     """T_AB and T_BA of the original network: affine `(2, 6)` and tps `(2, 18)`."""
     with torch.inference_mode():
-        return original(pictures, pictures.flip(0))
+        return original(images, images.flip(0))
 
 
 def save_checkpoint(state, path, **more):
@@ -116,9 +116,9 @@ def save_checkpoint(state, path, **more):
     return path
 
 
-def assert_same_parameters(model, pictures, expected, stages=("affine", "tps")):
+def assert_same_parameters(model, images, expected, stages=("affine", "tps")):
     with torch.inference_mode():
-        outputs = model(pictures[None])
+        outputs = model(images[None])
     for stage in stages:
         wanted = expected[("affine", "tps").index(stage)]
         assert (outputs[stage][0] - wanted).abs().max() < 1e-4, stage
@@ -128,7 +128,7 @@ def assert_same_parameters(model, pictures, expected, stages=("affine", "tps")):
 # ---- what it is for --------------------------------------------------------------------------------------------------
 
 
-def test_converted_model_gives_the_original_s_parameters(original, pictures, expected, tmp_path, capsys):
+def test_converted_model_gives_the_original_s_parameters(original, images, expected, tmp_path, capsys):
     spread = torch.cat((expected[0][0] - expected[0][1], expected[1][0] - expected[1][1]))
     assert spread.abs().max() > 0.02  # both directions differ, so that a wrong direction or order shows
     state = {f"module.{name}": tensor for name, tensor in original.state_dict().items()}
@@ -137,7 +137,7 @@ def test_converted_model_gives_the_original_s_parameters(original, pictures, exp
     assert "untrained" in capsys.readouterr().out
 
     model, processor = load_model_and_processor(tmp_path / "ours", "cpu")
-    outputs = assert_same_parameters(model, pictures, expected)
+    outputs = assert_same_parameters(model, images, expected)
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
     assert outputs.mask_logits.min() > 5  # the decoder says "object" everywhere
     assert model.config.local_matching is False
@@ -147,7 +147,7 @@ def test_converted_model_gives_the_original_s_parameters(original, pictures, exp
     with torch.no_grad():
         model.macosnet.affine_head.conv[0].weight.copy_(theirs)
     with pytest.raises(AssertionError):
-        assert_same_parameters(model, pictures, expected)
+        assert_same_parameters(model, images, expected)
 
 
 def test_the_way_back_is_bit_equal(original, tmp_path):
@@ -159,7 +159,7 @@ def test_the_way_back_is_bit_equal(original, tmp_path):
     original.load_state_dict(back)  # the original network takes it
 
 
-def test_affine_and_tps_in_two_files(original, pictures, expected, tmp_path):
+def test_affine_and_tps_in_two_files(original, images, expected, tmp_path):
     state = original.state_dict()
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("FeatureExtraction.")}
     old = {  # of a PyTorch that did not count batches, with the encoder's old name
@@ -177,11 +177,11 @@ def test_affine_and_tps_in_two_files(original, pictures, expected, tmp_path):
     second = tmp_path / "tps.pth.tar"
     torch.save({**old, **tps}, second, _use_new_zipfile_serialization=False)  # a bare state dict of an old version
     for files in ((first, second), (second, first)):
-        assert_same_parameters(convert(*files).model, pictures, expected)
+        assert_same_parameters(convert(*files).model, images, expected)
 
     alone = convert(first)
     assert any("no thin-plate-spline stage" in note for note in alone.notes)
-    outputs = assert_same_parameters(alone.model, pictures, expected, ["affine"])
+    outputs = assert_same_parameters(alone.model, images, expected, ["affine"])
     assert torch.allclose(outputs.tps[0, 0], torch.tensor([-1.0] * 3 + [0] * 3 + [1] * 3 + [-1, 0, 1] * 3))
 
     with pytest.raises(CheckpointError, match=r"same stage as the first file \(FeatureRegression\.conv"):
@@ -325,7 +325,7 @@ WEIGHTS = {"state_dict": {"a": torch.zeros(300)}}
 JUNK = {
     "empty": (b"", "is empty"),
     "text": (b"hello" * 100, "is no PyTorch checkpoint"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(50), "is no PyTorch checkpoint"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(50), "is no PyTorch checkpoint"),
     "number": (b"j\x75\x97\x6b\x0a" * 9, "is no PyTorch checkpoint"),  # torch: KeyError(174823285)
     "safetensors": (save({"a": torch.zeros(2)}), "holds safetensors"),
     "tar": (tar_of(b"x"), "is a tar archive"),

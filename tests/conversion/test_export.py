@@ -1,6 +1,7 @@
 """One graph without breaks: torch.export, torch.compile, ONNX; and what it takes to load and to compute in half."""
 
 import ast
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from real_photos import PHOTOS
-from small_models import IMAGE_SIZE, random_pictures, small_model
+from small_models import IMAGE_SIZE, random_images, small_model
 
 from macosnet_hf import DEFAULT_CHECKPOINT, InputError, MaCoSNetForKeypointMatching, MaCoSNetImageProcessor, OutputError
 from macosnet_hf.commands.main import main
@@ -49,7 +50,7 @@ def test_compiles_without_graph_breaks(cascade):
     model = small_model(MaCoSNetForKeypointMatching, cascade=cascade, mutual_fit=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    pixels = random_pictures(2, 2)
+    pixels = random_images(2, 2)
     with torch.no_grad():
         found, expected = compiled(pixels), model(pixels)
     assert found.keys() == expected.keys()
@@ -61,9 +62,12 @@ def test_compiles_without_graph_breaks(cascade):
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="the default backend needs a C++ compiler"
 )
-def test_compiles_with_the_default_backend(model):
+def test_compiles_with_the_default_backend():
+    """Code is written for every kind of operation: the mutual fit has those of local matching, which would be as many
+    again."""
+    model = small_model(MaCoSNetForKeypointMatching, mutual_fit=True, local_matching=False)
     torch._dynamo.reset()
-    pixels = random_pictures(1, 2)
+    pixels = random_images(1, 2)
     with torch.no_grad():
         found, expected = torch.compile(model, fullgraph=True)(pixels), model(pixels)
     for name in expected:
@@ -71,9 +75,9 @@ def test_compiles_with_the_default_backend(model):
 
 
 def test_gradients_flow_through_the_compiled_model():
-    model = small_model(MaCoSNetForKeypointMatching)
+    model = small_model(MaCoSNetForKeypointMatching, local_matching=False)
     torch._dynamo.reset()
-    pixels = random_pictures(1, 2)
+    pixels = random_images(1, 2)
     gradients = []
     for network in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -87,7 +91,7 @@ def test_export_to_pt2(model, processor, tmp_path, checkpoint, capsys):
     assert main(["export", "--format", "pt2", "--model", str(checkpoint), str(tmp_path / "out")]) == 0
     assert "ms in torch.export" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    pixels = random_pictures(4, 2)
+    pixels = random_images(4, 2)
     with torch.no_grad():
         expected = model(pixels)
     for name, found in zip(OUTPUTS, program(pixel_values=pixels), strict=True):
@@ -102,19 +106,8 @@ def onnx_folder(checkpoint, tmp_path_factory):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="needs the extra `export`")
     folder = tmp_path_factory.mktemp("onnx") / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "macosnet_hf.commands.main",
-        "export",
-        "--format",
-        "onnx",
-        "--model",
-        str(checkpoint),
-    ]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    (folder.parent / "said").write_text(done.stdout)
+    with (folder.parent / "said").open("w") as said, contextlib.redirect_stdout(said):
+        assert main(["export", "--format", "onnx", "--model", str(checkpoint), str(folder)]) == 0
     return folder
 
 
@@ -140,7 +133,7 @@ def test_onnx_says_what_the_model_says(onnx_folder, model, count):
         ("pixel_values", ["batch", 2, 3, IMAGE_SIZE, IMAGE_SIZE])
     ]
     assert [entry.name for entry in session.get_outputs()] == list(OUTPUTS)
-    pixels = random_pictures(count, 2, seed=count + 20)
+    pixels = random_images(count, 2, seed=count + 20)
     with torch.no_grad():
         expected = model(pixels)
     found = session.run(None, {"pixel_values": pixels.numpy()})
@@ -150,7 +143,7 @@ def test_onnx_says_what_the_model_says(onnx_folder, model, count):
     assert (expected.matching_scores > 0).any()
 
 
-def test_onnx_is_valid_and_says_how_pictures_are_prepared(onnx_folder, processor):
+def test_onnx_is_valid_and_says_how_images_are_prepared(onnx_folder, processor):
     import onnx
 
     graph = onnx.load(onnx_folder / "model.onnx")
@@ -163,7 +156,7 @@ def test_onnx_is_valid_and_says_how_pictures_are_prepared(onnx_folder, processor
 
 def test_a_graph_that_says_something_else_is_not_written(model, processor, tmp_path, monkeypatch):
     """The check is run on the graph itself: a model that changes after tracing is caught."""
-    changed = small_model(MaCoSNetForKeypointMatching)
+    changed = small_model(MaCoSNetForKeypointMatching, local_matching=False)
     load = torch.export.load
 
     def load_another(path):
@@ -191,7 +184,7 @@ def test_missing_packages_are_named(model, processor, tmp_path, monkeypatch, cap
 # ---- load and compute ------------------------------------------------------------------------------------------------
 
 
-def photographs():
+def images():
     names = ("cheetah1.jpg", "lion.jpg", "cheetah.jpg")
     return [Image.open(PHOTOS / name).convert("RGB") for name in names]
 
@@ -203,7 +196,7 @@ def test_half_precision_finds_the_same_points(dtype, count):
     A CPU takes some 15 s a pair in float16; benchmarks/half_precision.py measures PCK itself on many pairs.
     """
     processor = MaCoSNetImageProcessor.from_pretrained(DEFAULT_CHECKPOINT)
-    photos = photographs()
+    photos = images()
     pairs = [[photos[0], photos[1]], [photos[2], photos[0]], [photos[1], photos[2]]][:count]
     pixels = processor(pairs, return_tensors="pt")["pixel_values"]
     points = {}
@@ -224,7 +217,6 @@ def test_first_result_comes_within_seconds():
     code = "import sys, time; from macosnet_hf import match_pair; match_pair(*sys.argv[1:]); print(time.process_time())"
     command = [sys.executable, "-c", code, str(PHOTOS / "cheetah1.jpg"), str(PHOTOS / "lion.jpg")]
     folder = Path(__file__).parents[2]
-    runs = [
-        float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout) for _ in range(2)
-    ]
-    assert min(runs) < 6
+    # Once more where the first is slow.
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout for _ in range(2))
+    assert any(float(seconds) < 6 for seconds in runs)

@@ -132,7 +132,7 @@ def test_flow_layout_against_plain_bytes(tmp_path):
     np.testing.assert_array_equal(read_flow(tmp_path / "a.flo"), flow)
 
 
-def test_internet_has_pictures_without_an_object(tmp_path):
+def test_internet_has_images_without_an_object(tmp_path):
     records = read("internet", internet(tmp_path))
     assert [record["class_name"] for record in records] == ["Airplane"] * 3 + ["Car"] * 3 + ["Horse"] * 3
     masks = [mask_from_image(record["source_mask"], "here", (40, 56)) for record in records]
@@ -162,7 +162,7 @@ def test_a_pair_list_of_ones_own(tmp_path):
         assert record["source_keypoints"] == points(3).tolist()
 
 
-def test_minus_one_padding_of_a_list_is_not_a_key_point(tmp_path):
+def test_minus_one_padding_of_a_list_is_not_a_keypoint(tmp_path):
     write_image(tmp_path / "a.png")
     first, second = points(3), points(3, seed=1)
     padded = [np.concatenate([array, np.full((2, 2), -1.0)]) for array in (first, second)]
@@ -382,7 +382,7 @@ def test_an_empty_class_an_unknown_class_and_an_absent_folder(tmp_path):
         read("pf-pascal", tmp_path)
 
 
-def test_a_file_that_is_no_picture_and_two_pictures_of_one_name(tmp_path):
+def test_a_file_that_is_no_image_and_two_images_of_one_name(tmp_path):
     root = coseg(tmp_path)
     (root / "images" / "Cat" / "p7.heic").write_bytes(b"x")
     (root / "images" / "Cat" / ".DS_Store").write_bytes(b"x")
@@ -409,7 +409,7 @@ def test_a_header_alone_is_no_data_set(tmp_path):
         read("pf-willow", tmp_path)
 
 
-def test_a_damaged_or_wrongly_sized_mask_or_picture_is_named(tmp_path):
+def test_a_damaged_or_wrongly_sized_mask_or_image_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"row 7.*bad\.png"):
         mask_from_image(tmp_path / "bad.png", "row 7")

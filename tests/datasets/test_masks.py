@@ -15,6 +15,7 @@ from macosnet_hf.datasets.images import image_size, open_image
 from macosnet_hf.errors import DataError
 from macosnet_hf.evaluation.baselines import centre_ellipse
 from macosnet_hf.evaluation.predictors import MASK_SIDE
+from macosnet_hf.io.image_files import load_image
 
 ROWS, COLUMNS = np.mgrid[:100, :120]
 DISTANCE = np.hypot(COLUMNS - 60, ROWS - 50)
@@ -190,6 +191,25 @@ def test_a_mask_is_turned_as_its_image_is(tmp_path, mode):
         image.save(tmp_path / f"mask.{suffix}", exif=exif)
         found = mask_from_image(tmp_path / f"mask.{suffix}", "here")
         np.testing.assert_array_equal(found, np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "RGB"])
+def test_turned_tiff_files_that_a_caller_has_opened_are_those_of_the_path(tmp_path, mode):
+    """PIL mixes up the rows of those that it maps into memory: a stripe became a scatter, without a word."""
+    stored = np.zeros((30, 50), np.uint8)
+    stored[:10, :20] = 255
+    image = Image.fromarray(stored.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(stored).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.tif", exif=exif)
+    expected = np.asarray(load_image(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(expected[..., 0] > 127, np.rot90(stored > 127, -1))
+    with Image.open(tmp_path / "a.tif") as opened:
+        np.testing.assert_array_equal(np.asarray(load_image(opened)), expected)
+    if mode != "CMYK":
+        with Image.open(tmp_path / "a.tif") as opened:
+            found = mask_from_image(opened, "here", (50, 30))
+        np.testing.assert_array_equal(found, mask_from_image(tmp_path / "a.tif", "here", (50, 30)))
 
 
 def test_the_disc_of_the_archives_is_read(tmp_path):

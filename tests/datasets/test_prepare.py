@@ -106,7 +106,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_works(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_run_cut_off_before_the_renaming_is_repeated_and_a_strangers_folder_is_kept(tmp_path):
+def test_a_run_cut_off_before_the_renaming_is_repeated_and_a_strangers_folder_is_left_alone(tmp_path):
     root, hidden = coseg(tmp_path / "in"), tmp_path / ".out.partial"
     prepare("coseg", root, hidden)
     assert prepare("coseg", root, tmp_path / "out") == {"test": 6}
@@ -154,19 +154,32 @@ def test_an_existing_folder_is_not_touched_unless_asked(tmp_path):
     assert prepare("coseg", root, tmp_path / "new", overwrite=True) == {"test": 5}
 
 
-def test_pictures_are_stored_once_a_row_group_and_without_folders(tmp_path):
+def test_what_operating_systems_leave_does_not_make_a_folder_a_stranger_s(tmp_path):
+    """A folder that was looked into on a Mac or under Windows can be read and overwritten."""
+    root, output = coseg(tmp_path / "in"), tmp_path / "out"
+    count = prepare("coseg", root, output)
+    for name in (".DS_Store", "._README.md", "data/.DS_Store", "data/desktop.ini"):
+        (output / name).write_bytes(b"of the system")
+    for shard in list((output / "data").glob("*.parquet")):
+        shard.with_name(f"._{shard.name}").write_bytes(b"of the system")
+    assert len(list(open_records("coseg", output)[0])) == count["test"]
+    assert prepare("coseg", root, output, overwrite=True) == count
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "data"]
+
+
+def test_images_are_stored_once_a_row_group_and_without_folders(tmp_path):
     root = pf_willow(tmp_path / "in", images=8, classes=("car(G)",))
     prepare("pf-willow", root, tmp_path / "out")
     files = sorted((tmp_path / "out" / "data").iterdir())
     assert [path.name for path in files] == ["test-00000-of-00001.parquet"]
-    pictures = sum(path.stat().st_size for path in root.rglob("*.png"))
+    images = sum(path.stat().st_size for path in root.rglob("*.png"))
     in_columns = 0
     group = pq.ParquetFile(files[0]).metadata.row_group(0)
     for index in range(group.num_columns):
         if group.column(index).path_in_schema.endswith("image.bytes"):
             in_columns += group.column(index).total_compressed_size
     # 28 pairs hold 56 images; each column needs its own copy of the 8 (the source column of 7) and no more.
-    assert in_columns < 2.1 * pictures
+    assert in_columns < 2.1 * images
     assert str(tmp_path).encode() not in files[0].read_bytes()
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 

@@ -40,7 +40,7 @@ def test_a_row_of_more_columns_than_the_header_is_named(tmp_path):
         list(iter_records("pf-willow", root))
 
 
-def _without_mat_pictures(root: Path) -> None:
+def _without_mat_images(root: Path) -> None:
     (root / "test_pairs.csv").unlink()
     for path in (root / "PF-dataset" / "duck(S)").glob("*.png"):
         path.unlink()
@@ -52,7 +52,7 @@ def _without_cars(root: Path) -> None:
 
 
 EMPTY = {
-    "pf-willow": (archives.pf_willow, _without_mat_pictures, "no image in the class 'duck(S)'", 3),
+    "pf-willow": (archives.pf_willow, _without_mat_images, "no image in the class 'duck(S)'", 3),
     "internet": (archives.internet, _without_cars, "no image of the class 'Car'", 6),
     "internet-gone": (
         archives.internet,
@@ -83,7 +83,7 @@ def test_an_empty_class_is_named_or_counted_in_every_archive(tmp_path, name):
     assert any(text in message for message in problems.messages)
 
 
-def test_pictures_where_none_is_looked_for_are_named(tmp_path):
+def test_images_where_none_is_looked_for_are_named(tmp_path):
     root = archives.coseg(tmp_path / "coseg")
     archives.write_image(root / "images" / "loose.jpg")
     archives.write_image(root / "images" / "Cat" / "more" / "photo.jpg")
@@ -180,14 +180,14 @@ def test_prepared_data_of_another_benchmark_is_not_scored_under_its_name(tmp_pat
     assert "paper" not in capsys.readouterr().out
 
 
-def test_spair_takes_no_box_of_key_points_for_an_annotated_one(tmp_path):
+def test_spair_takes_no_box_of_keypoints_for_an_annotated_one(tmp_path):
     records = list(iter_records("spair-71k", archives.spair(tmp_path)))
     records[0]["target_box"] = None
     with pytest.raises(DataError, match="no annotated box of the target"):
         evaluate(records, PROTOCOLS["spair-71k"], make_baseline("identity"))
 
 
-def test_stored_predictions_of_another_picture_of_the_same_name_are_refused(tmp_path, capsys):
+def test_stored_predictions_of_another_image_of_the_same_name_are_refused(tmp_path, capsys):
     first, second = archives.coseg(tmp_path / "first"), archives.coseg(tmp_path / "second")
     archives.write_image(second / "images" / "Cat" / "p1.jpg", (44, 56), seed=99)
     arguments = ["--baseline", "identity", "--predictions", str(tmp_path / "stored")]

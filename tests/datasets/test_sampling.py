@@ -13,7 +13,7 @@ from macosnet_hf.errors import DataError, InputError
 NAMES = ["cat"] * 50 + ["dog"] * 5 + ["owl"] * 3
 
 
-def test_classes_are_balanced_however_many_pictures_they_have():
+def test_classes_are_balanced_however_many_images_they_have():
     groups = list(GroupSampler(NAMES, 2, seed=1, length=300))
     assert Counter(group.class_name for group in groups) == {"cat": 100, "dog": 100, "owl": 100}
     for start in range(0, 300, 3):
@@ -23,7 +23,7 @@ def test_classes_are_balanced_however_many_pictures_they_have():
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_members_are_different_pictures_of_the_class_and_all_get_their_turn(size):
+def test_members_are_different_images_of_the_class_and_all_get_their_turn(size):
     groups = list(GroupSampler(NAMES, size, seed=1, length=600))
     used = set()
     for group in groups:

@@ -171,7 +171,7 @@ def test_the_same_photo_twice_is_noticed(client):
 # ---- /transfer_points ------------------------------------------------------------------------------------------------
 
 
-def test_points_travel_both_ways(client, result):
+def test_points_are_transferred_both_ways(client, result):
     key = match(client, CHEETAH, LION)[0]["result"]
     points = [[10, 20], [120.5, 80], [255, 255]]
     for direction in ("source_to_target", "target_to_source"):

@@ -44,7 +44,7 @@ def test_lines_are_the_matches_above_the_threshold(pair):
         assert drawn == {**nothing, "faint": quality == "poor"}
 
 
-def test_photos_travel_inside_the_page(pair):
+def test_photos_are_part_of_the_page(pair):
     sent = json.loads(viewer_images("key", (pair.result.source, pair.result.target), ("a", "b")))
     assert sent["id"] == "key"
     assert [(side["w"], side["h"], side["name"]) for side in sent["sides"]] == [(377, 600, "a"), (960, 720, "b")]

@@ -28,8 +28,19 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def started(folder: Path):
-    process = start_app("--port", str(free_port()), **{VARIABLE: str(folder)})
+# A server that starts when everything that is there has reached its limit.
+LATER = """
+import sys, time
+from macosnet_hf.demo import limits, visitor_files
+sweep, later = visitor_files.sweep, time.time() + limits.FILE_SECONDS + 1
+visitor_files.sweep = lambda base: sweep(base, later)
+import app
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+
+def started(folder: Path, *program: str):
+    process = start_app("--port", str(free_port()), program=program or ("app.py",), **{VARIABLE: str(folder)})
     line = process.stdout.readline()
     found = re.match(r"Open http://127\.0\.0\.1:(\d+)/ ", line)
     if not found:
@@ -44,35 +55,37 @@ def upload(port: int, content: bytes) -> Path:
     return Path(httpx.post(f"http://127.0.0.1:{port}/gradio_api/upload", files=files, timeout=60).json()[0])
 
 
-def cut_off(port: int) -> None:
-    """An upload of which only a part arrives."""
+def cut_off(port: int, folder: Path) -> None:
+    """An upload of which only a part arrives in a base folder."""
+    before = set(files_of(folder))
     with socket.create_connection(("127.0.0.1", port)) as connection:
         head = '--b\r\nContent-Disposition: form-data; name="files"; filename="cut.jpg"\r\n\r\n'
         connection.sendall(
             b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000000\r\n"
             b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + head.encode() + bytes(200_000)
         )
-        time.sleep(0.5)
+        while set(files_of(folder)) <= before:
+            time.sleep(0.01)
 
 
 def test_files_are_gone_after_sigterm_and_after_sigkill_and_a_restart(tmp_path):
     process, port = started(tmp_path)
-    assert upload(port, Path(LION).read_bytes()).is_relative_to(tmp_path)
-    cut_off(port)
-    assert len(files_of(tmp_path)) >= 2
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    assert not files_of(tmp_path)
-    assert not list(tmp_path.glob("run-*"))
-
-    process, port = started(tmp_path)
     left = upload(port, Path(LION).read_bytes())
-    cut_off(port)
+    assert left.is_relative_to(tmp_path)
+    cut_off(port, tmp_path)
     process.kill()
     process.wait()
     assert left in files_of(tmp_path)
-    sweep(tmp_path, time.time() + limits.FILE_SECONDS + 1)  # as a server that starts an hour later
+    (killed,) = tmp_path.glob("run-*")
+
+    process, port = started(tmp_path, "-c", LATER)
+    assert not files_of(killed)
+    assert upload(port, Path(LION).read_bytes()).is_relative_to(tmp_path)
+    cut_off(port, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
     assert not files_of(tmp_path)
+    assert set(tmp_path.glob("run-*")) <= {killed}  # without files
 
 
 def test_age_decides_what_is_swept(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def test_mirrored_pairs_are_mirrored_and_mirrored_back(tmp_path):
     assert result.variants["identity"].class_means()["PASCAL"]["flow_pck.0.05"] < 0.5
 
 
-def test_a_mirrored_source_with_key_points(tmp_path):
+def test_a_mirrored_source_with_keypoints(tmp_path):
     """Both directions of transfer, against coordinates mirrored by hand."""
     record = list(iter_records("tss", tss(tmp_path)))[-1]
     assert record["mirror_source"]
@@ -197,7 +197,7 @@ def test_sources_that_are_moved_before_matching(tmp_path, processor, moved, orie
             quarters = {"turn_90": 3, "turn_180": 2, "turn_270": 1}.get(moved, 0)  # NumPy's turn counter-clockwise
             seen = source[:, ::-1] if moved == "mirror" else np.rot90(source, quarters)
             pair = [Image.fromarray(np.ascontiguousarray(pixels)) for pixels in (seen, target)]
-            sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
+            sizes = torch.tensor([[(image.height, image.width) for image in pair]])
             points = keypoint_array(record, ("source", "target")[start])
             if start == 0:
                 points = by_hand(points, source.shape[:2])
@@ -237,7 +237,7 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
         predictions = predictor.predict_pairs(records, direction=direction, dense=True, masks=True)
         for record, prediction in zip(records, predictions, strict=True):
             pair = [open_image(record[f"{side}_image"], "x") for side in ("source", "target")]
-            sizes = torch.tensor([[(picture.height, picture.width) for picture in pair]])
+            sizes = torch.tensor([[(image.height, image.width) for image in pair]])
             with torch.no_grad():
                 inputs = processor([pair], return_tensors="pt")
                 outputs = model(**inputs)
@@ -257,16 +257,16 @@ def test_predictions_are_those_of_a_plain_forward_pass(tmp_path, processor, casc
             np.testing.assert_allclose(prediction["mask/target"], expected, atol=1e-4)
 
 
-def test_a_mask_of_single_pictures_is_the_mean_over_partners(tmp_path, processor):
+def test_a_mask_of_single_images_is_the_mean_over_partners(tmp_path, processor):
     model = small_model(MaCoSNetForKeypointMatching)
     records = [record for record in iter_records("coseg", coseg(tmp_path)) if record["class_name"] == "Cat"]
     prediction = ModelPredictor(model, processor).predict_images(
         records, [[2, 1], [0, 2], [1, 0]], batch_size=2, dense=True
     )[0]
-    pictures = [open_image(record["source_image"], "x") for record in records]
+    images = [open_image(record["source_image"], "x") for record in records]
     with torch.no_grad():
         masks = [
-            model(**processor([[pictures[0], pictures[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
+            model(**processor([[images[0], images[other]]], return_tensors="pt")).mask_logits[0, 0].sigmoid()
             for other in (1, 2)
         ]
     np.testing.assert_allclose(prediction["mask/target"], torch.stack(masks).mean(0), atol=1e-4)
@@ -306,7 +306,7 @@ def test_masks_of_a_class_as_one_collection(tmp_path, processor):
         Options(masks="magic")
 
 
-def test_each_picture_is_encoded_once(tmp_path, processor, monkeypatch):
+def test_each_image_is_encoded_once(tmp_path, processor, monkeypatch):
     model = small_model(MaCoSNetForKeypointMatching, cascade="features")
     predictor = ModelPredictor(model, processor, masks=False)
     calls = []
@@ -374,7 +374,7 @@ def test_groups_hold_one_class_are_bounded_and_never_single(order):
         assert 2 <= len(group) <= 5
 
 
-def test_a_class_of_one_picture_cannot_be_co_segmented(tmp_path):
+def test_a_class_of_one_image_cannot_be_co_segmented(tmp_path):
     root = coseg(tmp_path, images=3)
     for index in (1, 2):
         (root / "images" / "Cat" / f"p{index}.jpg").unlink()
@@ -387,7 +387,7 @@ def test_a_class_of_one_picture_cannot_be_co_segmented(tmp_path):
     assert len(result.problems) == 1
 
 
-def test_internet_leaves_pictures_without_object_out_of_j_only(tmp_path):
+def test_internet_leaves_images_without_object_out_of_j_only(tmp_path):
     result = evaluate(iter_records("internet", internet(tmp_path)), PROTOCOLS["internet"], Oracle())
     tally = result.variants["oracle"]
     assert tally.count("precision") == 9
@@ -410,8 +410,8 @@ def test_masks_are_scored_at_the_original_size(tmp_path):
         def describe(self):
             return {}
 
-        def predict_masks(self, pictures, partners):
-            return np.ones((len(pictures), 10, 10), np.float32)
+        def predict_masks(self, images, partners):
+            return np.ones((len(images), 10, 10), np.float32)
 
     result = evaluate(iter_records("coseg", root), PROTOCOLS["coseg"], Everything(), Options(refine="none"))
     assert result.variants["masks"].overall()["jaccard"] == pytest.approx(0.5)
@@ -551,7 +551,7 @@ def _with_samples(tally):
 # -- bad data and bad wishes ---
 
 
-def test_a_damaged_picture_is_named_or_counted_never_ignored(tmp_path):
+def test_a_damaged_image_is_named_or_counted_never_ignored(tmp_path):
     root = pf_willow(tmp_path)
     path = root / "PF-dataset" / "car(G)" / "photo_001.png"
     path.write_bytes(path.read_bytes()[:200])
@@ -579,7 +579,7 @@ def test_a_mask_of_another_size_is_named_or_counted(tmp_path, benchmark):
     assert result.variants["oracle"].count() + len(result.problems) == 6
 
 
-def test_key_points_without_extent_have_no_bbox(tmp_path):
+def test_keypoints_without_extent_have_no_bbox(tmp_path):
     root = pf_willow(tmp_path)
     lines = (root / "test_pairs.csv").read_text().split("\n")
     cells = lines[1].split(",")

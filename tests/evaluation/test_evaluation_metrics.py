@@ -54,7 +54,7 @@ def test_padding_does_not_inflate_the_reference_length():
     assert metrics.keypoint_errors(predicted, nan_padded, "bbox").length == 20
 
 
-def test_one_coordinate_of_minus_one_is_a_key_point_all_the_same():
+def test_one_coordinate_of_minus_one_is_a_keypoint_all_the_same():
     assert metrics.present_points(np.array([[-1, 5], [-1, -1], [3, -1]])).tolist() == [True, False, True]
 
 

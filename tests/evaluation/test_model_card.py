@@ -58,7 +58,7 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.skipif(not list(RESULTS.glob("*.json")), reason="no evaluation is kept in benchmarks/results")
+@pytest.mark.skipif(not list(RESULTS.glob("*.json")), reason="no evaluation is stored in benchmarks/results")
 def test_the_figures_are_those_of_the_last_evaluation():
     reports = {file.stem: read_report(file) for file in sorted(RESULTS.glob("*.json"))}
     in_card = {(r.dataset_type, r.metric_name): r.metric_value for r in ModelCard.load(CARDS[0]).data.eval_results}
@@ -84,7 +84,7 @@ def test_reports_become_the_model_index(tmp_path):
     willow, voc = tmp_path / "pf-willow.json", tmp_path / "voc2010-coseg.json"
     willow.write_text(json.dumps(report()))
     voc.write_text(json.dumps({**report(), "metrics": {"precision": 0.8123, "jaccard": 0.5}}))
-    assert main([str(card), "--keep", str(tmp_path / "kept"), str(willow), str(voc)]) == 0
+    assert main([str(card), "--keep", str(tmp_path / "stored"), str(willow), str(voc)]) == 0
 
     filled = ModelCard.load(card)
     assert filled.text.strip() == ModelCard.load(CARDS[0]).text.strip()
@@ -97,9 +97,9 @@ def test_reports_become_the_model_index(tmp_path):
         ("voc2010-coseg", "Jaccard index"): 0.5,
         ("voc2010-coseg", "Precision"): 0.812,
     }
-    kept = (tmp_path / "kept" / "pf-willow.json").read_text()
-    assert "somewhere" not in kept
-    assert read_report(tmp_path / "kept" / "pf-willow.json")["model"] == "my-model"
+    stored = (tmp_path / "stored" / "pf-willow.json").read_text()
+    assert "somewhere" not in stored
+    assert read_report(tmp_path / "stored" / "pf-willow.json")["model"] == "my-model"
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"metrics": {}}', '{"model": "a", "samples": 0, "metrics": {}}'])

@@ -61,8 +61,8 @@ class ByColour(Predictor):
         for company in companies:
             shown = np.concatenate([np.asarray(partner, dtype=int).reshape(-1, 3) for partner in company])
             colour = np.median(shown[shown.max(axis=1) > 150], axis=0)
-            alike = np.abs(pixels - colour).max(axis=2) < 100
-            masks.append((bright & alike if self.listens else bright).astype(np.float32))
+            similar = np.abs(pixels - colour).max(axis=2) < 100
+            masks.append((bright & similar if self.listens else bright).astype(np.float32))
         return masks
 
 

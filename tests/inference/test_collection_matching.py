@@ -93,7 +93,7 @@ def test_adding_later_gives_what_adding_at_once_gives(network, photos):
     torch.testing.assert_close(match_collection(later).tps, match_collection(once).tps, rtol=0, atol=0)
 
 
-def test_the_order_of_the_photographs_changes_nothing(network, photos):
+def test_the_order_of_the_images_changes_nothing(network, photos):
     more = [*photos, photos[0].rotate(90), photos[1].rotate(180)]  # enough for what masks have in common
     order = [4, 0, 6, 3, 1, 2, 5]
     straight, shuffled = Collection(*network), Collection(*network)
@@ -105,7 +105,7 @@ def test_the_order_of_the_photographs_changes_nothing(network, photos):
     torch.testing.assert_close(second.trust, first.trust[order][:, order], atol=1e-4, rtol=0)
 
 
-def test_points_travel_as_with_the_pair_by_itself(network, photos, collection):
+def test_points_are_transferred_as_with_the_pair_by_itself(network, photos, collection):
     model, processor = network
     matches = match_collection(collection)
     points = [[3.0, 5.0], [40.0, 20.0]]
@@ -123,20 +123,20 @@ def test_points_travel_as_with_the_pair_by_itself(network, photos, collection):
     model.config.cascade = "exact"
 
 
-def test_a_mask_travels_with_its_points(collection):
+def test_a_mask_is_transferred_with_its_points(collection):
     matches = match_collection(collection)
     side = 33
     mask = np.zeros((side, side), dtype=np.float32)
     mask[10:25, 5:20] = 1
-    bent = matches.transfer_mask(mask, 1)
-    np.testing.assert_allclose(bent[1], mask, atol=1e-5)
+    warped = matches.transfer_mask(mask, 1)
+    np.testing.assert_allclose(warped[1], mask, atol=1e-5)
     # Slowly: the value at a place of image 3 is the mask's where T_13 sends that place.
     grid = make_grid(side, side, side=240).reshape(1, -1, 2)
     places = apply_cascade(grid, matches.affine[1:2, 3], matches.tps[1:2, 3])[0].numpy()
     columns, rows = (np.rint(((places[:, axis] * 239 / 240 + 1) * side - 1) / 2).astype(int) for axis in (0, 1))
     inner = (np.abs(places) < 0.98).all(1)
     nearest = mask[rows.clip(0, side - 1), columns.clip(0, side - 1)]
-    assert np.mean(np.abs(bent[3].reshape(-1) - nearest)[inner] < 0.51) > 0.99
+    assert np.mean(np.abs(warped[3].reshape(-1) - nearest)[inner] < 0.51) > 0.99
 
 
 def test_graphs(collection):

@@ -13,7 +13,7 @@ from macosnet_hf.inference.average import aligned_average
 from macosnet_hf.inference.files import match_files, segment_files
 
 
-def test_a_pair_holds_each_photograph_once(pair):
+def test_a_pair_holds_each_image_once(pair):
     """A server keeps dozens of pairs."""
     for each in (pair, pair.refined("otsu"), pair.above(0.5)):
         assert each.result.source is pair.copies[0].image
@@ -78,7 +78,7 @@ def test_the_warped_source_has_the_size_of_the_original_target(pair):
     assert np.median(difference) <= 2
 
 
-def test_points_of_originals_travel(pair):
+def test_points_of_originals_are_transferred(pair):
     small = pair.result.transfer([[100, 200]])[0]
     expected = (small + 0.5) * np.array([2001, 1501]) / np.array([960, 720]) - 0.5
     np.testing.assert_allclose(pair.transfer([[100, 200]], "source_to_target")[0], expected, atol=0.01)
@@ -90,7 +90,7 @@ def test_points_of_originals_travel(pair):
 
 
 @pytest.mark.parametrize("side", [64, 5000])
-def test_flow_tells_where_the_transform_sends_a_place(pair, side):
+def test_flow_says_where_the_transform_sends_a_place(pair, side):
     flow = pair.flow(side)
     assert flow["target_size"].tolist() == [1501, 2001]
     assert max(flow["target_to_source"].shape) == min(side, 2001)
@@ -112,7 +112,7 @@ def test_odd_ones_out():
     assert odd_ones_out(np.array([0.9, 0.9, 0.1])) == []
 
 
-def test_average_of_the_same_photograph_is_that_photograph(network):
+def test_average_of_the_same_image_is_that_image(network):
     photo = load_image(LION)
     masks = np.ones((3, 240, 240), np.float32)
     average = aligned_average([photo] * 3, masks, 1, **network)

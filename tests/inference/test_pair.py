@@ -67,7 +67,7 @@ def test_threshold_drops_the_weak_matches_only(result, network):
     assert strong.quality == result.quality
 
 
-def test_points_travel_by_the_transform_of_their_direction(result):
+def test_points_are_transferred_by_the_transform_of_their_direction(result):
     points = np.array([[0.0, 0.0], [300.0, 221.0], [150.25, 40.5]])
     # Row 1 of the transforms takes points of the source to the target.
     normalized = normalize_points(torch.from_numpy(points), (222, 301), 240)
@@ -113,14 +113,14 @@ def test_unknown_direction(result):
         result.transfer([[1, 1]], "sideways")
 
 
-def bilinear(picture, x, y):
+def bilinear(image, x, y):
     """Value of an image `(H, W, 3)` at a real place, black outside; plain arithmetic."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     total = np.zeros(3)
     for row in (int(np.floor(y)), int(np.floor(y)) + 1):
         for column in (int(np.floor(x)), int(np.floor(x)) + 1):
             if 0 <= row < height and 0 <= column < width:
-                total += picture[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
+                total += image[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
     return total
 
 
@@ -170,7 +170,7 @@ def test_every_kind_of_source_gives_the_same(network):
         np.testing.assert_array_equal(other.source_mask, whole.source_mask)
 
 
-def test_loaded_photographs_are_held_and_not_copied(network):
+def test_loaded_images_are_held_and_not_copied(network):
     photos = (load_image(CHEETAH), load_image(LION))
     found = match_images(photos, **network, refine="none")
     assert (found.source, found.target) == photos
@@ -182,7 +182,7 @@ def test_loaded_photographs_are_held_and_not_copied(network):
         match_images(photos, **network, threshold=2)
 
 
-def test_swapping_the_photographs_swaps_everything(network):
+def test_swapping_the_images_swaps_everything(network):
     one = match_pair(CHEETAH, LION, **network, refine="otsu")
     other = match_pair(LION, CHEETAH, **network, refine="otsu")
     np.testing.assert_allclose(one.affine, other.affine[::-1], atol=1e-4)
@@ -191,7 +191,7 @@ def test_swapping_the_photographs_swaps_everything(network):
     assert (one.target_mask == other.source_mask).mean() > 0.999
 
 
-def test_a_photograph_matches_itself_where_it_stands(network):
+def test_an_image_matches_itself_where_it_stands(network):
     result = match_pair(CHEETAH, CHEETAH, **network, refine="none")
     assert result.quality == "good"
     error = np.linalg.norm(result.keypoints[:, 0] - result.keypoints[:, 1], axis=-1)
@@ -282,6 +282,6 @@ def test_exported_by_the_package():
     assert isinstance(macosnet_hf.PairResult, type)
 
 
-def test_unrelated_photographs_are_not_called_good(network):
+def test_unrelated_images_are_not_called_good(network):
     assert match_pair(TOWER, CHEETAH, **network).quality != "good"
     assert match_pair(CHEETAH, LION, **network).quality == "good"

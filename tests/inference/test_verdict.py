@@ -207,7 +207,7 @@ def test_evidence_against_plain_loops():
 
     near, upright = np.mean([one_way(0), one_way(1)], axis=0)
     pooled = [(unit[k] * masks[k]).sum((1, 2)) for k in (0, 1)]
-    alike = pooled[0] @ pooled[1] / np.linalg.norm(pooled[0]) / np.linalg.norm(pooled[1])
+    similarity = pooled[0] @ pooled[1] / np.linalg.norm(pooled[0]) / np.linalg.norm(pooled[1])
     blocks_of = unit[:, :, :3].reshape(2, 4, 3, 2, 3).mean((2, 4))  # one row of two blocks
 
     def variance(maps):
@@ -217,7 +217,7 @@ def test_evidence_against_plain_loops():
     structure = min(variance(whole) * variance(blocks) for whole, blocks in zip(unit, blocks_of, strict=True))
     found = evidence_of(torch.from_numpy(features), torch.from_numpy(masks), transforms)
     assert 0 < near < 1
-    expected = alike, near, upright, structure
+    expected = similarity, near, upright, structure
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_evidence_against_plain_loops():
 def test_more_evidence_is_never_a_worse_verdict(rule):
     words = []
     for share in np.linspace(0, 1, 101):
-        found = verdict_of(Evidence(alike=share, near=share, upright=0.1 * share, structure=0.3), rule)
+        found = verdict_of(Evidence(similarity=share, near=share, upright=0.1 * share, structure=0.3), rule)
         words.append(found.quality)
         assert found.reason == REASONS[found.quality]
     assert sorted(set(words), key=words.index) == ["poor", "fair", "good"]
@@ -236,19 +236,19 @@ def test_more_evidence_is_never_a_worse_verdict(rule):
 
 @pytest.mark.parametrize("structure", [0.0, 0.1, float("nan")])
 def test_an_image_without_structure_is_poor_whatever_else_agrees(structure):
-    found = verdict_of(Evidence(alike=1.0, near=1.0, upright=0.3, structure=structure), ONE_STAGE)
+    found = verdict_of(Evidence(similarity=1.0, near=1.0, upright=0.3, structure=structure), ONE_STAGE)
     assert found == (0.0, "poor", REASONS["blank"])
 
 
 def test_objects_that_face_otherwise_than_the_transform_has_it():
-    """The image itself, but the transform mirrors it: everything is alike, and nothing lies where it should."""
+    """The image itself, but the transform mirrors it: everything is similar, and nothing lies where it should."""
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, 9, 9))).expand(2, -1, -1, -1)
     masks = torch.ones(2, 9, 9)
     straight, mirror = (
         evidence_of(features, masks, Transform(torch.tensor([[sign, 0.0, 0, 0, 1, 0]] * 2), identity_tps(2), 0.0))
         for sign in (1.0, -1.0)
     )
-    assert straight.alike == pytest.approx(1, abs=1e-5)
+    assert straight.similarity == pytest.approx(1, abs=1e-5)
     assert straight.near == pytest.approx(1, abs=1e-5)
     assert straight.upright > 0.3
     assert mirror.upright < -0.3

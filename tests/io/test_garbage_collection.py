@@ -36,12 +36,12 @@ def collections():
 
 def test_nothing_is_collected_inside_nor_much_at_once_afterwards(collections):
     with collector_paused():
-        kept = [[number] for number in range(200_000)]
+        held = [[number] for number in range(200_000)]
         assert collections == []
     rest = [[number] for number in range(2_000)]
     assert collections, "the collector is on again"
     assert max(young for _, young in collections) < 10_000
-    assert len(kept) + len(rest) == 202_000
+    assert len(held) + len(rest) == 202_000
 
 
 def test_garbage_from_inside_is_collected_later():
@@ -67,9 +67,9 @@ def test_what_somebody_has_frozen_stays_frozen():
     try:
         frozen = gc.get_freeze_count()
         with collector_paused():
-            kept = [[number] for number in range(1000)]
+            held = [[number] for number in range(1000)]
         assert frozen > 0
-        assert abs(gc.get_freeze_count() - frozen) < len(kept)
+        assert abs(gc.get_freeze_count() - frozen) < len(held)
     finally:
         gc.unfreeze()
 

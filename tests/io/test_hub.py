@@ -53,9 +53,9 @@ def prepared(tmp_path_factory):
 
 
 def environment(hub, tmp_path, **more):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return {
-        **kept,
+        **inherited,
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(tmp_path / "hf"),
@@ -114,7 +114,7 @@ def test_what_operating_systems_leave_in_folders_is_not_uploaded(checkpoint, tmp
     assert {upload.name for upload in plan("model", folder)} == before
 
 
-def test_the_embedded_checkpoint_travels_with_its_code():
+def test_the_embedded_checkpoint_is_uploaded_with_its_code():
     uploads = {upload.name: upload for upload in plan("model", DEFAULT_CHECKPOINT)}
     assert uploads["modeling_macosnet.py"].size == (ROOT / "macosnet_hf" / "modeling_macosnet.py").stat().st_size
     config = json.loads(uploads["config.json"].path.read_text())

@@ -54,7 +54,7 @@ def png(width: int, height: int, rows: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_source_gives_the_same_picture(photo, tmp_path):
+def test_every_kind_of_source_gives_the_same_image(photo, tmp_path):
     data = encoded(photo, "PNG")
     path = tmp_path / "an image with ümlauts.png"
     path.write_bytes(data)
@@ -100,7 +100,7 @@ def test_arrays(channels):
 
 
 @pytest.mark.parametrize("shape", [(7, 11, 2), (3, 7, 11, 3), (7,), (0, 5, 3)])
-def test_arrays_that_are_no_pictures(shape):
+def test_arrays_that_are_no_images(shape):
     with pytest.raises(ImageError):
         load_image(np.zeros(shape, np.uint8))
 
@@ -293,7 +293,7 @@ def test_an_orientation_beside_a_damaged_tag_is_applied(photo):
     assert load_image(data).size == photo.size[::-1]
 
 
-def test_a_damaged_exif_block_does_not_spoil_the_picture(photo):
+def test_a_damaged_exif_block_does_not_spoil_the_image(photo):
     data = encoded(photo, "JPEG", quality=95, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x00\x99garbage")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -463,14 +463,14 @@ def test_truncated_files_are_refused(photo, tmp_path, format, options, share):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-def test_a_truncated_picture_object_is_refused(photo):
+def test_a_truncated_image_object_is_refused(photo):
     """PIL opens lazily: the damage shows only when the pixels are asked for."""
     with Image.open(io.BytesIO(encoded(photo, "PNG")[:5000])) as lazy, pytest.raises(ImageError, match="cut off"):
         load_image(lazy)
 
 
 @pytest.mark.parametrize(("format", "options"), KINDS)
-def test_any_damage_gives_a_picture_or_an_image_error(photo, format, options):
+def test_any_damage_gives_an_image_or_an_image_error(photo, format, options):
     intact = encoded(photo.resize((40, 27)), format, **options)
     generator = random.Random(f"{format}{options}")
     refused = []
@@ -501,15 +501,15 @@ def test_no_file_stays_open(photo, tmp_path):
     cut.write_bytes(good.read_bytes()[:4000])
     (tmp_path / "none.png").write_bytes(b"nothing")
     before = len(os.listdir("/proc/self/fd"))
-    kept = []
+    held = []
     for _ in range(3):
-        kept.append(load_image(good))
+        held.append(load_image(good))
         image_size(good)
         for bad in (cut, tmp_path / "none.png"):
             try:
                 load_image(bad)
             except ImageError as error:
-                kept.append(error)  # its traceback keeps every frame alive
+                held.append(error)  # its traceback keeps every frame alive
     assert len(os.listdir("/proc/self/fd")) == before
 
 

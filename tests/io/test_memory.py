@@ -53,7 +53,7 @@ def _grown(code: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
-def test_a_large_picture_that_is_freed_takes_nothing_any_more():
+def test_a_large_image_that_is_freed_takes_nothing_any_more():
     assert _grown(LARGE) > 15, "else there is nothing to mend"
     assert _grown("give_memory_back()\n" + LARGE) < 2
 

@@ -147,7 +147,7 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
 @pytest.mark.parametrize("function", [check_writable, lambda path: write_file(path, b"x")])
 def test_a_file_that_cannot_be_written_is_said_so(tmp_path, function):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "folder", tmp_path / "none" / "a.json", tmp_path / "file" / "a.json", tmp_path / "a\0b"):
         with pytest.raises(OutputError):
             function(path)

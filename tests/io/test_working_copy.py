@@ -21,7 +21,7 @@ def test_a_copy_is_small_and_its_points_are_the_originals(large_lion):
     assert np.abs(np.asarray(whole, float) - np.asarray(copy.image, float)).mean() < 3
 
 
-def test_a_small_photograph_stays_as_it_is():
+def test_a_small_image_stays_as_it_is():
     copy = open_working_copy(LION)
     np.testing.assert_array_equal(np.asarray(copy.image), np.asarray(load_image(LION)))
     assert copy.is_whole
@@ -42,7 +42,7 @@ def test_a_whole_image_and_a_fine_copy(large_lion):
     np.testing.assert_array_equal(np.asarray(fine.image), np.asarray(expected))
 
 
-def test_errors_name_the_photograph_without_its_folder(tmp_path):
+def test_errors_name_the_image_without_its_folder(tmp_path):
     (tmp_path / "letter.jpg").write_text("a letter " * 9)
     with pytest.raises(ImageError, match=r"^'my letter' is not an image"):
         open_working_copy(tmp_path / "letter.jpg", "my letter")

@@ -231,16 +231,16 @@ def test_every_example_image_is_small_and_has_a_licence():
 def test_the_photos_of_two_things_are_those_that_the_script_makes():
     drawing = runpy.run_path(str(DOCS / "images" / "draw_company.py"))
     for file, name in drawing["OFFERED"].items():
-        kept = np.asarray(Image.open(ROOT / "examples" / "company" / f"{file}.jpg"), dtype=int)
+        stored = np.asarray(Image.open(ROOT / "examples" / "company" / f"{file}.jpg"), dtype=int)
         made = np.asarray(drawing["photo"](name).resize((512, 384), Image.Resampling.LANCZOS), dtype=int)
-        assert np.abs(kept - made).mean() < 4  # JPEG
+        assert np.abs(stored - made).mean() < 4  # JPEG
 
 
-def test_the_picture_of_the_coordinates_is_what_its_script_draws(tmp_path):
+def test_the_image_of_the_coordinates_is_what_its_script_draws(tmp_path):
     drawn = tmp_path / "coordinates.png"
     subprocess.run([sys.executable, str(DOCS / "images" / "draw_coordinates.py"), str(drawn)], check=True)
-    kept, again = (
+    stored, again = (
         np.asarray(Image.open(path).convert("L"), dtype=int) for path in (DOCS / "images" / drawn.name, drawn)
     )
-    assert kept.shape == again.shape
-    assert (np.abs(kept - again) > 40).sum() < 200  # letters differ a little from one version of FreeType to another
+    assert stored.shape == again.shape
+    assert (np.abs(stored - again) > 40).sum() < 200  # letters differ a little from one version of FreeType to another

@@ -57,6 +57,13 @@ def test_words_that_were_given_up_stay_away():
     assert len([line for *_, line in lines(*SEARCHED) if WORDS.search(line)]) < 20
 
 
+def test_names_of_tests_use_the_words_of_the_table():
+    words = re.compile(r"photograph|picture|key_point|likeness|_alike|points_travel|mask_travels|_bent\b|_is_kept")
+    names = [name for *_, line in lines("tests") for name in re.findall(r"^def (test_\w+)", line)]
+    assert len(names) > 1000
+    assert [name for name in names if words.search(name.replace("multi_picture_jpeg", ""))] == []
+
+
 def test_further_words_of_the_table_stay_away():
     assert undeliberate(MORE_WORDS, MORE_DELIBERATE, *SEARCHED, *ALSO_SEARCHED) == []
 

@@ -143,7 +143,7 @@ def test_the_installed_package_is_the_wheel_s_and_light(installed, tmp_path):
     assert not any(heavy for *_, heavy in runs)
 
 
-def test_the_installed_command_matches_two_photographs_with_the_embedded_checkpoint(installed, tmp_path):
+def test_the_installed_command_matches_two_images_with_the_embedded_checkpoint(installed, tmp_path):
     call(installed / "macosnet", "match", *PHOTOS, "--output-dir", "result", cwd=tmp_path)
     document = json.loads((tmp_path / "result" / "matches.json").read_text())
     assert document["matches"]

@@ -64,8 +64,8 @@ def _image(files: list[bytes], mutation: damage.Damage) -> Kind:
         data = mutation(rng.choice(files), rng)
         way = rng.randrange(6)
         if way == 0:
-            (folder / "picture").write_bytes(data)
-            return lambda: load_image(folder / "picture")
+            (folder / "image").write_bytes(data)
+            return lambda: load_image(folder / "image")
         if way == 1:
             return lambda: load_image(data, reduced_to=8)
         if way == 2:
@@ -125,7 +125,7 @@ def _pair_list() -> Kind:
 
 
 def _predictions() -> Kind:
-    """Predictions that an evaluation kept."""
+    """Predictions that an evaluation stored."""
     from macosnet_hf.evaluation.predictions import PredictionReader, record_stamp
 
     stamp = record_stamp({"id": "a"})
@@ -357,7 +357,7 @@ def _requests(scratch: Path) -> Kind:
     from macosnet_hf.inference.files import match_files
     from macosnet_hf.io.checkpoints import load_model_and_processor
 
-    folder = scratch / "photographs"
+    folder = scratch / "images"
     folder.mkdir(exist_ok=True)
     for number in (0, 1):
         seeds.image(50, 40, number).save(folder / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing with atheris: inputs that reach new lines of the readers are kept and damaged further.
+"""Coverage-guided fuzzing with atheris: inputs that reach new lines of the readers are stored and damaged further.
 
     pip install atheris                                              # wheels for Linux, Python 3.11 to 3.13
     python tests/reliability/guided.py TARGET [--seconds 600] [--corpus FOLDER]
@@ -186,9 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         import atheris
 
-        begin, kept = scratch / "begin", args.corpus or scratch / "kept"
+        begin, stored = scratch / "begin", args.corpus or scratch / "stored"
         begin.mkdir()
-        kept.mkdir(exist_ok=True)
+        stored.mkdir(exist_ok=True)
         importlib.import_module("transformers")  # outside: its own lines are not to guide the search
         with atheris.instrument_imports(include=list(TARGETS[args.target])):
             target = make_target(args.target, scratch)
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, data in enumerate([*sound_inputs(args.target), *(path.read_bytes() for path in known)]):
             (begin / str(number)).write_bytes(data)
         options = [f"-max_total_time={args.seconds}", "-timeout=10", "-rss_limit_mb=2500", "-print_final_stats=1"]
-        words = [sys.argv[0], *options, "-max_len=100000", str(kept), str(begin)]
+        words = [sys.argv[0], *options, "-max_len=100000", str(stored), str(begin)]
         atheris.Setup(words, target, custom_mutator=_mutator(args.target, atheris.Mutate))
         atheris.Fuzz()  # ends the process
     return 0

@@ -36,7 +36,7 @@ from gradio_client.utils import QueueError
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from served_demo import PHOTOGRAPHS, ROOT, ServedDemo, enlarge, match, served_demo
+from served_demo import PHOTOS, ROOT, ServedDemo, enlarge, match, served_demo
 
 sys.path.insert(0, str(ROOT))
 from macosnet_hf.demo.limits import MAX_WAITING
@@ -50,10 +50,10 @@ PATIENCE = {"timeout": 60}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def picture_hash(path: str) -> str:
+def image_hash(path: str) -> str:
     """Of the pixels, whatever the file is called."""
-    with Image.open(path) as picture:
-        return hashlib.sha256(repr((picture.size, picture.mode)).encode() + picture.tobytes()).hexdigest()
+    with Image.open(path) as image:
+        return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).hexdigest()
 
 
 def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -63,7 +63,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
     contents = {
         "empty": (b"", "is empty"),
         "letter": (b"This is a letter, not an image. " * 20, "is not an image"),
-        "torn": (Path(PHOTOGRAPHS[1]).read_bytes()[:4000], "is damaged"),
+        "torn": (Path(PHOTOS[1]).read_bytes()[:4000], "is damaged"),
         "bomb": (stream.getvalue(), "megapixels"),
     }
     files = {}
@@ -86,8 +86,8 @@ class Visitor:
         self.size = (800 + 3 * number, 600 + 2 * number)
         downloads = str(folder / f"client{number}")
         self.client = Client(address, verbose=False, download_files=downloads, httpx_kwargs=PATIENCE)
-        self.own = enlarge(PHOTOGRAPHS[number % 3], self.size, folder / f"own-{number}.jpg")
-        self.other = enlarge(PHOTOGRAPHS[(number + 1) % 3], self.size[::-1], folder / f"other-{number}.jpg")
+        self.own = enlarge(PHOTOS[number % 3], self.size, folder / f"own-{number}.jpg")
+        self.other = enlarge(PHOTOS[(number + 1) % 3], self.size[::-1], folder / f"other-{number}.jpg")
         self.damaged = damaged
         self.collects = number % 10 == 9
         self.expected = self.ask()
@@ -105,7 +105,7 @@ class Visitor:
         names = [report[role]["file"] for role in ("source", "target")]
         if sizes != [self.size, self.size[::-1]] or names != [self.own.name, self.other.name]:
             raise WrongAnswerError(f"{self.own.name}: an answer about {names}, {sizes}")
-        return report, moved, picture_hash(mask), picture_hash(other_mask)
+        return report, moved, image_hash(mask), image_hash(other_mask)
 
     def ask_collection(self) -> Any:
         files = [handle_file(str(path)) for path in (self.own, self.other)]
@@ -252,7 +252,7 @@ def crowd(demo: ServedDemo, folder: Path, requests: int) -> Counter[str]:
     """So many requests at once: how many were answered, refused because the queue is full, or went wrong."""
     downloads = str(folder / "crowd")
     client = Client(demo.address, verbose=False, download_files=downloads, max_workers=requests, httpx_kwargs=PATIENCE)
-    photos = [enlarge(PHOTOGRAPHS[index], (120, 90), folder / f"small-{index}.jpg") for index in (0, 1)]
+    photos = [enlarge(PHOTOS[index], (120, 90), folder / f"small-{index}.jpg") for index in (0, 1)]
     ends: Counter[str] = Counter()
 
     def one(_: int) -> str:
@@ -333,7 +333,7 @@ def main() -> int:
     report("memory, median of the last third less that of the middle one", growth, 0.1, "GB")
     (files, megabytes), (files_later, megabytes_later) = figures.files
     note = f"{files} files, {megabytes:.0f} MB before; {files_later} files, {megabytes_later:.0f} MB after"
-    report("files kept, growth", megabytes_later - megabytes, 20 + 0.2 * megabytes, "MB", note)
+    report("files stored, growth", megabytes_later - megabytes, 20 + 0.2 * megabytes, "MB", note)
     report("temporary files left behind", len(left), 0)
     strange = sum(count for kind, count in ends.items() if kind not in ("answered", "refused"))
     note = f"{requests} at once, {args.waiting} may wait: {ends['answered']} answered, {ends['refused']} refused"

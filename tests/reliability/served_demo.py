@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 _WITH_QUEUE = "import sys, app; from macosnet_hf.demo import limits; limits.MAX_WAITING = {}; sys.exit(app.main())"
-PHOTOGRAPHS = [get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg")]
+PHOTOS = [get_image(name) for name in ("cheetah1.jpg", "lion.jpg", "cheetah.jpg", "tower.jpg")]
 
 
 def enlarge(source: str, size: tuple[int, int], target: Path) -> Path:

@@ -32,7 +32,7 @@ from gradio_client import Client
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bombs
 from load import PATIENCE, Visitor, tracebacks
-from served_demo import PHOTOGRAPHS, ServedDemo, match, served_demo
+from served_demo import PHOTOS, ServedDemo, match, served_demo
 
 MOST_SECONDS, MOST_GIGABYTES, MOST_TIMES, PEAK_GIGABYTES = 5, 1, 3, 3
 
@@ -90,7 +90,7 @@ def cost(demo: ServedDemo, client: Client, path: Path) -> Cost:
 
 def send(client: Client, path: Path) -> str:
     try:
-        match(client, path, Path(PHOTOGRAPHS[0]), refine="none")
+        match(client, path, Path(PHOTOS[0]), refine="none")
     except Exception as error:
         return str(error).splitlines()[0] if str(error) else repr(error)
     return "answered"
@@ -147,7 +147,7 @@ def main() -> int:
         folder = Path(name)
         with served_demo(folder / "server") as demo:
             client = client_of(demo, folder)
-            send(client, Path(PHOTOGRAPHS[1]))  # the model is loaded
+            send(client, Path(PHOTOS[1]))  # the model is loaded
             print("| file | MB | processor, s | memory, GB | |\n|---|---:|---:|---:|---|")
             costs = []
             makers = {**{key: functools.partial(make, args.side) for key, make in bombs.PIXELS.items()}, **bombs.PARTS}

@@ -259,7 +259,7 @@ def test_an_older_prepared_set_is_never_there_in_part(tmp_path, moment):
     assert names(tmp_path) == ["new", "old", "out"]
 
 
-def test_a_removal_that_was_cut_off_is_told_and_repeated(tmp_path):
+def test_a_removal_that_was_cut_off_is_reported_and_repeated(tmp_path):
     """A partial folder that had lost its marker first was `in the way` for ever."""
     archive, partial = coseg(tmp_path / "in"), tmp_path / ".out.partial"
     partial.mkdir()  # cut off before the marker was there
@@ -281,6 +281,7 @@ def test_two_evaluations_do_not_write_the_same_predictions(tmp_path):
         start_predictions(folder)
     assert names(partial) == ["samples-000-00000.npz"]
     release_folder(held)
+    (partial / ".DS_Store").touch()
     start_predictions(folder)
     start_predictions(folder)  # a run in this process that ended in an error does not shut out the next one
     np.savez(partial / "samples-000-00000.npz", **{"0|x": np.ones(1)})

@@ -135,7 +135,7 @@ EXAMPLES = settings(
 
 @EXAMPLES
 @given(st.binary(max_size=400), st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0"]))
-def test_no_bytes_but_pictures_become_pictures(data, start):
+def test_no_bytes_but_images_become_images(data, start):
     with pytest.raises(ImageError):
         load_image(start + data)
 
@@ -148,10 +148,10 @@ def test_no_bytes_but_pictures_become_pictures(data, start):
     st.randoms(use_true_random=False),
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_every_picture_of_pil_becomes_rgb_of_its_size(width, height, mode, rng):
+def test_every_image_of_pil_becomes_rgb_of_its_size(width, height, mode, rng):
     size = len(Image.new(mode, (width, height)).tobytes())
-    picture = Image.frombytes(mode, (width, height), rng.randbytes(size))
-    loaded = load_image(picture)
+    image = Image.frombytes(mode, (width, height), rng.randbytes(size))
+    loaded = load_image(image)
     assert (loaded.mode, loaded.size) == ("RGB", (width, height))
 
 
@@ -160,7 +160,7 @@ numbers = st.one_of(st.integers(-10, 100), st.floats(), st.text(max_size=3), st.
 
 @EXAMPLES
 @given(st.recursive(numbers, lambda inner: st.lists(inner, max_size=4), max_leaves=12))
-def test_points_are_pairs_of_numbers_within_the_photograph_or_refused(value):
+def test_points_are_pairs_of_numbers_within_the_image_or_refused(value):
     try:
         points = check_points(value, (50, 40))
     except InputError:
@@ -318,13 +318,13 @@ def pipelines():
 @pytest.mark.parametrize(
     "inputs", [[], (), None, "photo", ["a.jpg"], [["a.jpg"]], [1, 2], [[]], {"a": 1}, [None, None]]
 )
-def test_inputs_of_pipelines_that_are_no_photographs(pipelines, inputs):
+def test_inputs_of_pipelines_that_are_no_images(pipelines, inputs):
     for pipeline in pipelines[0]:
         with pytest.raises(InputError, match="images"):
             pipeline(inputs)
 
 
-def test_damaged_photographs_for_pipelines_and_processor(pipelines, tmp_path):
+def test_damaged_images_for_pipelines_and_processor(pipelines, tmp_path):
     sound = Image.effect_noise((40, 30), 50).convert("RGB")
     stream = io.BytesIO()
     sound.save(stream, "JPEG")
@@ -339,7 +339,7 @@ def test_damaged_photographs_for_pipelines_and_processor(pipelines, tmp_path):
             assert isinstance(caught.value, MaCoSNetError)
 
 
-def test_masks_are_read_with_the_care_of_photographs(tmp_path):
+def test_masks_are_read_with_the_care_of_images(tmp_path):
     """They went through PIL's own `open`, which tries every format and knows no limit of ours."""
     Image.new("1", (10_001, 10_000)).save(tmp_path / "huge.png")
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill\nshowpage\n%%EOF\n"

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
-from small_models import random_pictures, small_model, transforms_of
+from small_models import random_images, small_model, transforms_of
 
 from macosnet_hf import DEFAULT_CHECKPOINT, geometry
 from macosnet_hf.errors import DataError, InputError
@@ -86,9 +86,9 @@ def on_points(name: str, points: torch.Tensor) -> torch.Tensor:
     return points @ torch.tensor(SYMMETRIES[name], dtype=points.dtype)
 
 
-def on_picture(name: str, picture: torch.Tensor) -> torch.Tensor:
+def on_image(name: str, image: torch.Tensor) -> torch.Tensor:
     """`(..., H, W)`."""
-    return picture.transpose(-1, -2) if name == "transposed" else picture.flip(-1 if name == "x" else -2)
+    return image.transpose(-1, -2) if name == "transposed" else image.flip(-1 if name == "x" else -2)
 
 
 def on_affine(name: str, affine: torch.Tensor) -> torch.Tensor:
@@ -108,8 +108,8 @@ def on_tps(name: str, tps: torch.Tensor) -> torch.Tensor:
 def on_correlation(name: str, correlation: torch.Tensor) -> torch.Tensor:
     """`(..., h*w, h, w)`; the channels are positions as well."""
     height, width = correlation.shape[-2:]
-    positions = on_picture(name, correlation.flatten(-2).transpose(-1, -2).unflatten(-1, (height, width)))
-    return on_picture(name, positions.flatten(-2).transpose(-1, -2).unflatten(-1, (height, width)))
+    positions = on_image(name, correlation.flatten(-2).transpose(-1, -2).unflatten(-1, (height, width)))
+    return on_image(name, positions.flatten(-2).transpose(-1, -2).unflatten(-1, (height, width)))
 
 
 def on_outputs(name: str, outputs: MaCoSNetModelOutput) -> MaCoSNetModelOutput:
@@ -117,8 +117,8 @@ def on_outputs(name: str, outputs: MaCoSNetModelOutput) -> MaCoSNetModelOutput:
         affine=on_affine(name, outputs.affine),
         tps=on_tps(name, outputs.tps),
         correlation=on_correlation(name, outputs.correlation),
-        mask_logits=on_picture(name, outputs.mask_logits),
-        features=on_picture(name, outputs.features),
+        mask_logits=on_image(name, outputs.mask_logits),
+        features=on_image(name, outputs.features),
     )
 
 
@@ -223,22 +223,22 @@ def test_transforms_commute_with_mirrors_and_transposition(seed, spread, regular
 @given(seeds, spreads, sides, sides, sides, sides, symmetries, st.sampled_from(["zeros", "border", "reflection"]))
 def test_warping_commutes_with_mirrors_and_transposition(seed, spread, height, width, rows, columns, name, padding):
     assume(padding != "reflection" or min(height, width) > 1)  # there is nothing to reflect in a single pixel
-    picture = randn(2, 3, height, width, seed=seed)
+    image = randn(2, 3, height, width, seed=seed)
     affine, tps = random_affine(2, seed, spread), random_tps(2, seed, spread)
-    warped = geometry.warp(picture, geometry.sampling_grid(affine, tps, size=(rows, columns)), padding_mode=padding)
+    warped = geometry.warp(image, geometry.sampling_grid(affine, tps, size=(rows, columns)), padding_mode=padding)
     size = (columns, rows) if name == "transposed" else (rows, columns)
     grid = geometry.sampling_grid(on_affine(name, affine), on_tps(name, tps), size=size)
-    assert_close(geometry.warp(on_picture(name, picture), grid, padding_mode=padding), on_picture(name, warped))
+    assert_close(geometry.warp(on_image(name, image), grid, padding_mode=padding), on_image(name, warped))
 
 
 @examples(60)
 @given(seeds, sides, sides, st.sampled_from(["bilinear", "nearest"]), st.booleans())
-def test_the_identity_warps_a_picture_on_to_itself(seed, height, width, mode, spline):
-    picture = randn(2, 3, height, width, seed=seed)
+def test_the_identity_warps_an_image_on_to_itself(seed, height, width, mode, spline):
+    image = randn(2, 3, height, width, seed=seed)
     tps = geometry.identity_tps(2, dtype=torch.float64) if spline else None
     grid = geometry.sampling_grid(geometry.identity_affine(2, dtype=torch.float64), tps, size=(height, width))
     # To the centres of the border pixels, rounding may step over the border by an ulp: one ulp of the pixel is lost.
-    assert_close(geometry.warp(picture, grid, mode=mode), picture, 1e-9 if mode == "bilinear" else 0.0)
+    assert_close(geometry.warp(image, grid, mode=mode), image, 1e-9 if mode == "bilinear" else 0.0)
 
 
 @examples(40)
@@ -258,14 +258,14 @@ def test_warping_twice_is_warping_once_through_the_composition(seed, height, wid
 
 @examples(60)
 @given(seeds, sides, sides, st.sampled_from([0.0, 0.3, 1.0, 30.0]), st.sampled_from(["zeros", "border", "reflection"]))
-def test_warping_never_leaves_the_range_of_the_picture(seed, height, width, spread, padding):
+def test_warping_never_leaves_the_range_of_the_image(seed, height, width, spread, padding):
     assume(padding != "reflection" or min(height, width) > 1)
-    picture = randn(2, 1, height, width, seed=seed).sigmoid()
+    image = randn(2, 1, height, width, seed=seed).sigmoid()
     grid = geometry.sampling_grid(random_affine(2, seed, spread), random_tps(2, seed, spread), size=(7, 6))
-    warped = geometry.warp(picture, grid, padding_mode=padding)
-    lowest = 0.0 if padding == "zeros" else float(picture.min())
+    warped = geometry.warp(image, grid, padding_mode=padding)
+    lowest = 0.0 if padding == "zeros" else float(image.min())
     assert float(warped.min()) >= lowest - 1e-12
-    assert float(warped.max()) <= float(picture.max()) + 1e-12
+    assert float(warped.max()) <= float(image.max()) + 1e-12
 
 
 @examples(60)
@@ -293,8 +293,8 @@ def test_local_matching_commutes_with_mirrors_and_transposition(seed, name):
     tps = random_tps(2, seed, 0.1).float()
     moved = match_locally(source, target, points, geometry.Transform(affine, tps, 0.1))
     mirrored = match_locally(
-        on_picture(name, source),
-        on_picture(name, target),
+        on_image(name, source),
+        on_image(name, target),
         on_points(name, points),
         geometry.Transform(on_affine(name, affine), on_tps(name, tps), 0.1),
     )
@@ -465,9 +465,9 @@ def computing_on(threads: int):
         torch.set_num_threads(before)
 
 
-def fields_of(model, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def fields_of(model, images: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
-        outputs = model(pictures)
+        outputs = model(images)
     found = {name: outputs[name] for name in FIELDS if name in outputs}
     # A logit's own size says nothing: what is used is the probability.
     return {**found, "mask_logits": outputs.mask_logits.sigmoid()}
@@ -478,10 +478,10 @@ def assert_fields_close(actual, expected, tolerance: float) -> None:
         torch.testing.assert_close(actual[name], value, atol=tolerance, rtol=0, msg=lambda text, name=name: name + text)
 
 
-def other_layouts(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+def other_layouts(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same numbers, otherwise in memory."""
-    padded = F.pad(pictures, (1, 2, 3, 1))[..., 3:-1, 1:-2]
-    colours_last = pictures.movedim(-3, -1).contiguous().movedim(-1, -3)
+    padded = F.pad(images, (1, 2, 3, 1))[..., 3:-1, 1:-2]
+    colours_last = images.movedim(-3, -1).contiguous().movedim(-1, -3)
     return {"a window of a larger tensor": padded, "colours last": colours_last}
 
 
@@ -489,26 +489,24 @@ def other_layouts(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("views", [2, 3])
 def test_the_network_does_not_depend_on_batch_order_layout_or_threads(views, cascade):
     model = small_model(MaCoSNetModel, cascade=cascade)
-    pictures = random_pictures(5, views)
-    expected = fields_of(model, pictures)
+    images = random_images(5, views)
+    expected = fields_of(model, images)
     order = [3, 0, 4, 2, 1]
-    assert_fields_close(
-        fields_of(model, pictures[order]), {name: value[order] for name, value in expected.items()}, 2e-5
-    )
+    assert_fields_close(fields_of(model, images[order]), {name: value[order] for name, value in expected.items()}, 2e-5)
     for some in ([2], [1, 4], [0, 1, 2]):
         assert_fields_close(
-            fields_of(model, pictures[some]), {name: value[some] for name, value in expected.items()}, 2e-5
+            fields_of(model, images[some]), {name: value[some] for name, value in expected.items()}, 2e-5
         )
-    for layout in other_layouts(pictures).values():
+    for layout in other_layouts(images).values():
         assert not layout.is_contiguous()
         assert_fields_close(fields_of(model, layout), expected, 2e-5)
     with computing_on(2):
-        assert_fields_close(fields_of(model, pictures), expected, 2e-5)
+        assert_fields_close(fields_of(model, images), expected, 2e-5)
     # `to` works in place, so this comes last.
-    assert_fields_close(fields_of(model.to(memory_format=torch.channels_last), pictures), expected, 2e-5)
+    assert_fields_close(fields_of(model.to(memory_format=torch.channels_last), images), expected, 2e-5)
 
 
-def photographs() -> list[Image.Image]:
+def example_images() -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in (CHEETAH, LION, TOWER)]
 
 
@@ -521,15 +519,15 @@ def checkpoint():
 def test_the_checkpoint_s_points_and_masks_do_not_depend_on_batch_order_layout_or_threads(checkpoint):
     """On real images, in the units of a user: hundredths of a pixel, and thousandths of a probability."""
     model, processor = checkpoint
-    first, second, third = photographs()
+    first, second, third = example_images()
     pairs = [[first, second], [second, third], [third, first]]
     inputs = processor(pairs, return_tensors="pt")["pixel_values"]
     sizes = torch.tensor([[[photo.height, photo.width] for photo in pair] for pair in pairs])
     points = torch.rand(len(pairs), 9, 2, generator=generator(1)) * (sizes[:, :1].flip(-1) - 1)
 
-    def answer(index: list[int], pictures: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def answer(index: list[int], pixels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
-            outputs = model(inputs[index] if pictures is None else pictures)
+            outputs = model(inputs[index] if pixels is None else pixels)
             return (
                 model.transfer_points(outputs, points[index], sizes[index], "source_to_target"),
                 outputs.mask_logits.sigmoid(),
@@ -556,9 +554,9 @@ def test_the_checkpoint_s_points_and_masks_do_not_depend_on_batch_order_layout_o
         model.to(memory_format=torch.contiguous_format)
 
 
-def test_preparing_pictures_does_not_depend_on_the_batch_or_on_how_they_are_given(checkpoint):
+def test_preparing_images_does_not_depend_on_the_batch_or_on_how_they_are_given(checkpoint):
     processor = checkpoint[1]
-    photos = photographs()
+    photos = example_images()
     together = processor([photos[:2], photos[1:]], return_tensors="pt")["pixel_values"]
     for number, pair in enumerate((photos[:2], photos[1:])):
         assert torch.equal(processor(pair, return_tensors="pt")["pixel_values"], together[[number]])
@@ -607,7 +605,7 @@ def test_pck_is_a_share_grows_with_alpha_and_does_not_know_the_order_of_points(p
 
 @examples(60)
 @given(point_pairs, alphas, st.integers(-300, 300), st.sampled_from([0.25, 2.0, 8.0]))
-def test_pck_bbox_does_not_change_when_the_picture_is_moved_scaled_or_mirrored(pairs, alpha, shift, factor):
+def test_pck_bbox_does_not_change_when_the_image_is_moved_scaled_or_mirrored(pairs, alpha, shift, factor):
     predicted, truth = (np.array(points) for points in zip(*pairs, strict=True))
     assume(has_extent(list(map(tuple, truth))))
     share = errors_of(predicted, truth, "bbox").pck(alpha)
@@ -618,7 +616,7 @@ def test_pck_bbox_does_not_change_when_the_picture_is_moved_scaled_or_mirrored(p
 
 @examples(60)
 @given(point_pairs, alphas, st.sampled_from([0.5, 2.0, 4.0]), st.sampled_from([0.5, 1.0, 8.0]))
-def test_pck_image_does_not_change_when_a_picture_is_resized(pairs, alpha, tall, wide):
+def test_pck_image_does_not_change_when_an_image_is_resized(pairs, alpha, tall, wide):
     predicted, truth = (np.array(points) for points in zip(*pairs, strict=True))
     factor = np.array([wide, tall])
     share = errors_of(predicted, truth, "image", size=(320, 400)).pck(alpha)
@@ -689,7 +687,7 @@ def test_transferred_labels_stay_in_range_and_the_identity_transfers_everything(
 
 @examples(60)
 @given(masks, st.sampled_from([0.0, 1.0, 30.0]), alphas)
-def test_flow_errors_are_finite_and_the_same_in_transposed_pictures(drawn, spread, alpha):
+def test_flow_errors_are_finite_and_the_same_in_transposed_images(drawn, spread, alpha):
     mask = drawn_mask(*drawn)
     rng = np.random.default_rng(drawn[0])
     flow = rng.integers(-9, 9, (*mask.shape, 2)).astype(np.float64)

@@ -24,11 +24,12 @@ import torch
 from archives import HEADER, coseg, pf_willow, spair
 from PIL import Image
 from small_models import save_small_checkpoint
-from training_runs import Runs, environment, photographs
+from training_runs import Runs, environment, image_folder
 
 import macosnet_hf
 from macosnet_hf import CheckpointError, DataError, ImageError, InputError, OutputError
 from macosnet_hf.commands.main import main
+from macosnet_hf.commands.segment import print_remarks
 from macosnet_hf.conversion.published import read_state_dict
 from macosnet_hf.datasets.benchmarks import Problems, iter_records
 from macosnet_hf.datasets.masks import mask_from_image
@@ -138,7 +139,7 @@ def test_code_beside_data_does_not_run(tmp_path, witness, monkeypatch):
         list(open_records("coseg", tmp_path / "prepared")[0])
 
 
-def test_kept_predictions_hold_numbers_only(tmp_path, witness):
+def test_stored_predictions_hold_numbers_only(tmp_path, witness):
     from macosnet_hf.evaluation.predictions import FORMAT, PredictionReader, record_stamp
 
     array = np.empty(1, dtype=object)
@@ -159,7 +160,7 @@ def trained(tmp_path_factory, sound) -> tuple[Runs, Runs]:
     pytest.importorskip("accelerate", reason="accelerate is not installed (extra `train`)")
     root = tmp_path_factory.mktemp("trained")
     first, second = Runs(root), Runs(root)
-    base = ("--dataset_name", photographs(root / "photos", 4), "--model_name_or_path", sound, "--photo_size", 96)
+    base = ("--dataset_name", image_folder(root / "photos", 4), "--model_name_or_path", sound, "--photo_size", 96)
     base += ("--per_device_train_batch_size", 2, "--num_warmup_steps", 0, "--logging_steps", 1, "--max_train_steps", 3)
     base += ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
     first.add("whole", "pretrain", *base, "--output_dir", root / "whole")
@@ -261,7 +262,7 @@ def test_rows_of_a_pair_list_stay_in_the_data_folder(tmp_path, private, name):
         assert not (tmp_path / "out").exists()
 
 
-def test_rows_may_name_their_pictures_in_any_way_that_stays_inside(tmp_path):
+def test_rows_may_name_their_images_in_any_way_that_stays_inside(tmp_path):
     data = tmp_path / "data"
     (data / "p").mkdir(parents=True)
     Image.new("RGB", (64, 48)).save(data / "p" / "..a.png")
@@ -287,7 +288,7 @@ def test_annotations_and_lists_of_spair_stay_in_their_folders(tmp_path, private)
         list(iter_records("spair-71k", root))
 
 
-@pytest.mark.parametrize("kind", ["picture", "mask", "folder"])
+@pytest.mark.parametrize("kind", ["image", "mask", "folder"])
 def test_links_out_of_an_archive_do_not_get_into_what_is_prepared(tmp_path, private, kind):
     """An archive may hold links; what they lead to on this machine must not be published with the data set."""
     root = coseg(tmp_path / "in")
@@ -295,9 +296,7 @@ def test_links_out_of_an_archive_do_not_get_into_what_is_prepared(tmp_path, priv
         shutil.move(root / "images" / "Cat", tmp_path / "elsewhere")
         (root / "images" / "Cat").symlink_to(tmp_path / "elsewhere")
     else:
-        path = (
-            root / ("images" if kind == "picture" else "masks") / "Cat" / ("p1.jpg" if kind == "picture" else "p1.png")
-        )
+        path = root / ("images" if kind == "image" else "masks") / "Cat" / ("p1.jpg" if kind == "image" else "p1.png")
         path.unlink()
         target = private
         if kind == "mask":
@@ -346,41 +345,41 @@ def test_names_of_uploads_cannot_lead_out_of_a_zip():
 
 
 def test_results_replace_links_and_do_not_write_through_them(tmp_path):
-    kept = tmp_path / "kept.txt"
-    kept.write_text("mine")
+    own = tmp_path / "own.txt"
+    own.write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
     for name in ("a.txt", "b.json"):
-        (out / name).symlink_to(kept)
+        (out / name).symlink_to(own)
     with output_folder(out) as folder:
         for name in ("a.txt", "b.json"):
             (folder / name).write_text("result")
     write_file(out / "c.json", "x")
-    (out / "d.json").symlink_to(kept)
+    (out / "d.json").symlink_to(own)
     write_file(out / "d.json", "x")
-    assert kept.read_text() == "mine"
+    assert own.read_text() == "mine"
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
 def test_what_others_left_under_our_temporary_names_is_not_followed(tmp_path):
     """A link called like a leftover of ours must not make the clean-up delete what it leads to."""
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (kept / "mine.txt").write_text("mine")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.txt").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".macosnet-link0001").symlink_to(kept)
+    (out / ".macosnet-link0001").symlink_to(own)
     (out / ".macosnet-file").write_text("a file")
     (out / ".macosnet-left0001").mkdir()
-    (out / ".macosnet-left0001" / "inner").symlink_to(kept)
+    (out / ".macosnet-left0001" / "inner").symlink_to(own)
     with output_folder(out) as folder:
         (folder / "a.txt").write_text("a")
-    assert (kept / "mine.txt").read_text() == "mine"
+    assert (own / "mine.txt").read_text() == "mine"
     assert sorted(path.name for path in out.iterdir()) == [".macosnet-file", ".macosnet-link0001", "a.txt"]
-    (tmp_path / ".prepared.partial").symlink_to(kept)
+    (tmp_path / ".prepared.partial").symlink_to(own)
     with pytest.raises(OutputError, match="in the way"):
         prepare("coseg", coseg(tmp_path / "in"), tmp_path / "prepared")
-    assert (kept / "mine.txt").read_text() == "mine"
+    assert (own / "mine.txt").read_text() == "mine"
 
 
 def test_uploads_stay_in_their_folder_and_no_other_file_is_served(tmp_path, monkeypatch):
@@ -394,10 +393,10 @@ def test_uploads_stay_in_their_folder_and_no_other_file_is_served(tmp_path, monk
     demo = app.build_demo()
     address = app.serve(demo, port=free_port()).rstrip("/")
     try:
-        picture = io.BytesIO()
-        Image.new("RGB", (9, 9)).save(picture, "PNG")
+        image = io.BytesIO()
+        Image.new("RGB", (9, 9)).save(image, "PNG")
         for name in ("../../../evil.png", "/tmp/evil.png", "..\\..\\evil.png", "....//evil.png"):
-            files = {"files": (name, picture.getvalue(), "image/png")}
+            files = {"files": (name, image.getvalue(), "image/png")}
             (path,) = httpx.post(f"{address}/gradio_api/upload", files=files).json()
             assert Path(os.path.realpath(path)).is_relative_to(os.path.realpath(tmp_path / "served"))
         found = [path for path in tmp_path.rglob("*evil*") if path.is_file()]
@@ -421,6 +420,27 @@ def test_text_of_a_stranger_cannot_steer_the_terminal(tmp_path, capsys):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
     assert str(InputError("half a character: \ud83d")).encode("utf-8")
     assert str(InputError("Zwei Zeilen:\n\t猫, é und 👩‍🚀")) == "Zwei Zeilen:\n\t猫, é und 👩‍🚀"
+
+
+def test_names_of_images_cannot_steer_the_terminal_nor_make_up_a_line(capsys):
+    name = "c\x1b[2J.png\nmacosnet: all is well"
+    print_remarks({"odd_ones_out": [name], "photos": [{"file": name, "common": False}, {"file": name, "common": True}]})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" all is well ")[0] for line in said] == ["c\ufffd[2J.png macosnet:"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_no_model_goes_where_it_could_not_be_loaded_from(tmp_path, sound, capfd):
+    """`adapt` trained for minutes and ended in a traceback of safetensors."""
+    out = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"out\xff"))
+    (tmp_path / "images").mkdir()
+    for words in (
+        ["adapt", str(tmp_path / "images"), "--output-dir", out, "--model", str(sound)],
+        ["convert", str(tmp_path / "nowhere.pth.tar"), out],
+    ):
+        assert main(words) == 2
+        assert "has a name that is not UTF-8" in capfd.readouterr().err
+    assert not os.path.exists(out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
@@ -462,7 +482,7 @@ def large_png(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_001, 10_000), (60_000, 60_000), (2, 50_000_001)])
-def test_oversized_pictures_are_refused_by_their_header(tmp_path, sound, size):
+def test_oversized_images_are_refused_by_their_header(tmp_path, sound, size):
     """They would end in another sentence if a single byte of their pixels were looked at."""
     data = large_png(*size)
     path = tmp_path / "large.png"

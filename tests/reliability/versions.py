@@ -70,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", choices=["lowest", "newest"])
     parser.add_argument("--reuse-torch", action="store_true", help="link the torch of this environment")
-    parser.add_argument("--folder", type=Path, help="where to work, kept afterwards (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to work; it stays afterwards (default: a temporary folder)")
     parser.add_argument("tests", nargs="*", help="test files or options of pytest")
     args = parser.parse_intermixed_args()
     tests = args.tests or sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small_models import FUSED, random_pictures, small_model, small_processor
+from small_models import FUSED, random_images, small_model, small_processor
 
 from macosnet_hf.errors import InputError
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
@@ -19,7 +19,7 @@ COMMON = {"decoder_inputs": "common", "decoder_rounds": 2, "decoder_input_width"
 
 
 def images(count: int = 6) -> torch.Tensor:
-    pixels = random_pictures(count)
+    pixels = random_images(count)
     return ((1 + pixels / pixels.abs().max()) * 127).to(torch.uint8)
 
 
@@ -30,7 +30,7 @@ def test_a_model_with_the_same_encoder_becomes_the_teacher():
         small_model(MaCoSNetForKeypointMatching, seed, **FUSED, **COMMON).requires_grad_(False) for seed in (0, 1)
     )
     student.macosnet.encoder.load_state_dict(teacher.macosnet.encoder.state_dict())
-    pairs = random_pictures(2, seed=5).unsqueeze(0)
+    pairs = random_images(2, seed=5).unsqueeze(0)
     assert (student(pairs).mask_logits - teacher(pairs).mask_logits).abs().max() > 0.1
     adopt(teacher, student, images(40).split(8), [0.5] * 3, [0.25] * 3)
     found, expected = student(pairs), teacher(pairs)
@@ -48,7 +48,7 @@ def test_another_encoder_and_size_come_nearer_to_the_teacher():
     for name, value in teacher.macosnet.affine_head.state_dict().items():
         assert torch.equal(student.macosnet.affine_head.state_dict()[name], value)
     assert torch.equal(student.macosnet.decoder.mix[0].weight, teacher.macosnet.decoder.mix[0].weight)
-    assert torch.isfinite(student(torch.nn.functional.interpolate(random_pictures(2), size=144)[None]).keypoints).all()
+    assert torch.isfinite(student(torch.nn.functional.interpolate(random_images(2), size=144)[None]).keypoints).all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from training_runs import Runs, equal, photographs, weights
+from training_runs import Runs, equal, image_folder, weights
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -23,7 +23,7 @@ FILES = (
 def runs(tmp_path_factory, start_model) -> Runs:
     root = tmp_path_factory.mktemp("runs")
     runs = Runs(root)
-    words = ("--dataset_name", photographs(root / "photos", 4), "--model_name_or_path", start_model)
+    words = ("--dataset_name", image_folder(root / "photos", 4), "--model_name_or_path", start_model)
     words += ("--per_device_train_batch_size", 2, "--photo_size", 96, "--num_warmup_steps", 0, "--logging_steps", 1)
     words += ("--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     words += ("--checkpoints_total_limit", 9)
@@ -42,6 +42,8 @@ def runs(tmp_path_factory, start_model) -> Runs:
     resumed.add("only", "pretrain", *words, "--output_dir", only, "--ema_decay", 0.5)
     # The way out that the sentence names.
     shutil.copytree(root / FILES[0] / "checkpoint-1", root / "moved" / "checkpoint-1")
+    for file in ("._random_states_0.pkl", ".DS_Store"):  # as on a disk that was at a Mac
+        (root / "moved" / "checkpoint-1" / file).write_bytes(b"of the system")
     resumed.add("moved", "pretrain", *words, "--output_dir", root / "moved", "--ema_decay", 0.5)
     resumed.start()
     return resumed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from small_models import IMAGE_SIZE, seeded, small_model, transforms_of
-from training_runs import TRAINING, Runs, environment, log, photographs
+from training_runs import TRAINING, Runs, environment, image_folder, log
 
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.geometry import identity_tps, sampling_grid, warp
@@ -31,9 +31,9 @@ PARTS = ("encoder", "affine_head", "tps_head", "decoder")
 
 def batch_of(groups: int = 2, views: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
     coarse = torch.rand(groups * views, 3, 7, 7, generator=seeded(seed))
-    pictures = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") * 255
+    images = torch.nn.functional.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear") * 255
     whole = torch.tensor([1.0, 0, 0, 0, 1, 0]).expand(groups, views, 6)
-    return {"images": pictures.to(torch.uint8).unflatten(0, (groups, views)), "views": whole.clone()}
+    return {"images": images.to(torch.uint8).unflatten(0, (groups, views)), "views": whole.clone()}
 
 
 def objective_of(weights: MaCoSNetLossWeights = FIVE, coupled: bool = True, **options) -> JointObjective:
@@ -51,13 +51,13 @@ def gradients(objective: JointObjective, batch: dict[str, torch.Tensor]) -> dict
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_on_the_device_is_the_crop_of_the_picture(flip):
+def test_a_crop_on_the_device_is_the_crop_of_the_image(flip):
     """Against cropping and mirroring with PIL, where the crop falls on whole pixels."""
     coarse = torch.rand(1, 3, 5, 5, generator=seeded())
     smooth = torch.nn.functional.interpolate(coarse, size=(101, 101), mode="bicubic", align_corners=True).clamp(0, 1)
     crop = (0.1, 0.3, 0.7, 0.9)
-    picture = Image.fromarray((smooth[0].permute(1, 2, 0) * 255).byte().numpy())
-    cropped = picture.crop((10, 30, 71, 91))
+    image = Image.fromarray((smooth[0].permute(1, 2, 0) * 255).byte().numpy())
+    cropped = image.crop((10, 30, 71, 91))
     cropped = ImageOps.mirror(cropped) if flip else cropped
     expected = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255
     # Pixels 10 to 69 of 101 are 1 - 2 / 101 of what lies between the centres of pixels 10 and 70.
@@ -70,11 +70,11 @@ def test_a_crop_on_the_device_is_the_crop_of_the_picture(flip):
 
 def test_a_tenth_of_large_classes_is_held_out():
     names = ["large"] * 40 + ["small"] * 6
-    kept, held = hold_out(names, 3, seed=0)
-    assert sorted(kept + held) == list(range(46))
+    used, held = hold_out(names, 3, seed=0)
+    assert sorted(used + held) == list(range(46))
     assert len(held) == 4
     assert all(names[index] == "large" for index in held)
-    assert hold_out(names, 3, seed=0) == (kept, held)
+    assert hold_out(names, 3, seed=0) == (used, held)
     assert hold_out(["one"] * 12, 3, seed=0)[1] == []
 
 
@@ -129,7 +129,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms():
     assert losses["total"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_each_picture_is_encoded_once():
+def test_each_image_is_encoded_once():
     objective = objective_of()
     rows = []
     objective.model.encoder.register_forward_hook(lambda module, given, result: rows.append(len(given[0])))
@@ -143,9 +143,9 @@ def test_the_perceptual_network_runs_once_and_is_not_part_of_the_objective():
             super().__init__()
             self.conv, self.rows = torch.nn.Conv2d(3, 4, 3), []
 
-        def forward(self, pictures):
-            self.rows.append(len(pictures))
-            return self.conv(pictures).mean(dim=(2, 3))
+        def forward(self, images):
+            self.rows.append(len(images))
+            return self.conv(images).mean(dim=(2, 3))
 
     network = Network()
     losses = MaCoSNetObjective(MaCoSNetLossWeights(contrast=1, contrastive_form="pixels"), network)
@@ -203,12 +203,12 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory():
         objective = objective_of(trained=("encoder", "predictor", "decoder"), frozen_statistics=())
         if checkpointed:
             checkpoint_activations(objective)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.nbytes) or t, lambda t: t):
             total = objective(batch_of(), seeded())["total"]
         total.backward()
         buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-        results.append((total.detach(), {n: p.grad for n, p in objective.named_parameters()}, buffers, sum(kept)))
+        results.append((total.detach(), {n: p.grad for n, p in objective.named_parameters()}, buffers, sum(saved)))
     (loss, grads, buffers, memory), (loss2, grads2, buffers2, memory2) = results
     assert torch.equal(loss, loss2)
     for first, second in ((grads, grads2), (buffers, buffers2)):
@@ -268,7 +268,7 @@ def arguments(photos, start_model) -> list[str]:
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(tmp_path, start_model):
-    photos = photographs(tmp_path / "photos", 8)
+    photos = image_folder(tmp_path / "photos", 8)
     runs = Runs(tmp_path)
     base = (*arguments(photos, start_model), "--per_device_train_batch_size", 2)
     runs.add("best", "train", *base, "--output_dir", tmp_path / "best", largest_file=60_000)
@@ -307,7 +307,7 @@ def test_processes_that_accelerate_does_not_start_are_missed_at_once(tmp_path, s
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one_with_twice_the_batch(tmp_path, start_model):
-    photos = photographs(tmp_path / "photos", 8)
+    photos = image_folder(tmp_path / "photos", 8)
     curves = []
     for processes, batch, option in ((1, 4, "--cpu"), (2, 2, "--multi_gpu")):
         output = tmp_path / str(processes)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from training_runs import ROOT, Runs, equal, log, part, photographs, weights
+from training_runs import ROOT, Runs, equal, image_folder, log, part, weights
 
 for package in ("accelerate", "yaml"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
@@ -19,7 +19,7 @@ PRESETS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, start_model) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    photos = photographs(root / "photos", 12)
+    photos = image_folder(root / "photos", 12)
     runs = Runs(root)
     base = ("--dataset_name", photos, "--model_name_or_path", start_model, "--photo_size", 96, "--num_warmup_steps", 0)
     base += ("--per_device_train_batch_size", 2, "--logging_steps", 1, "--validation_groups", 2, "--ema_decay", 0)
@@ -49,8 +49,9 @@ def runs(tmp_path_factory, start_model) -> Runs:
     taught = (*short, "--prior_weight", 5, "--mask_teacher", start_model)
     runs.add("taught", "train", *taught, "--output_dir", root / "taught")
 
-    runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", "--model", start_model)
-    one = photographs(root / "one", 1)
+    few = ("--model", start_model, "--max-train-steps", 4)
+    runs.add("adapt", "adapt", photos / "cats", "--output-dir", root / "adapted", *few)
+    one = image_folder(root / "one", 1)
     runs.add("adapt-one", "adapt", one, "--output-dir", root / "adapted-one", "--model", start_model)
 
     out = ("--output_dir", root / "refused")
@@ -96,7 +97,7 @@ def test_a_weight_of_zero_turns_a_term_off(runs, term):
     assert set(TERMS) - {term} <= set(line)
 
 
-def test_a_teacher_s_masks_are_kept_beside_the_run(runs, start_model):
+def test_a_teacher_s_masks_are_stored_beside_the_run(runs, start_model):
     from macosnet_hf.io.checkpoints import load_model_and_processor
     from macosnet_hf.training.images import TrainingImages
     from macosnet_hf.training.pseudo_masks import load_masks, teacher_masks
@@ -132,14 +133,14 @@ def test_frozen_parts_stay(runs, start_model):
         assert not equal(trained, start), name
 
 
-def test_the_best_model_by_the_label_free_criterion_is_kept(runs):
+def test_the_best_model_by_the_label_free_criterion_is_stored(runs):
     lines = log(runs.folder / "whole", "criterion")
     assert lines
     assert all(0 <= line["criterion"] <= 1 for line in lines)
     assert (runs.folder / "whole" / "best" / "model.safetensors").is_file()
 
 
-def test_adapt_tells_before_and_after_and_leaves_a_model(runs):
+def test_adapt_reports_before_and_after_and_leaves_a_model(runs):
     runs.succeeded("adapt")
     assert (runs.folder / "adapted" / "model.safetensors").is_file()
     assert "before" in runs.text("adapt").lower()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_models import GRID_SIZE, IMAGE_SIZE, random_pictures, small_model, transforms_of
+from small_models import GRID_SIZE, IMAGE_SIZE, random_images, small_model, transforms_of
 from torch import nn
 
 from macosnet_hf import geometry
@@ -343,7 +343,7 @@ def test_consistent_triplets_cost_nothing():
     assert losses.transitivity_loss(transforms_of(outputs)).item() > 1
 
 
-def test_transitivity_needs_three_pictures():
+def test_transitivity_needs_three_images():
     with pytest.raises(InputError, match="three images"):
         losses.transitivity_loss(transforms_of(random_outputs(2)))
 
@@ -375,18 +375,18 @@ def small_perceptual(dtype=torch.float64) -> SmallPerceptual:
 def test_contrastive_loss_of_pixels_matches_the_loop_reference(views, margin):
     outputs, network = random_outputs(views), small_perceptual()
     generator = torch.Generator().manual_seed(12)
-    pictures = torch.randn(BATCH, views, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64)
-    result = losses.contrastive_loss(outputs, pictures, network, form="pixels", margin=margin, reduction="none")
+    images = torch.randn(BATCH, views, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64)
+    result = losses.contrastive_loss(outputs, images, network, form="pixels", margin=margin, reduction="none")
     assert network.calls == 1  # all masked images of the step in one batch
     for b in range(BATCH):
         objects, backgrounds = [], []
         for p, (i, _) in enumerate(ordered_pairs(views)):
-            kept, rest = pictures[b, i].clone(), pictures[b, i].clone()
+            inside, rest = images[b, i].clone(), images[b, i].clone()
             for y, x in itertools.product(range(PIXELS), range(PIXELS)):
                 mask = sigmoid(float(outputs.mask_logits[b, p, y, x]))
-                kept[:, y, x] *= mask
+                inside[:, y, x] *= mask
                 rest[:, y, x] *= 1 - mask
-            objects.append(network(kept[None])[0].tolist())
+            objects.append(network(inside[None])[0].tolist())
             backgrounds.append(network(rest[None])[0].tolist())
         expected = reference_contrast(objects, backgrounds, views, margin, scale=5)
         assert result[b].item() == pytest.approx(expected, rel=1e-9)
@@ -409,7 +409,7 @@ def test_contrastive_loss_of_features_matches_the_loop_reference(views, given):
 
 
 def test_the_margin_is_a_cut_off():
-    """Objects alike, backgrounds as far from them as asked: d+ = 0 and d- = 0 (eq. 10)."""
+    """Equal objects, backgrounds as far from them as asked: d+ = 0 and d- = 0 (eq. 10)."""
     features = torch.zeros(1, 2, 2, SIDE, SIDE)
     features[:, :, 0, :, :2], features[:, :, 1, :, 2:] = 1.0, 1.0  # left: first channel, right: second
     masks = torch.full((1, 2, PIXELS, PIXELS), -40.0)
@@ -434,7 +434,7 @@ def test_features_of_another_network_can_take_the_place_of_the_model_s_own():
 
 
 def test_features_judge_the_masks_and_are_not_trained_by_them():
-    """As F in the paper: else the encoder could make all objects alike instead of finding them."""
+    """As F in the paper: else the encoder could make all objects equal instead of finding them."""
     outputs = random_outputs()
     outputs.features.requires_grad_()
     outputs.mask_logits.requires_grad_()
@@ -482,7 +482,7 @@ def test_consistency_follows_the_transform_s_direction():
     assert losses.consistency_loss(wrong, transforms_of(wrong)).item() > 1
 
 
-def test_a_picture_warped_away_altogether_counts_nothing():
+def test_an_image_warped_away_altogether_counts_nothing():
     outputs = identity_outputs(masks=torch.randn(1, 2, PIXELS, PIXELS))
     outputs.affine[0, :, 2] = 9.0
     outputs.affine.requires_grad_()
@@ -518,8 +518,8 @@ TRAINED = {
 }
 
 
-def call(name: str, outputs: MaCoSNetModelOutput, pictures: torch.Tensor) -> torch.Tensor:
-    return ALL_LOSSES[name](outputs, pictures)
+def call(name: str, outputs: MaCoSNetModelOutput, images: torch.Tensor) -> torch.Tensor:
+    return ALL_LOSSES[name](outputs, images)
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -528,8 +528,8 @@ def test_gradient_reaches_the_sub_networks_of_its_equation_and_no_others(name, v
     if name == "transitivity" and views == 2:
         views = 3
     model = small_model(MaCoSNetModel)
-    pictures = random_pictures(1, views)
-    call(name, model(pictures), pictures).backward()
+    images = random_images(1, views)
+    call(name, model(images), images).backward()
     parts = {"E": model.encoder, "affine": model.affine_head, "tps": model.tps_head, "D": model.decoder}
     reached = set()
     for part, module in parts.items():
@@ -543,9 +543,9 @@ def test_gradient_reaches_the_sub_networks_of_its_equation_and_no_others(name, v
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_descending_the_gradient_lowers_the_loss(name):
     model = small_model(MaCoSNetModel)
-    pictures = random_pictures(2, 3)
+    images = random_images(2, 3)
     parameters = list(model.parameters())
-    loss = call(name, model(pictures), pictures)
+    loss = call(name, model(images), images)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     squared_norm = sum(gradient.square().sum() for gradient in gradients if gradient is not None)
     # Small enough a step that the loss is a line, large enough to stand clear of rounding.
@@ -554,7 +554,7 @@ def test_descending_the_gradient_lowers_the_loss(name):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter -= step * gradient
-        after = call(name, model(pictures), pictures)
+        after = call(name, model(images), images)
     assert after < loss
 
 
@@ -606,10 +606,10 @@ def test_half_precision_outputs_are_raised_to_float32(name):
     half = MaCoSNetModelOutput(**{key: value.bfloat16() for key, value in outputs.items()})
     for key in ("affine", "tps"):  # the model gives transforms in float32 whatever its precision
         half[key] = outputs[key]
-    pictures = torch.randn(BATCH, 3, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(2))
-    result = call(name, half, pictures)
+    images = torch.randn(BATCH, 3, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(2))
+    result = call(name, half, images)
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, call(name, outputs, pictures), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(result, call(name, outputs, images), rtol=0.02, atol=0.02)
 
 
 def test_a_missing_field_or_an_unknown_option_is_named():
@@ -644,11 +644,11 @@ def test_perceptual_network_is_frozen_but_lets_gradients_through():
     network.train()
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    pictures = torch.randn(2, 3, 64, 64, requires_grad=True)
-    vectors = network(pictures)
+    images = torch.randn(2, 3, 64, 64, requires_grad=True)
+    vectors = network(images)
     assert vectors.shape == (2, network.num_features) == (2, 512)
     vectors.square().sum().backward()
-    assert pictures.grad.abs().max() > 0
+    assert images.grad.abs().max() > 0
 
 
 def test_perceptual_network_defaults_to_resnet50():
@@ -661,10 +661,10 @@ def test_perceptual_network_normalises_anew():
     network = PerceptualNetwork("resnet18")
     other = PerceptualNetwork("resnet18", image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.25, 0.125))
     other.network.load_state_dict(network.network.state_dict())
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
 
     def normalise(mean, std):
-        return (picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        return (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     expected = network(normalise(losses.IMAGENET_MEAN, losses.IMAGENET_STD))
     torch.testing.assert_close(other(normalise((0.5, 0.4, 0.3), (0.5, 0.25, 0.125))), expected, rtol=1e-4, atol=1e-5)
@@ -676,11 +676,9 @@ def test_perceptual_network_loads_a_classifier_s_weights_and_refuses_others():
     torch.manual_seed(1)
     classifier = timm.create_model("resnet18", pretrained=False).eval()
     network = PerceptualNetwork("resnet18").load_imagenet_weights(classifier.state_dict())
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(
-            network(picture), classifier.forward_head(classifier.forward_features(picture), True)
-        )
+        torch.testing.assert_close(network(image), classifier.forward_head(classifier.forward_features(image), True))
     before = copy.deepcopy(network.state_dict())
     state = dict(classifier.state_dict())
     del state["conv1.weight"]
@@ -728,13 +726,13 @@ def test_objective_is_the_weighted_sum(form, unit):
     network = small_perceptual(torch.float32)
     objective = MaCoSNetObjective(weights, network)
     outputs = random_outputs(3, dtype=torch.float32)
-    pictures = torch.randn(BATCH, 3, 3, PIXELS, PIXELS)
-    result = objective(outputs, transforms_of(outputs, 0.1), pictures)
+    images = torch.randn(BATCH, 3, 3, PIXELS, PIXELS)
+    result = objective(outputs, transforms_of(outputs, 0.1), images)
     expected = {
         "matching": losses.matching_loss(outputs, transforms_of(outputs, 0.1), radius=1.5),
         "cycle": losses.cycle_loss(transforms_of(outputs, 0.1), unit=unit, image_size=PIXELS),
         "transitivity": losses.transitivity_loss(transforms_of(outputs, 0.1), unit=unit, image_size=PIXELS),
-        "contrast": losses.contrastive_loss(outputs, pictures, network, form=form, margin=1.5),
+        "contrast": losses.contrastive_loss(outputs, images, network, form=form, margin=1.5),
         "consistency": losses.consistency_loss(outputs, transforms_of(outputs, 0.1)),
     }
     assert set(result) == {"total", *expected}
@@ -750,8 +748,8 @@ def test_terms_of_weight_zero_are_not_computed():
     weights = MaCoSNetLossWeights(matching=0, cycle=1, contrastive_form="pixels")
     # Pairs and no masks: the transitivity, contrast and consistency terms would fail if they were computed.
     outputs.mask_logits = outputs.correlation = None
-    pictures = torch.zeros(BATCH, 2, 3, 240, 240)
-    result = MaCoSNetObjective(weights, network)(outputs, transforms_of(outputs), pictures)
+    images = torch.zeros(BATCH, 2, 3, 240, 240)
+    result = MaCoSNetObjective(weights, network)(outputs, transforms_of(outputs), images)
     assert set(result) == {"total", "cycle"}
     assert network.calls == 0
     torch.testing.assert_close(result["total"], losses.cycle_loss(transforms_of(outputs)))
@@ -761,9 +759,9 @@ def test_terms_of_weight_zero_are_not_computed():
 
 def test_separate_streams_share_nothing():
     weights = MaCoSNetLossWeights.from_benchmark("tss", trans=0)
-    model, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
-    outputs = model(pictures)
-    result = MaCoSNetObjective(weights, coupled=False)(outputs, model.transforms(outputs), pictures)
+    model, images = small_model(MaCoSNetModel), random_images(1, 2)
+    outputs = model(images)
+    result = MaCoSNetObjective(weights, coupled=False)(outputs, model.transforms(outputs), images)
     assert set(result) == {"total", "matching", "cycle", "contrast"}
     torch.testing.assert_close(
         result["matching"], losses.matching_loss(outputs, transforms_of(outputs), mask_guided=False)
@@ -773,9 +771,9 @@ def test_separate_streams_share_nothing():
 
 
 def test_detached_masks_are_not_trained_by_the_matching_term():
-    model, pictures = small_model(MaCoSNetModel), random_pictures(1, 2)
-    objective, outputs = MaCoSNetObjective(MaCoSNetLossWeights(), detach_masks=True), model(pictures)
-    objective(outputs, model.transforms(outputs), pictures)["total"].backward()
+    model, images = small_model(MaCoSNetModel), random_images(1, 2)
+    objective, outputs = MaCoSNetObjective(MaCoSNetLossWeights(), detach_masks=True), model(images)
+    objective(outputs, model.transforms(outputs), images)["total"].backward()
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
 
 
@@ -791,10 +789,10 @@ def test_objective_freezes_the_perceptual_network_and_keeps_it_out_of_the_model(
     names = set(model.state_dict())
     objective = MaCoSNetObjective(MaCoSNetLossWeights(contrast=1, contrastive_form="pixels"), network).train()
     before = copy.deepcopy(network.state_dict())
-    pictures = random_pictures(2, 2)
+    images = random_images(2, 2)
     model.train()
-    outputs = model(pictures)
-    objective(outputs, model.transforms(outputs), pictures)["total"].backward()
+    outputs = model(images)
+    objective(outputs, model.transforms(outputs), images)["total"].backward()
     assert not network.training
     assert not network.norm.training
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -805,14 +803,14 @@ def test_objective_freezes_the_perceptual_network_and_keeps_it_out_of_the_model(
 
 def test_a_few_steps_of_training_lower_the_objective():
     model = small_model(MaCoSNetModel)
-    pictures = random_pictures(2, 3)
-    assert pictures.shape[-1] == IMAGE_SIZE == 16 * GRID_SIZE
+    images = random_images(2, 3)
+    assert images.shape[-1] == IMAGE_SIZE == 16 * GRID_SIZE
     objective = MaCoSNetObjective(MaCoSNetLossWeights.from_benchmark("pf-pascal", unit="normalized"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     totals = []
     for _ in range(5):
-        outputs = model(pictures)
-        total = objective(outputs, model.transforms(outputs), pictures)["total"]
+        outputs = model(images)
+        total = objective(outputs, model.transforms(outputs), images)["total"]
         totals.append(total.item())
         optimizer.zero_grad()
         total.backward()

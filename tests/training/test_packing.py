@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from small_models import random_pictures
+from small_models import random_images
 
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
@@ -37,7 +37,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 def folders(tmp_path_factory):
     """A data set of two classes, a list of one pair, and both packed."""
     root = tmp_path_factory.mktemp("packing")
-    for number, pixels in enumerate(random_pictures(6).permute(0, 2, 3, 1)):
+    for number, pixels in enumerate(random_images(6).permute(0, 2, 3, 1)):
         path = root / "images" / ("cats", "dogs")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels[..., 0].sigmoid() * 255).byte().numpy()).resize((90 + number, 60)).save(path)

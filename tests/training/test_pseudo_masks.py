@@ -108,22 +108,22 @@ def scene(count: int, side: int, cells: int) -> tuple[torch.Tensor, torch.Tensor
     """uint8 images with a coloured disc before a noisy ground, features that see it through noise, true masks."""
     generator = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / (side - 1) * 2 - 1
-    pictures, masks, features = [], [], []
+    images, masks, features = [], [], []
     direction = generator.normal(size=12)
     for index in range(count):
         centre, radius = generator.uniform(-0.25, 0.25, 2), generator.uniform(0.35, 0.55)
         mask = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
         ground, colour = ((60, 120, 60), (200, 60, 50)) if index % 2 else ((90, 90, 140), (220, 200, 70))
-        picture = np.where(mask[..., None], colour, ground) + generator.normal(0, 12, (side, side, 3))
+        image = np.where(mask[..., None], colour, ground) + generator.normal(0, 12, (side, side, 3))
         share = mask.reshape(cells, side // cells, cells, side // cells).mean((1, 3))
         base = generator.normal(size=12)
         maps = (
             base[:, None, None] + (direction * 2)[:, None, None] * share + generator.normal(0, 0.5, (12, cells, cells))
         )
-        pictures.append(picture.clip(0, 255).astype(np.uint8))
+        images.append(image.clip(0, 255).astype(np.uint8))
         masks.append(mask)
         features.append(maps)
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return stacked, torch.from_numpy(np.stack(features)).float(), torch.from_numpy(np.stack(masks))
 
 
@@ -131,11 +131,11 @@ def jaccard(found: torch.Tensor, truth: torch.Tensor) -> list[float]:
     return [((a & b).sum() / (a | b).sum()).item() for a, b in zip(found, truth, strict=True)]
 
 
-def test_sharpen_follows_the_edges_of_the_picture_from_a_coarse_map():
-    pictures, _, truth = scene(3, 128, 8)
+def test_sharpen_follows_the_edges_of_the_image_from_a_coarse_map():
+    images, _, truth = scene(3, 128, 8)
     coarse = torch.nn.functional.avg_pool2d(truth[:, None].float(), 16)[:, 0]
     blocks = torch.nn.functional.interpolate(coarse[:, None], size=(128, 128), mode="nearest")[:, 0] > 0.5
-    found = sharpen(pictures, coarse, working_size=128, quiet=True)
+    found = sharpen(images, coarse, working_size=128, quiet=True)
     assert found.dtype == torch.bool
     assert found.shape == (3, 128, 128)
     assert min(jaccard(found, truth)) > 0.97
@@ -143,13 +143,13 @@ def test_sharpen_follows_the_edges_of_the_picture_from_a_coarse_map():
 
 
 def test_obvious_objects_are_found_without_labels():
-    pictures, features, truth = scene(6, 128, 8)
-    found = pseudo_masks(pictures, features, ["b", "a"] * 3, quiet=True)
+    images, features, truth = scene(6, 128, 8)
+    found = pseudo_masks(images, features, ["b", "a"] * 3, quiet=True)
     assert min(jaccard(found, truth)) > 0.9
-    again = pseudo_masks(pictures, features, ["b", "a"] * 3, quiet=True)
+    again = pseudo_masks(images, features, ["b", "a"] * 3, quiet=True)
     assert torch.equal(found, again)
     # One class of all images, and half-precision features, do as well.
-    assert min(jaccard(pseudo_masks(pictures, features.half(), ["x"] * 6, quiet=True), truth)) > 0.9
+    assert min(jaccard(pseudo_masks(images, features.half(), ["x"] * 6, quiet=True), truth)) > 0.9
 
 
 def test_masks_survive_their_file(tmp_path):
@@ -178,37 +178,37 @@ def teacher():
 
 
 def read(names, side=256):
-    pictures = [Image.open(PHOTOS / name).convert("RGB").resize((side, side)) for name in names]
-    return torch.stack([torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures])
+    images = [Image.open(PHOTOS / name).convert("RGB").resize((side, side)) for name in names]
+    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images])
 
 
-def masks_of(teacher, pictures, names):
-    return teacher_masks(*teacher, lambda numbers: pictures[numbers], names, quiet=True)
+def masks_of(teacher, images, names):
+    return teacher_masks(*teacher, lambda numbers: images[numbers], names, quiet=True)
 
 
 def test_a_teacher_s_masks_are_those_of_a_collection(teacher):
     model, processor = teacher
-    pictures = read(["cheetah1.jpg", "lion.jpg", "cheetah.jpg"])
-    found = masks_of(teacher, pictures, ["cat", "cat", "cat"])
+    images = read(["cheetah1.jpg", "lion.jpg", "cheetah.jpg"])
+    found = masks_of(teacher, images, ["cat", "cat", "cat"])
     assert found.shape == (3, 256, 256)
     assert found.dtype == torch.bool
     collection = Collection(model, processor)
-    collection.add([Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures])
+    collection.add([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images])
     expected = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
     expected = F.interpolate(expected[:, None], size=(256, 256), mode="bilinear", align_corners=False)[:, 0] >= 0.5
     assert torch.equal(found, expected)
     assert (found.float().mean((1, 2)) > 0.02).all()
 
 
-def test_a_teacher_s_masks_stay_with_their_photographs_whatever_the_order(teacher):
-    pictures = read(["cheetah1.jpg", "tower.jpg", "lion.jpg", "bus.png"])
+def test_a_teacher_s_masks_stay_with_their_images_whatever_the_order(teacher):
+    images = read(["cheetah1.jpg", "tower.jpg", "lion.jpg", "bus.png"])
     names = ["cat", "thing", "cat", "thing"]
-    straight = masks_of(teacher, pictures, names)
+    straight = masks_of(teacher, images, names)
     order = [3, 2, 0, 1]
-    shuffled = masks_of(teacher, pictures[order], [names[number] for number in order])
+    shuffled = masks_of(teacher, images[order], [names[number] for number in order])
     assert torch.equal(shuffled, straight[order])
 
 
-def test_a_teacher_needs_two_photographs_of_a_class(teacher):
+def test_a_teacher_needs_two_images_of_a_class(teacher):
     with pytest.raises(DataError, match=r"'dog' \(1\)"):
         masks_of(teacher, read(["cheetah1.jpg", "lion.jpg", "bus.png"]), ["cat", "cat", "dog"])

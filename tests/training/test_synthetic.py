@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 SIDE = 96
 
 
-def smooth_pictures(batch: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:
+def smooth_images(batch: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:
     """`(batch, 3, side, side)` in [0, 1], asymmetric, and smooth enough that bilinear sampling is nearly exact."""
     noise = torch.rand(batch, 3, 6, 6, generator=seeded(seed))
     return torch.nn.functional.interpolate(noise, size=(side, side), mode="bicubic", align_corners=True).clamp(0, 1)
@@ -49,12 +49,12 @@ def dots(batch: int) -> torch.Tensor:
     return torch.exp(-distance2 / (2 * 0.04**2)).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
 
-def centre_of_brightness(pictures: torch.Tensor) -> torch.Tensor:
+def centre_of_brightness(images: torch.Tensor) -> torch.Tensor:
     """`(B, 2)` normalised place of the dot: the mean position of the bright pixels around the brightest."""
     grid, places = make_grid(SIDE, SIDE), []
-    for picture in pictures.mean(1):
-        brightest = grid.reshape(-1, 2)[picture.flatten().argmax()]
-        near = ((grid - brightest).square().sum(-1) < 0.2**2).float() * picture
+    for image in images.mean(1):
+        brightest = grid.reshape(-1, 2)[image.flatten().argmax()]
+        near = ((grid - brightest).square().sum(-1) < 0.2**2).float() * image
         places.append((grid * near.unsqueeze(-1)).sum((0, 1)) / near.sum())
     return torch.stack(places)
 
@@ -75,17 +75,17 @@ def test_a_dot_at_q_in_the_target_is_at_t_of_q_in_the_source(seed):
     assert (pairs.transform.without_spline().apply(in_target[:, None])[:, 0] - in_source).norm(dim=-1).max() > 0.025
 
 
-def bilinear(picture: torch.Tensor, x: float, y: float) -> torch.Tensor:
+def bilinear(image: torch.Tensor, x: float, y: float) -> torch.Tensor:
     """One sample by hand; (x, y) in pixels, inside."""
     column, row = min(int(x), SIDE - 2), min(int(y), SIDE - 2)
     u, v = x - column, y - row
-    top = (1 - u) * picture[:, row, column] + u * picture[:, row, column + 1]
-    bottom = (1 - u) * picture[:, row + 1, column] + u * picture[:, row + 1, column + 1]
+    top = (1 - u) * image[:, row, column] + u * image[:, row, column + 1]
+    bottom = (1 - u) * image[:, row + 1, column] + u * image[:, row + 1, column + 1]
     return (1 - v) * top + v * bottom
 
 
 def test_the_target_shows_at_q_what_the_source_shows_at_t_of_q():
-    pairs = make_pairs(smooth_pictures(3), SIDE, WarpRange(), seeded(5), background_swap=0, change_colours=False)
+    pairs = make_pairs(smooth_images(3), SIDE, WarpRange(), seeded(5), background_swap=0, change_colours=False)
     compared = 0
     for index in range(3):
         for row in range(0, SIDE, 7):
@@ -101,38 +101,38 @@ def test_the_target_shows_at_q_what_the_source_shows_at_t_of_q():
     assert compared > 200
 
 
-def test_nothing_outside_the_photograph_is_filled_with_a_colour_of_its_own():
+def test_nothing_outside_the_image_is_filled_with_a_colour_of_its_own():
     """An image of brightness 0.5 to 1: reflection keeps to these, a black, white or grey frame would not."""
-    photographs = 0.5 + smooth_pictures(6) / 2
-    photographs[:, 0] = 1.0
+    images = 0.5 + smooth_images(6) / 2
+    images[:, 0] = 1.0
     far = WarpRange(translation=0.9, log_scale=0.7)
     for seed in range(3):
-        pairs = make_pairs(photographs, SIDE, far, seeded(seed), background_swap=0.5, change_colours=False)
+        pairs = make_pairs(images, SIDE, far, seeded(seed), background_swap=0.5, change_colours=False)
         outside = pairs.transform.apply(make_grid(SIDE, SIDE).reshape(1, -1, 2)).abs().amax(-1) > 1.2
         assert outside.float().mean() > 0.2  # there is much to fill
-        for pictures in (pairs.source, pairs.target):
-            assert pictures.min() >= 0.5 - 1e-5
-            assert torch.allclose(pictures[:, 0], torch.ones(()), atol=1e-5)
+        for view in (pairs.source, pairs.target):
+            assert view.min() >= 0.5 - 1e-5
+            assert torch.allclose(view[:, 0], torch.ones(()), atol=1e-5)
 
 
 def test_no_row_at_the_border_stands_still_as_with_border_padding():
     """Where the frame shows what lies outside the image, neighbouring pixels still differ."""
     noise = torch.rand(4, 3, SIDE, SIDE, generator=seeded(1))
     pairs = make_pairs(noise, SIDE, WarpRange(translation=0.9), seeded(2), background_swap=0, change_colours=False)
-    for pictures in (pairs.source, pairs.target):
-        across = (pictures[:, :, :, 1:] - pictures[:, :, :, :-1]).abs().mean(1)
-        down = (pictures[:, :, 1:] - pictures[:, :, :-1]).abs().mean(1)
+    for images in (pairs.source, pairs.target):
+        across = (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().mean(1)
+        down = (images[:, :, 1:] - images[:, :, :-1]).abs().mean(1)
         blocks = torch.nn.functional.avg_pool2d(across[:, :-1] + down[:, :, :-1], 8)
         assert blocks.min() > 0.02
 
 
 def test_swapped_backgrounds_keep_the_object_and_change_the_rest():
-    photographs = smooth_pictures(2)
-    photographs[0], photographs[1] = photographs[0] * 0.3, 0.7 + photographs[1] * 0.3
+    images = smooth_images(2)
+    images[0], images[1] = images[0] * 0.3, 0.7 + images[1] * 0.3
     far = WarpRange(rotation=0.3, log_scale=0.3, translation=0.9)
     kwargs = {"change_colours": False}
-    plain = make_pairs(photographs, SIDE, far, seeded(3), background_swap=0, **kwargs)
-    swapped = make_pairs(photographs, SIDE, far, seeded(3), background_swap=1, **kwargs)
+    plain = make_pairs(images, SIDE, far, seeded(3), background_swap=0, **kwargs)
+    swapped = make_pairs(images, SIDE, far, seeded(3), background_swap=1, **kwargs)
     assert torch.equal(plain.transform.affine, swapped.transform.affine)
     assert torch.equal(plain.transform.tps, swapped.transform.tps)
     assert torch.equal(plain.source, swapped.source)
@@ -145,16 +145,16 @@ def test_swapped_backgrounds_keep_the_object_and_change_the_rest():
 
 
 def test_the_same_seed_gives_the_same_pairs_and_another_does_not():
-    photographs = smooth_pictures(3)
-    first, second = (make_pairs(photographs, SIDE, WarpRange(), seeded(7)) for _ in range(2))
-    other = make_pairs(photographs, SIDE, WarpRange(), seeded(8))
+    images = smooth_images(3)
+    first, second = (make_pairs(images, SIDE, WarpRange(), seeded(7)) for _ in range(2))
+    other = make_pairs(images, SIDE, WarpRange(), seeded(8))
     for name in ("source", "target", "transform.affine", "transform.tps"):
         values = operator.attrgetter(name)
         assert torch.equal(values(first), values(second))
         assert not torch.equal(values(first), values(other))
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    make_pairs(photographs, SIDE, WarpRange(), seeded(7))
+    make_pairs(images, SIDE, WarpRange(), seeded(7))
     assert torch.equal(torch.random.get_rng_state(), state)  # nothing is drawn elsewhere
 
 
@@ -198,7 +198,7 @@ def test_control_points_move_no_further_than_the_jitter():
     assert moved.amax(1).min() < 0.01
 
 
-def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_photograph():
+def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_image():
     view = random_view(1000, seeded(), CPU)
     assert 0.4 < (view[:, 0] < 0).float().mean() < 0.6
     assert torch.equal(view[:, 0].abs(), view[:, 4])  # no change of aspect, never upside down
@@ -208,16 +208,16 @@ def test_half_of_the_views_are_mirrored_and_all_show_most_of_the_photograph():
     assert (view[:, [1, 3]] == 0).all()
 
 
-def test_photometric_changes_stay_in_range_and_keep_every_picture_to_itself():
-    pictures = smooth_pictures(8)
-    changed = photometric(pictures, seeded(4))
-    assert changed.shape == pictures.shape
+def test_photometric_changes_stay_in_range_and_keep_every_image_to_itself():
+    images = smooth_images(8)
+    changed = photometric(images, seeded(4))
+    assert changed.shape == images.shape
     assert changed.min() >= 0
     assert changed.max() <= 1
-    assert (changed - pictures).abs().mean(dim=(1, 2, 3)).min() > 0.005
+    assert (changed - images).abs().mean(dim=(1, 2, 3)).min() > 0.005
     # What happens to an image does not depend on the others of its batch.
-    others = pictures.clone()
-    others[1:] = pictures[1:].flip(-1)
+    others = images.clone()
+    others[1:] = images[1:].flip(-1)
     assert torch.equal(photometric(others, seeded(4))[0], changed[0])
 
 
@@ -269,8 +269,8 @@ def test_the_objective_is_smallest_at_the_true_transforms():
     limits = WarpRange(tps_jitter=0)  # an affine way back exists only without bending
     model = small_model(MaCoSNetModel)
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits, exact_share=1.0, feature_noise=0).eval()
-    photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
-    pairs = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11))
+    images = (smooth_images(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
+    pairs = make_pairs(images.float() / 255, IMAGE_SIZE, limits, seeded(11))
     affine = pairs.transform.affine
 
     model.tps_head = Told(identity_tps(6))
@@ -282,14 +282,14 @@ def test_the_objective_is_smallest_at_the_true_transforms():
     }
     for name, answer in answers.items():
         model.affine_head = Told(answer)
-        losses[name] = objective(photographs, seeded(11))
+        losses[name] = objective(images, seeded(11))
     assert losses["right"]["total"].item() == pytest.approx(0.02, abs=1e-4)
     assert losses["identity"]["affine"] > 0.15
     assert losses["swapped"]["affine"] > 0.3
     # What the heads were shown: S_AB, then S_BA; for the spline with A (then B) warped and encoded again.
-    pixels = [(pictures - 0.5) / 0.25 for pictures in (pairs.source, pairs.target)]
+    pixels = [(view - 0.5) / 0.25 for view in (pairs.source, pairs.target)]
     with torch.no_grad():
-        a, b = (model.encoder(pictures).normalized for pictures in pixels)
+        a, b = (model.encoder(view).normalized for view in pixels)
         warped = warp(torch.cat(pixels), sampling_grid(answers["right"], size=(IMAGE_SIZE, IMAGE_SIZE)))
         again = model.encoder(warped).normalized
         for shown, source in ((model.affine_head, torch.cat((a, b))), (model.tps_head, again)):
@@ -301,23 +301,23 @@ def test_the_objective_is_smallest_at_the_true_transforms():
 def test_coordinates_are_exact_where_the_network_is_autocast(precision):
     model, limits = small_model(MaCoSNetModel), WarpRange(tps_jitter=0)
     objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, limits).eval()
-    photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
-    affine = make_pairs(photographs.float() / 255, IMAGE_SIZE, limits, seeded(11)).transform.affine
+    images = (smooth_images(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
+    affine = make_pairs(images.float() / 255, IMAGE_SIZE, limits, seeded(11)).transform.affine
     model.affine_head, model.tps_head = Told(torch.cat((affine, invert_affine(affine)))), Told(identity_tps(6))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        losses = objective(photographs, seeded(11))
+        losses = objective(images, seeded(11))
     assert model.tps_head.correlation.dtype == getattr(torch, precision)  # autocast was at work
     assert losses["total"].item() == pytest.approx(0.02, abs=1e-4)
 
 
 def test_numbers_drawn_on_the_device_are_those_of_the_seed():
     """On a CPU both ways draw the same."""
-    photographs = (smooth_pictures(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
+    images = (smooth_images(3, side=IMAGE_SIZE) * 255).to(torch.uint8)
     losses = []
     for draw_on_device in (False, True):
         model = small_model(MaCoSNetModel)
         objective = SyntheticObjective(model, [0.5] * 3, [0.25] * 3, WarpRange(), draw_on_device=draw_on_device)
-        losses.append(objective(photographs, seeded(7))["total"])
+        losses.append(objective(images, seeded(7))["total"])
     assert torch.equal(*losses)
 
 
@@ -326,18 +326,18 @@ def test_numbers_drawn_on_the_device_are_those_of_the_seed():
 
 def coloured_groups(groups: int = 6, size: int = 64):
     """Pairs of images, each of its own flat grey with a brighter rectangle in red: the object."""
-    pictures = torch.linspace(0.05, 0.6, 2 * groups).view(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
+    images = torch.linspace(0.05, 0.6, 2 * groups).view(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
     masks = torch.zeros(2 * groups, size, size)
     masks[:, 20:44, 16:40] = 1
-    pictures[:, 0][masks.bool()] = 1.0
-    return pictures, masks
+    images[:, 0][masks.bool()] = 1.0
+    return images, masks
 
 
 def test_pasted_objects_lie_on_backgrounds_of_other_groups():
-    pictures, masks = coloured_groups()
-    greys = pictures[:, 2, 0, 0]
-    pasted, labels = paste_on_others(pictures, masks, 1.0, torch.Generator().manual_seed(0))
-    count = len(pictures)
+    images, masks = coloured_groups()
+    greys = images[:, 2, 0, 0]
+    pasted, labels = paste_on_others(images, masks, 1.0, torch.Generator().manual_seed(0))
+    count = len(images)
     backgrounds = []
     for k in range(count):
         inside = labels[k] > 0.99
@@ -356,17 +356,17 @@ def test_pasted_objects_lie_on_backgrounds_of_other_groups():
 
 
 def test_pasting_leaves_alone_what_is_not_chosen_or_not_clean():
-    pictures, masks = coloured_groups()
-    same, labels = paste_on_others(pictures, masks, 0.0, torch.Generator().manual_seed(0))
-    assert torch.equal(same, pictures)
+    images, masks = coloured_groups()
+    same, labels = paste_on_others(images, masks, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(same, images)
     assert torch.equal(labels, masks)
     masks[3], masks[4] = 1.0, 0.0  # a flood and an empty mask
     masks[5, :, :] = 0
     masks[5, :30, :20] = 1  # cut by the frame
     assert clean_cutouts(masks).tolist() == [k not in (3, 4, 5) for k in range(len(masks))]
-    pasted, labels = paste_on_others(pictures, masks, 1.0, torch.Generator().manual_seed(0))
+    pasted, labels = paste_on_others(images, masks, 1.0, torch.Generator().manual_seed(0))
     for k in (3, 4, 5):
-        assert torch.equal(pasted[k], pictures[k])
+        assert torch.equal(pasted[k], images[k])
         assert torch.equal(labels[k], masks[k])
-    few = pictures[:4], masks[:4]
+    few = images[:4], masks[:4]
     assert torch.equal(paste_on_others(*few, 1.0, torch.Generator().manual_seed(0))[0], few[0])

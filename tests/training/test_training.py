@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import TRAINING, Runs, environment, equal, log, part, photographs, same, state_of, weights
+from training_runs import TRAINING, Runs, environment, equal, image_folder, log, part, same, state_of, weights
 
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 
@@ -24,7 +24,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     """All runs of this file. Seven images in batches of two: three batches an epoch, two batches a step, so that
     steps straddle the ends of epochs."""
     root = tmp_path_factory.mktemp("runs")
-    photos = photographs(root / "photos", 7)
+    photos = image_folder(root / "photos", 7)
     runs = Runs(root)
     small = ("--per_device_train_batch_size", 2, "--photo_size", 96, "--num_warmup_steps", 0, "--logging_steps", 1)
     base = ("--dataset_name", photos, "--model_name_or_path", start_model, *small)
@@ -43,7 +43,7 @@ def runs(tmp_path_factory, start_model) -> Runs:
     runs.add("other-seed", "pretrain", *exact, *other, "--seed", 5)
     runs.add("other-batch", "pretrain", *exact, *other, "--per_device_train_batch_size", 3)
     runs.add("other-limit", "pretrain", *exact, *other, "--rotation", 0.7)
-    runs.add("other-photos", "pretrain", *exact, *other, "--dataset_name", photographs(root / "more", 8))
+    runs.add("other-photos", "pretrain", *exact, *other, "--dataset_name", image_folder(root / "more", 8))
     runs.add("not-resumed", "pretrain", *exact, "--output_dir", root / "after-3")
     runs.add("earlier", "pretrain", *exact, *other, "--resume_from_checkpoint", root / "after-3" / "checkpoint-4")
     runs.add("no-checkpoint", "pretrain", *exact, *other, "--resume_from_checkpoint", photos)
@@ -108,16 +108,16 @@ def runs(tmp_path_factory, start_model) -> Runs:
     for name in ("unknown", "flag", "broken", "absent"):
         runs.add(f"config-{name}", "pretrain", *base, *out, "--config", root / f"{name}.yaml")
     (root / "empty").mkdir()
-    one = photographs(root / "one", 1)
-    damaged = photographs(root / "damaged", 6)
-    picture = damaged / "cats" / "003.png"
-    picture.write_bytes(picture.read_bytes()[:2000])
+    one = image_folder(root / "one", 1)
+    damaged = image_folder(root / "damaged", 6)
+    image = damaged / "cats" / "003.png"
+    image.write_bytes(image.read_bytes()[:2000])
     runs.add("empty", "pretrain", *base, *out, "--dataset_name", root / "empty")
     runs.add("unknown-data", "pretrain", *base, *out, "--dataset_name", "nobody/nothing")
     runs.add("one-photo", "pretrain", *base, *out, "--dataset_name", one)
-    runs.add("one-in-class", "decoder", *base, *out, "--dataset_name", photographs(root / "three", 3))
+    runs.add("one-in-class", "decoder", *base, *out, "--dataset_name", image_folder(root / "three", 3))
     runs.add("damaged", "pretrain", *base, *out, "--dataset_name", damaged)
-    runs.add("damaged-kept", "pretrain", *base, *out, "--dataset_name", damaged, "--keep_in_memory")
+    runs.add("damaged-in-memory", "pretrain", *base, *out, "--dataset_name", damaged, "--keep_in_memory")
     runs.add("damaged-decoder", "decoder", *base, *out, "--dataset_name", damaged)
     runs.add("no-model", "pretrain", *base, *out, "--model_name_or_path", root / "empty")
     runs.add("no-preset", "pretrain", "--dataset_name", photos, *small, *out, "--preset", "enormous")
@@ -173,7 +173,7 @@ def test_the_number_of_checkpoints_is_bounded(runs):
         assert found == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_resuming_with_other_settings_or_photographs_is_refused(runs):
+def test_resuming_with_other_settings_or_images_is_refused(runs):
     runs.refused("other-seed", "other settings: seed 0 (now 5)")
     runs.refused("other-batch", "per_device_train_batch_size 2 (now 3)")
     runs.refused("other-limit", "rotation 0.3 (now 0.7)")
@@ -197,7 +197,7 @@ def test_the_decoder_stage_resumes_exactly_too(runs):
     assert runs.statuses["decoder-killed"] == -signal.SIGKILL
     runs.succeeded("decoder-resumed")
     assert "GrabCut" in runs.text("decoder-killed")
-    assert "GrabCut" not in runs.text("decoder-resumed")  # the masks were kept
+    assert "GrabCut" not in runs.text("decoder-resumed")  # the masks were stored
     assert equal(weights(runs.folder / "decoder"), weights(runs.folder / "decoder-killed"))
 
 
@@ -297,7 +297,7 @@ def test_bad_data_is_refused_in_one_sentence(runs):
     runs.refused("unknown-data", "nobody/nothing is neither a folder nor a data set")
     runs.refused("one-photo", "Too few images: one step takes 2 and the data set has 1")
     runs.refused("one-in-class", "A pair takes 2 images of a class, and these have fewer: 'cats' (1)")
-    for name in ("damaged", "damaged-kept", "damaged-decoder"):
+    for name in ("damaged", "damaged-in-memory", "damaged-decoder"):
         runs.refused(name, "003.png")
         assert "Training" not in runs.text(name)  # found before the first step
     runs.succeeded("one-class")
@@ -334,7 +334,7 @@ def test_a_configuration_file_gives_arguments_and_the_command_line_wins(runs):
 
 @pytest.mark.slow
 def test_two_processes_share_a_step(tmp_path, start_model):
-    photos = photographs(tmp_path / "photos", 8)
+    photos = image_folder(tmp_path / "photos", 8)
     options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     port = str(20000 + (os.getpid() + 7) % 20000)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *options]

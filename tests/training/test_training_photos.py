@@ -8,49 +8,49 @@ from macosnet_hf.datasets.prepare import prepare
 from macosnet_hf.training.images import TrainingImages, find_images
 
 
-def test_pairs_of_a_prepared_data_set_give_each_picture_once(tmp_path):
+def test_pairs_of_a_prepared_data_set_give_each_image_once(tmp_path):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
-    photographs = TrainingImages([str(tmp_path / "prepared")], 32)
-    assert len(photographs) == 6
-    assert sorted(photographs.classes()) == ["car(G)", "duck(S)"]
-    assert all(len(members) == 3 for members in photographs.classes().values())
+    images = TrainingImages([str(tmp_path / "prepared")], 32)
+    assert len(images) == 6
+    assert sorted(images.classes()) == ["car(G)", "duck(S)"]
+    assert all(len(members) == 3 for members in images.classes().values())
     # The same images as in the archive, whatever their order.
     direct = TrainingImages([str(archive / "PF-dataset")], 32)
-    found = sorted(tuple(photographs[index].flatten().tolist()) for index in range(6))
+    found = sorted(tuple(images[index].flatten().tolist()) for index in range(6))
     assert found == sorted(tuple(direct[index].flatten().tolist()) for index in range(6))
 
 
-def test_single_pictures_of_a_prepared_data_set_come_without_their_masks(tmp_path):
+def test_single_images_of_a_prepared_data_set_come_without_their_masks(tmp_path):
     for index in range(2):
         write_image(tmp_path / "mine" / "images" / "cat" / f"{index}.png", seed=index)
         mask(tmp_path / "mine" / "masks" / "cat" / f"{index}.png", disc())
     prepare("coseg", tmp_path / "mine", tmp_path / "prepared")
-    photographs = TrainingImages([str(tmp_path / "prepared")], 32)
-    assert len(photographs) == 2
-    assert list(photographs.classes()) == ["cat"]
-    assert photographs[0].dtype == torch.uint8
-    assert not torch.equal(photographs[0], photographs[1])
+    images = TrainingImages([str(tmp_path / "prepared")], 32)
+    assert len(images) == 2
+    assert list(images.classes()) == ["cat"]
+    assert images[0].dtype == torch.uint8
+    assert not torch.equal(images[0], images[1])
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_the_limit_counts_pictures_of_a_class(tmp_path, limit):
+def test_the_limit_counts_images_of_a_class(tmp_path, limit):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)",))
     prepare("pf-willow", archive, tmp_path / "prepared")
     assert len(TrainingImages([str(tmp_path / "prepared")], 32, limit=limit)) == limit
 
 
-def test_a_stream_gives_the_same_photographs(tmp_path):
+def test_a_stream_gives_the_same_images(tmp_path):
     archive = pf_willow(tmp_path / "archive", images=3, classes=("car(G)", "duck(S)"))
     prepare("pf-willow", archive, tmp_path / "prepared")
     stored = TrainingImages([str(tmp_path / "prepared")], 32)
     streamed = TrainingImages([str(tmp_path / "prepared")], 32, streaming=True)
     assert sorted(streamed.class_names) == sorted(stored.class_names)
 
-    def pictures(photographs):
-        return sorted(tuple(photographs[index].flatten().tolist()) for index in range(len(photographs)))
+    def contents(images):
+        return sorted(tuple(images[index].flatten().tolist()) for index in range(len(images)))
 
-    assert pictures(streamed) == pictures(stored)
+    assert contents(streamed) == contents(stored)
     assert len(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, stream_limit=4)) == 4
     assert len(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, limit=2)) == 4
     assert set(TrainingImages([str(tmp_path / "prepared")], 32, streaming=True, exclude=("car(G)",)).class_names) == {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from archives import coseg, pf_willow
-from training_runs import Runs, log, photographs
+from training_runs import Runs, image_folder, log
 
 from macosnet_hf.commands.main import main
 
@@ -15,7 +15,7 @@ for package in ("accelerate", "datasets", "yaml"):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, start_model) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    photos = photographs(root / "photos", 8)
+    photos = image_folder(root / "photos", 8)
     pairs, masks = pf_willow(root / "willow") / "test_pairs.csv", coseg(root / "coseg", images=5)
     runs = Runs(root)
     base = ("--dataset_name", photos, "--model_name_or_path", start_model, "--photo_size", 96, "--num_warmup_steps", 0)

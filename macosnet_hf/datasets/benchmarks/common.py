@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ...errors import DataError
 from ...io.image_files import is_image_file
+from ...io.system_files import is_of_system
 from ..schema import Record, make_record
 
 VOC_CLASSES = (
@@ -142,7 +143,7 @@ def images_in(folder: Path) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """The folders directly in a folder, sorted, without hidden ones and what macOS adds to an archive."""
     return sorted(
-        path for path in folder.iterdir() if path.is_dir() and path.name != "__MACOSX" and not path.name.startswith(".")
+        path for path in folder.iterdir() if path.is_dir() and not is_of_system(path) and not path.name.startswith(".")
     )
 
 

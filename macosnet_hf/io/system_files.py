@@ -1,0 +1,16 @@
+"""What operating systems leave in folders that people look into."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+_NAMES = ("._*", ".DS_Store", ".localized", "Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_of_system(path: Path) -> bool:
+    """Whether a file or folder is of an operating system, by its name: `.DS_Store`, `._name.jpg`, `Thumbs.db`."""
+    return any(fnmatchcase(path.name, pattern) for pattern in _NAMES)
+
+
+__all__ = ["is_of_system"]
