@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
+from ..inference.cutouts import EDGES, FORMATS, CutoutStyle
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -35,6 +36,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, archive: str) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is one"
     )
     parser.add_argument("--zip", action="store_true", help=f"also write all results into one file, {archive}")
+
+
+def add_cutout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--edges`, `--trim`, `--background` and `--format`, which [`cutout_style`] reads."""
+    add = parser.add_argument_group("cutouts").add_argument
+    add("--edges", choices=EDGES, default=EDGES[0], help="soft alpha by matting, or the mask's edge (default: matting)")
+    add("--trim", action="store_true", help="crop cutouts to the object")
+    background = "what lies behind the object: a colour such as white or #ff8800, or blur (default: nothing)"
+    add("--background", metavar="COLOUR|blur", help=background)
+    add("--format", choices=FORMATS, default=FORMATS[0], help="of cutouts (default: png)")
+
+
+def cutout_style(args: argparse.Namespace) -> CutoutStyle:
+    """How cutouts look.
+
+    Raises:
+        InputError: for a background that is none.
+    """
+    return CutoutStyle(edges=args.edges, trim=args.trim, background=args.background, format=args.format)
 
 
 def load_network(args: argparse.Namespace) -> dict[str, Any]:

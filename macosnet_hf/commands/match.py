@@ -15,7 +15,14 @@ from ..errors import InputError
 from ..inference.result_files import PAIR_ARCHIVE, pair_file_names, write_pair, zip_folder
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
-from .arguments import ORIENTATIONS_HELP, add_model_arguments, load_network, progress_bar
+from .arguments import (
+    ORIENTATIONS_HELP,
+    add_cutout_arguments,
+    add_model_arguments,
+    cutout_style,
+    load_network,
+    progress_bar,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # to name the mistake
     add_model_arguments(parser, PAIR_ARCHIVE)
+    add_cutout_arguments(parser)
     parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
     parser.add_argument("--orientations", choices=ORIENTATIONS, help=ORIENTATIONS_HELP)
     points = parser.add_mutually_exclusive_group()
@@ -63,13 +71,14 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.source, args.target):
         if os.path.isdir(path):
             raise InputError(f"'{path}' is a folder; name two images, or give the folder to `macosnet segment`.")
-    points = _read_points(args)
+    points, style = _read_points(args), cutout_style(args)
     check_checkpoint(args.model)
     give_memory_back()
     source, target = (open_working_copy(path, path, side=None) for path in (args.source, args.target))
     if points is not None:
         _check_inside(points, source.size)
-    refuse_to_overwrite(args.output_dir, pair_file_names(flow=args.flow, archive=args.zip), (args.source, args.target))
+    names = pair_file_names(flow=args.flow, archive=args.zip, style=style)
+    refuse_to_overwrite(args.output_dir, names, (args.source, args.target))
     with output_folder(args.output_dir) as folder, progress_bar() as progress:
         progress(0.0, "Loading the network")
         network = load_network(args)
@@ -85,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             model=checkpoint_name(args.model),
             points=None if points is None else [point for _, point in points],
             flow=args.flow,
+            style=style,
         )
         if args.zip:
             zip_folder(folder, PAIR_ARCHIVE)

@@ -13,11 +13,18 @@ from ..directions import COLLECTION_ORIENTATIONS
 from ..errors import ImageError, InputError
 from ..inference import COLLECTION_SIDE
 from ..inference.result_files import COLLECTION_ARCHIVE, collection_file_names, write_collection, zip_folder
-from ..io.image_files import image_size, is_image_file
+from ..io.image_files import is_image_file
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
-from .arguments import add_model_arguments, load_network, one_line, progress_bar
+from .arguments import (
+    add_cutout_arguments,
+    add_model_arguments,
+    cutout_style,
+    load_network,
+    one_line,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from ..inference.files import Progress
@@ -29,11 +36,12 @@ _WRITERS = 2  # images that are in memory in full size at the same time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet segment`."""
     parser.description = (
-        "Segment the object that two or more images have in common.\n\n"
+        "Segment the object that two or more images have in common, or what stands out in one image alone.\n\n"
         "Writes NAME_mask.png and NAME_cutout.png for each image, overview.png and summary.json."
     )
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="images, or one folder of them")
     add_model_arguments(parser, COLLECTION_ARCHIVE)
+    add_cutout_arguments(parser)
     parser.add_argument(
         "--average", action="store_true", help="also warp the images onto one of them and write their mean, average.png"
     )
@@ -64,20 +72,23 @@ def run(args: argparse.Namespace) -> int:
 
     if args.partners < 1:
         raise InputError(f"--partners must be at least 1; got {args.partners}.")
+    style = cutout_style(args)
     check_checkpoint(args.model)
     paths, from_folder = _image_paths(args.photos)
+    if args.average and len(paths) == 1:
+        raise InputError("--average needs two or more images.")
     if from_folder and os.path.realpath(args.output_dir) == os.path.realpath(args.photos[0]):
         raise InputError("The output folder is the folder of the images; a second run would take masks for them.")
     give_memory_back()
     with progress_bar() as progress:
         copies, skipped = _read_copies(paths, skip_damaged=from_folder, progress=progress)
-    if len(copies) < 2:
+    if from_folder and len(copies) < 2:
         raise InputError(
             f"Co-segmentation needs two or more images; of the {len(paths)} in {args.photos[0]} {len(copies)} can "
             f"be read ({skipped[0][1].rstrip('.')})."
         )
     names = _result_names(copies)
-    results = collection_file_names(names, average=args.average, archive=args.zip)
+    results = collection_file_names(names, average=args.average, archive=args.zip, style=style)
     refuse_to_overwrite(args.output_dir, results, [copy.path for copy in copies])
     for _, reason in skipped:
         print(f"macosnet: left out: {reason}", file=sys.stderr)
@@ -103,13 +114,14 @@ def run(args: argparse.Namespace) -> int:
             model=checkpoint_name(args.model),
             skipped=skipped,
             workers=_WRITERS,
+            style=style,
             progress=lambda share, text: progress(0.7 + 0.3 * share, text),
         )
         if args.zip:
             zip_folder(folder, COLLECTION_ARCHIVE)
     print_remarks(document)
     count = len(document["photos"])
-    print(f"{count} images; see {Path(args.output_dir) / 'overview.png'}")
+    print(f"{count} image{'s' if count > 1 else ''}; see {Path(args.output_dir) / 'overview.png'}")
     if document["not_done"]:
         print(f"macosnet: interrupted; {count} of {len(copies)} images were segmented and written.", file=sys.stderr)
         return 130
@@ -121,7 +133,9 @@ def print_remarks(document: dict[str, Any]) -> None:
     for name in document["odd_ones_out"]:
         print(one_line(f"{name} does not seem to show what the others show"))
     for photo in document["photos"]:
-        if not photo["common"]:
+        if document["alone"]:
+            print(one_line(f"{photo['file']} was compared with itself: its mask is what stands out in it"))
+        elif not photo["common"]:
             what = "has no object in common with its partners: its mask is what stands out in it"
             print(one_line(f"{photo['file']} {what}"))
 
@@ -148,8 +162,7 @@ def _image_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
     for argument in arguments:
         named.setdefault(os.path.realpath(argument), Path(argument))
     paths = list(named.values())
-    if len(paths) < 2:
-        image_size(paths[0])  # an archive or a film is a mistake that can be named
+    if len(paths) < len(arguments) and len(paths) == 1:
         raise InputError("Co-segmentation needs two or more different images, or a folder of them.")
     return paths, False
 

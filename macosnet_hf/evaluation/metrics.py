@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from ..datasets.schema import INVALID_FLOW
@@ -18,6 +19,9 @@ SCNET_SIDE = 224
 """Side to which the `image` protocol scales both images (SCNet, Han et al., ICCV 2017)."""
 
 PCK_PROTOCOLS = ("bbox", "image")
+
+BOUNDARY_TOLERANCE = 0.0075
+"""How far two boundaries may lie apart, as a share of the image's diagonal (DAVIS, Perazzi et al., CVPR 2016)."""
 
 
 def present_points(points: np.ndarray, padding: float = -1.0) -> np.ndarray:
@@ -172,13 +176,19 @@ def flow_errors(
     return KeypointErrors(np.hypot(difference[:, 0], difference[:, 1]), float(max(source_size)))
 
 
-def _counted(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels of both masks that count."""
+def _masks(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both masks as arrays, which are boolean and of one shape."""
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if predicted.dtype != np.bool_ or truth.dtype != np.bool_:
         raise InputError("Masks must be boolean.")
     if predicted.shape != truth.shape or truth.size == 0:
         raise InputError(f"A predicted mask {predicted.shape} cannot be compared with a mask {truth.shape}.")
+    return predicted, truth
+
+
+def _counted(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of both masks that count."""
+    predicted, truth = _masks(predicted, truth)
     return (predicted, truth) if counted is None else (predicted[counted], truth[counted])
 
 
@@ -203,6 +213,45 @@ def jaccard(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None
     if not truth.any():
         return None
     return float((predicted & truth).sum() / (predicted | truth).sum())
+
+
+def mask_boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that differ from their right, lower or lower right neighbour: bool `(h, w)` both.
+
+    The boundary of the DAVIS benchmark (`seg2bmap`), one pixel wide.
+    """
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask != padded[1:, :-1]) | (mask != padded[:-1, 1:]) | (mask != padded[1:, 1:])
+
+
+def boundary_f(predicted: np.ndarray, truth: np.ndarray, counted: np.ndarray | None = None) -> float | None:
+    """Boundary F: harmonic mean of the shares of both boundaries that lie near the other one (DAVIS, Perazzi et al.,
+    CVPR 2016); `None` where the truth has no boundary.
+
+    Near is within 0.75 % of the image's diagonal, rounded up to whole pixels. DAVIS matches by dilation with a disc,
+    which is the same.
+
+    Args:
+        predicted, truth: bool `(h, w)`.
+        counted: bool `(h, w)`, false for pixels that are left out: they are background in both masks, as in DAVIS.
+
+    Raises:
+        InputError: if the masks are not boolean or differ in shape.
+    """
+    predicted, truth = _masks(predicted, truth)
+    if counted is not None:
+        predicted, truth = predicted & counted, truth & counted
+    found, right = mask_boundary(predicted), mask_boundary(truth)
+    if not right.any():
+        return None
+    if not found.any():
+        return 0.0
+    reach = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
+    shares = [
+        float((cv2.distanceTransform((~other).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[own] <= reach).mean())
+        for own, other in ((found, right), (right, found))
+    ]
+    return 2 * shares[0] * shares[1] / max(sum(shares), 1e-12)
 
 
 def transfer_mask(source_mask: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -60,8 +60,8 @@ _KEYPOINT_TEXT = (
     "Mean over pairs; per point in the JSON."
 )
 _MASK_TEXT = (
-    "P: share of correctly labelled pixels, J: intersection over union of the object, at the original size, mean over "
-    "images of a class, then over classes."
+    "P: share of correctly labelled pixels, J: intersection over union of the object, F: boundary F within 0.75 % of "
+    "the diagonal; at the original size, mean over images of a class, then over classes."
 )
 
 PROTOCOLS: dict[str, Protocol] = {

@@ -156,7 +156,7 @@ def keypoint_scores(
 
 
 def mask_scores(record: Record, side: str, prediction: Prediction, options: Options) -> Scores:
-    """P and J of one mask, before and after refinement, at the image's original size.
+    """P, J and boundary F of one mask, before and after refinement, at the image's original size.
 
     Raises:
         DataError: if the annotated mask is missing, damaged, or of another size.
@@ -170,18 +170,18 @@ def mask_scores(record: Record, side: str, prediction: Prediction, options: Opti
     elif options.refine != "none":
         image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
         hard = refined_mask(image, probability, options)
+    measures = {"precision": metrics.precision, "jaccard": metrics.jaccard, "boundary_f": metrics.boundary_f}
     return {
-        "before_refinement.precision": (metrics.precision(soft, truth.object, truth.counted), 1),
-        "before_refinement.jaccard": _where_defined(metrics.jaccard(soft, truth.object, truth.counted)),
-        "precision": (metrics.precision(hard, truth.object, truth.counted), 1),
-        "jaccard": _where_defined(metrics.jaccard(hard, truth.object, truth.counted)),
+        f"{prefix}{name}": _where_defined(measure(mask, truth.object, truth.counted))
+        for prefix, mask in (("before_refinement.", soft), ("", hard))
+        for name, measure in measures.items()
     }
 
 
 def all_mask_scores(
     records: list[Record], side: str, predictions: list[Prediction], protocol: Protocol, options: Options
 ) -> list[Scores | DataError]:
-    """P and J of each record, or the error; `{}` where masks are not measured or not predicted.
+    """P, J and boundary F of each record, or the error; `{}` where masks are not measured or not predicted.
 
     GrabCut takes most of an evaluation's time and runs beside Python, so threads help; each mask is refined by itself,
     so their number changes nothing.

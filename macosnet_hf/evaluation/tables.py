@@ -56,10 +56,15 @@ def columns_of(protocol: Protocol, tally: Tally, options: Options) -> dict[str, 
     refined = ""
     if options.refine != "none":
         refined = f" {options.refine}"
-        columns |= {"before_refinement.precision": "P soft", "before_refinement.jaccard": "J soft"}
+        columns |= {
+            "before_refinement.precision": "P soft",
+            "before_refinement.jaccard": "J soft",
+            "before_refinement.boundary_f": "F soft",
+        }
     columns |= {
         "precision": f"P{refined}",
         "jaccard": f"J{refined}",
+        "boundary_f": f"F{refined}",
         "label_transfer.accuracy": "label transfer accuracy",
         "label_transfer.iou": "label transfer IoU",
         "right": "right",

@@ -51,7 +51,9 @@ def part_colors(result: PairResult, side: int = 256) -> tuple[np.ndarray, np.nda
     points to where it is larger in the middle of the objects, so that colours do not depend on the eigenvectors' signs.
     """
     maps = _features(result)
-    weights = F.adaptive_avg_pool2d(torch.from_numpy(result.soft_masks)[:, None].float(), maps.shape[-2:])[:, 0]
+    weights = F.adaptive_avg_pool2d(
+        torch.from_numpy(result.soft_masks)[:, None].float(), (maps.shape[-2], maps.shape[-1])
+    )[:, 0]
     cells = maps.permute(0, 2, 3, 1)
     on_object = weights >= 0.5
     chosen = on_object if on_object.sum() >= _LEAST_CELLS else torch.ones_like(on_object)

@@ -28,6 +28,7 @@ from ..geometry import (
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
 from . import DIRECTIONS, start_of
 from .average import aligned_average, repaired_matches
+from .cutouts import CutoutStyle, make_cutout
 from .pair import PairResult, check_points, match_images
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class MatchedPair:
     result: PairResult
     refine: str
     orientations: str | None = None
+
+    def cutout(self, view: int, style: CutoutStyle | None = None) -> Image.Image:
+        """The object of the source (view 0) or target (1) alone, at the working copy's size; see [`make_cutout`]."""
+        masks = (self.result.source_mask, self.result.target_mask)
+        return make_cutout(self.copies[view].image, self.result.soft_masks[view], masks[view], style)
 
     @property
     def same_image(self) -> bool:
@@ -275,6 +281,15 @@ class SegmentedCollection:
         """Whether the mask of an image shows an object that others have too; if not, what stands out in it."""
         return self.result.common is None or bool(self.result.common[number])
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one image only, which was compared with its mirror image and crops."""
+        return len(self.copies) == 1
+
+    def cutout(self, number: int, style: CutoutStyle | None = None) -> Image.Image:
+        """The object of an image alone, at the working copy's size; see [`make_cutout`]."""
+        return make_cutout(self.copies[number].image, self.result.probabilities[number], self.masks[number], style)
+
     def original_mask(self, number: int) -> np.ndarray:
         """Mask `(H, W)` bool of an original."""
         return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])
@@ -374,6 +389,13 @@ def segment_opened(
     )
 
 
+def with_companions(image: Image.Image) -> list[Image.Image]:
+    """An image, its mirror image, and both without a tenth of each side: a collection for an image that is alone."""
+    across, down = image.width // 10, image.height // 10
+    crop = image.crop((across, down, image.width - across, image.height - down))
+    return [image, ImageOps.mirror(image), crop, ImageOps.mirror(crop)]
+
+
 def segment_copies(
     copies: Sequence[WorkingCopy],
     names: Sequence[str],
@@ -388,6 +410,8 @@ def segment_copies(
 ) -> SegmentedCollection:
     """[`segment_files`] for any number of files that are open already.
 
+    One image alone gets its mirror image and crops for partners: the mask is that of what stands out in it.
+
     Args:
         copies: N working copies.
         names: N distinct names for result files, without suffix.
@@ -398,15 +422,17 @@ def segment_copies(
         progress: see [`Progress`].
 
     Raises:
-        InputError: for fewer than two images, no partner, an unknown refinement or unknown orientations.
+        InputError: for no image, no partner, an unknown refinement or unknown orientations.
     """
     report = progress or (lambda share, text: None)
     count, images = len(copies), [copy.image for copy in copies]
+    if alone := count == 1:
+        images, average = with_companions(images[0]), False
     first = 0.7 if average else 1.0  # share of the segmentation
 
     def segmented(done: int, total: int) -> None:
-        step, number = divmod(done - 1, count)
-        report(first * done / total, f"{_STEPS[step]} {number + 1} of {count}")
+        step, number = divmod(done - 1, len(images))
+        report(first * done / total, f"{_STEPS[step]} {number + 1} of {len(images)}")
 
     report(0.0, "Encoding all images")
     result = segment_collection(
@@ -418,13 +444,22 @@ def segment_copies(
         orientations=orientations,
         progress=segmented,
     )
-    assert result.collection is not None
+    collection = result.collection
+    assert collection is not None
+    if alone:
+        result = replace(
+            result,
+            probabilities=result.probabilities[:1],
+            agreement=result.agreement[:1],
+            partners=[[]],
+            common=np.zeros(1, dtype=bool),
+        )
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
     mean, transforms = None, None
     if average:
         belonging = [number for number in range(count) if number not in odd]
-        subset = result.collection.subset(belonging)
+        subset = collection.subset(belonging)
         matches = repaired_matches(subset) if len(belonging) > 1 else None
         transforms = _spread(matches, belonging, count, model)
         mean = aligned_average(
@@ -441,12 +476,12 @@ def segment_copies(
         copies=copies,
         names=names,
         result=replace(result, collection=None),  # a server stores results; nothing asks for their features again
-        masks=[hard_mask(soft, image.size[::-1]) for soft, image in zip(result.probabilities, images, strict=True)],
+        masks=[hard_mask(soft, image.size[::-1]) for soft, image in zip(result.probabilities, images, strict=False)],
         odd=odd,
         reference=reference,
         average=mean,
         refine=refine,
-        orientations=[list(SYMMETRIES)[number] for number in result.collection.orientations],
+        orientations=[list(SYMMETRIES)[number] for number in collection.orientations[:count]],
         transforms=transforms,
     )
 

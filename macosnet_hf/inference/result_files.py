@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..drawing import cutout
 from ..io.image_files import save_image
+from .cutouts import CutoutStyle, make_cutout
 
 if TYPE_CHECKING:
     from .files import MatchedPair, Progress, SegmentedCollection
@@ -33,11 +33,16 @@ _T = TypeVar("_T")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_file_names(*, flow: bool = False, archive: bool = False) -> list[str]:
+def pair_file_names(*, flow: bool = False, archive: bool = False, style: CutoutStyle | None = None) -> list[str]:
     """Names of the files that [`write_pair`] makes, and of [`zip_folder`]'s archive of them."""
-    masks = [f"{view}_{kind}.png" for view in VIEWS for kind in ("mask", "cutout")]
+    masks = [name for view in VIEWS for name in _mask_and_cutout(view, style)]
     names = ["matches.json", "matches.csv", "matches.png", *masks, "source_warped.png"]
     return names + ["flow.npz"] * flow + [PAIR_ARCHIVE] * archive
+
+
+def _mask_and_cutout(name: str, style: CutoutStyle | None) -> tuple[str, str]:
+    """Names of an image's mask and cutout."""
+    return f"{name}_mask.png", f"{name}_cutout.{(style or CutoutStyle()).format}"
 
 
 def pair_document(
@@ -104,6 +109,7 @@ def write_pair(
     model: str,
     points: Sequence[Sequence[float]] | None = None,
     flow: bool = False,
+    style: CutoutStyle | None = None,
 ) -> dict[str, Any]:
     """Writes [`pair_file_names`] into a folder: matches, and masks, cutouts and warp in the originals' sizes.
 
@@ -111,6 +117,7 @@ def write_pair(
         pair, threshold, model, points: as in [`pair_document`].
         folder: an existing folder.
         flow: whether to write the dense flow.
+        style: how the cutouts look.
 
     Returns:
         the document in `matches.json`.
@@ -125,12 +132,20 @@ def write_pair(
     save_image(pair.above(threshold).result.draw_matches(), folder / "matches.png", compress_level=4)
     for view, name in enumerate(VIEWS):
         mask = pair.original_mask(view)
-        save_mask(mask, folder / f"{name}_mask.png")
-        save_image(cutout(pair.copies[view].open_original(), mask), folder / f"{name}_cutout.png", compress_level=1)
+        paths = [folder / file for file in _mask_and_cutout(name, style)]
+        save_mask(mask, paths[0])
+        _save_cutout(pair.copies[view].open_original(), pair.result.soft_masks[view], mask, style, paths[1])
     save_image(pair.warped_source(), folder / "source_warped.png", compress_level=1)
     if flow:
         np.savez_compressed(folder / "flow.npz", allow_pickle=False, **pair.flow())
     return document
+
+
+def _save_cutout(
+    image: Image.Image, soft_mask: np.ndarray, mask: np.ndarray, style: CutoutStyle | None, path: Path
+) -> None:
+    style = style or CutoutStyle()
+    style.save(make_cutout(image, soft_mask, mask, style), path)
 
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
@@ -143,13 +158,15 @@ def save_mask(mask: np.ndarray, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def collection_file_names(names: Sequence[str], *, average: bool = False, archive: bool = False) -> list[str]:
+def collection_file_names(
+    names: Sequence[str], *, average: bool = False, archive: bool = False, style: CutoutStyle | None = None
+) -> list[str]:
     """Names of the files that [`write_collection`] makes, and of [`zip_folder`]'s archive of them.
 
     Args:
         names: those of the images, as of a [`~macosnet_hf.inference.files.SegmentedCollection`].
     """
-    masks = [f"{name}_{kind}.png" for name in names for kind in ("mask", "cutout")]
+    masks = [file for name in names for file in _mask_and_cutout(name, style)]
     shared = ["summary.json", "overview.png", *["average.png"] * average, *[COLLECTION_ARCHIVE] * archive]
     return shared + masks
 
@@ -161,6 +178,7 @@ def write_collection(
     model: str,
     skipped: Sequence[tuple[str, str]] = (),
     workers: int = 1,
+    style: CutoutStyle | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes [`collection_file_names`] into a folder: masks and cutouts of the originals, contact sheet, summary.
@@ -173,6 +191,7 @@ def write_collection(
         model: name of the checkpoint.
         skipped: names of images that could not be read, each with the reason.
         workers: originals that are processed at the same time.
+        style: how the cutouts look.
         progress: see [`~macosnet_hf.inference.files.Progress`].
 
     Returns:
@@ -185,23 +204,28 @@ def write_collection(
 
     def write(number: int) -> float:
         mask = collection.original_mask(number)
-        save_mask(mask, folder / f"{collection.names[number]}_mask.png")
+        paths = [folder / file for file in _mask_and_cutout(collection.names[number], style)]
+        save_mask(mask, paths[0])
         # The original is read now, so that few are in memory at a time.
         whole = collection.copies[number].open_original()
-        save_image(cutout(whole, mask), folder / f"{collection.names[number]}_cutout.png", compress_level=1)
+        _save_cutout(whole, collection.result.probabilities[number], mask, style, paths[1])
         return float(mask.mean())
 
     shares = _in_parallel(write, len(collection.names), workers, progress)
     save_image(collection.sheet(list(shares)), folder / "overview.png", compress_level=4)
     if collection.average is not None:
         save_image(collection.average, folder / "average.png", compress_level=4)
-    document = _collection_document(collection, shares, model, skipped)
+    document = _collection_document(collection, shares, model, skipped, style)
     (folder / "summary.json").write_text(_as_json(document), encoding="utf-8")
     return document
 
 
 def _collection_document(
-    collection: SegmentedCollection, shares: dict[int, float], model: str, skipped: Sequence[tuple[str, str]]
+    collection: SegmentedCollection,
+    shares: dict[int, float],
+    model: str,
+    skipped: Sequence[tuple[str, str]],
+    style: CutoutStyle | None,
 ) -> dict[str, Any]:
     """All numbers of a collection, as `summary.json` holds them.
 
@@ -214,8 +238,7 @@ def _collection_document(
             # Version 0.1 said "photo" on the command line and "file" in the demo.
             "photo": files[number],
             "file": files[number],
-            "mask": f"{collection.names[number]}_mask.png",
-            "cutout": f"{collection.names[number]}_cutout.png",
+            **dict(zip(("mask", "cutout"), _mask_and_cutout(collection.names[number], style), strict=True)),
             "width": collection.copies[number].size[0],
             "height": collection.copies[number].size[1],
             "object_share": round(share, 4),
@@ -230,6 +253,7 @@ def _collection_document(
     ]
     return {
         "photos": photos,
+        "alone": collection.alone,
         "odd_ones_out": [files[number] for number in collection.odd],
         "reference_of_the_average": files[collection.reference],
         "skipped": [{"photo": file, "file": file, "reason": reason} for file, reason in skipped],

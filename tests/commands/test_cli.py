@@ -77,7 +77,7 @@ def assert_refused(outcome, *words):
 
 
 def test_match_writes_what_match_pair_finds(run):
-    outcome = run("match", RUNNER, LION, refine="grabcut")
+    outcome = run("match", RUNNER, LION, "--edges", "hard", refine="grabcut")
     assert outcome.code == 0
     assert outcome.err == ""
     assert outcome.names() == sorted(pair_file_names())
@@ -412,7 +412,7 @@ def test_wrong_usage(arguments, capfd):
 
 
 def test_segment_writes_masks_cutouts_overview_and_summary(run):
-    outcome = run("segment", CHEETAH, LION, RUNNER, "--partners", 1, refine="grabcut")
+    outcome = run("segment", CHEETAH, LION, RUNNER, "--partners", 1, "--edges", "hard", refine="grabcut")
     assert outcome.code == 0
     assert outcome.err == ""
     files = [f"{name}_{kind}.png" for name in ("cheetah", "cheetah1", "lion") for kind in ("cutout", "mask")]
@@ -505,8 +505,40 @@ def test_segment_strange_images(run, tmp_path, name):
     assert outcome.err == ""
 
 
+def test_segment_one_image_alone(run):
+    outcome = run("segment", CHEETAH, refine="grabcut")
+    assert outcome.code == 0
+    assert outcome.names() == ["cheetah1_cutout.png", "cheetah1_mask.png", "overview.png", "summary.json"]
+    assert "compared with itself" in outcome.out
+    document = outcome.json("summary.json")
+    assert document["alone"]
+    (entry,) = document["photos"]
+    assert entry["partners"] == []
+    assert not entry["common"]
+    assert 0 < entry["object_share"] < 1
+
+
+def test_segment_cutouts_in_a_style(run, tmp_path):
+    style = ["--trim", "--background", "#ff8800", "--format", "webp"]
+    outcome = run("segment", CHEETAH, LION, *style, refine="grabcut")
+    assert outcome.code == 0
+    assert outcome.names() == sorted(
+        [f"{name}_{kind}" for name in ("cheetah1", "lion") for kind in ("cutout.webp", "mask.png")]
+        + ["overview.png", "summary.json"]
+    )
+    for entry in outcome.json("summary.json")["photos"]:
+        cut = Image.open(outcome.folder / entry["cutout"])
+        assert (cut.format, cut.mode) == ("WEBP", "RGB")
+        assert cut.width <= entry["width"]
+        assert cut.height <= entry["height"]
+    assert_refused(
+        run("segment", CHEETAH, LION, "--background", "nocolour", folder=tmp_path / "new"), "nocolour", "blur"
+    )
+    assert_refused(run("segment", CHEETAH, "--average", folder=tmp_path / "new"), "--average")
+    assert not (tmp_path / "new").exists()
+
+
 def test_segment_too_few_images(run, tmp_path):
-    assert_refused(run("segment", CHEETAH), "two or more")
     assert_refused(run("segment", tmp_path / "nowhere"), "nowhere", "does not exist")
     (tmp_path / "photos").mkdir()
     assert_refused(run("segment", tmp_path / "photos"), "photos holds none")

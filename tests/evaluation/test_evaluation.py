@@ -131,8 +131,8 @@ def test_the_annotations_fed_back_score_exactly_one(tmp_path, benchmark):
         "pf-willow": {"pck", "pck_per_point"},
         "pf-pascal": {"pck", "pck_per_point"},
         "spair-71k": {"pck", "pck_per_point"},
-        "tss": {"flow_pck", "precision", "jaccard", "before_refinement"},
-    }.get(benchmark, {"precision", "jaccard", "before_refinement"})
+        "tss": {"flow_pck", "precision", "jaccard", "boundary_f", "before_refinement"},
+    }.get(benchmark, {"precision", "jaccard", "boundary_f", "before_refinement"})
     assert set(figures) == expected
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.evaluation import metrics
@@ -162,6 +163,57 @@ def test_masks_must_be_boolean_and_of_one_shape():
         metrics.precision(np.zeros((2, 2)), np.zeros((2, 2), bool))
     with pytest.raises(InputError, match="compared"):
         metrics.jaccard(np.zeros((2, 3), bool), np.zeros((3, 2), bool))
+
+
+def slow_boundary_f(predicted, truth):
+    """DAVIS's measure pixel by pixel: `seg2bmap`, then each boundary against every pixel of the other."""
+    height, width = truth.shape
+
+    def boundary(mask):
+        places = []
+        for y in range(height):
+            for x in range(width):
+                right, below = min(x + 1, width - 1), min(y + 1, height - 1)
+                if len({mask[y, x], mask[y, right], mask[below, x], mask[below, right]}) == 2:
+                    places.append((y, x))
+        return places
+
+    reach = math.ceil(0.0075 * math.hypot(height, width))
+    found, right = boundary(predicted), boundary(truth)
+
+    def share(own, other):
+        near = [any((y - v) ** 2 + (x - u) ** 2 <= reach**2 for v, u in other) for y, x in own]
+        return sum(near) / len(near)
+
+    p, r = share(found, right), share(right, found)
+    return 2 * p * r / (p + r) if p + r else 0.0
+
+
+@pytest.mark.parametrize(("height", "width", "share"), [(24, 31, 0.5), (150, 90, 0.497), (9, 60, 0.5), (1, 40, 0.5)])
+def test_boundary_f_against_a_loop(height, width, share):
+    generator = np.random.default_rng(height)
+    # Blobs: noise would have a boundary everywhere.
+    masks = [ndimage.uniform_filter(generator.random((height, width)), 9) > share for _ in range(2)]
+    assert all(mask.any() and not mask.all() for mask in masks)
+    assert metrics.boundary_f(*masks) == pytest.approx(slow_boundary_f(*masks), abs=1e-12)
+    assert metrics.boundary_f(masks[0], masks[0]) == 1.0
+
+
+def test_boundary_f_by_hand():
+    truth = np.zeros((300, 400), bool)
+    truth[100:200, 100:200] = True  # the diagonal is 500, so 3.75 pixels, rounded up to 4, are allowed
+    shifted = np.roll(truth, 4, axis=1)
+    assert metrics.boundary_f(shifted, truth) == 1.0
+    thin = truth.copy()
+    thin[199:210, 150] = True  # a leg: hardly any area, but boundary
+    assert metrics.jaccard(thin, truth) > 0.998
+    assert metrics.boundary_f(thin, truth) < 0.99
+    empty = np.zeros_like(truth)
+    assert metrics.boundary_f(empty, truth) == metrics.boundary_f(~empty, truth) == 0.0
+    assert metrics.boundary_f(truth, empty) is metrics.boundary_f(truth, ~empty) is None
+    void = np.ones_like(truth)
+    void[:, 150:] = False
+    assert metrics.boundary_f(shifted & (np.arange(400) < 150), truth, void) == 1.0
 
 
 def test_label_transfer_against_a_loop():
