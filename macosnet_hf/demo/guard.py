@@ -18,7 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import limits
 from .components import OF_FILES, uploaded
-from .viewer import PICTURES
+from .viewer import LAYERS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
@@ -69,17 +69,17 @@ class CollectionQuestion(Question):
     image: Annotated[int, Strict(), Field(ge=0)]
 
 
-class PictureQuestion(Question):
-    """The pictures of a mode."""
+class LayerQuestion(Question):
+    """The layers of a mode."""
 
-    mode: Literal[tuple(PICTURES)]  # type: ignore[valid-type]
+    mode: Literal[tuple(LAYERS)]  # type: ignore[valid-type]
 
 
 _QUESTIONS: dict[str, type[BaseModel]] = {
     "viewer_transfer": PointQuestion,
     "viewer_heat": PointQuestion,
     "viewer_grid": Question,
-    "viewer_pictures": PictureQuestion,
+    "viewer_layers": LayerQuestion,
     "collection_transfer": CollectionQuestion,
 }
 

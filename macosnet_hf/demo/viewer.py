@@ -1,4 +1,4 @@
-"""The stage of a pair, Python's part: images, lines, points, grids and pictures for `assets/viewer.js`."""
+"""The stage of a pair, Python's part: images, lines, points, grids and layers for `assets/viewer.js`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .result_store import ResultStore
 if TYPE_CHECKING:
     from ..inference.pair import PairResult
 
-Picture = Callable[["PairResult"], list["Image.Image | None"]]
+Layer = Callable[["PairResult"], list["Image.Image | None"]]
 
 _GRID_CELLS = 9  # across the longer side of the object
-_PICTURE_SIDE = 720  # pixels of the longer side
+_LAYER_SIDE = 720  # pixels of the longer side
 
 
 def asset(name: str) -> str:
@@ -61,7 +61,7 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
         def drawn(result: PairResult) -> dict[str, Any]:
             side = question["side"]
             similarity = _maps().similarity_map(result, question["point"], DIRECTIONS[side])
-            other = reduced((result.target, result.source)[side], _PICTURE_SIDE)
+            other = reduced((result.target, result.source)[side], _LAYER_SIDE)
             row, column = np.unravel_index(similarity.argmax(), similarity.shape)
             scale = np.array(((result.target, result.source)[side]).size) / similarity.shape[::-1]
             best = (np.array([column, row]) + 0.5) * scale - 0.5
@@ -73,11 +73,11 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
         """A grid of points over the object of the source, and where they lie in the target."""
         return answer(pairs, question, lambda pair: grid_document(pair.result))
 
-    def viewer_pictures(question: Any) -> dict[str, Any]:
+    def viewer_layers(question: Any) -> dict[str, Any]:
         """What a mode lays over the photos: `{"sides": [address of source, of target]}`, null for nothing."""
 
         def drawn(result: PairResult) -> dict[str, Any]:
-            return {"sides": [image and data_address(image) for image in PICTURES[question["mode"]](result)]}
+            return {"sides": [image and data_address(image) for image in LAYERS[question["mode"]](result)]}
 
         return answer(pairs, question, lambda pair: drawn(pair.result))
 
@@ -86,7 +86,7 @@ def viewer(pairs: ResultStore[Any]) -> gr.HTML:
         html_template=asset("viewer.html"),
         js_on_load=asset("viewer.js"),
         apply_default_css=False,
-        server_functions=[viewer_transfer, viewer_heat, viewer_grid, viewer_pictures],
+        server_functions=[viewer_transfer, viewer_heat, viewer_grid, viewer_layers],
         images="",
     )
 
@@ -136,13 +136,13 @@ def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
 
 def _small(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarray]:
     """Small copies of an image and its mask `(H, W)` bool."""
-    small = reduced(image, _PICTURE_SIDE)
+    small = reduced(image, _LAYER_SIDE)
     grey = Image.fromarray(mask).convert("L").resize(small.size, Image.Resampling.BILINEAR)
     return small, np.asarray(grey) >= 128
 
 
-def _of_both(draw: Callable[[Image.Image, np.ndarray], Image.Image]) -> Picture:
-    """The pictures of a mode that draws an image and its mask, both small copies."""
+def _of_both(draw: Callable[[Image.Image, np.ndarray], Image.Image]) -> Layer:
+    """The layers of a mode that draws an image and its mask, both small copies."""
     return lambda result: [
         draw(*_small(result.source, result.source_mask)),
         draw(*_small(result.target, result.target_mask)),
@@ -177,13 +177,13 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
     return copy
 
 
-PICTURES: dict[str, Picture] = {
+LAYERS: dict[str, Layer] = {
     "masks": _of_both(lambda image, mask: overlay_mask(image, mask, alpha=0.25, fade=0.8)),
     "cutout": _of_both(lambda image, mask: on_checkerboard(cutout(image, mask))),
     "parts": _parts,
-    "warp": lambda result: [None, source_on_target(result, _PICTURE_SIDE)],
+    "warp": lambda result: [None, source_on_target(result, _LAYER_SIDE)],
 }
-"""What the modes of the stage that are pictures lay over source and target."""
+"""What the modes of the stage that are layers lay over source and target."""
 
 
 def object_grid(mask: np.ndarray, cells: int = _GRID_CELLS) -> np.ndarray:

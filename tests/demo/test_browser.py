@@ -143,22 +143,22 @@ def test_verdict_result_and_controls_are_above_the_fold(browser, address, size):
     close_page(page, address)
 
 
-def test_modes_are_pictures_of_both_photos(page, matcher, result):
-    """Masks, cutouts and parts cover both photos, a warp is one picture; nothing is asked for twice."""
+def test_modes_draw_on_both_photos(page, matcher, result):
+    """Masks, cutouts and parts cover both photos, a warp is one layer; nothing is asked for twice."""
     before = matcher.pairs
     over = page.locator("#viewer image.over")
     asked = lambda: sum("component_server" in url for url in page.asked)  # noqa: E731
-    pictures = {}
+    layers = {}
     for mode, count in (("Masks", 2), ("Cutout", 2), ("Warp", 1), ("Parts", 2)):
         show(page, mode)
         wait_until(page, lambda count=count: over.count() == count)
-        pictures[mode] = [over.nth(number).get_attribute("href") for number in range(count)]
+        layers[mode] = [over.nth(number).get_attribute("href") for number in range(count)]
         assert page.locator("#viewer .match").count() == 0
-    assert len({href for hrefs in pictures.values() for href in hrefs}) == 7
+    assert len({href for hrefs in layers.values() for href in hrefs}) == 7
     times = asked()
     assert times == 4
     show(page, "Masks")
-    assert [over.nth(number).get_attribute("href") for number in (0, 1)] == pictures["Masks"]
+    assert [over.nth(number).get_attribute("href") for number in (0, 1)] == layers["Masks"]
     show(page, "Matches")
     assert over.count() == 0
     assert numbers(page) == (40, len(result.matches))
@@ -232,9 +232,9 @@ def test_the_code_makes_what_is_shown(page, result):
 def test_the_line_of_a_warp_follows_mouse_and_keys(page):
     show(page, "Warp")
     page.locator("#viewer image.over").wait_for()
-    picture = page.locator("#viewer image.photo")
-    assert picture.count() == 1
-    box = picture.bounding_box()
+    layer = page.locator("#viewer image.photo")
+    assert layer.count() == 1
+    box = layer.bounding_box()
     covered = lambda: page.locator("#viewer-after rect").get_attribute  # noqa: E731
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     assert abs(float(covered()("width")) - box["width"] / 2) < 1

@@ -10,7 +10,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from macosnet_hf.demo.viewer import (
-    PICTURES,
+    LAYERS,
     grid_document,
     object_grid,
     source_on_target,
@@ -69,19 +69,19 @@ def test_grid_document_pairs_each_point_with_its_place(pair):
     np.testing.assert_allclose([point[2:4] for point in sent], moved, atol=1.5)
 
 
-def test_pictures_are_small_copies_with_the_masks_on_them(pair):
+def test_layers_are_small_copies_with_the_masks_on_them(pair):
     blue = Image.new("RGB", (1440, 960), (0, 0, 200))
     mask = np.zeros((960, 1440), bool)
     mask[240:720, 480:1200] = True
     result = replace(pair.result, source=blue, source_mask=mask)
-    outlined, cut = (np.asarray(PICTURES[mode](result)[0], int) for mode in ("masks", "cutout"))
+    outlined, cut = (np.asarray(LAYERS[mode](result)[0], int) for mode in ("masks", "cutout"))
     assert outlined.shape == cut.shape == (480, 720, 3)
     assert (outlined[10, 10] > 100).all()  # faded to grey
     assert outlined[240, 240, 0] > 230  # the outline
     assert cut[10, 10].std() == 0  # checkerboard
     assert cut[240, 400].tolist() == [0, 0, 200]
     assert blue.getpixel((700, 400)) == (0, 0, 200)
-    nothing, warped = PICTURES["warp"](result)
+    nothing, warped = LAYERS["warp"](result)
     assert nothing is None
     assert max(warped.size) == 720
 

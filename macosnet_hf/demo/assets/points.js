@@ -12,11 +12,11 @@ function receive() {
   words.textContent = HINT;
   grid.replaceChildren(...(shown?.images || []).map((image, number) => {
     const figure = document.createElement("figure"), button = document.createElement("button");
-    const picture = document.createElement("img"), caption = document.createElement("figcaption");
-    [picture.src, picture.alt, button.type] = [image.src, image.name, "button"];
+    const photo = document.createElement("img"), caption = document.createElement("figcaption");
+    [photo.src, photo.alt, button.type] = [image.src, image.name, "button"];
     button.setAttribute("aria-label", `Point in ${image.name}; by keyboard, its middle`);
-    button.append(picture);
-    button.addEventListener("click", (event) => add(number, picture, event));
+    button.append(photo);
+    button.addEventListener("click", (event) => add(number, photo, event));
     caption.textContent = image.odd ? `odd one out: ${image.name}` : image.name;
     figure.classList.toggle("odd", image.odd);
     figure.append(button, caption);
@@ -24,8 +24,8 @@ function receive() {
   }));
 }
 
-async function add(number, picture, event) {
-  const { id, images } = shown, { w, h } = images[number], box = picture.getBoundingClientRect();
+async function add(number, photo, event) {
+  const { id, images } = shown, { w, h } = images[number], box = photo.getBoundingClientRect();
   const within = (share, length) => Math.min(Math.max(share * length - 0.5, 0), length - 1);
   // A key has no place.
   const at = event.detail ? [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height] : [0.5, 0.5];

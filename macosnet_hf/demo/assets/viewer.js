@@ -1,6 +1,6 @@
 // The stage of a pair: both photos, and on them what the mode says. gr.HTML runs this file as the body of a function that
 // gets `element`, `props`, `server` and `watch`. The page holds both images and asks the server for where a point lies in
-// the other image, a grid of points, and the pictures of a mode. Coordinates are pixels of the working copies. Python's
+// the other image, a grid of points, and the layers of a mode. Coordinates are pixels of the working copies. Python's
 // part is demo/viewer.py.
 const find = (name) => element.querySelector(name);
 const PIN_COLORS = ["#e11d48", "#2563eb", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d"];
@@ -14,7 +14,7 @@ const WORDS = {
   parts: "The same colour marks the same part in both photos.",
 };
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
-let mode = "matches", pictures = {}, share = 0.5, heat = null, cursor = null;
+let mode = "matches", layers = {}, share = 0.5, heat = null, cursor = null;
 
 function parse(text) {
   try { return text ? JSON.parse(text) : null; } catch { return null; }
@@ -126,7 +126,7 @@ function frame(i) {
   return { x, y, width: w * k, height: h * k };
 }
 
-function picture(parent, i, href, name) {
+function layer(parent, i, href, name) {
   return node("image", { ...frame(i), href, preserveAspectRatio: "none", "data-side": i, class: name,
     "clip-path": `url(#viewer-round-${i})` }, parent);
 }
@@ -163,8 +163,8 @@ function draw() {
   svg.setAttribute("aria-label", `${mode}: ${names}. ${mode in WORDS ? "" : "Arrows move a cross, Enter sets a point."}`);
   const shown = boxes[0] ? [0, 1] : [1];
   for (const i of shown) node("rect", { ...frame(i), rx: 8 }, node("clipPath", { id: `viewer-round-${i}` }, svg));
-  for (const i of shown) picture(svg, i, images.sides[i].src, "photo");
-  pictures[mode]?.sides.forEach((src, i) => { if (src && boxes[i]) picture(svg, i, src, "over"); });
+  for (const i of shown) layer(svg, i, images.sides[i].src, "photo");
+  layers[mode]?.sides.forEach((src, i) => { if (src && boxes[i]) layer(svg, i, src, "over"); });
   if (mode === "warp") drawSlide(svg);
   node("g", { class: "matches" }, svg);
   node("g", { class: "points" }, svg);
@@ -212,7 +212,7 @@ function drag(event) {
 
 function drawHeat(svg) {
   svg.querySelector(".over")?.remove();
-  if (heat) picture(svg, 1 - heat.from, heat.src, "over");
+  if (heat) layer(svg, 1 - heat.from, heat.src, "over");
   const marks = svg.querySelector(".points");
   svg.append(marks);
   marks.replaceChildren();
@@ -242,17 +242,17 @@ function redraw() {
   say();
 }
 
-// The pictures of a mode are asked for when it is chosen, once for each result.
+// The layers of a mode are asked for when it is chosen, once for each result.
 async function show(chosen) {
   mode = chosen;
   draw();
   if (mode === "heat" && images && !heat && matches.lines.length) {
     await heatOf(matches.lines[0].slice(0, 2), 0); // so that there is something to see
   }
-  if (!images || pictures[chosen] || !(chosen in WORDS)) return;
-  const answer = await ask((id) => server.viewer_pictures({ id, mode: chosen }));
+  if (!images || layers[chosen] || !(chosen in WORDS)) return;
+  const answer = await ask((id) => server.viewer_layers({ id, mode: chosen }));
   if (!answer) return;
-  pictures[chosen] = answer;
+  layers[chosen] = answer;
   if (mode === chosen) draw();
 }
 
@@ -342,7 +342,7 @@ function receive() {
   matches = parse(props.value) || NO_MATCHES;
   if (!images || sources() !== before) [points, heat, cursor] = [[], null, null];
   if (images && images.id === id && find("svg")) { redraw(); return; }
-  pictures = {};
+  layers = {};
   show(mode);
 }
 
