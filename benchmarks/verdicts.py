@@ -24,7 +24,7 @@ from verdict_pairs import known_pairs
 
 from macosnet_hf import DEFAULT_CHECKPOINT
 from macosnet_hf.inference.pair import match_images
-from macosnet_hf.inference.verdict import FUSED, ONE_STAGE, UPRIGHT_SCALE, Evidence, evidence_of, verdict_of
+from macosnet_hf.inference.verdict import RULE, UPRIGHT_SCALE, Evidence, evidence_of, judged_features, verdict_of
 from macosnet_hf.io.checkpoints import load_model_and_processor
 
 RELATED, WRONG = ("same image", "same side"), ("unrelated", "blank", "texture")
@@ -32,7 +32,7 @@ KINDS = (*RELATED, "mirrored", "turned", "class", "kin", *WRONG)
 
 
 def gather(data: Path, model_name: str, count: int | None, fast: bool) -> Iterable[dict[str, Any]]:
-    """Kind, half and evidence of pairs in random order, whether the transform mirrors, and which rule is theirs."""
+    """Kind, half and evidence of pairs in random order, and whether the transform mirrors."""
     model, processor = load_model_and_processor(model_name)
     if fast:
         model.config.cascade = "fast"
@@ -42,10 +42,10 @@ def gather(data: Path, model_name: str, count: int | None, fast: bool) -> Iterab
         images = (pair.source(), pair.target())
         result = match_images(images, model=model, processor=processor, refine="none", orientations="mirror")
         outputs, masks = result._found.outputs, torch.from_numpy(result.probabilities)
-        evidence = evidence_of(outputs.features[0], masks.to(model.device), model.transforms(outputs)[0])
+        features = judged_features(model.macosnet, outputs.features[0])
+        evidence = evidence_of(features, masks.to(model.device), model.transforms(outputs)[0])
         mirrors = bool(result.transforms[:1].determinant() < 0)
-        about = {"kind": pair.kind, "half": pair.half, "name": pair.name, "mirrors": mirrors}
-        yield {**about, "fused": len(model.config.fused_strides) > 1, **evidence._asdict()}
+        yield {"kind": pair.kind, "half": pair.half, "name": pair.name, "mirrors": mirrors, **evidence._asdict()}
 
 
 def is_right(row: dict[str, Any]) -> bool:
@@ -89,7 +89,6 @@ def fit(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The verdicts on rows, by kind, in percent."""
-    rule = FUSED if rows[0]["fused"] else ONE_STAGE
     lines = ["| pairs | number | good | fair | poor |", "|---|---:|---:|---:|---:|"]
     for kind in KINDS:
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -100,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 for found, said in ((True, "recognised as such"), (False, "not recognised"))
             }
         for name, some in groups.items():
-            words = [verdict_of(Evidence(*(row[field] for field in Evidence._fields)), rule).quality for row in some]
+            words = [verdict_of(Evidence(*(row[field] for field in Evidence._fields)), RULE).quality for row in some]
             shares = " | ".join(
                 f"{100 * words.count(word) / max(1, len(words)):.1f}" for word in ("good", "fair", "poor")
             )

@@ -235,7 +235,7 @@ def test_the_demo_and_the_pipeline_say_it_too(mirror_always, tmp_path):
     pair = SimpleNamespace(same_image=False, result=result)
     assert pair_verdict(pair).endswith("2 matching points on the object, matched as a mirror image.")
     result.orientation = "turn_90"
-    assert pair_verdict(pair).endswith("The source is matched turned by 90 degrees.")
+    assert pair_verdict(pair).endswith("2 matching points on the object, matched turned by 90 degrees.")
     result.orientation = "identity"
     assert pair_verdict(pair).endswith("2 matching points on the object.")
     small_model(MaCoSNetForKeypointMatching, match_mask_threshold=0.0).save_pretrained(tmp_path)

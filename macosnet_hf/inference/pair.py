@@ -355,9 +355,7 @@ def match_images(
         points=torch.stack((points["keypoints0"], points["keypoints1"]), dim=1).float().cpu().numpy(),
         scores=points["matching_scores"].float().cpu().numpy(),
         probabilities=own.cpu().numpy(),
-        verdict=judge(
-            outputs.features[0], soft, model.transforms(outputs)[0], fused=len(model.config.fused_strides) > 1
-        ),
+        verdict=judge(model.macosnet, outputs.features[0], soft, model.transforms(outputs)[0]),
         common=common,
     )
     return _result(images, found, refine, threshold)

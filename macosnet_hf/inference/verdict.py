@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encoder import MaCoSNetFeatures
 from ..geometry import SYMMETRIES, Transform, inside, make_grid, sample_at, symmetry_matrix
+
+if TYPE_CHECKING:
+    from ..modeling_macosnet import MaCoSNetModel
 
 REASONS = {
     "good": "The two fit together well.",
@@ -176,23 +180,21 @@ class Rule(NamedTuple):
     fair: float
 
 
-# What `python benchmarks/verdicts.py DATA --fit` chose for features of one stage (the checkpoint of version 0.1)
-# and for those of several (`fused_strides`: `lite`). Other encoders have other similarities.
-ONE_STAGE = Rule(blank=0.16, similarity=5.47, near=4.05, upright=2.93, bias=-5.92, good=0.88, fair=0.4)
-FUSED = Rule(blank=0.15, similarity=7.28, near=4.13, upright=4.6, bias=-6.71, good=0.9, fair=0.5)
+# What `python benchmarks/verdicts.py DATA --fit` chose for `lite`. Other encoders have other similarities.
+RULE = Rule(blank=0.15, similarity=3.27, near=4.2, upright=2.93, bias=-4.56, good=0.9, fair=0.5)
 
 
-def judge(features: Tensor, masks: Tensor, transforms: Transform, *, fused: bool) -> Verdict:
-    """The verdict on a pair of images.
-
-    Args:
-        features, masks, transforms: as in [`evidence_of`].
-        fused: whether the features are those of several encoder stages.
-    """
-    return verdict_of(evidence_of(features, masks, transforms), FUSED if fused else ONE_STAGE)
+def judged_features(model: MaCoSNetModel, features: Tensor) -> Tensor:
+    """Features `(2, C, h, w)` of a pair on the grid of the transformation predictor, whose cells a rule counts in."""
+    return MaCoSNetFeatures.from_map(features).on_grid(model.config.predictor_grid).last
 
 
-def verdict_of(evidence: Evidence, rule: Rule) -> Verdict:
+def judge(model: MaCoSNetModel, features: Tensor, masks: Tensor, transforms: Transform) -> Verdict:
+    """The verdict on a pair of images; features, masks and transforms as in [`evidence_of`]."""
+    return verdict_of(evidence_of(judged_features(model, features), masks, transforms))
+
+
+def verdict_of(evidence: Evidence, rule: Rule = RULE) -> Verdict:
     """The verdict that follows from the evidence."""
     if not evidence.structure >= rule.blank:  # also where it is not a number
         return Verdict(0.0, "poor", REASONS["blank"])

@@ -192,7 +192,7 @@ def test_points_by_keyboard(page, result):
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
     size = np.array(result.source.size)
     np.testing.assert_allclose(pin(page, 0, 0, size), size / 2 - max(size) / 40, atol=1)
-    for _ in range(20):
+    for _ in range(24):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")  # in the other photo
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 2)
