@@ -47,7 +47,7 @@ class CountingMatcher(app.Matcher):
 
     def pair(self, source, target, refine, orientations=None):
         self.pairs += 1
-        assert self.may_answer.wait(60)
+        assert self.may_answer.wait(240)
         return super().pair(source, target, refine, orientations)
 
     def collection(self, paths, refine, progress):

@@ -11,7 +11,7 @@ EXAMPLES_FOLDER = MEDIA_ROOT / "images"
 CHEETAH, LION, TOWER = (str(EXAMPLES_FOLDER / name) for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg"))
 CAT = str(ROOT / "examples" / "cat.jpg")
 # A dog and its mirror image, which is found where photo B may be mirrored.
-MIRRORED = (str(ROOT / "examples" / "dog.jpg"), str(ROOT / "examples" / "dog-mirrored.jpg"))
+MIRRORED = (str(ROOT / "examples" / "dog.jpg"), str(ROOT / "examples" / "company" / "dog-mirrored.jpg"))
 # The same photo in other company: a dog beside a cup.
 COMPANY_FOLDER = ROOT / "examples" / "company"
 DOG_AND_CUP, PARROT_AND_CUP = (str(COMPANY_FOLDER / f"{name}.jpg") for name in ("dog-and-cup", "parrot-and-cup"))

@@ -205,6 +205,8 @@ def _schema(component: Any) -> tuple[Any, str]:
         return Annotated[list[Point], Field(max_length=most)], f"a list of at most {most} pairs of numbers [x, y]"
     if isinstance(component, gr.Textbox):
         return Name, "a short text"
+    if isinstance(component, gr.DownloadButton):  # read in the browser only
+        return None, "nothing"
     return Any, ""
 
 

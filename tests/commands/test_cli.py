@@ -590,7 +590,7 @@ sys.exit(code)
         (["match", str(CHEETAH), str(LION), "--output-dir", "new", "--points", "1,a"], 2),
         (["match", str(CHEETAH), str(LION), "--output-dir", str(LION)], 2),
         (["segment", "no.jpg", str(LION), "--output-dir", "new"], 2),
-        (["segment", str(CHEETAH), "--output-dir", "new"], 2),
+        (["segment", str(CHEETAH), "--output-dir", "new", "--background", "nocolour"], 2),
     ],
 )
 def test_help_and_typing_errors_answer_without_torch(arguments, code, tmp_path):

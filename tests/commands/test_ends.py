@@ -248,4 +248,4 @@ def test_names_that_are_no_utf_8_are_trained_on(photos):
     from macosnet_hf.training.images import TrainingImages
 
     os.rename(photos / "0.png", os.fsencode(photos) + b"/\xff.png")
-    assert TrainingImages([str(photos)], 32).fingerprint().startswith("3 image_folder, ")
+    assert TrainingImages([str(photos)], 32).fingerprint().startswith("3 photographs, ")

@@ -188,7 +188,7 @@ def test_equal_names_of_two_folders_are_told_apart(tmp_path, capfd, monkeypatch)
     photos += [CHEETAH, shutil.copy(CHEETAH, tmp_path / "second.jpg")]
     labels = []
     monkeypatch.setattr(
-        files_module, "overview", lambda images, masks, names: labels.extend(names) or Image.new("RGB", (9, 9))
+        files_module, "overview", lambda images, masks, names, odd: labels.extend(names) or Image.new("RGB", (9, 9))
     )
     options = ["--output-dir", str(tmp_path / "new"), "--refine", "none", "--device", "cpu"]
     assert main(["segment", *map(str, photos), *options]) == 0

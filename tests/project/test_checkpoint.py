@@ -57,4 +57,4 @@ def test_reaches_its_figure_on_pf_willow(tmp_path):
     assert main(["evaluate", "pf-willow", "--data", str(SHARED / "pf-willow"), "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["samples"] == 450
-    assert result["metrics"]["pck"]["image"]["0.1"] == pytest.approx(0.826, abs=0.005)
+    assert result["metrics"]["pck"]["image"]["0.1"] == pytest.approx(0.847, abs=0.005)

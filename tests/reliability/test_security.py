@@ -424,7 +424,13 @@ def test_text_of_a_stranger_cannot_steer_the_terminal(tmp_path, capsys):
 
 def test_names_of_images_cannot_steer_the_terminal_nor_make_up_a_line(capsys):
     name = "c\x1b[2J.png\nmacosnet: all is well"
-    print_remarks({"odd_ones_out": [name], "photos": [{"file": name, "common": False}, {"file": name, "common": True}]})
+    print_remarks(
+        {
+            "odd_ones_out": [name],
+            "alone": False,
+            "photos": [{"file": name, "common": False}, {"file": name, "common": True}],
+        }
+    )
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" all is well ")[0] for line in said] == ["c\ufffd[2J.png macosnet:"] * 2
 

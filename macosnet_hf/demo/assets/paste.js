@@ -2,18 +2,22 @@
   // What the page does with files before gradio sees them; it runs this function once. A pasted image goes to the place under the pointer, else to an empty place, else
   // to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
   let pointed = null, last = null;
-  document.addEventListener("pointerover", (event) => { pointed = event.target; });
+  document.addEventListener("pointerover", (event) => { pointed = event; });
+  document.addEventListener("pointermove", (event) => { pointed = event; });
 
   // The places of the tab that is shown; of the stage's photos too, whose places are hidden behind them.
   const visible = () => ["#source", "#target", "#photos"]
     .map((name) => document.querySelector(name))
     .filter((place) => place?.closest("[role=tabpanel]")?.offsetParent);
-  const covers = (place, target) => place.contains(target) || place === photoPlace(target);
   const photoPlace = (target) =>
     document.querySelector(["#source", "#target"][target.closest?.("#viewer [data-side]")?.dataset.side] || "none");
+  // What an event is about: its target, or what lies under it, for a line of the drawing may be above a photo.
+  const placeAt = (event) => [event.target, ...document.elementsFromPoint(event.clientX, event.clientY)]
+    .map((element) => visible().find((place) => place.contains(element) || place === photoPlace(element)))
+    .find((place) => place);
   const input = (place) => place.querySelector("input[type=file]");
   const choose = (places) =>
-    places.find((place) => pointed && covers(place, pointed)) ||
+    (pointed && placeAt(pointed)) ||
     places.find((place) => !place.querySelector("img") && input(place)) ||
     places.find((place) => place !== last);
 
@@ -45,15 +49,15 @@
     event.target.dispatchEvent(new Event("change", { bubbles: true }));
   }, true);
   document.addEventListener("drop", (event) => {
-    const place = visible().find((each) => covers(each, event.target)), given = event.dataTransfer?.files;
-    const files = place && given && (typed(given) || (photoPlace(event.target) && given));
+    const place = placeAt(event), given = event.dataTransfer?.files;
+    const files = place && given && (typed(given) || (!place.contains(event.target) && given));
     if (!files) return;
     event.preventDefault();
     event.stopImmediatePropagation();
     give(place, files, 20);
   }, true);
 
-  document.addEventListener("dragover", (event) => { if (photoPlace(event.target)) event.preventDefault(); });
+  document.addEventListener("dragover", (event) => { if (event.target.closest?.("#viewer svg")) event.preventDefault(); });
 
   document.addEventListener("paste", (event) => {
     const images = [...event.clipboardData.files].filter((file) => file.type.startsWith("image/"));
