@@ -18,7 +18,6 @@ from PIL import Image
 
 from ..drawing import (
     Color,
-    cutout,
     on_checkerboard,
     overlay_mask,
     overlay_parts,
@@ -28,6 +27,7 @@ from ..drawing import (
 )
 from ..errors import MaCoSNetError
 from ..inference import DIRECTIONS
+from ..inference.cutouts import make_cutout
 from .result_store import ResultStore
 
 if TYPE_CHECKING:
@@ -149,6 +149,15 @@ def _of_both(draw: Callable[[Image.Image, np.ndarray], Image.Image]) -> Layer:
     ]
 
 
+def _cutouts(result: PairResult) -> list[Image.Image | None]:
+    """As the files that the visitor downloads have them, with soft edges."""
+    copies = (_small(result.source, result.source_mask), _small(result.target, result.target_mask))
+    return [
+        on_checkerboard(make_cutout(image, soft, mask))
+        for (image, mask), soft in zip(copies, result.soft_masks, strict=True)
+    ]
+
+
 def _parts(result: PairResult) -> list[Image.Image | None]:
     copies = (_small(result.source, result.source_mask), _small(result.target, result.target_mask))
     colors = _maps().part_colors(result)
@@ -179,7 +188,7 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
 
 LAYERS: dict[str, Layer] = {
     "masks": _of_both(lambda image, mask: overlay_mask(image, mask, alpha=0.25, fade=0.8)),
-    "cutout": _of_both(lambda image, mask: on_checkerboard(cutout(image, mask))),
+    "cutout": _cutouts,
     "parts": _parts,
     "warp": lambda result: [None, source_on_target(result, _LAYER_SIDE)],
 }

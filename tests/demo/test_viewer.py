@@ -73,7 +73,9 @@ def test_layers_are_small_copies_with_the_masks_on_them(pair):
     blue = Image.new("RGB", (1440, 960), (0, 0, 200))
     mask = np.zeros((960, 1440), bool)
     mask[240:720, 480:1200] = True
-    result = replace(pair.result, source=blue, source_mask=mask)
+    soft = pair.result.soft_masks.copy()
+    soft[0] = np.asarray(Image.fromarray(mask).convert("L").resize(soft.shape[:0:-1])) / 255
+    result = replace(pair.result, source=blue, source_mask=mask, soft_masks=soft)
     outlined, cut = (np.asarray(LAYERS[mode](result)[0], int) for mode in ("masks", "cutout"))
     assert outlined.shape == cut.shape == (480, 720, 3)
     assert (outlined[10, 10] > 100).all()  # faded to grey
