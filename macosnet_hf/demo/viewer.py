@@ -141,27 +141,26 @@ def _small(image: Image.Image, mask: np.ndarray) -> tuple[Image.Image, np.ndarra
     return small, np.asarray(grey) >= 128
 
 
-def _of_both(draw: Callable[[Image.Image, np.ndarray], Image.Image]) -> Layer:
-    """The layers of a mode that draws an image and its mask, both small copies."""
-    return lambda result: [
-        draw(*_small(result.source, result.source_mask)),
-        draw(*_small(result.target, result.target_mask)),
-    ]
+def _copies(result: PairResult) -> tuple[tuple[Image.Image, np.ndarray], ...]:
+    """Small copies of both images with their masks."""
+    return _small(result.source, result.source_mask), _small(result.target, result.target_mask)
+
+
+def _masks(result: PairResult) -> list[Image.Image | None]:
+    return [overlay_mask(image, mask, alpha=0.25, fade=0.8) for image, mask in _copies(result)]
 
 
 def _cutouts(result: PairResult) -> list[Image.Image | None]:
     """As the files that the visitor downloads have them, with soft edges."""
-    copies = (_small(result.source, result.source_mask), _small(result.target, result.target_mask))
     return [
         on_checkerboard(make_cutout(image, soft, mask))
-        for (image, mask), soft in zip(copies, result.soft_masks, strict=True)
+        for (image, mask), soft in zip(_copies(result), result.soft_masks, strict=True)
     ]
 
 
 def _parts(result: PairResult) -> list[Image.Image | None]:
-    copies = (_small(result.source, result.source_mask), _small(result.target, result.target_mask))
     colors = _maps().part_colors(result)
-    return [overlay_parts(image, each, mask) for (image, mask), each in zip(copies, colors, strict=True)]
+    return [overlay_parts(image, each, mask) for (image, mask), each in zip(_copies(result), colors, strict=True)]
 
 
 def _maps() -> ModuleType:
@@ -187,7 +186,7 @@ def reduced(image: Image.Image, side: int) -> Image.Image:
 
 
 LAYERS: dict[str, Layer] = {
-    "masks": _of_both(lambda image, mask: overlay_mask(image, mask, alpha=0.25, fade=0.8)),
+    "masks": _masks,
     "cutout": _cutouts,
     "parts": _parts,
     "warp": lambda result: [None, source_on_target(result, _LAYER_SIDE)],

@@ -2,7 +2,6 @@
   // What the page does with files before gradio sees them; it runs this function once. A pasted image goes to the place under the pointer, else to an empty place, else
   // to the one that was not pasted to last. gradio's own clipboard button stays; it works where the browser allows it.
   let pointed = null, last = null;
-  document.addEventListener("pointerover", (event) => { pointed = event; });
   document.addEventListener("pointermove", (event) => { pointed = event; });
 
   // The places of the tab that is shown; of the stage's photos too, whose places are hidden behind them.
