@@ -25,15 +25,20 @@ _CONFIG_VERSION = 3
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper: ResNet-101 through conv4-23 (stride 16, 1024 channels).
     "paper": {"backbone": "resnet101", "out_indices": [0, 1, 2, 3], "decoder_widths": [64, 48, 24, 16]},
-    # The embedded checkpoint: EfficientNet-Lite0 to stride 16 (112 channels), about a fortieth of the parameters.
-    "lite": {"backbone": "tf_efficientnet_lite0", "out_indices": [0, 1, 2, 3], "decoder_widths": [64, 32, 24, 16]},
-    # The same encoder with the stage of stride 32 (192 channels) beside the one of stride 16.
-    "lite-fused": {
+    # The embedded checkpoint of this name: the stages of EfficientNet-Lite0 at strides 16 (112 channels) and 32 (192),
+    # about a tenth of the parameters.
+    "lite": {
         "backbone": "tf_efficientnet_lite0",
         "out_indices": [0, 1, 2, 3, 4],
         "decoder_widths": [64, 32, 24, 16],
         "fused_strides": [16, 32],
         "feature_blocks": [0, 1, 2, 4, 5],
+    },
+    # The encoder of version 0.1, and what a configuration without an encoder has: EfficientNet-Lite0 to stride 16.
+    "lite-stride16": {
+        "backbone": "tf_efficientnet_lite0",
+        "out_indices": [0, 1, 2, 3],
+        "decoder_widths": [64, 32, 24, 16],
     },
     # EfficientNet-Lite2 likewise (120 and 208 channels), and more pixels. With 240, 288, 320, 336, 384 pixels nearest
     # neighbours on leordeanu-cars reach PCK 0.662, 0.675, 0.671, 0.675, 0.648 at 0.1, and a linear probe for the object
@@ -243,8 +248,8 @@ class MaCoSNetConfig(PretrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MaCoSNetConfig:
-        """Configuration by name: `"paper"` (ResNet-101), `"vgg16"`, `"lite"` (EfficientNet-Lite0), `"lite-fused"` (the
-        same with the stage of stride 32) or `"base"` (EfficientNet-Lite2, likewise, 336 pixels).
+        """Configuration by name: `"paper"` (ResNet-101), `"vgg16"`, `"lite"` (EfficientNet-Lite0, strides 16 and 32),
+        `"base"` (EfficientNet-Lite2, likewise, 336 pixels) or `"lite-stride16"` (version 0.1: stride 16 only).
 
         Raises:
             InputError: if there is no such preset.
@@ -326,7 +331,7 @@ def _backbone(given: Any) -> PretrainedConfig:
         InputError: if it is not: timm would ask a repository for what `hf-hub:owner/name` stands for.
     """
     if given is None:
-        given = _preset_arguments("lite")["backbone_config"]
+        given = _preset_arguments("lite-stride16")["backbone_config"]
     if isinstance(given, dict):
         arguments = dict(given)
         model_type = arguments.pop("model_type", None)

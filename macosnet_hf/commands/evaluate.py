@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flips = "tss: do not mirror the sources that are annotated as mirrored"
     add("--ignore-flip-annotation", action="store_true", help=flips)
+    small = "pairs: reduce images to this longer side first; the paper's small-image setting of TSS is 100"
+    add("--max-side", type=_positive, metavar="PIXELS", help=small)
     add("--refine", choices=REFINEMENT_METHODS, default="grabcut", help="soft to hard masks (default: grabcut)")
     size = "longer side when refining, 0: original (default: 320)"
     add("--refine-size", type=int, default=320, metavar="PIXELS", help=size)
@@ -135,10 +137,13 @@ class EvaluationJob:
         moved = "mirror" if args.mirror_source else f"turn_{args.rotate_source}" if args.rotate_source else "identity"
         if self.protocol.kind != "pairs" and (moved != "identity" or args.orientations or args.ignore_flip_annotation):
             raise InputError(f"{args.benchmark} is of single images: only the sources of pairs face somehow.")
+        if self.protocol.kind != "pairs" and args.max_side:
+            raise InputError(f"{args.benchmark} is of single images: --max-side is for pairs.")
         self.options = Options(
             **{name: getattr(args, name) for name in names},
             source_symmetry=moved,
             flip_annotation=not args.ignore_flip_annotation,
+            max_side=args.max_side,
         )
         locate(self.protocol.data, args.data, args.pairs)
 

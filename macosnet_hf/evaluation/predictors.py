@@ -140,6 +140,7 @@ class Predictor:
         gives_points, gives_masks: whether it transfers points, and predicts masks.
         device: of the tensors that `map_points` takes.
         side: S of the network in whose normalised coordinates they are.
+        max_side: images of pairs whose longer side is longer are reduced to it, in pixels; `None` for none.
     """
 
     name = "predictor"
@@ -148,6 +149,7 @@ class Predictor:
     gives_masks = False
     device: Any = "cpu"
     side = MASK_SIDE
+    max_side: int | None = None
 
     def __init__(self) -> None:
         self.cache = ImageCache()
@@ -191,11 +193,14 @@ class Predictor:
         def encode() -> EncodedImage:
             image = open_image(record[f"{side}_image"], f"{record['id']}, {side}_image")
             size = (image.height, image.width)
+            if self.max_side is not None:
+                image.thumbnail((self.max_side, self.max_side))
             if symmetry != "identity":
                 image = image.transpose(Transpose[_MOVES[symmetry]])
             return replace(self.encode(image), size=size)
 
-        return self.cache.get(key if symmetry == "identity" else f"{key} {symmetry}", encode)
+        shown = [symmetry] * (symmetry != "identity") + [f"{self.max_side} pixels"] * (self.max_side is not None)
+        return self.cache.get(" ".join([key, *shown]), encode)
 
     def orient(self, records: Sequence[Record], symmetries: Sequence[Symmetries]) -> Sequence[Symmetries]:
         """How the images of pairs are best shown to this predictor, given that the images are moved by `symmetries`."""

@@ -86,6 +86,8 @@ def predictions_manifest(protocol: Protocol, predictor: Predictor, options: Opti
         manifest["symmetry of the sources"] = options.source_symmetry
     if not options.flip_annotation:
         manifest["flip annotation"] = "ignored"
+    if options.max_side is not None:
+        manifest["longer side of the images"] = options.max_side
     return manifest
 
 
@@ -125,6 +127,7 @@ def evaluate(
         InputError: for predictions made with another model or configuration.
     """
     options = options or Options()
+    predictor.max_side = options.max_side
     problems = problems if problems is not None else Problems()
     if protocol.composites:
         if predictions is not None:

@@ -112,6 +112,8 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
         name += f", each {'image and its partners' if protocol.composites else 'class'} as one collection"
     if options.source_symmetry != "identity":
         name += f", sources moved by {options.source_symmetry}"
+    if options.max_side is not None:
+        name += f", images of at most {options.max_side} pixels"
     text = protocol.text if text is None else text
     if not options.flip_annotation:
         text += " The annotation of mirrored pairs is ignored: no source is mirrored before matching."
@@ -182,6 +184,7 @@ def json_report(
         "orientations": orientations,
         "source_symmetry": options.source_symmetry,
         "flip_annotation": options.flip_annotation,
+        "max_side": options.max_side,
         "samples": tally.count(),
         "metrics": nested(tally.overall()),
         "per_class": _by_class(tally),

@@ -211,6 +211,29 @@ def test_sources_that_are_moved_before_matching(tmp_path, processor, moved, orie
             np.testing.assert_allclose(prediction["mask/target"], expected, atol=1e-3)
 
 
+def test_images_that_are_reduced_before_matching(tmp_path, processor):
+    """Against records of images that are reduced by hand; points are those of the stored images all the same."""
+    predictor = ModelPredictor(small_model(MaCoSNetForKeypointMatching), processor)
+    record = next(iter_records("pf-willow", pf_willow(tmp_path)))
+    by_hand = dict(record)
+    for side in ("source", "target"):
+        image = open_image(record[f"{side}_image"], "x")
+        small = image.resize([max(1, round(length * 20 / max(image.size))) for length in image.size])
+        by_hand |= {f"{side}_image": small, f"{side}_id": f"small {side}"}
+        scale = np.array(small.size) / image.size
+        by_hand[f"{side}_keypoints"] = ((keypoint_array(record, side) + 0.5) * scale - 0.5).tolist()
+    (small_record,) = predictor.predict_pairs([by_hand], direction="target_to_source", dense=False, masks=True)
+    (whole,) = predictor.predict_pairs([record], direction="target_to_source", dense=False, masks=True)
+    predictor.max_side = 20
+    (found,) = predictor.predict_pairs([record], direction="target_to_source", dense=False, masks=True)
+    assert found["sizes"].tolist() == whole["sizes"].tolist()
+    scale = np.array(by_hand["source_image"].size) / open_image(record["source_image"], "x").size
+    expected = (small_record["points/local"] + 0.5) / scale - 0.5
+    np.testing.assert_allclose(found["points/local"], expected, atol=0.3)  # `thumbnail` draws in two steps
+    assert np.abs(found["mask/target"] - small_record["mask/target"]).max() < 0.02
+    assert np.abs(found["mask/target"] - whole["mask/target"]).max() > 0.02
+
+
 def test_predictions_of_moved_sources_are_not_taken_for_others(tmp_path, processor):
     root, protocol, stored = tss(tmp_path / "data"), PROTOCOLS["tss"], tmp_path / "stored"
     records = list(iter_records("tss", root))
@@ -218,8 +241,10 @@ def test_predictions_of_moved_sources_are_not_taken_for_others(tmp_path, process
     first = evaluate(records, protocol, make_baseline("identity"), turned, predictions=stored)
     finish(first, protocol, make_baseline("identity"), turned, predictions=stored)
     evaluate(records, protocol, make_baseline("identity"), turned, predictions=stored)
-    for other in (Options(refine="none"), replace(turned, flip_annotation=False)):
-        with pytest.raises(InputError, match=r"made with another (symmetry of the sources|flip annotation)"):
+    for other in (Options(refine="none"), replace(turned, flip_annotation=False), replace(turned, max_side=100)):
+        with pytest.raises(
+            InputError, match=r"made with another (symmetry of the sources|flip annotation|longer side)"
+        ):
             evaluate(records, protocol, make_baseline("identity"), other, predictions=stored)
     model = small_model(MaCoSNetForKeypointMatching)
     prints = {ModelPredictor(model, processor, orientations=name).fingerprint() for name in (None, "none", "mirror")}

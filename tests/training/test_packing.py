@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
     table = root / "images" / "pairs.csv"
     row = "cats,cats/0.png,cats/2.png,10;20;40,10;20;30,12;22;41,11;21;31"
     table.write_text(f"class,source_image,target_image,XA,YA,XB,YB\n{row}\n", encoding="utf-8-sig")  # as Excel does
-    words = ("--dataset_name", root / "images", "--images_per_class", 2, "--photo_size", 64, "--presets", "lite-fused")
+    words = ("--dataset_name", root / "images", "--images_per_class", 2, "--photo_size", 64, "--presets", "lite")
     done = run("pack", "--output_dir", root / "packed", *words, "--validation_pairs", table)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 images and 1 encoders in ")
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 
 def test_packed_images_are_the_resized_ones(folders, tmp_path):
     images = TrainingImages([str(folders / "images")], 64, limit=2)
-    unpacked = unpack(folders / "packed", "lite-fused", tmp_path)
+    unpacked = unpack(folders / "packed", "lite", tmp_path)
     again = TrainingImages([unpacked["dataset_name"]], 64)
     assert again.class_names == images.class_names == ["cats", "cats", "dogs", "dogs"]
     for number in range(4):
@@ -67,9 +67,7 @@ def test_packed_images_are_the_resized_ones(folders, tmp_path):
 
 def test_heads_are_trained_elsewhere_and_joined_here(folders, tmp_path):
     options = ["--max_minutes", 0.05, "--per_device_train_batch_size", 2, "--logging_steps", 1, "--photo_size", 64]
-    done = run(
-        "train", "--packed", folders / "packed", "--preset", "lite-fused", "--output_dir", tmp_path / "out", *options
-    )
+    done = run("train", "--packed", folders / "packed", "--preset", "lite", "--output_dir", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "affine_head.safetensors",
@@ -78,7 +76,7 @@ def test_heads_are_trained_elsewhere_and_joined_here(folders, tmp_path):
         "tps_head.safetensors",
     ]
     assert "pck_cascade@0.1" in (tmp_path / "out" / "log.jsonl").read_text()
-    done = run("join", "--results", tmp_path / "out", "--preset", "lite-fused", "--output_dir", tmp_path / "model")
+    done = run("join", "--results", tmp_path / "out", "--preset", "lite", "--output_dir", tmp_path / "model")
     assert done.returncode == 0, done.stderr
     model, processor = load_model_and_processor(str(tmp_path / "model"), "cpu")
     assert processor.size["height"] == model.config.image_size == 240
@@ -118,7 +116,7 @@ def test_what_cannot_be_packed_or_joined_is_named(folders, tmp_path):
     with pytest.raises(InputError, match=r"holds no images\.zip and base\.safetensors"):
         unpack(folders / "packed", "base", tmp_path)
     with pytest.raises(InputError, match=r"affine_head\.safetensors does not hold that head"):
-        join_results(tmp_path, "lite-fused")
+        join_results(tmp_path, "lite")
     with pytest.raises(DataError, match="the pair list is missing"):
         pack(tmp_path, TrainingImages([str(folders / "images")], 64), [], str(tmp_path / "none.csv"))
     with zipfile.ZipFile(folders / "packed" / "images.zip") as archive:
