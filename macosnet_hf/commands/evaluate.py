@@ -12,6 +12,7 @@ from ..directions import ORIENTATIONS
 from ..errors import InputError
 from ..evaluation import BASELINES
 from ..evaluation.protocols import PROTOCOLS
+from ..io.memory import keep_memory
 from ..io.output_folder import check_writable, write_file
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         MaCoSNetError: for anything that cannot be done, in one sentence.
     """
     start = time.monotonic()
+    keep_memory()
     job = EvaluationJob(args)
     job.load(args.device)
     job.report(job.evaluate(), time.monotonic() - start)

@@ -29,6 +29,18 @@ def give_memory_back() -> None:
         mallopt(_M_TRIM_THRESHOLD, 16 << 20)  # and would set this to 128 kB: asking for the same memory again and again
 
 
+def keep_memory() -> None:
+    """Makes the allocator keep the memory of one batch for the next one; called when a training or an evaluation starts.
+
+    By default each large tensor that is freed goes back to the system, and the next of its size is mapped and zeroed
+    again, page by page.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(_C_LIBRARY).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # bytes, the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
 def trim() -> None:
     """Returns free pages in the middle of the heaps to the system as well: what many small results have left behind."""
     with contextlib.suppress(OSError, AttributeError):
@@ -76,4 +88,4 @@ def no_collection_at_exit() -> None:
     atexit.register(gc.freeze)
 
 
-__all__ = ["collector_paused", "give_memory_back", "no_collection_at_exit", "ran_out_of_memory", "trim"]
+__all__ = ["collector_paused", "give_memory_back", "keep_memory", "no_collection_at_exit", "ran_out_of_memory", "trim"]

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..errors import InputError, MaCoSNetError, OutputError
 from ..io.checkpoints import check_model_folder
 from ..io.hub import create_repository, push
+from ..io.memory import keep_memory
 from ..io.output_folder import held_by_this_process, hold_folder
 from .checkpoints import find_checkpoint, refuse_other_settings, write_model
 from .settings import TrainingSettings
@@ -35,6 +36,7 @@ def run_script(main: Callable[[], int]) -> None:
     """Runs a script's `main` and exits; bad input gives one sentence and exit code 2."""
     try:
         _refuse_missing_processes()
+        keep_memory()
         status = main()
     except MaCoSNetError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import ctypes
-from macosnet_hf.io.memory import give_memory_back, trim
+from macosnet_hf.io.memory import give_memory_back, keep_memory, trim
 
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -34,6 +34,12 @@ small = taken(1000)
 libc.free(large)
 print(resident() - before)
 """
+# A tensor of a batch.
+BATCH = """
+before = resident()
+libc.free(taken(16 << 20))
+print(resident() - before)
+"""
 # 2,000 pieces of 30 kB, of which one in a hundred stays.
 SMALL = """
 before = resident()
@@ -51,6 +57,11 @@ def _grown(code: str) -> float:
         pytest.skip("another C library has another allocator")
     command = [sys.executable, "-c", PRELUDE + code]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+
+def test_memory_of_a_batch_that_is_freed_serves_the_next():
+    assert _grown(BATCH) < 2, "else there is nothing to do"
+    assert _grown("keep_memory()\n" + BATCH) > 15
 
 
 def test_a_large_image_that_is_freed_takes_nothing_any_more():
