@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 7860
-# Test processes; each computes on one thread, so that they do not fight for cores.
+# Test processes; each computes on one thread, so that they do not fight for cores. A file's tests stay in one of them:
+# what several tests share (training runs, an installed wheel, a server) would be made in each.
 JOBS ?= 2
 PYTEST_ARGS ?=
 # Those that need neither data nor a browser; the others say in their --help what they take.
@@ -31,7 +32,7 @@ hooks: $(dev_stamp) ## Run `make lint` on each git commit and `make typecheck` o
 	$(python) -m pre_commit install --hook-type pre-commit --hook-type pre-push
 
 test: lint typecheck ## Check style and types, then run the tests (PYTEST_ARGS="-k name" for some of them)
-	OMP_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(JOBS) --dist loadfile --durations=25 $(PYTEST_ARGS)
 
 lint: $(dev_stamp) ## Check style, formatting, the demo's JavaScript and CSS, and which folder may import which
 	$(python) -m ruff check .

@@ -30,7 +30,7 @@ def give_memory_back() -> None:
 
 
 def keep_memory() -> None:
-    """Makes the allocator keep the memory of one batch for the next one; called when a training or an evaluation starts.
+    """Makes the allocator keep the memory of a batch for the next one; called when a training or an evaluation starts.
 
     By default each large tensor that is freed goes back to the system, and the next of its size is mapped and zeroed
     again, page by page.

@@ -1,4 +1,4 @@
-"""The package as such: light import, public names, auto classes, the wheel, and what no file may hold."""
+"""The package as such: light import, public names, auto classes, and what no file may hold."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -163,69 +162,12 @@ def test_registering_twice_changes_nothing():
     assert sys.meta_path == before
 
 
-# ---- wheel -----------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_files() -> list[Path]:
-    return [path for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir() if path.is_file()]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, so that nothing is left in the checkout."""
-    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77 or newer")
-    sources = tmp_path_factory.mktemp("sources")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    for folder in ("macosnet_hf", "tests", "training", "benchmarks"):
-        if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        "dist",
-        ".",
-    ]
-    completed = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    (built,) = (sources / "dist").glob("*.whl")
-    return built
-
-
-def test_wheel_holds_the_package_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    assert {name.split("/")[0] for name in names} == {
-        "macosnet_hf",
-        f"macosnet_hf-{macosnet_hf.__version__}.dist-info",
-    }
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "macosnet_hf").rglob("*.py")}
-    assert modules <= names
-    assert {"macosnet_hf/py.typed", f"macosnet_hf-{macosnet_hf.__version__}.dist-info/licenses/LICENSE"} <= names
-    assert {f"macosnet_hf/pretrained/macosnet-lite/{path.name}" for path in checkpoint_files()} <= names
-    assert not [name for name in names if name.endswith((".pyc", ".bin", ".pt", ".pth", ".pkl"))]
-
-
-def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    code = (
-        "import macosnet_hf as m; print(m.__file__); "
-        "print(m.MaCoSNetConfig.from_pretrained(m.DEFAULT_CHECKPOINT).model_type)"
-    )
-    module_file, model_type = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split()
-    assert Path(module_file).is_relative_to(tmp_path)
-    assert model_type == "macosnet"
+# ---- embedded checkpoint ---------------------------------------------------------------------------------------------
 
 
 def test_embedded_checkpoint_is_small_and_safe():
-    files = {path.name: path.stat().st_size for path in checkpoint_files()}
+    paths = (path for path in Path(macosnet_hf.DEFAULT_CHECKPOINT).iterdir() if path.is_file())
+    files = {path.name: path.stat().st_size for path in paths}
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
     assert sum(files.values()) <= 25_000_000
 

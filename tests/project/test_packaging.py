@@ -112,6 +112,7 @@ def test_wheel_from_the_sdist_holds_the_package_byte_for_byte(wheel):
         written = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
     about = {name for name in written if name.startswith(f"{NAME}.dist-info/")}
     assert set(written) - about == package_files()
+    assert not [name for name in written if name.endswith((".pyc", ".bin", ".pt", ".pth", ".pkl"))]
     for name in package_files():
         assert written[name] == hashlib.sha256((ROOT / name).read_bytes()).hexdigest(), name
 
