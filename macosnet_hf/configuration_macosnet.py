@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Raised when a setting changes its meaning, or a new one changes what a model answers.
 _CONFIG_VERSION = 3
 
-# Encoders by name: an explicit backbone configuration each, since a bare backbone name would call the network.
+# Encoders by name, timm's, or the settings of one of transformers': an explicit backbone configuration each, since a
+# bare backbone name would call the network.
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper: ResNet-101 through conv4-23 (stride 16, 1024 channels).
     "paper": {"backbone": "resnet101", "out_indices": [0, 1, 2, 3], "decoder_widths": [64, 48, 24, 16]},
@@ -49,6 +50,21 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "decoder_widths": [64, 32, 24, 16],
         "fused_strides": [16, 32],
         "feature_blocks": [0, 1, 2, 4, 5],
+        "image_size": 336,
+        "predictor_grid": 15,
+    },
+    # Vision transformers of transformers, for whoever has a network to fetch their weights: one map, no finer stages.
+    "dinov2-small": {
+        "backbone": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6, "patch_size": 14},
+        "out_indices": [12],
+        "decoder_widths": [64, 32, 24, 16],
+        "image_size": 336,
+        "predictor_grid": 15,
+    },
+    "dinov3-small": {
+        "backbone": {"model_type": "dinov3_vit", "num_register_tokens": 4},
+        "out_indices": [12],
+        "decoder_widths": [64, 32, 24, 16],
         "image_size": 336,
         "predictor_grid": 15,
     },
@@ -100,7 +116,8 @@ class MaCoSNetConfig(PretrainedConfig):
 
     Args:
         backbone_config (`PretrainedConfig` or `dict`, *optional*):
-            Encoder E: any timm (`TimmBackboneConfig`) or transformers backbone with a stage of stride 16.
+            Encoder E: any timm (`TimmBackboneConfig`) or transformers backbone with a stage of stride 16, or a vision
+            transformer with patches of any size, which sees images resized to as many patches as there are cells.
             Defaults to the `lite` preset. Weights are never downloaded from here; training loads ImageNet weights
             itself.
         feature_strides (`list[int]`, *optional*):
@@ -249,7 +266,8 @@ class MaCoSNetConfig(PretrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> MaCoSNetConfig:
         """Configuration by name: `"paper"` (ResNet-101), `"vgg16"`, `"lite"` (EfficientNet-Lite0, strides 16 and 32),
-        `"base"` (EfficientNet-Lite2, likewise, 336 pixels) or `"lite-stride16"` (version 0.1: stride 16 only).
+        `"base"` (EfficientNet-Lite2, likewise, 336 pixels), `"lite-stride16"` (version 0.1: stride 16 only),
+        `"dinov2-small"` or `"dinov3-small"` (ViT-S/14 and ViT-S/16, 336 pixels).
 
         Raises:
             InputError: if there is no such preset.
@@ -383,8 +401,10 @@ def _preset_arguments(name: str) -> dict[str, Any]:
     if name not in _PRESETS:
         raise InputError(f"There is no preset {name!r}; choose one of {', '.join(sorted(_PRESETS))}.")
     preset = copy.deepcopy(_PRESETS[name])
-    backbone = {key: preset.pop(key) for key in ("backbone", "out_indices")}
-    return {"backbone_config": AutoConfig.for_model("timm_backbone", **backbone), **preset}
+    backbone, out_indices = preset.pop("backbone"), preset.pop("out_indices")
+    if isinstance(backbone, str):
+        backbone = {"model_type": "timm_backbone", "backbone": backbone}
+    return {"backbone_config": AutoConfig.for_model(**backbone, out_indices=out_indices), **preset}
 
 
 MaCoSNetConfig.register_for_auto_class()

@@ -69,6 +69,7 @@ class MaCoSNetEncoder(nn.Module):
         strides, channels: of each chosen stage.
         skip_channels: of the maps for the decoder's skip connections, by stride.
         feature_channels: C of the features, over all fused stages.
+        patch_size: of a vision transformer. One whose patches are not of 16 pixels sees resized images: a patch a cell.
     """
 
     def __init__(self, config: MaCoSNetConfig):
@@ -91,10 +92,16 @@ class MaCoSNetEncoder(nn.Module):
         channels = dict(zip(self.strides, self.channels, strict=True))
         self.skip_channels = {stride: count for stride, count in channels.items() if stride < 16}
         self.feature_channels = sum(channels[stride] for stride in self.fused_weights)
+        self.patch_size = _patch_size(config)
 
     def forward(self, pixel_values: Tensor) -> MaCoSNetFeatures:
         """`(N, 3, H, W)` normalised images to [`MaCoSNetFeatures`]."""
-        maps = dict(zip(self.strides, self.backbone(pixel_values).feature_maps, strict=True))
+        seen = pixel_values
+        if self.patch_size != 16:
+            size = [side // 16 * self.patch_size for side in pixel_values.shape[-2:]]
+            seen = F.interpolate(pixel_values.float(), size=size, mode="bicubic", antialias=True)
+            seen = seen.to(pixel_values.dtype)  # not every device resizes in half precision
+        maps = dict(zip(self.strides, self.backbone(seen).feature_maps, strict=True))
         for stride, feature_map in maps.items():
             expected = tuple(side // stride for side in pixel_values.shape[-2:])
             above = tuple(-(-side // stride) for side in pixel_values.shape[-2:])  # 240 pixels at stride 32: 7 or 8
@@ -134,6 +141,13 @@ def _check_architecture(backbone: Any) -> None:
 
         if not timm.is_model(backbone.backbone):
             raise InputError(f"The installed timm knows no architecture {backbone.backbone!r}.")
+
+
+def _patch_size(config: MaCoSNetConfig) -> int:
+    """Pixels a side of the patches of a vision transformer whose only map is that of its patches; else 16."""
+    size = getattr(config.backbone_config, "patch_size", None)
+    plain = config.feature_strides == [16] and not hasattr(config.backbone_config, "depths")
+    return size if plain and isinstance(size, int) else 16
 
 
 def _choose_blocks(backbone: Any, numbers: Sequence[int]) -> tuple[int, ...]:

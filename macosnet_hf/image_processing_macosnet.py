@@ -28,6 +28,8 @@ from .images import MAX_PIXELS, as_upright_rgb, open_image, upright_rgb, white_l
 from .refinement import check_method, refine_mask
 
 _VIEWS = (2, 3)  # pairs and triplets
+# Presets whose encoders were trained on images with ImageNet's mean and deviation, not with 0.5.
+_IMAGENET_STATISTICS = ("paper", "vgg16", "dinov2-small", "dinov3-small")
 _POINTS_PER_CHUNK = 1 << 16  # bounds the memory of the spline, some 200 bytes a point
 
 
@@ -83,7 +85,7 @@ class MaCoSNetImageProcessor(PilBackend):
         """
         side = MaCoSNetConfig.from_preset(name).image_size
         imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-        return cls(size={"height": side, "width": side}, **(imagenet if name in ("paper", "vgg16") else {}))
+        return cls(size={"height": side, "width": side}, **(imagenet if name in _IMAGENET_STATISTICS else {}))
 
     def preprocess(self, images: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Pairs or triplets of images to `pixel_values` `(B, V, 3, H, W)`, float32, V = 2 or 3.

@@ -23,6 +23,8 @@ class AtomicSaving(PreTrainedModel):
         is killed leaves the older model, the new one, or none that loads, never the weights of one with the
         settings of the other. (Not with `push_to_hub`, which transformers does from the folder itself.)
         """
+        # By default transformers writes the weights of some encoders (DINOv2's) under names of older versions.
+        kwargs.setdefault("save_original_format", False)
         # A class has one `_auto_class`, and transformers writes only that of the class that it saves.
         module = "modeling_macosnet"
         self.config.auto_map = {

@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(settings.preset))
         processor = MaCoSNetImageProcessor.from_preset(settings.preset)
-        load_imagenet_encoder(model)
+        load_imagenet_encoder(model, settings.encoder_name_or_path)
     validate = keypoint_validation(settings.validation_pairs, processor) if settings.validation_pairs else None
     if settings.on_device:
         images.keep_in_memory(quiet=not accelerator.is_main_process, workers=8, device=accelerator.device)

