@@ -73,7 +73,9 @@ def make_folder(data: Path, folder: Path, count: int) -> None:
 
 def measure(images: Path, output: Path, processes: int, options: list[str]) -> dict[str, float]:
     """Seconds of the slowest process, and the bytes at most of the largest, of one run."""
-    command = ["segment", "--dataset", str(images), "--group_column", "label", "--output_dir", str(output), *options]
+    command = ["segment", "--dataset", str(images), "--output_dir", str(output), *options]
+    if len(list(images.iterdir())) > 1:  # of a single folder, `datasets` makes no labels
+        command += ["--group_column", "label"]
     running = []
     for rank in range(processes):
         place = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}

@@ -50,7 +50,7 @@ class Row(NamedTuple):
         if os.path.isdir(settings.dataset):
             return _read_inside(self.image, settings.dataset)
         if f"hf://datasets/{settings.dataset}@" not in self.image:
-            raise ImageError("The image is a link out of the data set; put the file in its place.")
+            raise ImageError("The image's file lies outside of the data set.")
         import fsspec
 
         try:
