@@ -103,8 +103,6 @@ class RowSource:
     """
 
     def __init__(self, settings: BulkSettings):
-        from datasets import Image
-
         self.settings = settings
         check_dataset(settings.dataset)
         stream = open_stream(settings.dataset, settings.split)
@@ -112,7 +110,8 @@ class RowSource:
         _check_columns(declared, settings)
         names = [settings.image_column, settings.group_column, settings.id_column]
         columns = list(dict.fromkeys(name for name in names if name is not None))
-        self._stream = stream.select_columns(columns).cast_column(settings.image_column, Image(decode=False))
+        # First of all: from the Hub, streams of image files come decoded, and a damaged one would end them.
+        self._stream = (stream.decode(False) if stream.features else stream).select_columns(columns)
         self._labels = getattr(declared.get(settings.group_column or ""), "names", None)
         if settings.parts > stream.n_shards:
             raise InputError(
@@ -130,8 +129,9 @@ class RowSource:
         if settings.parts > 1:
             stream = stream.shard(num_shards=settings.parts, index=part, contiguous=True)
         for number, row in enumerate(rows_of(stream, settings.dataset, settings.split)):
-            image = row[settings.image_column] or {}
-            path, content = image.get("path"), image.get("bytes")
+            image = row[settings.image_column]
+            path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
+            content = content if isinstance(content, bytes) else None
             yield Row(
                 number=number,
                 id=self._id(row, number, path if content is None else None),

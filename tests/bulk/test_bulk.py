@@ -284,7 +284,7 @@ def parquet(images, tmp_path_factory):
         {"photo": {"bytes": path.read_bytes(), "path": path.name}, "kind": path.parent.name, "name": path.stem}
         for path in paths
     ]
-    rows.append({"photo": None, "kind": "dog", "name": "nothing"})
+    rows.append({"photo": None, "kind": None, "name": "nothing"})
     for number in range(3):
         some = datasets.Dataset.from_list(rows[5 * number : 5 * number + 5], features=kinds)
         some.to_parquet(folder / "data" / f"train-{number}.parquet")
@@ -299,7 +299,15 @@ def test_images_inside_of_parquet_files_have_the_same_masks(parquet, network, wh
     rows, expected = table(tmp_path / "out"), table(whole)
     assert [row["mask"] for row in rows[:-1]] == [row["mask"] for row in expected]
     assert [row["id"] for row in rows[:2]] == ["000000001", "000000002"]
-    assert (rows[-1]["error"], rows[-1]["group"]) == ("The row has no image.", "dog")
+    assert (rows[-1]["error"], rows[-1]["group"]) == ("The row has no image.", None)
+
+
+def test_a_column_of_bytes_serves_as_well(images, network, whole, tmp_path):
+    (tmp_path / "rows").mkdir()
+    rows = [{"image": path.read_bytes(), "label": path.parent.name} for path in sorted(images.glob("*/*.png"))]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    segment_dataset(settings_of(tmp_path / "rows"), tmp_path / "out", **network)
+    assert [row["mask"] for row in table(tmp_path / "out")] == [row["mask"] for row in table(whole)]
 
 
 def test_alpha_orientations_and_names_are_there_if_asked_for(parquet, network, tmp_path):
