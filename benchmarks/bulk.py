@@ -27,11 +27,11 @@ import resource, sys, time
 from macosnet_hf.bulk import run
 from macosnet_hf.commands import main
 started = []
-work = run.segment_block
+work = run.segment_rows
 def timed(*args, **kwargs):
     started or started.append(time.perf_counter())
     return work(*args, **kwargs)
-run.segment_block = timed
+run.segment_rows = timed
 code = main.main(sys.argv[1:])
 seconds = time.perf_counter() - started[0] if started else 0.0
 print("measured", seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

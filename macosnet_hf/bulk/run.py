@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..io.memory import trim
 from .blocks import cut_blocks, gather_shards
 from .rows import RowSource
-from .segmentation import segment_block
+from .segmentation import segment_rows
 from .settings import BulkSettings
 from .shards import ShardFolder
 
@@ -74,7 +74,8 @@ def segment_dataset(
         if whole_parts and part % processes != rank:
             continue
         number = -1
-        for shard in gather_shards(cut_blocks(source.rows(part), settings.block_size), settings.shard_size):
+        blocks = cut_blocks(source.rows(part), max(settings.block_size, settings.window))
+        for shard in gather_shards(blocks, settings.shard_size):
             number = shard.number
             if not whole_parts and number % processes != rank:
                 continue
@@ -84,9 +85,10 @@ def segment_dataset(
                 continue
             rows = []
             for block in shard.blocks:
-                rows += segment_block(block, part, settings, model=model, processor=processor)
-                if progress is not None:
-                    progress(len(block.rows))
+                for some in segment_rows(block, part, settings, model=model, processor=processor):
+                    rows += some
+                    if progress is not None:
+                        progress(len(some))
             shards.write(part, shard, rows)
             trim()
             written += count

@@ -163,7 +163,7 @@ def test_datasets_loads_results_and_index(whole, tmp_path):
 
 def test_a_second_run_segments_nothing_again(whole, images, network, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr("macosnet_hf.bulk.run.segment_block", None)
+    monkeypatch.setattr("macosnet_hf.bulk.run.segment_rows", None)
     digest = weights_digest(network["model"])
     report = segment_dataset(settings_of(images, model="small", weights=digest), tmp_path / "out", **network)
     assert report == (0, 13, (13, 2))
@@ -175,13 +175,13 @@ def test_a_second_run_segments_nothing_again(whole, images, network, tmp_path, m
 KILL_AT_BLOCK = """
 import os, signal
 from macosnet_hf.bulk import run
-work, count = run.segment_block, [0]
+work, count = run.segment_rows, [0]
 def killed(*args, **kwargs):
     count[0] += 1
     if count[0] == {number}:
         os.kill(os.getpid(), signal.SIGKILL)
     return work(*args, **kwargs)
-run.segment_block = killed
+run.segment_rows = killed
 """
 KILL_IN_WRITE = """
 import os, signal
