@@ -28,6 +28,7 @@ from macosnet_hf.collection import hard_mask, segment_collection  # noqa: E402
 from macosnet_hf.commands.main import main  # noqa: E402
 from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
 from macosnet_hf.io.checkpoints import load_model_and_processor  # noqa: E402
+from macosnet_hf.io.hub import plan  # noqa: E402
 from macosnet_hf.io.image_files import load_image  # noqa: E402
 
 OPTIONS = ["--group_column", "label", "--block_size", "3", "--shard_size", "4", "--refine", "none", "--device", "cpu"]
@@ -339,6 +340,25 @@ def test_without_groups_all_images_are_one(parquet, network, tmp_path):
     assert len(rows) == 14
 
 
+def test_a_window_is_divided_into_blocks_of_similar_images_by_any_number_of_processes(parquet, network, tmp_path):
+    settings = settings_of(parquet, image_column="photo", group_column=None, window=9)
+    for processes in (1, 2):
+        for rank in range(processes):
+            report = segment_dataset(settings, tmp_path / str(processes), **network, rank=rank, processes=processes)
+        assert report.complete == (14, 3)
+    rows = table(tmp_path / "1")
+    assert rows == table(tmp_path / "2")
+    assert sorted(row["row"] for row in rows) == list(range(14))
+    assert all(row["partners"] for row in rows if row["mask"])
+
+
+def test_the_results_can_be_pushed_without_what_is_of_this_machine(whole):
+    uploads = plan("dataset", whole)
+    names = {upload.name for upload in uploads}
+    assert {"README.md", "index.parquet", "data/masks-00000-000000.parquet"} <= names
+    assert not [name for name in names if ".bulk" in name]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "images"])
 def test_a_data_set_on_the_hub_is_streamed(request, kind, model, network, tmp_path):
@@ -467,6 +487,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_shards_only(images, model,
         (["--dataset", "no/such/folder"], "no/such/folder: there is no such folder"),
         (["--dataset", __file__], "is a file; a folder is needed."),
         (["--dataset", "x/y", "--block_size", "1"], "block_size must be a whole number of at least 2; got 1."),
+        (["--dataset", "x/y", "--window", "-1"], "window must be a whole number of at least 0; got -1."),
         (["--dataset", "x/y", "--parts", "0"], "parts must be a whole number of at least 1; got 0."),
         (["--dataset", "x/y", "--model", "/no/model"], "/no/model"),
     ],
