@@ -4,7 +4,7 @@
 
 Each size is a run of its own: the first N images of the folder in the order of their names, without the folder of
 backgrounds; further ones are mirrored, and then cropped. It prints the time from the first to the last shard, the peak
-memory of each process, and the load of the machine, since other work changes the times.
+memory of each process, and the load of the machine: other work changes the time more than the processor's time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _START = """
 import resource, sys, time
 from macosnet_hf.bulk import run
 from macosnet_hf.commands import main
-started = []
-work = run.segment_rows
+started, clocks = [], (time.perf_counter, time.process_time)
+work = run.segment_block
 def timed(*args, **kwargs):
-    started or started.append(time.perf_counter())
+    started or started.extend(clock() for clock in clocks)
     return work(*args, **kwargs)
-run.segment_rows = timed
+run.segment_block = timed
 code = main.main(sys.argv[1:])
-seconds = time.perf_counter() - started[0] if started else 0.0
-print("measured", seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+spent = [clock() - start for clock, start in zip(clocks, started)]
+print("measured", *spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 sys.exit(code)
 """
 
@@ -72,7 +72,7 @@ def make_folder(data: Path, folder: Path, count: int) -> None:
 
 
 def measure(images: Path, output: Path, processes: int, options: list[str]) -> dict[str, float]:
-    """Seconds of the slowest process, and the bytes at most of the largest, of one run."""
+    """Seconds of the slowest process, processor seconds of all, and the bytes at most of the largest, of one run."""
     command = ["segment", "--dataset", str(images), "--output_dir", str(output), *options]
     if len(list(images.iterdir())) > 1:  # of a single folder, `datasets` makes no labels
         command += ["--group_column", "label"]
@@ -82,13 +82,14 @@ def measure(images: Path, output: Path, processes: int, options: list[str]) -> d
         arguments = [sys.executable, "-c", _START, *command]
         environment = {**os.environ, **place}
         running.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment))
-    found = []
+    found: list[list[float]] = []
     for process in running:
         text, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"A process ended with {process.returncode}.")
         found.append([float(value) for value in text.splitlines()[-1].split()[1:]])
-    return {"seconds": max(seconds for seconds, _ in found), "bytes": max(size for _, size in found)}
+    seconds, processor, size = zip(*found, strict=True)
+    return {"seconds": max(seconds), "processor_seconds": sum(processor), "bytes": max(size)}
 
 
 def main() -> None:
@@ -99,19 +100,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments, options = parser.parse_known_args()
     results = []
-    print("| images | processes | s | ms an image | peak of a process, GB | load before, after |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print("| images | processes | s | ms an image | processor ms an image | peak of a process, GB | load |")
+    print("|---:|---:|---:|---:|---:|---:|---|")
     for count in arguments.sizes:
         with tempfile.TemporaryDirectory() as scratch:
             make_folder(arguments.data, Path(scratch) / "images", count)
             for processes in arguments.processes:
                 before, start = os.getloadavg()[0], time.strftime("%H:%M")
                 found = measure(Path(scratch) / "images", Path(scratch) / f"out-{processes}", processes, options)
-                load = f"{before:.1f}, {os.getloadavg()[0]:.1f}"
+                load = f"{before:.1f} to {os.getloadavg()[0]:.1f}"
                 results.append({"images": count, "processes": processes, "load": load, "start": start, **found})
                 print(
                     f"| {count} | {processes} | {found['seconds']:.0f} | {1e3 * found['seconds'] / count:.0f} | "
-                    f"{found['bytes'] / 1e9:.2f} | {load} |",
+                    f"{1e3 * found['processor_seconds'] / count:.0f} | {found['bytes'] / 1e9:.2f} | {load} |",
                     flush=True,
                 )
     if arguments.json:

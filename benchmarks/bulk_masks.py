@@ -1,4 +1,4 @@
-"""J of the masks of `macosnet segment --dataset`, by how images are divided into blocks, on images with true masks.
+"""J of the masks of `macosnet segment --dataset`, by what blocks hold, on images with true masks.
 
     python benchmarks/bulk_masks.py $DATA/msrc-coseg
 
@@ -30,12 +30,7 @@ from macosnet_hf.datasets import iter_records, mask_from_image
 from macosnet_hf.evaluation.metrics import jaccard
 from macosnet_hf.io.checkpoints import load_model_and_processor
 
-WAYS: dict[str, dict[str, Any]] = {
-    "classes, blocks as the rows come": {"group_column": "class"},
-    "classes, blocks of similar images": {"group_column": "class", "window": 512},
-    "no classes, blocks as the rows come": {},
-    "no classes, blocks of similar images": {"window": 512},
-}
+WAYS: dict[str, dict[str, Any]] = {"within classes": {"group_column": "class"}, "of all classes": {}}
 
 
 def write_rows(records: list[dict[str, Any]], folder: Path) -> None:
@@ -81,12 +76,12 @@ def main() -> None:
     }
     model, processor = load_model_and_processor(arguments.model)
     ways = {
-        f"{name}, {size}": {**options, "block_size": size}
+        f"{size} {name}": {**options, "block_size": size}
         for size in arguments.block_sizes
         for name, options in WAYS.items()
     }
     if arguments.whole:
-        ways["each class is one block"] = {"group_column": "class", "block_size": len(records)}
+        ways["each class as a whole"] = {"group_column": "class", "block_size": len(records)}
     print("| blocks | J | ms an image |\n|---|---:|---:|")
     with tempfile.TemporaryDirectory() as scratch:
         write_rows(records, Path(scratch) / "rows")

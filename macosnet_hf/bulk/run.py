@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..io.memory import trim
 from .blocks import cut_blocks, gather_shards
 from .rows import RowSource
-from .segmentation import segment_rows
+from .segmentation import segment_block
 from .settings import BulkSettings
 from .shards import ShardFolder
 
@@ -74,7 +74,7 @@ def segment_dataset(
         if whole_parts and part % processes != rank:
             continue
         number = -1
-        blocks = cut_blocks(source.rows(part), max(settings.block_size, settings.window))
+        blocks = cut_blocks(source.rows(part), settings.block_size)
         for shard in gather_shards(blocks, settings.shard_size):
             number = shard.number
             if not whole_parts and number % processes != rank:
@@ -85,10 +85,9 @@ def segment_dataset(
                 continue
             rows = []
             for block in shard.blocks:
-                for some in segment_rows(block, part, settings, model=model, processor=processor):
-                    rows += some
-                    if progress is not None:
-                        progress(len(some))
+                rows += segment_block(block, part, settings, model=model, processor=processor)
+                if progress is not None:
+                    progress(len(block.rows))
             shards.write(part, shard, rows)
             trim()
             written += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from ..inference.cutouts import alpha_matte
 from ..inference.files import SegmentedCollection, segment_copies
 from ..io.working_copy import WorkingCopy, open_working_copy
 from .blocks import Block
-from .neighbours import divide, pooled_features
 from .rows import Row
 from .settings import BulkSettings
 
@@ -27,34 +26,6 @@ if TYPE_CHECKING:
 
 _READERS = min(8, os.cpu_count() or 1)  # images that are decoded at the same time
 _WRITERS = 2  # images that are in memory in full size at the same time
-
-
-def segment_rows(
-    block: Block,
-    part: int,
-    settings: BulkSettings,
-    *,
-    model: MaCoSNetForKeypointMatching,
-    processor: MaCoSNetImageProcessor,
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of results of a block of any size, in blocks of at most `settings.block_size`; see [`segment_block`].
-
-    A larger one, of `settings.window` rows, is divided into blocks of similar images, which costs one more encoder pass
-    an image.
-    """
-    blocks: Iterable[Block] = [block]
-    if len(block.rows) > settings.block_size:
-        found = pooled_features(_images(block, settings), model=model, processor=processor)
-        blocks = divide(block, found, settings.block_size)
-    for some in blocks:
-        yield segment_block(some, part, settings, model=model, processor=processor)
-
-
-def _images(block: Block, settings: BulkSettings) -> Iterator[Image.Image | None]:
-    """The images of a block, None for those that cannot be read."""
-    for row in block.rows:
-        copy = _open(row, settings)
-        yield copy.image if isinstance(copy, WorkingCopy) else None
 
 
 def segment_block(

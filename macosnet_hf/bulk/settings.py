@@ -30,7 +30,6 @@ class BulkSettings:
             images are one group.
         id_column: column of the images' names in the results. None: the path in the data set, or the number of the row.
         block_size: images that are compared with one another, at most.
-        window: images of a group that are divided into blocks of similar ones, at most; 0: blocks are as the rows come.
         shard_size: images of a shard, at least, but for the last one.
         parts: the files of the data set are divided into so many parts, each read on its own.
         partners, refine: as in [`~macosnet_hf.collection.Collection.segment`].
@@ -49,7 +48,6 @@ class BulkSettings:
     group_column: str | None = None
     id_column: str | None = None
     block_size: int = BLOCK_SIZE
-    window: int = 0
     shard_size: int = SHARD_SIZE
     parts: int = 1
     partners: int = 2
@@ -60,7 +58,7 @@ class BulkSettings:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 2), ("window", 0), ("shard_size", 1), ("parts", 1), ("partners", 1)):
+        for name, least in (("block_size", 2), ("shard_size", 1), ("parts", 1), ("partners", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}; got {value!r}.")

@@ -19,7 +19,6 @@ _DEFAULTS: dict[str, Any] = {
     "group_column": None,
     "id_column": None,
     "block_size": BLOCK_SIZE,
-    "window": 0,
     "shard_size": SHARD_SIZE,
     "parts": 1,
     "alpha": False,
@@ -43,8 +42,6 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
     block = f"images that are compared with one another, at most (default: {BLOCK_SIZE})"
     add("--block_size", type=int, default=BLOCK_SIZE, metavar="N", help=block)
-    window = "images that are divided into blocks of similar ones, at most (default: 0, blocks are as the rows come)"
-    add("--window", type=int, default=_DEFAULTS["window"], metavar="N", help=window)
     shard = f"images of a shard, at least (default: {SHARD_SIZE})"
     add("--shard_size", type=int, default=SHARD_SIZE, metavar="N", help=shard)
     parts = "parts of the data set's files that processes read on their own; each reads all of them with 1 (default: 1)"

@@ -164,7 +164,7 @@ def test_datasets_loads_results_and_index(whole, tmp_path):
 
 def test_a_second_run_segments_nothing_again(whole, images, network, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr("macosnet_hf.bulk.run.segment_rows", None)
+    monkeypatch.setattr("macosnet_hf.bulk.run.segment_block", None)
     digest = weights_digest(network["model"])
     report = segment_dataset(settings_of(images, model="small", weights=digest), tmp_path / "out", **network)
     assert report == (0, 13, (13, 2))
@@ -176,13 +176,13 @@ def test_a_second_run_segments_nothing_again(whole, images, network, tmp_path, m
 KILL_AT_BLOCK = """
 import os, signal
 from macosnet_hf.bulk import run
-work, count = run.segment_rows, [0]
+work, count = run.segment_block, [0]
 def killed(*args, **kwargs):
     count[0] += 1
     if count[0] == {number}:
         os.kill(os.getpid(), signal.SIGKILL)
     return work(*args, **kwargs)
-run.segment_rows = killed
+run.segment_block = killed
 """
 KILL_IN_WRITE = """
 import os, signal
@@ -340,18 +340,6 @@ def test_without_groups_all_images_are_one(parquet, network, tmp_path):
     assert len(rows) == 14
 
 
-def test_a_window_is_divided_into_blocks_of_similar_images_by_any_number_of_processes(parquet, network, tmp_path):
-    settings = settings_of(parquet, image_column="photo", group_column=None, window=9)
-    for processes in (1, 2):
-        for rank in range(processes):
-            report = segment_dataset(settings, tmp_path / str(processes), **network, rank=rank, processes=processes)
-        assert report.complete == (14, 3)
-    rows = table(tmp_path / "1")
-    assert rows == table(tmp_path / "2")
-    assert sorted(row["row"] for row in rows) == list(range(14))
-    assert all(row["partners"] for row in rows if row["mask"])
-
-
 def test_the_results_can_be_pushed_without_what_is_of_this_machine(whole):
     uploads = plan("dataset", whole)
     names = {upload.name for upload in uploads}
@@ -487,7 +475,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_shards_only(images, model,
         (["--dataset", "no/such/folder"], "no/such/folder: there is no such folder"),
         (["--dataset", __file__], "is a file; a folder is needed."),
         (["--dataset", "x/y", "--block_size", "1"], "block_size must be a whole number of at least 2; got 1."),
-        (["--dataset", "x/y", "--window", "-1"], "window must be a whole number of at least 0; got -1."),
         (["--dataset", "x/y", "--parts", "0"], "parts must be a whole number of at least 1; got 0."),
         (["--dataset", "x/y", "--model", "/no/model"], "/no/model"),
     ],
