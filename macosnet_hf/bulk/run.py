@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import InputError
+from ..errors import DataError, InputError
 from ..io.memory import trim
 from .blocks import cut_blocks, gather_shards
 from .rows import RowSource
@@ -91,6 +91,8 @@ def segment_dataset(
             shards.write(part, shard, rows)
             trim()
             written += count
+        if number < 0 and settings.parts == 1:
+            raise DataError(f"{settings.dataset}: the split {settings.split!r} is empty.")
         shards.end_part(part, number + 1)
     paths = shards.shards()
     if paths is not None and not shards.is_complete:

@@ -1,107 +1,28 @@
 """`macosnet segment --dataset`: real folders, Parquet files and a Hub; killed and restarted; two processes."""
 
 import io
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hub_server import TOKEN, HubServer
 from PIL import Image
-from small_models import save_small_checkpoint
 from training_runs import environment
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra `train`)")
 
-import pyarrow.parquet as pq  # noqa: E402
+from bulk_runs import COLUMNS, OPTIONS, macosnet, settings_of, table  # noqa: E402
 
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
-from macosnet_hf.bulk.settings import BulkSettings, weights_digest  # noqa: E402
+from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.collection import hard_mask, segment_collection  # noqa: E402
-from macosnet_hf.commands.main import main  # noqa: E402
-from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
-from macosnet_hf.io.checkpoints import load_model_and_processor  # noqa: E402
+from macosnet_hf.errors import InputError  # noqa: E402
 from macosnet_hf.io.hub import plan  # noqa: E402
 from macosnet_hf.io.image_files import load_image  # noqa: E402
-
-OPTIONS = ["--group_column", "label", "--block_size", "3", "--shard_size", "4", "--refine", "none", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_small_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def network(model):
-    loaded, processor = load_model_and_processor(model, "cpu")
-    return {"model": loaded, "processor": processor}
-
-
-def make_images(folder: Path) -> Path:
-    """Seven cups, five dogs, one ant alone; the third cup is damaged and the last dog cut off."""
-    random = np.random.default_rng(0)
-    for kind, count in (("cup", 7), ("dog", 5), ("ant", 1)):
-        (folder / kind).mkdir(parents=True)
-        for number in range(count):
-            small = random.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-            image = Image.fromarray(small).resize((70 + number, 50 + 3 * number), Image.Resampling.BICUBIC)
-            image.save(folder / kind / f"{number}.png")
-    (folder / "cup" / "2.png").write_bytes(b"no image")
-    os.truncate(folder / "dog" / "4.png", 300)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images") / "animals")
-
-
-def settings_of(data, **options: Any) -> BulkSettings:
-    given = {"group_column": "label", "block_size": 3, "shard_size": 4, "refine": "none", **options}
-    return BulkSettings(str(data), **given)
-
-
-def table(folder: Path) -> list[dict]:
-    """All rows of the shards, in the order of the data set."""
-    return [row for path in sorted((folder / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-def macosnet(*words: object, code: str = "", **more: str) -> subprocess.CompletedProcess:
-    """`macosnet segment` in a process of its own, after some code."""
-    start = f"import sys\n{code}\nfrom macosnet_hf.commands.main import main\nsys.exit(main(sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-c", start, "segment", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment() | more,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(images, network, tmp_path_factory):
-    """The results of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    digest = weights_digest(network["model"])
-    report = segment_dataset(settings_of(images, model="small", weights=digest), folder, **network)
-    assert report == (13, 0, (13, 2))
-    return folder
 
 
 def test_rows_say_what_a_collection_says(whole, images, network):
@@ -273,28 +194,6 @@ def test_a_dead_process_leaves_its_shards_to_the_restart(images, network, whole,
 # ---- other kinds of data sets ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def parquet(images, tmp_path_factory):
-    """The same images inside three Parquet files, with other names of the columns, and a row without an image."""
-    folder = tmp_path_factory.mktemp("parquet") / "rows"
-    (folder / "data").mkdir(parents=True)
-    names = datasets.ClassLabel(names=["ant", "cup", "dog"])
-    kinds = datasets.Features({"photo": datasets.Image(), "kind": names, "name": datasets.Value("string")})
-    paths = sorted(images.glob("*/*.png"))
-    rows = [
-        {"photo": {"bytes": path.read_bytes(), "path": path.name}, "kind": path.parent.name, "name": path.stem}
-        for path in paths
-    ]
-    rows.append({"photo": None, "kind": None, "name": "nothing"})
-    for number in range(3):
-        some = datasets.Dataset.from_list(rows[5 * number : 5 * number + 5], features=kinds)
-        some.to_parquet(folder / "data" / f"train-{number}.parquet")
-    return folder
-
-
-COLUMNS = {"image_column": "photo", "group_column": "kind"}
-
-
 def test_images_inside_of_parquet_files_have_the_same_masks(parquet, network, whole, tmp_path):
     segment_dataset(settings_of(parquet, **COLUMNS), tmp_path / "out", **network)
     rows, expected = table(tmp_path / "out"), table(whole)
@@ -368,136 +267,3 @@ def test_a_data_set_on_the_hub_is_streamed(request, kind, model, network, tmp_pa
         assert done.returncode == 0, done.stderr[-3000:]
     assert table(tmp_path / "out") == table(tmp_path / "local")
     assert "| `dataset` | me/animals |" in (tmp_path / "out" / "README.md").read_text()
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_with_shards_of_other_settings_is_refused_with_the_difference(whole, images, network, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")
-    digest = weights_digest(network["model"])
-    other = settings_of(images, model="small", weights=digest, block_size=4, refine="grabcut")
-    with pytest.raises(InputError) as error:
-        segment_dataset(other, tmp_path / "out", **network)
-    assert "shards of other settings (now block_size 4, not 3; refine 'grabcut', not 'none'); choose" in str(
-        error.value
-    )
-    assert table(tmp_path / "out") == table(whole)
-
-
-def test_a_data_set_that_has_changed_is_refused(whole, images, network, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")
-    shutil.copytree(images, tmp_path / "animals")
-    stored = json.loads((tmp_path / "out" / ".bulk" / "settings.json").read_text())
-    shutil.copy(images / "cup" / "0.png", tmp_path / "animals" / "cup" / "new.png")
-    stored["dataset"] = str(tmp_path / "animals")
-    (tmp_path / "out" / ".bulk" / "settings.json").write_text(json.dumps(stored))
-    settings = settings_of(tmp_path / "animals", model="small", weights=weights_digest(network["model"]))
-    with pytest.raises(OutputError, match="holds other rows than the data set has now"):
-        segment_dataset(settings, tmp_path / "out", **network)
-
-
-def test_a_damaged_shard_is_named(whole, images, network, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")
-    shard = tmp_path / "out" / "data" / "masks-00000-000001.parquet"
-    os.truncate(shard, 100)
-    settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
-    with pytest.raises(OutputError, match=r"masks-00000-000001.parquet is damaged; remove it and start again\."):
-        segment_dataset(settings, tmp_path / "out", **network)
-
-
-def test_a_folder_of_other_parquet_files_is_refused(parquet, images, network, tmp_path):
-    shutil.copytree(parquet, tmp_path / "out")
-    with pytest.raises(OutputError, match="holds Parquet files of another kind"):
-        segment_dataset(settings_of(images), tmp_path / "out", **network)
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"image_column": "imag"}, "has no column 'imag' (nearest: 'image'); its columns are 'image', 'label'."),
-        ({"group_column": "colour"}, "has no column 'colour'; its columns are 'image', 'label'."),
-        ({"id_column": "labels"}, "has no column 'labels' (nearest: 'label'); its columns are 'image', 'label'."),
-        ({"image_column": "label"}, "the column 'label' holds no images."),
-        ({"split": "tset"}, "the split 'tset' cannot be loaded"),
-    ],
-)
-def test_a_column_or_split_that_is_not_there_is_named(images, network, tmp_path, columns, message):
-    with pytest.raises(DataError) as error:
-        segment_dataset(settings_of(images, **columns), tmp_path / "out", **network)
-    assert message in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_row_cannot_name_a_file_outside_of_the_data_set(images, network, tmp_path):
-    (tmp_path / "rows").mkdir()
-    kinds = datasets.Features({"image": datasets.Image()})
-    paths = [str(images / "cup" / "0.png"), "https://127.0.0.1:1/a.png", "../secret.png"]
-    rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": path}} for path in paths], features=kinds)
-    pq.write_table(rows.data.table, tmp_path / "rows" / "train.parquet")
-    segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
-    found = table(tmp_path / "out")
-    assert len(found) == 3
-    assert all(row["error"] and row["mask"] is None for row in found)
-
-
-def test_a_link_out_of_the_folder_is_a_row_with_an_error(images, network, tmp_path):
-    shutil.copytree(images / "cup", tmp_path / "animals")
-    (tmp_path / "animals" / "link.png").symlink_to(images / "dog" / "0.png")
-    segment_dataset(settings_of(tmp_path / "animals", group_column=None), tmp_path / "out", **network)
-    row = next(row for row in table(tmp_path / "out") if row["id"] == "link.png")
-    assert row["error"] == "The image is a link out of the data set; put the file in its place."
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="uses limits of files")
-def test_a_full_disk_is_one_sentence_and_leaves_whole_shards_only(images, model, tmp_path):
-    out = tmp_path / "out"
-    # No file may grow beyond this: as on a full disk, a write fails in the middle.
-    limit = (
-        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
-    )
-    done = macosnet("--dataset", images, "--model", model, "--output_dir", out, *OPTIONS, code=limit)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].endswith("cannot be written (File too large).")
-    assert "Traceback" not in done.stderr
-    assert list((out / "data").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "Name images, one folder of them, or a data set with --dataset."),
-        (["a.png", "--dataset", "x"], "Name either images or --dataset, not both."),
-        (["a.png", "b.png", "--group_column", "label"], "--group_column needs --dataset."),
-        (["--dataset", "x", "--zip"], "--zip is for images in files; with --dataset, --alpha adds"),
-        (["--dataset", "x", "--trim"], "--trim is for images in files"),
-        (["--dataset", "no/such/folder"], "no/such/folder: there is no such folder"),
-        (["--dataset", __file__], "is a file; a folder is needed."),
-        (["--dataset", "x/y", "--block_size", "1"], "block_size must be a whole number of at least 2; got 1."),
-        (["--dataset", "x/y", "--parts", "0"], "parts must be a whole number of at least 1; got 0."),
-        (["--dataset", "x/y", "--model", "/no/model"], "/no/model"),
-    ],
-)
-def test_options_that_cannot_be_used_are_named_at_once(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["segment", *words, "--output_dir", str(tmp_path / "out")]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_output_folder_is_not_the_data_set(images, capsys):
-    assert main(["segment", "--dataset", str(images), "--output_dir", str(images)]) == 2
-    assert "would take masks for images" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_a_place_among_processes_that_is_no_number_is_named(images, name, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(name, "two")
-    assert main(["segment", "--dataset", str(images), "--output_dir", str(tmp_path / "out")]) == 2
-    assert "RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers" in capsys.readouterr().err
-
-
-def test_a_rank_is_below_the_number_of_processes(images, network, tmp_path):
-    with pytest.raises(InputError, match=r"less than processes \(2\); got 2"):
-        segment_dataset(settings_of(images), tmp_path / "out", **network, rank=2, processes=2)
