@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..directions import COLLECTION_ORIENTATIONS, check_orientations
 from ..errors import InputError
+from ..io.package import VERSION
 from ..refinement import check_method
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class BulkSettings:
         alpha: whether to add the soft alpha of [`~macosnet_hf.inference.cutouts.alpha_matte`].
         model: name of the checkpoint.
         weights: its digest, of [`weights_digest`].
+        version: of this package; another one may give other masks.
 
     Raises:
         InputError: for a value that cannot be used.
@@ -56,6 +58,7 @@ class BulkSettings:
     alpha: bool = False
     model: str = ""
     weights: str = ""
+    version: str = VERSION
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 2), ("shard_size", 1), ("parts", 1), ("partners", 1)):
