@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings, weights_digest
@@ -91,8 +92,10 @@ def run_dataset(args: argparse.Namespace) -> int:
         import datasets  # noqa: F401
     except ImportError as error:
         raise InputError("--dataset needs the package datasets; install macosnet-hf[train].") from error
-    if os.path.realpath(args.output_dir) == os.path.realpath(args.dataset):
-        raise InputError("The output folder is the folder of the data set; a second run would take masks for images.")
+    if os.path.isdir(args.dataset) and Path(os.path.realpath(args.output_dir)).is_relative_to(
+        os.path.realpath(args.dataset)
+    ):
+        raise InputError("The output folder lies in that of the data set; a second run would take masks for images.")
     rank, processes = _place_among_processes()
     give_memory_back()
     network = load_network(args)

@@ -143,9 +143,17 @@ def test_options_that_cannot_be_used_are_named_at_once(words, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_output_folder_is_not_the_data_set(images, capsys):
-    assert main(["segment", "--dataset", str(images), "--output_dir", str(images)]) == 2
+@pytest.mark.parametrize("inside", ["", "masks", "cup/masks"])
+def test_the_output_folder_is_outside_of_the_data_set(images, inside, capsys):
+    assert main(["segment", "--dataset", str(images), "--output_dir", str(images / inside)]) == 2
     assert "would take masks for images" in capsys.readouterr().err
+    assert not (images / "masks").exists()
+
+
+def test_a_missing_package_is_named(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["segment", "--dataset", str(images), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "needs the package datasets; install macosnet-hf[train]." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
