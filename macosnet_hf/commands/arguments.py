@@ -25,7 +25,8 @@ ORIENTATIONS_HELP = (
 
 def add_model_arguments(parser: argparse.ArgumentParser, archive: str) -> None:
     """Adds `--output-dir`, `--model`, `--refine`, `--device` and `--zip`, whose archive has the given name."""
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the results; created if need be")
+    folder = "folder of the results; created if need be"
+    parser.add_argument("--output-dir", "--output_dir", required=True, metavar="DIR", help=folder)
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, metavar="ID_OR_DIR", help="checkpoint (default: the embedded one)"
     )

@@ -25,6 +25,7 @@ from .arguments import (
     one_line,
     progress_bar,
 )
+from .segment_dataset import add_dataset_arguments, check_combination, run_dataset
 
 if TYPE_CHECKING:
     from ..inference.files import Progress
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `macosnet segment`."""
     parser.description = (
         "Segment the object that two or more images have in common, or what stands out in one image alone.\n\n"
-        "Writes NAME_mask.png and NAME_cutout.png for each image, overview.png and summary.json."
+        "Writes NAME_mask.png and NAME_cutout.png for each image, overview.png and summary.json; with --dataset, masks "
+        "of any number of images as Parquet shards."
     )
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="images, or one folder of them")
+    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="images, or one folder of them")
     add_model_arguments(parser, COLLECTION_ARCHIVE)
     add_cutout_arguments(parser)
     parser.add_argument(
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mirror: find out which images face the other way; the contact sheet and the average show all facing one "
         "way (default: none, all as they are)",
     )
+    add_dataset_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     if args.partners < 1:
         raise InputError(f"--partners must be at least 1; got {args.partners}.")
     style = cutout_style(args)
+    check_combination(args)
+    if args.dataset is not None:
+        return run_dataset(args)
     check_checkpoint(args.model)
     paths, from_folder = _image_paths(args.photos)
     if args.average and len(paths) == 1:
@@ -202,3 +208,9 @@ def _result_names(copies: Sequence[WorkingCopy]) -> list[str]:
     paths = sorted(Path(copy.path) for copy in copies)
     names = dict(zip(paths, distinct_names([path.name for path in paths]), strict=True))
     return [names[Path(copy.path)] for copy in copies]
+
+
+if __name__ == "__main__":  # accelerate launch -m macosnet_hf.commands.segment
+    from .main import main
+
+    sys.exit(main(["segment", *sys.argv[1:]]))

@@ -27,6 +27,7 @@ from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, it
 from .images import open_image
 from .masks import read_mask
 from .schema import IMAGE_COLUMNS, MEANINGS, Record, as_text, check_record, features
+from .streams import open_stream, rows_of
 
 MARKER = ".macosnet-partial"  # in unfinished outputs of version 0.1
 CARD_MARK = "Prepared by `macosnet prepare "
@@ -116,13 +117,9 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
     Raises:
         DataError: if it cannot be loaded, lacks columns of the schema, or a record is invalid.
     """
-    from datasets import Image, load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets import Image
 
-    try:
-        stream = load_dataset(data, split=split, streaming=True)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: it holds a script
-        raise DataError(f"{data}: the split {split!r} cannot be loaded: {_first_line(error)}") from error
+    stream = open_stream(data, split)
     declared = features()
     present = stream.features or {}
     missing = [name for name in declared if name not in present]
@@ -131,14 +128,7 @@ def stream_prepared(data: str, benchmark: str, split: str, problems: Problems) -
     for column in IMAGE_COLUMNS:
         stream = stream.cast_column(column, Image(decode=False))
     count = 0
-    rows = iter(stream)
-    while True:
-        try:
-            record = next(rows, None)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{data}: the split {split!r} is damaged: {_first_line(error)}") from error
-        if record is None:
-            break
+    for record in rows_of(stream, data, split):
         try:
             where = f"{data}, {split}, record {count} ({record.get('id')})"
             check_record(record, where)
@@ -160,10 +150,6 @@ def _check_benchmark(record: Record, benchmark: str, where: str) -> None:
         raise DataError(f"{where}: this is {has}, but {entry.title} has {wants}.")
     if entry.classes is not None and record.get("class_name") not in entry.classes:
         raise DataError(f"{where}: unknown class {record.get('class_name')!r}; it is not one of {entry.title}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

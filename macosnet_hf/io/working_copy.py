@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -91,6 +92,7 @@ def open_working_copy(
     *,
     fine: bool = False,
     limits: Mapping[str, int] | None = None,
+    content: bytes | None = None,
 ) -> WorkingCopy:
     """Reads an image at a bounded size; a JPEG is decoded at a fraction of its size where that is enough.
 
@@ -100,21 +102,27 @@ def open_working_copy(
         side: longer side of the copy in pixels; smaller images stay as they are, and all do with None.
         fine: whether to decode at least `side` pixels of the shorter side too, and to interpolate with a cubic kernel.
         limits: `max_pixels` and `max_bytes` of [`load_image`].
+        content: the file's bytes, where there is no file of that path.
 
     Raises:
         ImageError: as [`load_image`]; the text calls the image by its name, without its folder.
     """
     name = name or os.path.basename(path)
+    read = load_image if content is None else partial(_load_content, content)
     try:
         bound = {} if side is None else {"reduced_to": side} if fine else {"longer_side": side}
-        image, (height, width) = load_with_size(path, **bound, **(limits or {}))
+        image, (height, width) = load_with_size(path if content is None else content, **bound, **(limits or {}))
     except ImageError as error:
         raise _without_folder(error, path, name) from error
     if side is None:
-        return WorkingCopy(os.fspath(path), name, image, image.size)
+        return WorkingCopy(os.fspath(path), name, image, image.size, read)
     kernel = Image.Resampling.BICUBIC if fine else Image.Resampling.BILINEAR
     image.thumbnail((side, side), kernel, reducing_gap=2.0)
-    return WorkingCopy(os.fspath(path), name, image, (width, height))
+    return WorkingCopy(os.fspath(path), name, image, (width, height), read)
+
+
+def _load_content(content: bytes, path: str) -> Image.Image:
+    return load_image(content)
 
 
 def _without_folder(error: ImageError, path: str | os.PathLike[str], name: str) -> ImageError:

