@@ -4,8 +4,9 @@
 
 In one process, in turn: the four encoder passes over single images that a pair needs (source, target, and both once
 more after the affine warp), and the whole forward (both directions, transforms, correlations, both masks). Weights are
-random, which does not change the time. Medians over the rounds; the ratio is taken round by round. The last two columns
-are the whole forward with orientations="mirror" and "all", as multiples of that without.
+random, which does not change the time; `lite` and `base` have the settings of the embedded checkpoints. Medians over
+the rounds; the ratio is taken round by round. The last two columns are the whole forward with orientations="mirror" and
+"all", as multiples of that without.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import time
 import torch
 
 from macosnet_hf import MaCoSNetConfig, MaCoSNetModel
+from macosnet_hf.io.package import EMBEDDED
 
 
 def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
     """Seconds of the bare encoder passes and of the whole forward, their ratio, and the passes counted."""
     torch.manual_seed(0)
-    model = MaCoSNetModel(MaCoSNetConfig.from_preset(preset)).eval().to(device)
+    checkpoint = EMBEDDED.get(preset)
+    config = MaCoSNetConfig.from_preset(preset) if checkpoint is None else MaCoSNetConfig.from_pretrained(checkpoint)
+    model = MaCoSNetModel(config).eval().to(device)
     # Random convolutions shrink the signal layer by layer to denormal numbers, which are slow; real weights do not.
     torch.set_flush_denormal(True)
-    pixels = torch.randn(1, 2, 3, 240, 240, device=device)
+    pixels = torch.randn(1, 2, 3, config.image_size, config.image_size, device=device)
     passes = 0
 
     def count(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -74,7 +78,7 @@ def measure(preset: str, rounds: int, device: torch.device) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["paper", "lite"])
+    parser.add_argument("--preset", nargs="+", default=["paper", *EMBEDDED], help="or embedded checkpoints")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
     parser.add_argument("--device", default="cpu")
