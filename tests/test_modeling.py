@@ -165,9 +165,7 @@ def test_impossible_configurations_are_refused(wrong):
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(
-        InputError, match=r"'huge'.*base, dinov2-small, .*, lite-stride16, paper, vgg16"
-    ):
+    with pytest.raises(InputError, match=r"'huge'.*base, dinov2-small, .*, lite-stride16, paper, vgg16"):
         MaCoSNetConfig.from_preset("huge")
 
 
