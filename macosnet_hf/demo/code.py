@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..io.package import DEFAULT_CHECKPOINT
+from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
 
 
-def pair_code(pair: MatchedPair, threshold: float, count: int, checkpoint: str) -> str:
+def _checkpoint(result: MatchedPair | SegmentedCollection) -> str | None:
+    """What names the model of a result in code: for an embedded one its short name; None for the default."""
+    if result.checkpoint in ("", DEFAULT_CHECKPOINT):
+        return None
+    return {folder: name for name, folder in EMBEDDED.items()}.get(result.checkpoint, result.checkpoint)
+
+
+def pair_code(pair: MatchedPair, threshold: float, count: int) -> str:
     """Code for a pair as it is drawn."""
-    options = {"refine": pair.refine, "threshold": threshold, "orientations": pair.orientations}
-    if checkpoint != DEFAULT_CHECKPOINT:
-        options["checkpoint"] = checkpoint
+    options: dict[str, object] = {"refine": pair.refine, "threshold": threshold, "orientations": pair.orientations}
+    options["checkpoint"] = _checkpoint(pair)
     files = ", ".join(repr(copy.name) for copy in pair.copies)
     given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
     return (
@@ -25,9 +31,10 @@ def pair_code(pair: MatchedPair, threshold: float, count: int, checkpoint: str) 
     )
 
 
-def collection_code(collection: SegmentedCollection, checkpoint: str) -> str:
+def collection_code(collection: SegmentedCollection) -> str:
     """Code for a collection."""
-    chosen = "" if checkpoint == DEFAULT_CHECKPOINT else repr(checkpoint)
+    checkpoint = _checkpoint(collection)
+    chosen = "" if checkpoint is None else repr(checkpoint)
     files = ", ".join(repr(copy.name) for copy in collection.copies)
     return (
         "from macosnet_hf.inference.files import segment_files\n"

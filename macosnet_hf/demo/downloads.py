@@ -23,6 +23,7 @@ from ..inference.result_files import (
     zip_folder,
 )
 from ..io.image_files import save_image
+from ..io.package import checkpoint_name
 from . import limits
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def sheet_and_average(component: Component, collection: SegmentedCollection) -> 
     return cached_images(component, [image for image in (collection.sheet(), collection.average) if image is not None])
 
 
-def pair_archive(component: Component, pair: MatchedPair, threshold: float, model: str) -> str:
+def pair_archive(component: Component, pair: MatchedPair, threshold: float) -> str:
     """One zip with all result files of a pair."""
     with tempfile.TemporaryDirectory() as folder, whole_images([copy.size for copy in pair.copies]):
-        write_pair(pair, Path(folder), threshold, model=model, flow=True)
+        write_pair(pair, Path(folder), threshold, model=checkpoint_name(pair.checkpoint), flow=True)
         return _cached(component, [zip_folder(Path(folder), PAIR_ARCHIVE, remove=True)])[0]
 
 
@@ -82,10 +83,11 @@ def pair_masks(component: Component, pair: MatchedPair) -> list[str]:
 
 
 def collection_archive(
-    component: Component, collection: SegmentedCollection, model: str, progress: Progress
+    component: Component, collection: SegmentedCollection, progress: Progress
 ) -> tuple[str, dict[str, Any]]:
     """One zip with all result files of a collection, and the document in its `summary.json`."""
     with tempfile.TemporaryDirectory() as folder, whole_images([copy.size for copy in collection.copies]):
+        model = checkpoint_name(collection.checkpoint)
         document = write_collection(collection, Path(folder), model=model, progress=progress)
         return _cached(component, [zip_folder(Path(folder), COLLECTION_ARCHIVE, remove=True)])[0], document
 

@@ -50,7 +50,7 @@ def serve(
         state_session_capacity=limits.MAX_SESSIONS,
         theme=_theme(),
         css=asset("page.css") + asset("viewer.css"),
-        js=asset("paste.js"),
+        js=f"() => {{ ({asset('paste.js').rstrip()})(); ({asset('address.js').rstrip()})(); }}",
         footer_links=["api"],
         allowed_paths=[str(EXAMPLES_FOLDER), CAT, TABBY, *MIRRORED, str(COMPANY_FOLDER)],
         quiet=True,

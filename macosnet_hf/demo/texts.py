@@ -35,6 +35,7 @@ PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
 FACING = [("as photo A", "none"), ("mirrored", "mirror"), ("mirrored or turned", "all")]
 REFINEMENTS = [("sharp", "grabcut"), ("soft", "otsu"), ("raw", "none")]
+MODELS = "Lite is quick; base is larger, and better where a photo is cluttered."
 EDGES = "Sharp follows the photo (GrabCut), soft a threshold (Otsu), raw is what the network says."
 
 

@@ -65,12 +65,14 @@ class MatchedPair:
         result: of these copies.
         refine: how the masks were refined.
         orientations: in which the source was looked for; None for those of the model's configuration.
+        checkpoint: of the model, where a server with several notes it.
     """
 
     copies: tuple[WorkingCopy, WorkingCopy]
     result: PairResult
     refine: str
     orientations: str | None = None
+    checkpoint: str = ""
 
     def cutout(self, view: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of the source (view 0) or target (1) alone, at the working copy's size; see [`make_cutout`]."""
@@ -233,6 +235,7 @@ class SegmentedCollection:
         orientations: of each image, the name in [`~macosnet_hf.geometry.SYMMETRIES`] of how it shows the object,
             compared with the others: identity or mirror.
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
+        checkpoint: of the model, where a server with several notes it.
     """
 
     copies: Sequence[WorkingCopy]
@@ -245,6 +248,7 @@ class SegmentedCollection:
     refine: str
     orientations: Sequence[str]
     transforms: Transform | None = None
+    checkpoint: str = ""
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.

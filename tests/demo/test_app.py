@@ -285,9 +285,9 @@ def test_the_public_api_has_three_documented_end_points(client, address):
     assert list(endpoints) == ["/match", "/transfer_points", "/segment_collection"]
     named = {name: [p["parameter_name"] for p in end["parameters"]] for name, end in endpoints.items()}
     assert named == {
-        "/match": ["source", "target", "threshold", "refine"],
+        "/match": ["source", "target", "threshold", "refine", "model"],
         "/transfer_points": ["result", "points", "direction"],
-        "/segment_collection": ["photographs", "refine"],
+        "/segment_collection": ["photographs", "refine", "model"],
     }
     info = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
     assert all(len(end["description"]) > 80 for end in info.values())
@@ -450,12 +450,12 @@ def test_the_folder_of_uploads_cannot_be_looked_through(address, folder):
 
 
 class BrokenMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None):
+    def pair(self, source, target, refine, orientations=None, model=None):
         raise ZeroDivisionError("secret detail")
 
 
 class PickyMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None):
+    def pair(self, source, target, refine, orientations=None, model=None):
         raise macosnet_hf.InputError("These two are too alike.")
 
 
@@ -593,7 +593,7 @@ def test_nothing_that_is_served_is_written_again(tmp_path, monkeypatch):
         shows = {fn.name: fn for fn in demo.fns.values() if fn.name == "show_example"}
         assert shows
         for fn in (fn for fn in demo.fns.values() if fn.name == "show_example"):
-            values = fn.fn(*([[]] if len(fn.inputs) == 1 else [0, 40]), request_of("visitor"))
+            values = fn.fn(*([[]] * len(fn.inputs)), request_of("visitor"))
             for component, value in zip(fn.outputs, values, strict=True):
                 if isinstance(component, (gr.Image, gr.Gallery, gr.ImageSlider)):
                     component.postprocess(value)

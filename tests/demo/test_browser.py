@@ -6,6 +6,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -780,4 +781,81 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     show(page, "Matches")
     page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
+    close_page(page, address)
+
+
+def query(page):
+    """What the address of the page holds."""
+    return dict(parse_qsl(urlsplit(page.url).query))
+
+
+def test_another_model_matches_anew_and_files_and_code_name_it(page, matcher, tmp_path):
+    before = matcher.pairs
+    open_options(page)
+    base = page.locator("#model").get_by_label("base")
+    wait_until(page, lambda: base.check() or matcher.pairs == before + 1)
+    wait_until(page, lambda: page.locator("#verdict .mark").inner_text() in REASONS, 60)
+    page.locator("#viewer svg").wait_for()
+    _, document = download(page, "pair", tmp_path)
+    assert document["model"] == "macosnet-base"
+    page.get_by_role("button", name="Copy as Python").first.click()
+    text = page.locator(".as-python .cm-content:visible")
+    wait_until(page, lambda: "checkpoint='base'" in text.inner_text())
+    wait_until(page, lambda: query(page) == {"model": "base"})
+    clear(page, "source")
+    page.locator("#model").get_by_label("lite").check()  # nothing to match, nothing to complain about
+    nothing_stands_there(page)
+    assert not page.locator(".toast-body").is_visible()
+    assert matcher.pairs == before + 1
+
+
+def test_the_address_holds_mode_and_settings_and_a_reload_keeps_them(page, browser, address):
+    show(page, "Masks")
+    wait_until(page, lambda: query(page) == {"mode": "masks"})
+    open_options(page)
+    set_threshold(page, "0.6", lambda: page.locator("#viewer .match, #viewer image.over").count() < 40)
+    page.get_by_label("soft").first.check()
+    wait_until(page, lambda: query(page) == {"mode": "masks", "threshold": "0.6", "edges": "otsu"})
+    page.reload()
+    page.locator("#viewer image.over").nth(1).wait_for(timeout=240_000)
+    assert page.locator("button[data-mode='masks']").get_attribute("aria-pressed") == "true"
+    open_options(page)
+    wait_until(page, lambda: page.locator("#threshold input[type=number]").input_value() == "0.6")
+    assert page.get_by_label("soft").first.is_checked()
+    page.get_by_role("button", name="Copy as Python").first.click()
+    page.locator(".as-python .cm-content:visible").get_by_text("threshold=0.6").first.wait_for()
+    other = open_page(browser, address, "?facing=sideways&model=huge&lines=9&threshold=nan&tab=nothing&mode=1")
+    said = other.locator(".toast-body").inner_text()
+    assert "threshold=nan and facing=sideways and model=huge, which there is not" in said
+    assert numbers(other)[0] == 10
+    close_page(other, address)
+
+
+def test_back_and_forward_go_through_modes_and_tabs_by_keyboard_too(page):
+    page.locator("button[data-mode='masks']").focus()
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: query(page) == {"mode": "masks"})
+    page.locator("#tab-collection-button").focus()
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: query(page) == {"mode": "masks", "tab": "collection"})
+    page.locator("#agreement .agreement").wait_for(timeout=240_000)
+    page.go_back()
+    page.locator("#viewer svg").wait_for()
+    page.go_back()
+    wait_until(page, lambda: page.locator("button[data-mode='matches']").get_attribute("aria-pressed") == "true")
+    assert query(page) == {}
+    page.go_forward()
+    page.go_forward()
+    page.locator("#agreement .agreement").wait_for()
+    page.reload()
+    page.locator("#agreement .agreement").wait_for(timeout=240_000)
+
+
+def test_nothing_moves_for_who_asks_for_that(browser, address):
+    page = open_page(browser, address, reduced_motion="reduce")
+    moving = """() => [...document.querySelectorAll(".gradio-container *")].filter((each) => {
+      const style = getComputedStyle(each);
+      return [style.animationDuration, style.transitionDuration].some((time) => parseFloat(time) > 0.01);
+    }).length"""
+    assert page.evaluate(moving) == 0
     close_page(page, address)

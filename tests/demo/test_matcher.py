@@ -1,0 +1,110 @@
+"""The models that a server offers."""
+
+import shutil
+import threading
+
+import pytest
+
+pytest.importorskip("gradio", reason="the demo needs gradio")
+from demo_server import CHEETAH, LION, free_port, start_app  # noqa: E402
+
+import app  # noqa: E402
+import macosnet_hf  # noqa: E402
+from macosnet_hf.demo import matcher as module  # noqa: E402
+from macosnet_hf.demo.code import collection_code, pair_code  # noqa: E402
+from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED  # noqa: E402
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Checkpoints that are loaded, in the order in which that begins; none is really loaded."""
+    begun, at_once = [], []
+
+    def load(checkpoint):
+        begun.append(checkpoint)
+        at_once.append(checkpoint)
+        threading.Event().wait(0.05)
+        if at_once != [checkpoint]:
+            begun.append("two at once")
+        at_once.remove(checkpoint)
+        return f"model of {checkpoint}", "processor"
+
+    monkeypatch.setattr(module, "load_model_and_processor", load)
+    return begun
+
+
+def test_names_of_models_are_short_and_tell_them_apart(tmp_path):
+    own = tmp_path / "base"
+    own.mkdir()
+    assert app.Matcher().checkpoints == {"lite": EMBEDDED["lite"], "base": EMBEDDED["base"]}
+    assert list(app.Matcher("base").checkpoints) == ["base", "lite"]
+    assert list(app.Matcher(EMBEDDED["base"], ["me/my-model", "base"]).checkpoints) == ["base", "me/my-model"]
+    both = app.Matcher("base", [str(own)]).checkpoints
+    assert both == {"base": EMBEDDED["base"], str(own): str(own)}
+    assert list(app.Matcher("lite", []).checkpoints) == ["lite"]
+
+
+def test_each_model_is_loaded_when_it_is_asked_for_and_one_at_a_time(loads):
+    matcher = app.Matcher("lite", ["base", "me/my-model"])
+    assert not loads
+    names = ["base", None, "me/my-model", "base", "lite"] * 2
+    threads = [threading.Thread(target=matcher.load, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(loads) == sorted([EMBEDDED["lite"], EMBEDDED["base"], "me/my-model"])
+    assert matcher.load("base")["model"] == f"model of {EMBEDDED['base']}"
+
+
+def test_who_asks_for_a_loaded_model_does_not_wait_for_another(loads, monkeypatch):
+    matcher = app.Matcher()
+    matcher.load()
+    going_on, may_end = threading.Event(), threading.Event()
+
+    def slow(checkpoint):
+        going_on.set()
+        assert may_end.wait(30)
+        return "model", "processor"
+
+    monkeypatch.setattr(module, "load_model_and_processor", slow)
+    thread = threading.Thread(target=matcher.load, args=("base",))
+    thread.start()
+    assert going_on.wait(30)
+    assert matcher.load("lite")["model"] == f"model of {EMBEDDED['lite']}"
+    may_end.set()
+    thread.join()
+
+
+def test_a_model_that_is_not_offered_is_refused():
+    with pytest.raises(macosnet_hf.InputError, match=r"^There is no model 'huge' here; choose lite or base\.$"):
+        app.Matcher().pair(CHEETAH, LION, "none", model="huge")
+
+
+def test_a_result_carries_its_model():
+    matcher = app.Matcher()
+    pair = matcher.pair(CHEETAH, LION, "none", model="base")
+    assert pair.checkpoint == EMBEDDED["base"]
+    assert pair.refined("otsu").checkpoint == EMBEDDED["base"]
+    assert "checkpoint='base'" in pair_code(pair, 0.0, 40)
+    assert len(pair.result.matches) == len(
+        macosnet_hf.match_pair(CHEETAH, LION, checkpoint="base", refine="none").matches
+    )
+    collection = matcher.collection([CHEETAH, LION], "none", None, "base")
+    assert "load_model_and_processor('base')" in collection_code(collection)
+    assert "load_model_and_processor()" in collection_code(matcher.collection([CHEETAH, LION], "none", None))
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_an_unusable_model_that_is_offered_ends_with_a_sentence(tmp_path, by):
+    folder = tmp_path / "half"
+    shutil.copytree(DEFAULT_CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    port = ("--port", str(free_port()))
+    if by == "option":
+        process = start_app(*port, "--offer", "base", str(folder))
+    else:
+        process = start_app(*port, MACOSNET_OFFER=f"base {folder}")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert output.splitlines()[-1] == f"error: The checkpoint folder {folder} has no model.safetensors."
+    assert "Traceback" not in output
