@@ -6,13 +6,13 @@ import threading
 import pytest
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
-from demo_server import CHEETAH, LION, free_port, start_app  # noqa: E402
+from demo_server import CHEETAH, LION, free_port, start_app
 
-import app  # noqa: E402
-import macosnet_hf  # noqa: E402
-from macosnet_hf.demo import matcher as module  # noqa: E402
-from macosnet_hf.demo.code import collection_code, pair_code  # noqa: E402
-from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED  # noqa: E402
+import app
+import macosnet_hf
+from macosnet_hf.demo import matcher as module
+from macosnet_hf.demo.code import collection_code, pair_code
+from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED
 
 
 @pytest.fixture
