@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from ..drawing import cutout
 from . import components, limits
 from .code import collection_code
 from .collection_points import collection_points, points_document
-from .downloads import cached_images, collection_archive, sheet_and_average
+from .downloads import cached_images, collection_archive, sheet_and_average, small_cutout
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions, Stopped
 from .settings import Settings
@@ -42,7 +41,7 @@ class CollectionTab:
             elem_id="photos",
             type="filepath",
             file_types=["image"],
-            height=180,
+            height="var(--photos)",
             object_fit="cover",
             interactive=True,
         )
@@ -123,7 +122,7 @@ class CollectionTab:
         captions = [
             ("odd one out: " if number in collection.odd else "") + copy.name for number, copy in enumerate(copies)
         ]
-        cutouts = [cutout(copy.image, mask) for copy, mask in zip(copies, collection.masks, strict=True)]
+        cutouts = [small_cutout(collection, number) for number in range(len(copies))]
         masks = [Image.fromarray(mask) for mask in collection.masks]
         key = self.sessions.collections.add(collection, owner)
         return (

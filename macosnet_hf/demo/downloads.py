@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from gradio.components import Component
 from PIL import Image
 
+from ..inference.cutouts import make_cutout
 from ..inference.result_files import (
     COLLECTION_ARCHIVE,
     PAIR_ARCHIVE,
@@ -29,6 +31,7 @@ from . import limits
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, Progress, SegmentedCollection
 
+_CUTOUT_SIDE = 384  # 0.09 s for each; 512 take 0.17 s
 _ENCODERS = 4  # threads; Pillow encodes outside of Python's lock
 _whole_pixels, _changed = 0, threading.Condition()
 
@@ -59,6 +62,14 @@ def cached_images(component: Component, images: Sequence[Image.Image], suffix: s
         paths = [Path(folder, f"image{number}.{suffix}") for number in range(len(images))]
         list(pool.map(save_image, images, paths))
         return _cached(component, paths)
+
+
+def small_cutout(collection: SegmentedCollection, number: int) -> Image.Image:
+    """The cutout of an image as its file has it, with soft edges, at most `_CUTOUT_SIDE` pixels long."""
+    small = collection.copies[number].image.copy()
+    small.thumbnail((_CUTOUT_SIDE, _CUTOUT_SIDE), reducing_gap=2.0)
+    mask = Image.fromarray(collection.masks[number]).convert("L").resize(small.size, Image.Resampling.BILINEAR)
+    return make_cutout(small, collection.result.probabilities[number], np.asarray(mask) >= 128)
 
 
 def sheet_and_average(component: Component, collection: SegmentedCollection) -> list[str]:

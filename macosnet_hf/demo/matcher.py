@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..io.checkpoints import check_checkpoint, load_model_and_processor
+from ..io.image_files import load_image
 from ..io.memory import trim
 from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
 from . import limits
 from .reading import PhotoReader
+from .zero_gpu import is_zero_gpu, on_gpu
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
+    from ..io.working_copy import WorkingCopy
 
 
 class Matcher:
@@ -44,6 +47,9 @@ class Matcher:
         self.reader = PhotoReader()
         self._turns = {kind: threading.Semaphore(count) for kind, count in limits.AT_ONCE.items()}
         self._trimmed = time.monotonic()
+        self._match, self._segment = on_gpu(self._match_copies), on_gpu(self._segment_copies)
+        if is_zero_gpu():  # which forks: another thread may hold the lock just then
+            os.register_at_fork(after_in_child=lambda: setattr(self, "_lock", threading.Lock()))
 
     def check(self) -> None:
         """Raises `CheckpointError` if one of the models is a folder that cannot be used; loads nothing."""
@@ -77,33 +83,52 @@ class Matcher:
         self, source: str, target: str, refine: str, orientations: str | None = None, model: str | None = None
     ) -> MatchedPair:
         """Matches the photos in two files. Who waits until large photos are read does not hold up others."""
-        with self._working(model) as loaded:
+        with self._working(model):
             copies = _files().open_pair(source, target, read=self.reader.working_copy)
             with self._turns["pair"]:
-                pair = _files().match_copies(copies, refine=refine, orientations=orientations, **loaded)
-                return replace(pair, checkpoint=self.checkpoints[model or self.default])
+                pair = self._match(model, _bare(copies), refine, orientations)
+                return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
     def collection(self, paths: list[str], refine: str, progress: Any, model: str | None = None) -> SegmentedCollection:
         """Segments the photos in some files; `progress` as in `segment_files`."""
-        with self._working(model) as loaded:
+        with self._working(model):
             names = [os.path.basename(path) for path in paths]
             copies = _files().open_collection(paths, names, progress, read=self.reader.working_copy)
             with self._turns["collection"]:
-                collection = _files().segment_opened(copies, refine=refine, progress=progress, **loaded)
-                return replace(collection, checkpoint=self.checkpoints[model or self.default])
+                # A callback does not reach another process; Stop then ends a run after the network.
+                followed = None if is_zero_gpu() else progress
+                collection = self._segment(model, _bare(copies), refine, followed)
+                if progress is not followed:
+                    progress(1.0, "Segmented")
+                return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
+
+    def _match_copies(
+        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str | None
+    ) -> MatchedPair:
+        return _files().match_copies(tuple(copies), refine=refine, orientations=orientations, **self.load(model))
+
+    def _segment_copies(
+        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, progress: Any
+    ) -> SegmentedCollection:
+        return _files().segment_opened(copies, refine=refine, progress=progress, **self.load(model))
 
     @contextlib.contextmanager
-    def _working(self, model: str | None) -> Iterator[dict[str, Any]]:
+    def _working(self, model: str | None) -> Iterator[None]:
         """Loads a model. Afterwards gives back free memory between the stored results; now and then only, for that
         takes some milliseconds."""
-        loaded = self.load(model)
+        self.load(model)
         try:
-            yield loaded
+            yield
         finally:
             now = time.monotonic()
             if now - self._trimmed > limits.TRIM_SECONDS:
                 self._trimmed = now
                 trim()
+
+
+def _bare(copies: Sequence[WorkingCopy]) -> list[WorkingCopy]:
+    """Copies without the reader of this server, so that they can be pickled."""
+    return [replace(copy, read=load_image) for copy in copies]
 
 
 def _named(checkpoints: Sequence[str]) -> dict[str, str]:

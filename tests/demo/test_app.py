@@ -663,8 +663,10 @@ def test_taken_port_ends_with_a_sentence():
     assert output.strip() == f"error: cannot listen on 127.0.0.1:{port}; choose another --port."
 
 
-def test_examples_are_there_without_a_network():
+def test_examples_are_there_without_a_network_and_free():
+    """Each stands in `examples/`, whose README.md names its licence; a test of the documentation checks that."""
     for path in {*(path for pair in EXAMPLES for path in pair), *COLLECTION_EXAMPLE}:
+        assert Path(path).is_relative_to(ROOT / "examples")
         with Image.open(path) as photo:
             photo.load()
 

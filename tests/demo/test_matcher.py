@@ -1,17 +1,23 @@
 """The models that a server offers."""
 
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import types
 
+import numpy as np
 import pytest
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
-from demo_server import CHEETAH, LION, free_port, start_app
+from demo_server import CHEETAH, LION, ROOT, free_port, start_app
 
 import app
 import macosnet_hf
 from macosnet_hf.demo import matcher as module
 from macosnet_hf.demo.code import collection_code, pair_code
+from macosnet_hf.demo.zero_gpu import on_gpu
 from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED
 
 
@@ -93,6 +99,48 @@ def test_a_result_carries_its_model():
     collection = matcher.collection([CHEETAH, LION], "none", None, "base")
     assert "load_model_and_processor('base')" in collection_code(collection)
     assert "load_model_and_processor()" in collection_code(matcher.collection([CHEETAH, LION], "none", None))
+
+
+@pytest.fixture
+def zero_gpu(monkeypatch):
+    """A ZeroGPU Space: what the package `spaces` does to arguments and results, without its processes."""
+    asked = []
+
+    def gpu(task):
+        def elsewhere(*arguments):
+            asked.append(task.__name__)
+            return pickle.loads(pickle.dumps(task(*pickle.loads(pickle.dumps(arguments)))))
+
+        return elsewhere
+
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=gpu))
+    return asked
+
+
+def test_in_a_zero_gpu_space_the_network_runs_elsewhere(zero_gpu, tmp_path):
+    matcher, plain = app.Matcher(), macosnet_hf.match_pair(CHEETAH, LION)
+    pair = matcher.pair(CHEETAH, LION, "grabcut")
+    np.testing.assert_array_equal(pair.keypoints, plain.keypoints)
+    assert pair.copies[0].read == matcher.reader.whole
+    assert pair.warped_source().size == plain.target.size
+    said = []
+    collection = matcher.collection([CHEETAH, LION], "none", lambda share, text: said.append(text))
+    assert said[-1] == "Segmented"
+    assert collection.copies[1].read == matcher.reader.whole
+    assert zero_gpu == ["_match_copies", "_segment_copies"]
+    matcher.reader.close()
+
+
+def test_elsewhere_spaces_is_not_needed(monkeypatch):
+    monkeypatch.delenv("SPACES_ZERO_GPU", raising=False)
+    monkeypatch.setitem(sys.modules, "spaces", None)  # an import of it fails
+    assert on_gpu(len) is len
+
+
+def test_spaces_is_imported_before_torch():
+    program = "import sys, app; app.Matcher(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])
