@@ -50,10 +50,10 @@ class CountingMatcher(app.Matcher):
         assert self.may_answer.wait(240)
         return super().pair(source, target, refine, orientations, model)
 
-    def collection(self, paths, refine, progress, model=None):
+    def collection(self, paths, refine, progress, model=None, orientations="none"):
         self.collections += 1
         try:
-            return super().collection(paths, refine, progress, model)
+            return super().collection(paths, refine, progress, model, orientations)
         except Stopped:
             self.stopped += 1
             raise

@@ -36,10 +36,10 @@ def main() -> None:
             page = browser.new_page(viewport={"width": WIDTH, "height": height})
             page.goto(address + query)
             page.locator(shown).wait_for(timeout=120_000)
-            page.wait_for_timeout(1500)  # pictures are decoded
+            page.wait_for_timeout(1500)  # images are decoded
             page.screenshot(path=folder / f"{name}.png")
-            with Image.open(folder / f"{name}.png") as picture:
-                picture.convert("RGB").save(folder / f"{name}.jpg", quality=85, optimize=True)
+            with Image.open(folder / f"{name}.png") as image:
+                image.convert("RGB").save(folder / f"{name}.jpg", quality=85, optimize=True)
             (folder / f"{name}.png").unlink()
         browser.close()
     demo.close(verbose=False)

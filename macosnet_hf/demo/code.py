@@ -35,12 +35,13 @@ def collection_code(collection: SegmentedCollection) -> str:
     """Code for a collection."""
     checkpoint = _checkpoint(collection)
     chosen = "" if checkpoint is None else repr(checkpoint)
+    given = f", refine={collection.refine!r}" + ", orientations='mirror'" * ("mirror" in collection.orientations)
     files = ", ".join(repr(copy.name) for copy in collection.copies)
     return (
         "from macosnet_hf.inference.files import segment_files\n"
         "from macosnet_hf.io.checkpoints import load_model_and_processor\n\n"
         f"model, processor = load_model_and_processor({chosen})\n"
         f"files = [{files}]\n"
-        f"result = segment_files(files, files, model=model, processor=processor, refine={collection.refine!r})\n"
+        f"result = segment_files(files, files, model=model, processor=processor{given})\n"
         'result.sheet().save("overview.png")\n'
     )

@@ -14,7 +14,7 @@ from .downloads import cached_images, collection_archive, sheet_and_average, sma
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions, Stopped
 from .settings import Settings
-from .texts import PRESS_FIND, agreement, collection_verdict, errors_for_visitors
+from .texts import FACING_EACH, PRESS_FIND, agreement, collection_verdict, errors_for_visitors
 
 if TYPE_CHECKING:
     from ..inference.files import SegmentedCollection
@@ -53,7 +53,12 @@ class CollectionTab:
         with gr.Accordion("Options", open=False), gr.Row():
             self.refine = components.refinement_choice()
             self.model = components.model_choice(tuple(self.sessions.matcher.checkpoints), elem_id="collection-model")
-        self.settings = Settings({"collection_edges": self.refine, "collection_model": self.model})
+            self.orientations = gr.Radio(
+                FACING_EACH, value="none", label="Photos may be", elem_id="collection-orientations", min_width=240
+            )
+        self.settings = Settings(
+            {"collection_edges": self.refine, "collection_model": self.model, "collection_facing": self.orientations}
+        )
         self.verdict = gr.HTML(elem_id="collection-verdict")
 
     def _results(self) -> None:
@@ -143,13 +148,14 @@ class CollectionTab:
         paths: list[str] | None,
         refine: str,
         model: str,
+        orientations: str,
         request: gr.Request,
         progress: Any = components.PROGRESS,
     ) -> tuple[Any, ...]:
         place = self.sessions.place(request, "collection")
         with errors_for_visitors(), place.run(paths), self.sessions.run(request, progress) as report:
             try:
-                collection = self.sessions.matcher.collection(paths or [], refine, report, model)
+                collection = self.sessions.matcher.collection(paths or [], refine, report, model, orientations)
             except Stopped:
                 if place.photos == paths:
                     raise
@@ -174,7 +180,9 @@ class CollectionTab:
             values = self.settings.read(request)
             photos = [components.in_cache(self.photos, path) for path in COLLECTION_EXAMPLE]
             self.sessions.place(request, "collection").shown = photos
-            collection = self.sessions.example_collection(values["collection_model"], values["collection_edges"])
+            collection = self.sessions.example_collection(
+                values["collection_model"], values["collection_edges"], values["collection_facing"]
+            )
             return (*values.values(), photos, *self.show(collection, request.session_hash))
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> str:

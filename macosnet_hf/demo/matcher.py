@@ -89,7 +89,9 @@ class Matcher:
                 pair = self._match(model, _bare(copies), refine, orientations)
                 return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
-    def collection(self, paths: list[str], refine: str, progress: Any, model: str | None = None) -> SegmentedCollection:
+    def collection(
+        self, paths: list[str], refine: str, progress: Any, model: str | None = None, orientations: str = "none"
+    ) -> SegmentedCollection:
         """Segments the photos in some files; `progress` as in `segment_files`."""
         with self._working(model):
             names = [os.path.basename(path) for path in paths]
@@ -97,7 +99,7 @@ class Matcher:
             with self._turns["collection"]:
                 # A callback does not reach another process; Stop then ends a run after the network.
                 followed = None if is_zero_gpu() else progress
-                collection = self._segment(model, _bare(copies), refine, followed)
+                collection = self._segment(model, _bare(copies), refine, orientations, followed)
                 if progress is not followed:
                     progress(1.0, "Segmented")
                 return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
@@ -108,9 +110,10 @@ class Matcher:
         return _files().match_copies(tuple(copies), refine=refine, orientations=orientations, **self.load(model))
 
     def _segment_copies(
-        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, progress: Any
+        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str, progress: Any
     ) -> SegmentedCollection:
-        return _files().segment_opened(copies, refine=refine, progress=progress, **self.load(model))
+        options = {"refine": refine, "orientations": orientations, "progress": progress}
+        return _files().segment_opened(copies, **options, **self.load(model))
 
     @contextlib.contextmanager
     def _working(self, model: str | None) -> Iterator[None]:

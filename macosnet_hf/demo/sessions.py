@@ -88,12 +88,13 @@ class Sessions:
         """The orientations in which a model looks for the object where none are named."""
         return str(self.matcher.load(model)["model"].config.orientations)
 
-    def example_collection(self, model: str, refine: str) -> Any:
+    def example_collection(self, model: str, refine: str, orientations: str) -> Any:
         """The collection that a new visitor sees; segmented once for all of them."""
         photos = list(COLLECTION_EXAMPLE)
         self.matcher.load(model)  # before the lock, so that those who ask for others need not wait
         return self._example(
-            ("collection", model, refine), lambda: self.matcher.collection(photos, refine, None, model)
+            ("collection", model, refine, orientations),
+            lambda: self.matcher.collection(photos, refine, None, model, orientations),
         )
 
     def _example(self, kind: tuple[str, ...], work: Callable[[], Any]) -> Any:

@@ -334,6 +334,7 @@ def segment_files(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str = "none",
     progress: Progress | None = None,
 ) -> SegmentedCollection:
     """Segments the object that 2 to 30 image files have in common, and averages it.
@@ -341,14 +342,17 @@ def segment_files(
     Args:
         paths, names: N files and what messages and results call them; equal names are numbered.
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
 
     Raises:
         ImageError: if an image cannot be read.
-        InputError: for too few or too many images, or an unknown refinement.
+        InputError: for too few or too many images, an unknown refinement or unknown orientations.
     """
     copies = open_collection(paths, names, progress)
-    return segment_opened(copies, model=model, processor=processor, refine=refine, progress=progress)
+    return segment_opened(
+        copies, model=model, processor=processor, refine=refine, orientations=orientations, progress=progress
+    )
 
 
 def open_collection(
@@ -380,6 +384,7 @@ def segment_opened(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str,
+    orientations: str = "none",
     progress: Progress | None,
 ) -> SegmentedCollection:
     """The second step of [`segment_files`]."""
@@ -389,6 +394,7 @@ def segment_opened(
         model=model,
         processor=processor,
         refine=refine,
+        orientations=orientations,
         progress=progress and (lambda share, text: progress(_READING + (1 - _READING) * share, text)),
     )
 

@@ -285,9 +285,9 @@ def test_the_public_api_has_three_documented_end_points(client, address):
     assert list(endpoints) == ["/match", "/transfer_points", "/segment_collection"]
     named = {name: [p["parameter_name"] for p in end["parameters"]] for name, end in endpoints.items()}
     assert named == {
-        "/match": ["source", "target", "threshold", "refine", "model"],
+        "/match": ["source", "target", "threshold", "refine"],
         "/transfer_points": ["result", "points", "direction"],
-        "/segment_collection": ["photographs", "refine", "model"],
+        "/segment_collection": ["photographs", "refine"],
     }
     info = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
     assert all(len(end["description"]) > 80 for end in info.values())

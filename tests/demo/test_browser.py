@@ -19,7 +19,7 @@ from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noq
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
-from macosnet_hf.demo.examples import CAT, EXAMPLES  # noqa: E402
+from macosnet_hf.demo.examples import CAT, EXAMPLES, MIRRORED  # noqa: E402
 from macosnet_hf.inference.result_files import pair_file_names  # noqa: E402
 from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
@@ -768,6 +768,7 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     first, second = (page.locator("#viewer image").nth(side).bounding_box() for side in (0, 1))
     assert second["y"] > first["y"] + first["height"]  # below one another
     assert first["width"] > 250
+    assert page.locator("#match").evaluate("button => getComputedStyle(button).backgroundColor") == "rgb(194, 65, 12)"
     corner = Image.open(io.BytesIO(page.screenshot())).convert("L").crop((0, 0, 8, 200))
     brightness = np.mean(np.asarray(corner))
     assert (brightness < 60) == (theme == "dark")
@@ -867,3 +868,29 @@ def test_nothing_moves_for_who_asks_for_that(browser, address):
     }).length"""
     assert page.evaluate(moving) == 0
     close_page(page, address)
+
+
+def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher):
+    open_collection(page)
+    page.locator("#photos button[aria-label='Clear']").click()
+    page.locator("#photos input[type=file]").set_input_files([*MIRRORED, CAT])
+    page.locator("#photos img[src*='cat.jpg']").wait_for()
+    page.locator("#collection-verdict").get_by_text(PRESS_THE_BUTTON).wait_for()
+    before = matcher.collections
+    page.get_by_role("button", name="Options").click()
+    mirrored = page.locator("#collection-orientations").get_by_label("mirrored, some of them")
+    wait_until(page, lambda: mirrored.check() or matcher.collections == before + 1)
+    page.locator("#agreement .said", has_text="mirrored").wait_for(timeout=240_000)
+    assert page.locator("#agreement .said", has_text="mirrored").count() == 1
+    wait_until(page, lambda: query(page) == {"tab": "collection", "collection_facing": "mirror"})
+    page.get_by_role("tab", name="Points").click()
+    photos = page.locator("#points figure")
+    photos.first.locator("button").click(position={"x": 40, "y": 60})
+    wait_until(page, lambda: page.locator("#points i").count() == 3)
+    first, second = (photos.nth(number).locator("i").bounding_box() for number in (0, 1))
+    boxes = [photos.nth(number).locator("img").bounding_box() for number in (0, 1)]
+    share = (first["x"] + first["width"] / 2 - boxes[0]["x"]) / boxes[0]["width"]
+    other = (second["x"] + second["width"] / 2 - boxes[1]["x"]) / boxes[1]["width"]
+    assert abs(share + other - 1) < 0.04
+    page.get_by_role("button", name="Copy as Python").last.click()
+    page.locator(".as-python .cm-content:visible").get_by_text("orientations='mirror'").first.wait_for()
