@@ -25,6 +25,8 @@ from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+USUAL = {"viewport": {"width": 1280, "height": 900}}
+
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
 
@@ -51,12 +53,15 @@ def browser():
     with playwright.sync_playwright() as driver:
         camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a green one
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
+        browser.usual = browser.new_context(**USUAL)
         yield browser
         browser.close()
 
 
 def open_page(browser, address, query="", **options):
-    page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
+    """A page in the usual context, whose cache has gradio's scripts already; with options, in a context of its own."""
+    context = browser.new_context(**{**USUAL, **options}) if options else browser.usual
+    page = context.new_page()
     page.set_default_timeout(120_000)  # the machine may be busy
     page.asked, page.complaints = [], []
     page.on("request", lambda request: page.asked.append(request.url))
@@ -68,7 +73,9 @@ def open_page(browser, address, query="", **options):
 
 def close_page(page, address):
     """No other host was asked, and no script failed."""
-    page.context.close()
+    page.close()
+    if page.context is not page.context.browser.usual:
+        page.context.close()
     assert any(url.startswith(address) for url in page.asked)
     assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
     assert not page.complaints
@@ -460,6 +467,7 @@ def test_tabs_do_not_disturb_each_other(page, address):
     page.locator("#photos button[aria-label='Clear']").click()
     page.locator("#collection-results").wait_for(state="hidden")
     assert other.locator("#pair-results").is_visible()
+    other.close()
 
 
 def test_a_photo_of_a_phone(page, tmp_path):
@@ -740,7 +748,7 @@ def test_photos_that_are_changed_during_a_run_end_it(page, matcher, tmp_path):
 
 def test_a_closed_browser_ends_its_run_and_the_server_lives_on(browser, address, matcher, tmp_path):
     stopped = matcher.stopped
-    page = open_page(browser, address)
+    page = open_page(browser, address, **USUAL)
     start_long_run(page, matcher, tmp_path)
     page.context.close()
     end = time.monotonic() + 30

@@ -143,15 +143,10 @@ def test_spaces_is_imported_before_torch():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("by", ["option", "variable"])
-def test_an_unusable_model_that_is_offered_ends_with_a_sentence(tmp_path, by):
+def test_an_unusable_model_that_is_offered_ends_with_a_sentence(tmp_path):
     folder = tmp_path / "half"
     shutil.copytree(DEFAULT_CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    port = ("--port", str(free_port()))
-    if by == "option":
-        process = start_app(*port, "--offer", "base", str(folder))
-    else:
-        process = start_app(*port, MACOSNET_OFFER=f"base {folder}")
+    process = start_app("--port", str(free_port()), MACOSNET_OFFER=f"base {folder}")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert output.splitlines()[-1] == f"error: The checkpoint folder {folder} has no model.safetensors."
