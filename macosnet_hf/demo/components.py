@@ -159,8 +159,9 @@ def result_image(label: str, **options: Any) -> gr.Image:
 
 
 def model_choice(names: Sequence[str], **options: Any) -> gr.Radio:
-    """The choice of the model, the first of these names at the start."""
-    return gr.Radio(list(names), **{"value": names[0], "label": "Model", "info": MODELS, **options}, min_width=240)
+    """The choice of the model, the first of these names at the start; hidden where there is one only."""
+    words = {"label": "Model", "info": MODELS if {"lite", "base"} <= set(names) else None}
+    return gr.Radio(list(names), **{**words, **options}, value=names[0], visible=len(names) > 1, min_width=240)
 
 
 def refinement_choice(**options: Any) -> gr.Radio:

@@ -36,7 +36,7 @@ PHOTOS = ("Photo A", "Photo B")  # source and target
 FACING_EACH = [("as they are", "none"), ("mirrored, some of them", "mirror")]
 FACING = [("as photo A", "none"), ("mirrored", "mirror"), ("mirrored or turned", "all")]
 REFINEMENTS = [("sharp", "grabcut"), ("soft", "otsu"), ("raw", "none")]
-MODELS = "Lite is quick; base is larger, and better where a photo is cluttered."
+MODELS = "Lite is quick; base takes longer and matches more precisely."
 EDGES = "Sharp follows the photo (GrabCut), soft a threshold (Otsu), raw is what the network says."
 
 

@@ -10,15 +10,17 @@ import types
 import numpy as np
 import pytest
 
-pytest.importorskip("gradio", reason="the demo needs gradio")
-from demo_server import CHEETAH, LION, ROOT, free_port, start_app
+gr = pytest.importorskip("gradio", reason="the demo needs gradio")
+from demo_server import CHEETAH, LION, ROOT, free_port, start_app  # noqa: E402
 
-import app
-import macosnet_hf
-from macosnet_hf.demo import matcher as module
-from macosnet_hf.demo.code import collection_code, pair_code
-from macosnet_hf.demo.zero_gpu import on_gpu
-from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED
+import app  # noqa: E402
+import macosnet_hf  # noqa: E402
+from macosnet_hf.demo import matcher as module  # noqa: E402
+from macosnet_hf.demo.code import collection_code, pair_code  # noqa: E402
+from macosnet_hf.demo.components import refinement_choice  # noqa: E402
+from macosnet_hf.demo.settings import Settings  # noqa: E402
+from macosnet_hf.demo.zero_gpu import on_gpu  # noqa: E402
+from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED  # noqa: E402
 
 
 @pytest.fixture
@@ -151,3 +153,46 @@ def test_an_unusable_model_that_is_offered_ends_with_a_sentence(tmp_path):
     assert process.returncode == 2
     assert output.splitlines()[-1] == f"error: The checkpoint folder {folder} has no model.safetensors."
     assert "Traceback" not in output
+
+
+def test_one_model_alone_is_no_choice():
+    def choices(*offered):
+        demo = app.build_demo(app.Matcher("lite", offered))
+        return [
+            block for block in demo.blocks.values() if getattr(block, "elem_id", "") in ("model", "collection-model")
+        ]
+
+    assert [(place.visible, place.info) for place in choices()] == [(False, None)] * 2
+    shown = choices("base", "me/my-model")
+    assert [[name for name, _ in place.choices] for place in shown] == [["lite", "base", "me/my-model"]] * 2
+    assert all(place.visible and place.info for place in shown)
+
+
+def test_settings_of_an_address_are_taken_where_they_are_some(monkeypatch):
+    warned = []
+    monkeypatch.setattr("gradio.Warning", warned.append)
+    places = {
+        "lines": gr.Slider(5, 200, 40, step=5),
+        "threshold": gr.Slider(0, 1, 0.0, step=0.01),
+        "edges": refinement_choice(),
+    }
+
+    def read(**query):
+        return tuple(Settings(places).read(types.SimpleNamespace(query_params=query)).values())
+
+    assert read() == (40, 0.0, "grabcut")
+    assert read(lines="60", threshold="0.35", edges="otsu", other="1") == (60, 0.35, "otsu")
+    assert read(lines="61.9") == (60, 0.0, "grabcut")
+    assert not warned
+    for query in (
+        {"lines": "4"},
+        {"lines": "inf"},
+        {"threshold": "nan"},
+        {"threshold": ""},
+        {"edges": "<b>" + 99 * "x"},
+    ):
+        assert read(**query) == (40, 0.0, "grabcut")
+        assert "which there is not" in warned[-1]
+        assert len(warned[-1]) < 160
+    assert len(warned) == 5
+    assert "<" not in warned[-1]
