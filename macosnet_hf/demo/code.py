@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
@@ -36,12 +37,14 @@ def collection_code(collection: SegmentedCollection) -> str:
     checkpoint = _checkpoint(collection)
     chosen = "" if checkpoint is None else repr(checkpoint)
     given = f", refine={collection.refine!r}" + ", orientations='mirror'" * ("mirror" in collection.orientations)
-    files = ", ".join(repr(copy.name) for copy in collection.copies)
+    names = [os.path.basename(copy.path) for copy in collection.copies]
+    same = "  # some have the same name: write their folders too" if len(set(names)) < len(names) else ""
+    files = ", ".join(map(repr, names))
     return (
         "from macosnet_hf.inference.files import segment_files\n"
         "from macosnet_hf.io.checkpoints import load_model_and_processor\n\n"
         f"model, processor = load_model_and_processor({chosen})\n"
-        f"files = [{files}]\n"
+        f"files = [{files}]{same}\n"
         f"result = segment_files(files, files, model=model, processor=processor{given})\n"
         'result.sheet().save("overview.png")\n'
     )

@@ -773,6 +773,14 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     page.wait_for_function("document.documentElement.scrollHeight <= 2 * innerHeight")
     for target in page.locator("#viewer button:visible, #viewer input:visible, #match, #options button").all():
         assert target.bounding_box()["height"] >= 44, target.inner_html()
+    open_options(page)
+    for choice in page.locator("#options label:has(> input[type=radio])").all():
+        circle = choice.locator("input").bounding_box()
+        assert abs(circle["width"] - circle["height"]) < 1
+        assert choice.bounding_box()["height"] >= 44
+    number, line = (page.locator(f"#threshold {name}").first.bounding_box() for name in ("input", ".head"))
+    assert number["height"] <= line["height"] + 1
+    page.get_by_role("button", name="Options").click()
     first, second = (page.locator("#viewer image").nth(side).bounding_box() for side in (0, 1))
     assert second["y"] > first["y"] + first["height"]  # below one another
     assert first["width"] > 250

@@ -1,5 +1,6 @@
 """The models that a server offers."""
 
+import dataclasses
 import pickle
 import shutil
 import subprocess
@@ -100,6 +101,9 @@ def test_a_result_carries_its_model():
     )
     collection = matcher.collection([CHEETAH, LION], "none", None, "base")
     assert "load_model_and_processor('base')" in collection_code(collection)
+    assert "files = ['cheetah1.jpg', 'lion.jpg']\n" in collection_code(collection)
+    twice = dataclasses.replace(collection, copies=[collection.copies[0]] * 2)
+    assert "files = ['cheetah1.jpg', 'cheetah1.jpg']  # some have the same name" in collection_code(twice)
     assert "load_model_and_processor()" in collection_code(matcher.collection([CHEETAH, LION], "none", None))
 
 
