@@ -34,6 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder or Hub id of a checkpoint (default: the variable MACOSNET_MODEL, else the embedded one)",
     )
     parser.add_argument(
+        "--offer",
+        nargs="*",
+        metavar="NAME",
+        default=os.environ.get("MACOSNET_OFFER", "lite base").split(),
+        help="further models that visitors may choose: lite, base, folders, Hub ids; each is loaded when somebody asks "
+        "for it first and stays in memory (default: the variable MACOSNET_OFFER, else lite and base)",
+    )
+    parser.add_argument(
         "--allowed-hosts",
         nargs="+",
         metavar="NAME",
@@ -51,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, files: Path) -> int:
     """Serves the page; `files` is the base folder of what visitors upload."""
-    matcher = Matcher(options.model)
+    matcher = Matcher(options.model, options.offer)
     demo = build_demo(matcher)
     try:
         address = serve(demo, options.host, options.port, allowed_hosts=options.allowed_hosts, files=files)
@@ -60,6 +68,7 @@ def run(options: argparse.Namespace, files: Path) -> int:
         return 2
     print(f"Open {address} in a browser. Stop with Ctrl+C.", flush=True)
     try:
+        matcher.check()
         matcher.reader.start()
         matcher.load()  # while the visitor looks at the page, so that the first match does not wait for it
         demo.block_thread()

@@ -45,15 +45,15 @@ class CountingMatcher(app.Matcher):
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def pair(self, source, target, refine, orientations=None):
+    def pair(self, source, target, refine, orientations=None, model=None):
         self.pairs += 1
         assert self.may_answer.wait(240)
-        return super().pair(source, target, refine, orientations)
+        return super().pair(source, target, refine, orientations, model)
 
-    def collection(self, paths, refine, progress):
+    def collection(self, paths, refine, progress, model=None, orientations="none"):
         self.collections += 1
         try:
-            return super().collection(paths, refine, progress)
+            return super().collection(paths, refine, progress, model, orientations)
         except Stopped:
             self.stopped += 1
             raise

@@ -8,6 +8,7 @@ import gradio as gr
 
 from ..inference import DIRECTIONS
 from ..inference.result_files import pair_document
+from ..io.package import checkpoint_name
 from . import limits
 from .components import checked_pair, on_uploads, refinement_choice
 from .downloads import cached_images, collection_archive, pair_masks, sheet_and_average
@@ -45,7 +46,7 @@ def _match_endpoint(sessions: Sessions) -> None:
             pair = sessions.matcher.pair(*checked_pair(source, target), refine)
             masks = pair_masks(drawing, pair)
             matches, warped = cached_images(drawing, [pair.result.draw_matches(), pair.result.warped_source()])
-            document = pair_document(pair, threshold, model=sessions.matcher.name)
+            document = pair_document(pair, threshold, model=checkpoint_name(pair.checkpoint))
             key = sessions.pairs.add(pair, request.session_hash)
             return {"result": key, "words": pair_verdict(pair), **document}, matches, *masks, warped
 
@@ -91,7 +92,7 @@ def _segment_collection_endpoint(sessions: Sessions) -> None:
         """
         with errors_for_visitors(), sessions.run(request) as progress:
             collection = sessions.matcher.collection(photographs or [], refine, progress)
-            archive, document = collection_archive(sheet, collection, sessions.matcher.name, progress)
+            archive, document = collection_archive(sheet, collection, progress)
             return document, *sheet_and_average(sheet, collection), archive
 
     inputs = [gr.File(label="photographs", type="filepath", file_count="multiple"), _refine()]

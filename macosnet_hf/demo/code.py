@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from ..io.package import DEFAULT_CHECKPOINT
+from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
 
 
-def pair_code(pair: MatchedPair, threshold: float, count: int, checkpoint: str) -> str:
+def _checkpoint(result: MatchedPair | SegmentedCollection) -> str | None:
+    """What names the model of a result in code: for an embedded one its short name; None for the default."""
+    if result.checkpoint in ("", DEFAULT_CHECKPOINT):
+        return None
+    return {folder: name for name, folder in EMBEDDED.items()}.get(result.checkpoint, result.checkpoint)
+
+
+def pair_code(pair: MatchedPair, threshold: float, count: int) -> str:
     """Code for a pair as it is drawn."""
-    options = {"refine": pair.refine, "threshold": threshold, "orientations": pair.orientations}
-    if checkpoint != DEFAULT_CHECKPOINT:
-        options["checkpoint"] = checkpoint
+    options: dict[str, object] = {"refine": pair.refine, "threshold": threshold, "orientations": pair.orientations}
+    options["checkpoint"] = _checkpoint(pair)
     files = ", ".join(repr(copy.name) for copy in pair.copies)
     given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
     return (
@@ -25,15 +32,19 @@ def pair_code(pair: MatchedPair, threshold: float, count: int, checkpoint: str) 
     )
 
 
-def collection_code(collection: SegmentedCollection, checkpoint: str) -> str:
+def collection_code(collection: SegmentedCollection) -> str:
     """Code for a collection."""
-    chosen = "" if checkpoint == DEFAULT_CHECKPOINT else repr(checkpoint)
-    files = ", ".join(repr(copy.name) for copy in collection.copies)
+    checkpoint = _checkpoint(collection)
+    chosen = "" if checkpoint is None else repr(checkpoint)
+    given = f", refine={collection.refine!r}" + ", orientations='mirror'" * ("mirror" in collection.orientations)
+    names = [os.path.basename(copy.path) for copy in collection.copies]
+    same = "  # some have the same name: write their folders too" if len(set(names)) < len(names) else ""
+    files = ", ".join(map(repr, names))
     return (
         "from macosnet_hf.inference.files import segment_files\n"
         "from macosnet_hf.io.checkpoints import load_model_and_processor\n\n"
         f"model, processor = load_model_and_processor({chosen})\n"
-        f"files = [{files}]\n"
-        f"result = segment_files(files, files, model=model, processor=processor, refine={collection.refine!r})\n"
+        f"files = [{files}]{same}\n"
+        f"result = segment_files(files, files, model=model, processor=processor{given})\n"
         'result.sheet().save("overview.png")\n'
     )

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from ..drawing import cutout
 from . import components, limits
 from .code import collection_code
 from .collection_points import collection_points, points_document
-from .downloads import cached_images, collection_archive, sheet_and_average
+from .downloads import cached_images, collection_archive, sheet_and_average, small_cutout
 from .examples import COLLECTION_EXAMPLE
 from .sessions import Sessions, Stopped
-from .texts import PRESS_FIND, agreement, collection_verdict, errors_for_visitors
+from .settings import Settings
+from .texts import FACING_EACH, PRESS_FIND, agreement, collection_verdict, errors_for_visitors
 
 if TYPE_CHECKING:
     from ..inference.files import SegmentedCollection
@@ -41,7 +41,7 @@ class CollectionTab:
             elem_id="photos",
             type="filepath",
             file_types=["image"],
-            height=180,
+            height="var(--photos)",
             object_fit="cover",
             interactive=True,
         )
@@ -50,8 +50,15 @@ class CollectionTab:
             self.button = gr.Button(label, variant="primary", size="lg", elem_id="segment", scale=3)
             self.stop = gr.Button("Stop", size="lg", elem_id="stop", min_width=100)
             self.example = gr.Button("Example", size="lg", elem_id="collection-example", min_width=140)
-        with gr.Accordion("Options", open=False):
+        with gr.Accordion("Options", open=False), gr.Row():
             self.refine = components.refinement_choice()
+            self.model = components.model_choice(tuple(self.sessions.matcher.checkpoints), elem_id="collection-model")
+            self.orientations = gr.Radio(
+                FACING_EACH, value="none", label="Photos may be", elem_id="collection-orientations", min_width=240
+            )
+        self.settings = Settings(
+            {"collection_edges": self.refine, "collection_model": self.model, "collection_facing": self.orientations}
+        )
         self.verdict = gr.HTML(elem_id="collection-verdict")
 
     def _results(self) -> None:
@@ -86,7 +93,7 @@ class CollectionTab:
         components.check_on_upload(self.photos, self.sessions.matcher.reader)
         opening = tab.select(
             **components.on_uploads(self.show_example, [self.photos]),
-            outputs=[self.photos, *self.shown],
+            outputs=[*self.settings.inputs, self.photos, *self.shown],
             concurrency_limit=2,
             show_progress_on=self.verdict,
             **components.PRIVATE,
@@ -94,12 +101,16 @@ class CollectionTab:
         started = limits.STARTED["collection"]
         queue = {"concurrency_id": "collection", "concurrency_limit": started, **components.PRIVATE}
         segmenting: dict[str, Any] = {"outputs": self.shown, "show_progress_on": self.verdict, **queue}
-        segmenting |= components.on_uploads(self.segment_photos, [self.photos, self.refine])
+        inputs = [self.photos, *self.settings.inputs]
+        again = {**segmenting, **components.on_uploads(self.segment_photos, inputs, or_nothing=True)}
+        segmenting |= components.on_uploads(self.segment_photos, inputs)
         chosen = self.example.click(lambda: list(COLLECTION_EXAMPLE), outputs=self.photos, **components.INSTANT)
         blank = [self.key, self.verdict, self.results]
         changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
         changed |= components.on_uploads(self.changed, [self.photos])
         runs = [components.run_on(event, blank, **segmenting) for event in (self.button.click, chosen.then)]
+        runs += [components.run_on(place.input, blank, **again) for place in self.settings.inputs]
+        self.settings.keep()
         for run in runs:
             run.then(**changed)  # its answer may overtake that of a change
         queue = {"concurrency_limit": 1, "show_progress_on": self.download, **components.PRIVATE}
@@ -116,7 +127,7 @@ class CollectionTab:
         captions = [
             ("odd one out: " if number in collection.odd else "") + copy.name for number, copy in enumerate(copies)
         ]
-        cutouts = [cutout(copy.image, mask) for copy, mask in zip(copies, collection.masks, strict=True)]
+        cutouts = [small_cutout(collection, number) for number in range(len(copies))]
         masks = [Image.fromarray(mask) for mask in collection.masks]
         key = self.sessions.collections.add(collection, owner)
         return (
@@ -128,17 +139,23 @@ class CollectionTab:
             *sheet_and_average(self.sheet, collection),
             agreement(collection),
             None,
-            collection_code(collection, self.sessions.matcher.checkpoint),
+            collection_code(collection),
             gr.Column(visible=True),
         )
 
     def segment_photos(
-        self, paths: list[str] | None, refine: str, request: gr.Request, progress: Any = components.PROGRESS
+        self,
+        paths: list[str] | None,
+        refine: str,
+        model: str,
+        orientations: str,
+        request: gr.Request,
+        progress: Any = components.PROGRESS,
     ) -> tuple[Any, ...]:
         place = self.sessions.place(request, "collection")
         with errors_for_visitors(), place.run(paths), self.sessions.run(request, progress) as report:
             try:
-                collection = self.sessions.matcher.collection(paths or [], refine, report)
+                collection = self.sessions.matcher.collection(paths or [], refine, report, model, orientations)
             except Stopped:
                 if place.photos == paths:
                     raise
@@ -160,12 +177,16 @@ class CollectionTab:
         if paths:
             return gr.skip()
         with errors_for_visitors():
+            values = self.settings.read(request)
             photos = [components.in_cache(self.photos, path) for path in COLLECTION_EXAMPLE]
             self.sessions.place(request, "collection").shown = photos
-            return (photos, *self.show(self.sessions.example_collection(), request.session_hash))
+            collection = self.sessions.example_collection(
+                values["collection_model"], values["collection_edges"], values["collection_facing"]
+            )
+            return (*values.values(), photos, *self.show(collection, request.session_hash))
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> str:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:
             collection = self.sessions.collections.get(key)
-            path, _ = collection_archive(self.archive, collection, self.sessions.matcher.name, report)
+            path, _ = collection_archive(self.archive, collection, report)
             return path

@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
-from .texts import EDGES, REFINEMENTS, marked
+from .texts import EDGES, MODELS, REFINEMENTS, marked
 from .viewer import asset
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
@@ -26,11 +26,14 @@ _WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"facingMode": {"
 OF_FILES = (gr.Image, gr.Gallery, gr.File)
 
 
-def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]) -> dict[str, Any]:
+def on_uploads(
+    fn: Callable[..., Any], inputs: Sequence[gr.components.Component], *, or_nothing: bool = False
+) -> dict[str, Any]:
     """Options `fn`, `inputs` and `preprocess` of an event: uploads among its inputs reach `fn` as checked paths.
 
     Uploads are taken as the page sends them, since gradio's own reading does not turn a photo upright, has no words for
-    a damaged one and decodes a bomb. The other inputs are read as always.
+    a damaged one and decodes a bomb. The other inputs are read as always. With `or_nothing` nothing is done and
+    nothing said where an upload is missing.
     """
 
     @functools.wraps(fn)
@@ -39,6 +42,9 @@ def on_uploads(fn: Callable[..., Any], inputs: Sequence[gr.components.Component]
             uploaded(value, component.GRADIO_CACHE) if isinstance(component, OF_FILES) else component.preprocess(value)
             for component, value in zip(inputs, values[: len(inputs)], strict=True)
         ]
+        given = [value for value, component in zip(read, inputs, strict=True) if isinstance(component, OF_FILES)]
+        if or_nothing and not all(given):
+            return gr.skip()
         return fn(*read, *values[len(inputs) :])  # behind the inputs: the request, the progress
 
     return {"fn": reading, "inputs": list(inputs), "preprocess": False}
@@ -150,6 +156,12 @@ def result_image(label: str, **options: Any) -> gr.Image:
     return gr.Image(
         label=label, alt_text=label, interactive=False, **{"buttons": ["download", "fullscreen"], **options}
     )
+
+
+def model_choice(names: Sequence[str], **options: Any) -> gr.Radio:
+    """The choice of the model, the first of these names at the start; hidden where there is one only."""
+    words = {"label": "Model", "info": MODELS if {"lite", "base"} <= set(names) else None}
+    return gr.Radio(list(names), **{**words, **options}, value=names[0], visible=len(names) > 1, min_width=240)
 
 
 def refinement_choice(**options: Any) -> gr.Radio:

@@ -1,4 +1,4 @@
-"""The model of a server."""
+"""The models of a server."""
 
 from __future__ import annotations
 
@@ -7,70 +7,144 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..io.checkpoints import load_model_and_processor
+from ..errors import InputError
+from ..io.checkpoints import check_checkpoint, load_model_and_processor
+from ..io.image_files import load_image
 from ..io.memory import trim
-from ..io.package import DEFAULT_CHECKPOINT, checkpoint_name
+from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
 from . import limits
 from .reading import PhotoReader
+from .zero_gpu import is_zero_gpu, on_gpu
 
 if TYPE_CHECKING:
     from ..inference.files import MatchedPair, SegmentedCollection
+    from ..io.working_copy import WorkingCopy
 
 
 class Matcher:
-    """The one model of this process. Whichever thread asks first loads it, the others wait."""
+    """The models of this process. Whichever thread asks for one first loads it; it then stays.
 
-    def __init__(self, checkpoint: str = DEFAULT_CHECKPOINT) -> None:
-        self.checkpoint = checkpoint
-        self.name = checkpoint_name(checkpoint)  # in result files
+    One is loaded at a time, and nobody who asks for a loaded one waits for that.
+
+    Args:
+        checkpoint: folder, Hub id or embedded name of the model that is used where none is named.
+        offered: of further models that visitors may choose.
+
+    Attributes:
+        checkpoints: of all of them, by the names that visitors see; the first is that of `checkpoint`.
+    """
+
+    def __init__(self, checkpoint: str = DEFAULT_CHECKPOINT, offered: Sequence[str] = tuple(EMBEDDED)) -> None:
+        self.checkpoints = _named([checkpoint, *offered])
+        self.default = next(iter(self.checkpoints))
         self._lock = threading.Lock()
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
         self.reader = PhotoReader()
         self._turns = {kind: threading.Semaphore(count) for kind, count in limits.AT_ONCE.items()}
         self._trimmed = time.monotonic()
+        self._match, self._segment = on_gpu(self._match_copies), on_gpu(self._segment_copies)
+        if is_zero_gpu():  # which forks: another thread may hold the lock just then
+            os.register_at_fork(after_in_child=lambda: setattr(self, "_lock", threading.Lock()))
 
-    def load(self) -> dict[str, Any]:
-        """The arguments `model` and `processor` of `match_pair`. Raises `CheckpointError`."""
-        with self._lock:
-            if not self._loaded:
-                model, processor = load_model_and_processor(self.checkpoint)
-                # The import belongs under the lock as well: two threads that import torch and transformers from
-                # different ends at the same time can meet a module that is only half there.
-                _files()
-                self._loaded = {"model": model, "processor": processor}
-            return self._loaded
+    def check(self) -> None:
+        """Raises `CheckpointError` if one of the models is a folder that cannot be used; loads nothing."""
+        for checkpoint in self.checkpoints.values():
+            check_checkpoint(checkpoint)
 
-    def pair(self, source: str, target: str, refine: str, orientations: str | None = None) -> MatchedPair:
+    def load(self, name: str | None = None) -> dict[str, Any]:
+        """The arguments `model` and `processor` of `match_pair`.
+
+        Args:
+            name: of a model; the first one if there is none.
+
+        Raises:
+            InputError: if no model of that name is offered.
+            CheckpointError: if it cannot be loaded.
+        """
+        name = name or self.default
+        if name not in self.checkpoints:
+            raise InputError(f"There is no model {name!r} here; choose {' or '.join(self.checkpoints)}.")
+        if name not in self._loaded:
+            with self._lock:
+                if name not in self._loaded:
+                    model, processor = load_model_and_processor(self.checkpoints[name])
+                    # The import belongs under the lock as well: two threads that import torch and transformers from
+                    # different ends at the same time can meet a module that is only half there.
+                    _files()
+                    self._loaded[name] = {"model": model, "processor": processor}
+        return self._loaded[name]
+
+    def pair(
+        self, source: str, target: str, refine: str, orientations: str | None = None, model: str | None = None
+    ) -> MatchedPair:
         """Matches the photos in two files. Who waits until large photos are read does not hold up others."""
-        with self._working() as loaded:
+        with self._working(model):
             copies = _files().open_pair(source, target, read=self.reader.working_copy)
             with self._turns["pair"]:
-                return _files().match_copies(copies, refine=refine, orientations=orientations, **loaded)
+                pair = self._match(model, _bare(copies), refine, orientations)
+                return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
-    def collection(self, paths: list[str], refine: str, progress: Any) -> SegmentedCollection:
+    def collection(
+        self, paths: list[str], refine: str, progress: Any, model: str | None = None, orientations: str = "none"
+    ) -> SegmentedCollection:
         """Segments the photos in some files; `progress` as in `segment_files`."""
-        with self._working() as loaded:
+        with self._working(model):
             names = [os.path.basename(path) for path in paths]
             copies = _files().open_collection(paths, names, progress, read=self.reader.working_copy)
             with self._turns["collection"]:
-                return _files().segment_opened(copies, refine=refine, progress=progress, **loaded)
+                # A callback does not reach another process; Stop then ends a run after the network.
+                followed = None if is_zero_gpu() else progress
+                collection = self._segment(model, _bare(copies), refine, orientations, followed)
+                if progress is not followed:
+                    progress(1.0, "Segmented")
+                return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
+
+    def _match_copies(
+        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str | None
+    ) -> MatchedPair:
+        return _files().match_copies(tuple(copies), refine=refine, orientations=orientations, **self.load(model))
+
+    def _segment_copies(
+        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str, progress: Any
+    ) -> SegmentedCollection:
+        options = {"refine": refine, "orientations": orientations, "progress": progress}
+        return _files().segment_opened(copies, **options, **self.load(model))
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[dict[str, Any]]:
-        """Loads the model. Afterwards gives back free memory between the stored results; now and then only, for that
+    def _working(self, model: str | None) -> Iterator[None]:
+        """Loads a model. Afterwards gives back free memory between the stored results; now and then only, for that
         takes some milliseconds."""
-        loaded = self.load()
+        self.load(model)
         try:
-            yield loaded
+            yield
         finally:
             now = time.monotonic()
             if now - self._trimmed > limits.TRIM_SECONDS:
                 self._trimmed = now
                 trim()
+
+
+def _bare(copies: Sequence[WorkingCopy]) -> list[WorkingCopy]:
+    """Copies without the reader of this server, so that they can be pickled."""
+    return [replace(copy, read=load_image) for copy in copies]
+
+
+def _named(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Checkpoints by names for visitors: the short ones of the package, the name of a folder, the id of the Hub."""
+    found: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        folder = EMBEDDED.get(checkpoint, checkpoint)
+        if folder in found.values():
+            continue
+        short = {path: name for name, path in EMBEDDED.items()}.get(folder)
+        name = short or (os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else folder)
+        found[folder if name in found else name] = folder
+    return found
 
 
 def _files() -> ModuleType:

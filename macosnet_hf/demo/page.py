@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gradio as gr
 
-from ..io.package import DEFAULT_CHECKPOINT
 from . import limits
 from .api import public_api
 from .collection_tab import CollectionTab
@@ -23,11 +22,11 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=files) as demo:
         gr.HTML(f"<h1>{TITLE}</h1><p>{SUMMARY}</p>", elem_id="header")
         with gr.Tabs():
-            with gr.Tab("Pair", id="pair"):
+            with gr.Tab("Pair", id="pair", elem_id="tab-pair"):
                 PairTab(sessions, demo)
-            with gr.Tab("Collection", id="collection") as tab:
+            with gr.Tab("Collection", id="collection", elem_id="tab-collection") as tab:
                 CollectionTab(sessions, tab)
-            with gr.Tab("About", id="about"):
+            with gr.Tab("About", id="about", elem_id="tab-about"):
                 _about(matcher)
         gr.Markdown(
             f"{LIMITS} [Paper]({PAPER}); the model card is under *About*.", elem_classes="small", elem_id="limits"
@@ -38,13 +37,13 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
 
 
 def _about(matcher: Matcher) -> None:
-    embedded = matcher.checkpoint == DEFAULT_CHECKPOINT
+    models = ", ".join(f"`{name}`" for name in matcher.checkpoints)
     gr.Markdown(
         "One network finds which place of one photo corresponds to which place of another, and which pixels "
         "belong to the object that both show. It was trained without a single keypoint and without a single mask.\n\n"
         f"**Limits.** {LIMITS}\n\n"
         f"**Paper.** Chen, Lin, Yang and Huang, [Show, Match and Segment]({PAPER}).\n\n"
-        f"**Model.** {'The checkpoint that comes with the project.' if embedded else f'`{matcher.checkpoint}`'}\n\n"
+        f"**Models.** {models}; *Options* of a tab choose. Lite and base come with the project.\n\n"
         "**From a program.** `/match`, `/transfer_points` and `/segment_collection`: see *Use via API* at the bottom."
     )
     card = (ROOT / "model_card.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1]  # without its front matter

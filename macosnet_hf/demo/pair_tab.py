@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -13,6 +14,7 @@ from .code import pair_code
 from .downloads import pair_archive
 from .examples import EXAMPLES, LABELS, MIRRORED
 from .sessions import Sessions
+from .settings import Settings
 from .texts import FACING, PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
 from .viewer import viewer, viewer_images, viewer_lines
 
@@ -63,6 +65,16 @@ class PairTab:
             self.orientations = gr.Radio(
                 FACING, value="none", label="Photo B may be", elem_id="orientations", min_width=240
             )
+            self.model = components.model_choice(tuple(self.sessions.matcher.checkpoints), elem_id="model")
+        self.settings = Settings(
+            {
+                "threshold": self.threshold,
+                "lines": self.count,
+                "edges": self.refine,
+                "facing": self.orientations,
+                "model": self.model,
+            }
+        )
         with gr.Column(elem_id="pair-downloads"):
             self.download, self.archive = components.download("pair")
             gr.Markdown(
@@ -75,24 +87,30 @@ class PairTab:
     def _matching_events(self, demo: gr.Blocks) -> None:
         opening = demo.load(
             self.show_example,
-            [self.threshold, self.count],
-            [self.orientations, *self.uploads, *self.shown],
+            outputs=[*self.settings.inputs, *self.uploads, *self.shown],
             show_progress_on=self.verdict,
             **components.PRIVATE,
         )
         for place in self.uploads:
             components.check_on_upload(place, self.sessions.matcher.reader)
-        inputs = [*self.uploads, self.threshold, self.count, self.refine, self.orientations]
+        inputs = [*self.uploads, *self.settings.inputs]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
+        again = {**matching, **components.on_uploads(self.match_photos, inputs, or_nothing=True)}
         chosen = self.examples.click(
-            self.choose_example, self.examples, [*self.uploads, self.orientations], **components.INSTANT
+            self.choose_example, [self.examples, self.model], [*self.uploads, self.orientations], **components.INSTANT
         )
         blank = [self.key, self.verdict, self.results]
         changed: dict[str, Any] = {"outputs": blank, **components.INSTANT}
         changed |= components.on_uploads(self.changed, self.uploads)
-        for event in (self.button.click, chosen.then, self.orientations.input):
+        starts: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+            (self.button.click, matching),
+            (chosen.then, matching),
+        ]
+        starts += [(setting.input, again) for setting in (self.orientations, self.model)]
+        for event, run in starts:
             # Once more at the end: its answer may overtake that of a change.
-            components.run_on(event, blank, **matching).then(**changed)
+            components.run_on(event, blank, **run).then(**changed)
+        self.settings.keep()
         for place in self.uploads:
             place.change(**changed)
             # Of a page that is still loading, the example would replace the photo.
@@ -133,12 +151,9 @@ class PairTab:
                 images=viewer_images(key, (result.source, result.target), names),
             ),
             None,
-            self._code(pair, threshold, count),
+            pair_code(pair, threshold, count),
             gr.Column(visible=True),
         )
-
-    def _code(self, pair: MatchedPair, threshold: float, count: int) -> str:
-        return pair_code(pair, threshold, count, self.sessions.matcher.checkpoint)
 
     def match_photos(
         self,
@@ -148,13 +163,13 @@ class PairTab:
         count: int,
         refine: str,
         orientations: str,
+        model: str,
         request: gr.Request,
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
             photos = components.checked_pair(source, target)
-            return self._show_if_chosen(
-                photos, lambda: self.sessions.matcher.pair(*photos, refine, orientations), threshold, count, request
-            )
+            work = partial(self.sessions.matcher.pair, *photos, refine, orientations, model)
+            return self._show_if_chosen(photos, work, threshold, count, request)
 
     def _show_if_chosen(
         self,
@@ -179,29 +194,29 @@ class PairTab:
         other = self.sessions.place(request, "pair").changed((source, target))
         return components.no_result(PRESS_MATCH) if other else gr.skip()
 
-    def show_example(self, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
+    def show_example(self, request: gr.Request) -> tuple[Any, ...]:
         with errors_for_visitors():
+            model = self.settings.read(request, quiet=True)["model"]
+            values = self.settings.read(request, facing=self.sessions.facing(model))
             photos = tuple(
                 components.in_cache(place, path) for place, path in zip(self.uploads, EXAMPLES[0], strict=True)
             )
             self.sessions.place(request, "pair").shown = photos
-            pair = self.sessions.example_pair()
-            return (self._facing(), *photos, *self.show(pair, threshold, count, request.session_hash))
+            pair = self.sessions.example_pair(model, values["edges"], values["facing"])
+            shown = self.show(pair, values["threshold"], values["lines"], request.session_hash)
+            return (*values.values(), *photos, *shown)
 
-    def choose_example(self, sample: list[str]) -> tuple[str, str, str]:
+    def choose_example(self, sample: list[str], model: str) -> tuple[str, str, str]:
         """Two photos, and how the second may face."""
         source, target, label = sample
-        return source, target, "mirror" if label == LABELS[MIRRORED] else self._facing()
-
-    def _facing(self) -> str:
-        return str(self.sessions.matcher.load()["model"].config.orientations)
+        return source, target, "mirror" if label == LABELS[MIRRORED] else self.sessions.facing(model)
 
     def redraw(self, key: str | None, threshold: float, count: int, request: gr.Request) -> tuple[Any, ...]:
         """The lines; the files for download are of another threshold, so they go."""
         with errors_for_visitors():
             self.sessions.place(request, "pair").files = None
             pair = self.sessions.pairs.get(key)
-            return viewer_lines(pair.result, threshold, count), None, self._code(pair, threshold, count)
+            return viewer_lines(pair.result, threshold, count), None, pair_code(pair, threshold, count)
 
     def refine_again(
         self,
@@ -222,5 +237,5 @@ class PairTab:
         with errors_for_visitors():
             place = self.sessions.place(request, "pair")
             place.files = asked = (key, threshold)
-            path = pair_archive(self.archive, self.sessions.pairs.get(key), threshold, self.sessions.matcher.name)
+            path = pair_archive(self.archive, self.sessions.pairs.get(key), threshold)
             return path if place.files == asked else None

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from . import limits
-from .examples import CAT, COMPANY_FOLDER, EXAMPLES_FOLDER, MIRRORED, TABBY
+from .examples import EXAMPLES_FOLDER
 from .guard import LOOPBACK, guard
 from .viewer import asset
 from .visitor_files import sweeping
@@ -50,9 +50,9 @@ def serve(
         state_session_capacity=limits.MAX_SESSIONS,
         theme=_theme(),
         css=asset("page.css") + asset("viewer.css"),
-        js=asset("paste.js"),
+        js=f"() => {{ ({asset('paste.js').rstrip()})(); ({asset('address.js').rstrip()})(); }}",
         footer_links=["api"],
-        allowed_paths=[str(EXAMPLES_FOLDER), CAT, TABBY, *MIRRORED, str(COMPANY_FOLDER)],
+        allowed_paths=[str(EXAMPLES_FOLDER)],
         quiet=True,
         app_kwargs=options,
     )

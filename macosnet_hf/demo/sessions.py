@@ -66,7 +66,7 @@ class Sessions:
         self.pairs: ResultStore[Any] = ResultStore(limits.MAX_PAIRS, *each)
         self.collections: ResultStore[Any] = ResultStore(limits.MAX_COLLECTIONS, *each)
         self._running: dict[str, threading.Event] = {}
-        self._examples: dict[str, Any] = {}
+        self._examples: dict[tuple[str, ...], Any] = {}
         self._lock = threading.Lock()
         self._places: LRUCache[tuple[str | None, str], Place] = LRUCache(2 * limits.MAX_SESSIONS)
         self._places_lock = threading.Lock()
@@ -76,15 +76,28 @@ class Sessions:
         with self._places_lock:
             return self._places.setdefault((request.session_hash, tab), Place())
 
-    def example_pair(self) -> Any:
+    def example_pair(self, model: str, refine: str, orientations: str) -> Any:
         """The pair that a new visitor sees; matched once for all of them."""
-        return self._example("pair", lambda: self.matcher.pair(*EXAMPLES[0], "grabcut"))
+        pair, facing = EXAMPLES[0], self.facing(model)
+        if orientations == facing:
+            found = self._example(("pair", model), lambda: self.matcher.pair(*pair, "grabcut", model=model))
+            return found.refined(refine)
+        return self.matcher.pair(*pair, refine, orientations, model)
 
-    def example_collection(self) -> Any:
+    def facing(self, model: str) -> str:
+        """The orientations in which a model looks for the object where none are named."""
+        return str(self.matcher.load(model)["model"].config.orientations)
+
+    def example_collection(self, model: str, refine: str, orientations: str) -> Any:
         """The collection that a new visitor sees; segmented once for all of them."""
-        return self._example("collection", lambda: self.matcher.collection(list(COLLECTION_EXAMPLE), "grabcut", None))
+        photos = list(COLLECTION_EXAMPLE)
+        self.matcher.load(model)  # before the lock, so that those who ask for others need not wait
+        return self._example(
+            ("collection", model, refine, orientations),
+            lambda: self.matcher.collection(photos, refine, None, model, orientations),
+        )
 
-    def _example(self, kind: str, work: Callable[[], Any]) -> Any:
+    def _example(self, kind: tuple[str, ...], work: Callable[[], Any]) -> Any:
         with self._lock:
             if kind not in self._examples:
                 self._examples[kind] = work()

@@ -33,8 +33,10 @@ PRESS_MATCH = "Press Match when both photos are there."
 TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
+FACING_EACH = [("as they are", "none"), ("mirrored, some of them", "mirror")]
 FACING = [("as photo A", "none"), ("mirrored", "mirror"), ("mirrored or turned", "all")]
 REFINEMENTS = [("sharp", "grabcut"), ("soft", "otsu"), ("raw", "none")]
+MODELS = "Lite is quick; base takes longer and matches more precisely."
 EDGES = "Sharp follows the photo (GrabCut), soft a threshold (Otsu), raw is what the network says."
 
 
@@ -117,6 +119,8 @@ def agreement(collection: SegmentedCollection) -> str:
     for number in np.argsort(-values, kind="stable").tolist():
         name = html.escape(collection.copies[number].name)
         odd, said = ("odd", "odd one out") if number in collection.odd else ("", f"{values[number]:.2f}")
+        if collection.orientations[number] == "mirror":
+            said += ", mirrored"
         rows.append(
             f'<span class="{odd} name" title="{name}">{_thumbnail(collection, number)}{name}</span>'
             f'<span class="{odd} bar"><i style="width: {shares[number]:.0f}%"></i></span>'

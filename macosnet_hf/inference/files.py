@@ -65,12 +65,14 @@ class MatchedPair:
         result: of these copies.
         refine: how the masks were refined.
         orientations: in which the source was looked for; None for those of the model's configuration.
+        checkpoint: of the model, where a server with several notes it.
     """
 
     copies: tuple[WorkingCopy, WorkingCopy]
     result: PairResult
     refine: str
     orientations: str | None = None
+    checkpoint: str = ""
 
     def cutout(self, view: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of the source (view 0) or target (1) alone, at the working copy's size; see [`make_cutout`]."""
@@ -233,6 +235,7 @@ class SegmentedCollection:
         orientations: of each image, the name in [`~macosnet_hf.geometry.SYMMETRIES`] of how it shows the object,
             compared with the others: identity or mirror.
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
+        checkpoint: of the model, where a server with several notes it.
     """
 
     copies: Sequence[WorkingCopy]
@@ -245,6 +248,7 @@ class SegmentedCollection:
     refine: str
     orientations: Sequence[str]
     transforms: Transform | None = None
+    checkpoint: str = ""
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
@@ -330,6 +334,7 @@ def segment_files(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
+    orientations: str = "none",
     progress: Progress | None = None,
 ) -> SegmentedCollection:
     """Segments the object that 2 to 30 image files have in common, and averages it.
@@ -337,14 +342,17 @@ def segment_files(
     Args:
         paths, names: N files and what messages and results call them; equal names are numbered.
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
+        orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
 
     Raises:
         ImageError: if an image cannot be read.
-        InputError: for too few or too many images, or an unknown refinement.
+        InputError: for too few or too many images, an unknown refinement or unknown orientations.
     """
     copies = open_collection(paths, names, progress)
-    return segment_opened(copies, model=model, processor=processor, refine=refine, progress=progress)
+    return segment_opened(
+        copies, model=model, processor=processor, refine=refine, orientations=orientations, progress=progress
+    )
 
 
 def open_collection(
@@ -376,6 +384,7 @@ def segment_opened(
     model: MaCoSNetForKeypointMatching,
     processor: MaCoSNetImageProcessor,
     refine: str,
+    orientations: str = "none",
     progress: Progress | None,
 ) -> SegmentedCollection:
     """The second step of [`segment_files`]."""
@@ -385,6 +394,7 @@ def segment_opened(
         model=model,
         processor=processor,
         refine=refine,
+        orientations=orientations,
         progress=progress and (lambda share, text: progress(_READING + (1 - _READING) * share, text)),
     )
 

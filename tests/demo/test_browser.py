@@ -6,6 +6,7 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noq
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
-from macosnet_hf.demo.examples import CAT, EXAMPLES  # noqa: E402
+from macosnet_hf.demo.examples import CAT, EXAMPLES, MIRRORED  # noqa: E402
 from macosnet_hf.inference.result_files import pair_file_names  # noqa: E402
 from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+USUAL = {"viewport": {"width": 1280, "height": 900}}
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
@@ -50,12 +53,15 @@ def browser():
     with playwright.sync_playwright() as driver:
         camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a green one
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
+        browser.usual = browser.new_context(**USUAL)
         yield browser
         browser.close()
 
 
 def open_page(browser, address, query="", **options):
-    page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
+    """A page in the usual context, whose cache has gradio's scripts already; with options, in a context of its own."""
+    context = browser.new_context(**{**USUAL, **options}) if options else browser.usual
+    page = context.new_page()
     page.set_default_timeout(120_000)  # the machine may be busy
     page.asked, page.complaints = [], []
     page.on("request", lambda request: page.asked.append(request.url))
@@ -67,7 +73,9 @@ def open_page(browser, address, query="", **options):
 
 def close_page(page, address):
     """No other host was asked, and no script failed."""
-    page.context.close()
+    page.close()
+    if page.context is not page.context.browser.usual:
+        page.context.close()
     assert any(url.startswith(address) for url in page.asked)
     assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
     assert not page.complaints
@@ -233,15 +241,15 @@ def test_the_code_makes_what_is_shown(page, result):
     text = page.locator(".as-python .cm-content:visible")
     text.wait_for()
     open_options(page)
-    set_threshold(page, "0.6", lambda: "threshold=0.6" in text.inner_text())
+    set_threshold(page, "0.5", lambda: "threshold=0.5" in text.inner_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("macosnet_hf.match_pair", lambda *files, **options: calls.append((files, options)) or result)
         patch.setattr(type(result), "draw_matches", lambda self, count: Image.new("RGB", (count, 1)))
         patch.setattr(Image.Image, "save", lambda self, name: calls.append((self.width, name)))
         calls = []
         exec(text.inner_text().replace("\xa0", " "), {})
-    assert calls[0][0] == ("cheetah1.jpg", "cat.jpg")
-    assert calls[0][1] == {"refine": "grabcut", "threshold": 0.6}
+    assert calls[0][0] == ("dog.jpg", "cat.jpg")
+    assert calls[0][1] == {"refine": "grabcut", "threshold": 0.5}
     assert calls[1] == (40, "matches.png")
 
 
@@ -307,11 +315,11 @@ def test_dragging_the_threshold_redraws_without_the_network(page, matcher, resul
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + 6, y)
     page.mouse.down()
-    for share in (0.2, 0.4, 0.55, 0.6):
+    for share in (0.2, 0.6, 0.3, 0.4):
         page.mouse.move(box["x"] + share * box["width"], y)
     page.mouse.up()
     threshold = float(knob.input_value())
-    assert 0.5 < threshold < 0.7
+    assert 0.3 < threshold < 0.5
     expected = int((result.scores > threshold).sum())
     assert 0 < expected < shown
     wait_until(page, lambda: page.locator("#viewer .match").count() == expected)
@@ -452,13 +460,14 @@ def test_tabs_do_not_disturb_each_other(page, address):
     clear(page, "target")
     nothing_stands_there(page)
     page.get_by_role("tab", name="Collection").click()
-    assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
+    assert "cup.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
     assert page.locator("#collection-results").is_visible()
     assert "matching points" in other.locator("#verdict").inner_text()
     assert other.locator("#pair-results").is_visible()
     page.locator("#photos button[aria-label='Clear']").click()
     page.locator("#collection-results").wait_for(state="hidden")
     assert other.locator("#pair-results").is_visible()
+    other.close()
 
 
 def test_a_photo_of_a_phone(page, tmp_path):
@@ -497,7 +506,7 @@ COPY = """async (number) => {
   const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
   await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
 }"""
-TOWER_EXAMPLE, CAT_EXAMPLE = 9, 1
+CAR_EXAMPLE, CAT_EXAMPLE = 9, 1
 
 
 def paste(page, number, place):
@@ -518,17 +527,17 @@ def clipboard_page(browser, address):
 
 def test_images_are_pasted_one_after_the_other(clipboard_page):
     page = clipboard_page
-    lion = page.locator("#target img").get_attribute("src")
+    cat = page.locator("#target img").get_attribute("src")
     page.mouse.move(5, 5)
-    paste(page, TOWER_EXAMPLE, "source")  # both places are taken: one after the other
-    assert page.locator("#target img").get_attribute("src") == lion
-    paste(page, TOWER_EXAMPLE, "target")
+    paste(page, CAR_EXAMPLE, "source")  # both places are taken: one after the other
+    assert page.locator("#target img").get_attribute("src") == cat
+    paste(page, CAR_EXAMPLE, "target")
     page.locator("#match").click()
     page.get_by_text("This is the same photo twice").wait_for(timeout=240_000)
     page.locator("#viewer image").nth(1).hover(force=True)  # whatever lies under the pointer
-    tower = page.locator("#source img").get_attribute("src")
+    car = page.locator("#source img").get_attribute("src")
     paste(page, CAT_EXAMPLE, "target")
-    assert page.locator("#source img").get_attribute("src") == tower
+    assert page.locator("#source img").get_attribute("src") == car
     clear(page, "source")  # an empty place
     page.mouse.move(5, 5)
     paste(page, CAT_EXAMPLE, "source")
@@ -537,7 +546,7 @@ def test_images_are_pasted_one_after_the_other(clipboard_page):
 def test_the_button_of_the_clipboard(clipboard_page):
     page = clipboard_page
     clear(page, "target")
-    page.evaluate(COPY, TOWER_EXAMPLE)
+    page.evaluate(COPY, CAR_EXAMPLE)
     page.locator("#target button[aria-label='Paste from clipboard']").click()
     page.locator("#target img").wait_for()
     page.locator("#match").click()
@@ -587,10 +596,10 @@ def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
     assert len(document["matches"]) == len(result.matches)
     open_options(page)
     # Files of another threshold than what is shown.
-    set_threshold(page, "0.6", lambda: page.locator("#viewer .match").count() < 40)
+    set_threshold(page, "0.5", lambda: page.locator("#viewer .match").count() < 40)
     names, document = download(page, "pair", tmp_path)
-    assert document["threshold"] == 0.6
-    assert len(document["matches"]) == int((result.scores > 0.6).sum())
+    assert document["threshold"] == 0.5
+    assert len(document["matches"]) == int((result.scores > 0.5).sum())
 
 
 def open_collection(page):
@@ -600,7 +609,7 @@ def open_collection(page):
 
 def test_collection_upload_run_and_zip(page, tmp_path):
     open_collection(page)  # the example is there at once
-    assert "tower.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
+    assert "cup.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
     page.locator("#photos button[aria-label='Clear']").click()
     own = [
         save_large(photo, (500, 400), tmp_path / f"own{number}.jpg")
@@ -623,7 +632,7 @@ def test_a_point_of_a_collection_is_clicked_in_one_photo_and_seen_in_all_that_be
     page.get_by_role("tab", name="Points").click()
     photos = page.locator("#points figure")
     assert photos.count() == 4
-    assert page.locator("#points .odd figcaption").inner_text() == "odd one out: tower.jpg"
+    assert page.locator("#points .odd figcaption").inner_text() == "odd one out: cup.jpg"
     photos.first.locator("button").click(position={"x": 60, "y": 60})
     wait_until(page, lambda: page.locator("#points i").count() >= 2)
     first = photos.first.locator("i")
@@ -739,7 +748,7 @@ def test_photos_that_are_changed_during_a_run_end_it(page, matcher, tmp_path):
 
 def test_a_closed_browser_ends_its_run_and_the_server_lives_on(browser, address, matcher, tmp_path):
     stopped = matcher.stopped
-    page = open_page(browser, address)
+    page = open_page(browser, address, **USUAL)
     start_long_run(page, matcher, tmp_path)
     page.context.close()
     end = time.monotonic() + 30
@@ -764,9 +773,18 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     page.wait_for_function("document.documentElement.scrollHeight <= 2 * innerHeight")
     for target in page.locator("#viewer button:visible, #viewer input:visible, #match, #options button").all():
         assert target.bounding_box()["height"] >= 44, target.inner_html()
+    open_options(page)
+    for choice in page.locator("#options label:has(> input[type=radio])").all():
+        circle = choice.locator("input").bounding_box()
+        assert abs(circle["width"] - circle["height"]) < 1
+        assert choice.bounding_box()["height"] >= 44
+    number, line = (page.locator(f"#threshold {name}").first.bounding_box() for name in ("input", ".head"))
+    assert number["height"] <= line["height"] + 1
+    page.get_by_role("button", name="Options").click()
     first, second = (page.locator("#viewer image").nth(side).bounding_box() for side in (0, 1))
     assert second["y"] > first["y"] + first["height"]  # below one another
     assert first["width"] > 250
+    assert page.locator("#match").evaluate("button => getComputedStyle(button).backgroundColor") == "rgb(194, 65, 12)"
     corner = Image.open(io.BytesIO(page.screenshot())).convert("L").crop((0, 0, 8, 200))
     brightness = np.mean(np.asarray(corner))
     assert (brightness < 60) == (theme == "dark")
@@ -777,7 +795,118 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     wait_until(
         page, lambda: abs(page.locator("#viewer-after rect").bounding_box()["width"] / box["width"] - 0.8) < 0.02
     )
+    devtools = page.context.new_cdp_session(page)
+    y = box["y"] + box["height"] / 2
+    for kind, share in (("touchStart", 0.8), ("touchMove", 0.6), ("touchMove", 0.4), ("touchEnd", None)):
+        touched = [] if share is None else [{"x": box["x"] + share * box["width"], "y": y}]
+        devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touched})
+    wait_until(
+        page, lambda: abs(page.locator("#viewer-after rect").bounding_box()["width"] / box["width"] - 0.6) < 0.02
+    )
     show(page, "Matches")
     page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
     close_page(page, address)
+
+
+def query(page):
+    """What the address of the page holds."""
+    return dict(parse_qsl(urlsplit(page.url).query))
+
+
+def test_another_model_matches_anew_and_files_and_code_name_it(page, matcher, tmp_path):
+    before = matcher.pairs
+    open_options(page)
+    base = page.locator("#model").get_by_label("base")
+    wait_until(page, lambda: base.check() or matcher.pairs == before + 1)
+    wait_until(page, lambda: page.locator("#verdict .mark").inner_text() in REASONS, 60)
+    page.locator("#viewer svg").wait_for()
+    _, document = download(page, "pair", tmp_path)
+    assert document["model"] == "macosnet-base"
+    page.get_by_role("button", name="Copy as Python").first.click()
+    text = page.locator(".as-python .cm-content:visible")
+    wait_until(page, lambda: "checkpoint='base'" in text.inner_text())
+    wait_until(page, lambda: query(page) == {"model": "base"})
+    clear(page, "source")
+    page.locator("#model").get_by_label("lite").check()  # nothing to match, nothing to complain about
+    nothing_stands_there(page)
+    assert not page.locator(".toast-body").is_visible()
+    assert matcher.pairs == before + 1
+
+
+def test_the_address_holds_mode_and_settings_and_a_reload_keeps_them(page, browser, address):
+    show(page, "Masks")
+    wait_until(page, lambda: query(page) == {"mode": "masks"})
+    open_options(page)
+    set_threshold(page, "0.5", lambda: page.locator("#viewer .match, #viewer image.over").count() < 40)
+    page.get_by_label("soft").first.check()
+    wait_until(page, lambda: query(page) == {"mode": "masks", "threshold": "0.5", "edges": "otsu"})
+    page.reload()
+    page.locator("#viewer image.over").nth(1).wait_for(timeout=240_000)
+    assert page.locator("button[data-mode='masks']").get_attribute("aria-pressed") == "true"
+    open_options(page)
+    wait_until(page, lambda: page.locator("#threshold input[type=number]").input_value() == "0.5")
+    assert page.get_by_label("soft").first.is_checked()
+    page.get_by_role("button", name="Copy as Python").first.click()
+    page.locator(".as-python .cm-content:visible").get_by_text("threshold=0.5").first.wait_for()
+    other = open_page(browser, address, "?facing=sideways&model=huge&lines=9&threshold=nan&tab=nothing&mode=1")
+    said = other.locator(".toast-body").inner_text()
+    assert "threshold=nan and facing=sideways and model=huge, which there is not" in said
+    assert numbers(other)[0] == 10
+    close_page(other, address)
+
+
+def test_back_and_forward_go_through_modes_and_tabs_by_keyboard_too(page):
+    page.locator("button[data-mode='masks']").focus()
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: query(page) == {"mode": "masks"})
+    page.locator("#tab-collection-button").focus()
+    page.keyboard.press("Enter")
+    wait_until(page, lambda: query(page) == {"mode": "masks", "tab": "collection"})
+    page.locator("#agreement .agreement").wait_for(timeout=240_000)
+    page.go_back()
+    page.locator("#viewer svg").wait_for()
+    page.go_back()
+    wait_until(page, lambda: page.locator("button[data-mode='matches']").get_attribute("aria-pressed") == "true")
+    assert query(page) == {}
+    page.go_forward()
+    page.go_forward()
+    page.locator("#agreement .agreement").wait_for()
+    page.reload()
+    page.locator("#agreement .agreement").wait_for(timeout=240_000)
+
+
+def test_nothing_moves_for_who_asks_for_that(browser, address):
+    page = open_page(browser, address, reduced_motion="reduce")
+    moving = """() => [...document.querySelectorAll(".gradio-container *")].filter((each) => {
+      const style = getComputedStyle(each);
+      return [style.animationDuration, style.transitionDuration].some((time) => parseFloat(time) > 0.01);
+    }).length"""
+    assert page.evaluate(moving) == 0
+    close_page(page, address)
+
+
+def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher):
+    open_collection(page)
+    page.locator("#photos button[aria-label='Clear']").click()
+    page.locator("#photos input[type=file]").set_input_files([*MIRRORED, CAT])
+    page.locator("#photos img[src*='cat.jpg']").wait_for()
+    page.locator("#collection-verdict").get_by_text(PRESS_THE_BUTTON).wait_for()
+    before = matcher.collections
+    page.get_by_role("button", name="Options").click()
+    mirrored = page.locator("#collection-orientations").get_by_label("mirrored, some of them")
+    wait_until(page, lambda: mirrored.check() or matcher.collections == before + 1)
+    page.locator("#agreement .said", has_text="mirrored").wait_for(timeout=240_000)
+    assert page.locator("#agreement .said", has_text="mirrored").count() == 1
+    wait_until(page, lambda: query(page) == {"tab": "collection", "collection_facing": "mirror"})
+    page.get_by_role("tab", name="Points").click()
+    photos = page.locator("#points figure")
+    photos.first.locator("button").click(position={"x": 40, "y": 60})
+    wait_until(page, lambda: page.locator("#points i").count() == 3)
+    first, second = (photos.nth(number).locator("i").bounding_box() for number in (0, 1))
+    boxes = [photos.nth(number).locator("img").bounding_box() for number in (0, 1)]
+    share = (first["x"] + first["width"] / 2 - boxes[0]["x"]) / boxes[0]["width"]
+    other = (second["x"] + second["width"] / 2 - boxes[1]["x"]) / boxes[1]["width"]
+    assert abs(share + other - 1) < 0.04
+    page.get_by_role("button", name="Copy as Python").last.click()
+    page.locator(".as-python .cm-content:visible").get_by_text("orientations='mirror'").first.wait_for()

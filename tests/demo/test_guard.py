@@ -157,8 +157,8 @@ def test_private_events_of_the_page_are_checked_as_well(served, no_traceback):
 def test_an_event_of_the_page_that_does_not_wait_is_answered(served, no_traceback):
     """An example that is clicked: the number of a function, in an address that names none."""
     demo, address, _ = served
-    (fn,) = [fn for fn in demo.fns.values() if [type(each) for each in fn.inputs] == [gr.Dataset]]
-    answer = post(address, "run/predict", {"data": [1], "fn_index": fn._id, "session_hash": "visitor"})
+    (fn,) = [fn for fn in demo.fns.values() if [type(each) for each in fn.inputs] == [gr.Dataset, gr.Radio]]
+    answer = post(address, "run/predict", {"data": [1, "lite"], "fn_index": fn._id, "session_hash": "visitor"})
     assert answer.status_code == 200, answer.text
     files = [each for each in answer.json()["data"] if isinstance(each, dict)]
     assert [file["orig_name"] for file in files] == ["dog.jpg", "dog-mirrored.jpg"]

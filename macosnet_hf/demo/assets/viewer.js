@@ -14,7 +14,13 @@ const WORDS = {
   parts: "The same colour marks the same part in both photos.",
 };
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
-let mode = "matches", layers = {}, share = 0.5, heat = null, cursor = null;
+let mode = asked(), layers = {}, share = 0.5, heat = null, cursor = null;
+
+// The mode that the address names.
+function asked() {
+  const name = new URLSearchParams(location.search).get("mode");
+  return [...element.querySelectorAll("[data-mode]")].some((button) => button.dataset.mode === name) ? name : "matches";
+}
 
 function parse(text) {
   try { return text ? JSON.parse(text) : null; } catch { return null; }
@@ -256,6 +262,17 @@ async function show(chosen) {
   if (mode === chosen) draw();
 }
 
+// What the visitor chooses is a step of the browser's history.
+function choose(chosen) {
+  window.macosnetAddress?.step("mode", chosen, "matches");
+  return show(chosen);
+}
+
+function back() {
+  if (!element.isConnected) removeEventListener("popstate", back);
+  else if (asked() !== mode) show(asked());
+}
+
 async function ask(work) {
   const id = images.id;
   waiting += 1;
@@ -290,7 +307,7 @@ async function addAt(from, start) {
   points = points.filter((point) => !point.dot);
   const ends = from === 0 ? [start, answer.point] : [answer.point, start];
   points.push({ at: ends, from, color: PIN_COLORS[points.length % PIN_COLORS.length] });
-  if (mode === "matches") show("points"); else redraw();
+  if (mode === "matches") choose("points"); else redraw();
 }
 
 // By keyboard: arrows move a cross, over the border of a photo into the other one, and Enter clicks there.
@@ -329,7 +346,7 @@ find(".viewer-grid").addEventListener("click", async () => {
 });
 find(".viewer-clear").addEventListener("click", () => { points = []; redraw(); });
 find(".viewer-modes").addEventListener("click", (event) => {
-  if (event.target.dataset.mode) show(event.target.dataset.mode);
+  if (event.target.dataset.mode) choose(event.target.dataset.mode);
 });
 find(".viewer-slide").addEventListener("input", (event) => slideTo(event.target.value / 100));
 for (const kind of ["pointerdown", "pointermove"]) find(".viewer-stage").addEventListener(kind, drag);
@@ -346,6 +363,7 @@ function receive() {
   show(mode);
 }
 
+addEventListener("popstate", back);
 watch(["value", "images"], receive);
 new ResizeObserver(() => {
   const width = find(".viewer-stage").clientWidth;
