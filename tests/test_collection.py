@@ -14,13 +14,11 @@ from macosnet_hf import InputError, load_image, mask_sharing
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
-    crop_to_box,
     hard_mask,
-    object_boxes,
-    paste_masks,
     segment_collection,
     spread_ranks,
 )
+from macosnet_hf.crops import crop_to_box, object_boxes, paste_masks
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.mask_sharing import drop_small_components, propagate_masks, refine_masks, similar_cells
 from macosnet_hf.refinement import refine_mask

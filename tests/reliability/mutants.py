@@ -324,7 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "boxes of small objects without a margin",
-        "collection:object_boxes",
+        "crops:object_boxes",
         "1 + 2 * _MARGIN",
         "1 + 0 * _MARGIN",
         tests=("tests/test_collection.py",),
