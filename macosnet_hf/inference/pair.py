@@ -30,7 +30,7 @@ from ..mask_sharing import (
     similar_cells,
 )
 from ..refinement import check_method
-from . import start_of
+from . import VIEWS, start_of
 from .verdict import WITHOUT_MATCHES, Verdict, judge
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _MAX_REMAP_SIDE = 32_000  # OpenCV's remap takes images of at most 32,766 pixels a side
 _TILE = 512
-VIEWS = ("source", "target")
 _EACH_OTHER = torch.tensor([[1], [0]])
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from ..io.image_files import save_image
+from . import VIEWS
 from .cutouts import CutoutStyle, make_cutout
 
 if TYPE_CHECKING:
     from .files import MatchedPair, Progress, SegmentedCollection
 
-VIEWS = ("source", "target")
 PAIR_ARCHIVE, COLLECTION_ARCHIVE = "matches.zip", "collection.zip"
 
 _T = TypeVar("_T")
