@@ -264,7 +264,7 @@ class Collection:
         second_pass: bool = True,
         workers: int = 2,
         progress: Progress | None = None,
-        hints: Mapping[int, Hint] | None = None,
+        hints: Mapping[int, Hint | PlacedHint] | None = None,
     ) -> CollectionResult:
         """Soft masks of the object that the images have in common.
 
@@ -500,7 +500,7 @@ def segment_collection(
     skip_memory: int = _SKIP_MEMORY,
     orientations: str = "none",
     progress: Progress | None = None,
-    hints: Mapping[int, Hint] | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> CollectionResult:
     """Soft masks of the object that N images have in common: a [`Collection`] in one call.
 

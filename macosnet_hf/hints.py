@@ -69,8 +69,8 @@ class Hint:
         """
         both = [_points(points, size, name) for points in (self.include, self.exclude)]
         if clash := {_pixel(point) for point in both[0]} & {_pixel(point) for point in both[1]}:
-            x, y = min(clash)
-            raise InputError(f"The point {x},{y} of {name} is both included and excluded.")
+            column, row = min(clash)
+            raise InputError(f"The point {column},{row} of {name} is both included and excluded.")
         box = None if self.box is None else _box(self.box, size, name)
         if box is None and not any(both):
             raise InputError(f"The hint for {name} says nothing; give a point or a box.")
@@ -113,7 +113,8 @@ def _box(box: Rectangle, size: tuple[int, int], name: str) -> Rectangle:
     left, top, right, bottom = _numbers(box, 4, "The box of a hint")
     if right <= left or bottom <= top:
         raise InputError(f"The box {left:g},{top:g},{right:g},{bottom:g} of {name} has no area.")
-    left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0] - 1), min(bottom, size[1] - 1)
+    left, top = max(left, 0.0), max(top, 0.0)
+    right, bottom = min(right, size[0] - 1.0), min(bottom, size[1] - 1.0)
     if right <= left or bottom <= top:
         raise InputError(f"The box of {name} lies outside of the image, which is {size[0]}x{size[1]} pixels.")
     return left, top, right, bottom
@@ -175,25 +176,28 @@ class PlacedHint(NamedTuple):
 
 
 def place_hints(
-    hints: Mapping[int, Hint], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
+    hints: Mapping[int, Hint | PlacedHint], sizes: Sequence[tuple[int, int]], names: Sequence[str] | None = None
 ) -> dict[int, PlacedHint]:
     """Hints in shares of their images, by number.
 
     Args:
-        hints: by the number of the image, from 0.
+        hints: by the number of the image, from 0; those that are placed already stay as they are.
         sizes: (width, height) of all images.
         names: what errors call them.
 
     Raises:
         InputError: for an image that is not there, and as [`Hint.place`].
     """
-    placed = {}
+    placed: dict[int, PlacedHint] = {}
     for number, hint in hints.items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(sizes):
             raise InputError(f"There is no image {number!r} for a hint; there are {len(sizes)}, counted from 0.")
-        if not isinstance(hint, Hint):
+        if isinstance(hint, PlacedHint):
+            placed[number] = hint
+        elif isinstance(hint, Hint):
+            placed[number] = hint.place(sizes[number], names[number] if names else f"image {number}")
+        else:
             raise InputError(f"A hint must be a Hint, not {type(hint).__name__}.")
-        placed[number] = hint.place(sizes[number], names[number] if names else f"image {number}")
     return placed
 
 

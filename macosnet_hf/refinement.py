@@ -92,9 +92,15 @@ def refine_mask(
         if np.shape(fixed) != soft.shape:
             raise InputError(f"The fixed labels must have the soft mask's shape {soft.shape}, not {np.shape(fixed)}.")
         soft = fix_labels(soft, fixed)
-        sure = {"sure_background": sure_background, "sure_foreground": sure_foreground}
         found = refine_mask(
-            rgb, soft, method, threshold=threshold, working_size=working_size, iterations=iterations, **sure
+            rgb,
+            soft,
+            method,
+            threshold=threshold,
+            working_size=working_size,
+            iterations=iterations,
+            sure_background=sure_background,
+            sure_foreground=sure_foreground,
         )
         return fix_labels(found, fixed)
     if method == "none":

@@ -5,8 +5,8 @@ Points are (x, y) in pixels of the *original* images; `original_mask` gives mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from ..geometry import (
     identity_tps,
     normalize_points,
 )
+from ..hints import Hint, PlacedHint, place_hints
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
-from . import DIRECTIONS, start_of
+from . import DIRECTIONS, VIEWS, start_of
 from .average import aligned_average, repaired_matches
 from .cutouts import CutoutStyle, make_cutout
-from .pair import PairResult, check_points, match_images
+from .pair import PairResult, check_points, match_images, place_pair_hints
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -75,7 +76,13 @@ class MatchedPair:
     def cutout(self, view: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of the source (view 0) or target (1) alone, at the working copy's size; see [`make_cutout`]."""
         masks = (self.result.source_mask, self.result.target_mask)
-        return make_cutout(self.copies[view].image, self.result.soft_masks[view], masks[view], style)
+        hint = self.hints.get(view)
+        return make_cutout(self.copies[view].image, self.result.soft_masks[view], masks[view], style, hint)
+
+    @property
+    def hints(self) -> Mapping[int, PlacedHint]:
+        """What a person said of the object, by the number of the view."""
+        return self.result.hints
 
     @property
     def same_image(self) -> bool:
@@ -161,6 +168,7 @@ def match_files(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     orientations: str | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> MatchedPair:
     """Matches two image files.
 
@@ -168,13 +176,14 @@ def match_files(
         source, target: paths.
         names: what messages and results call them; by default the files' names.
         model, processor, refine, orientations: as in [`~macosnet_hf.inference.pair.match_pair`].
+        hints: likewise, in pixels of the originals.
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
         InputError: for an unknown refinement.
     """
     copies = open_pair(source, target, names)
-    return match_copies(copies, model=model, processor=processor, refine=refine, orientations=orientations)
+    return match_copies(copies, model=model, processor=processor, refine=refine, orientations=orientations, hints=hints)
 
 
 def open_pair(
@@ -205,10 +214,19 @@ def match_copies(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     orientations: str | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> MatchedPair:
     """[`match_files`] for files that are open already."""
     images = (copies[0].image, copies[1].image)
-    result = match_images(images, model=model, processor=processor, refine=refine, orientations=orientations)
+    placed = place_pair_hints(hints or {}, (copies[0].size, copies[1].size))
+    result = match_images(
+        images,
+        model=model,
+        processor=processor,
+        refine=refine,
+        orientations=orientations,
+        hints={VIEWS[view]: hint for view, hint in placed.items()},
+    )
     return MatchedPair(copies, result, refine, orientations)
 
 
@@ -233,6 +251,7 @@ class SegmentedCollection:
         orientations: of each image, the name in [`~macosnet_hf.geometry.SYMMETRIES`] of how it shows the object,
             compared with the others: identity or mirror.
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
+        hints: what a person said of the object, by the number of the image.
     """
 
     copies: Sequence[WorkingCopy]
@@ -245,6 +264,7 @@ class SegmentedCollection:
     refine: str
     orientations: Sequence[str]
     transforms: Transform | None = None
+    hints: Mapping[int, PlacedHint] = field(default_factory=dict)
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
@@ -288,7 +308,8 @@ class SegmentedCollection:
 
     def cutout(self, number: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of an image alone, at the working copy's size; see [`make_cutout`]."""
-        return make_cutout(self.copies[number].image, self.result.probabilities[number], self.masks[number], style)
+        soft, mask = self.result.probabilities[number], self.masks[number]
+        return make_cutout(self.copies[number].image, soft, mask, style, self.hints.get(number))
 
     def original_mask(self, number: int) -> np.ndarray:
         """Mask `(H, W)` bool of an original."""
@@ -331,6 +352,7 @@ def segment_files(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     progress: Progress | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> SegmentedCollection:
     """Segments the object that 2 to 30 image files have in common, and averages it.
 
@@ -338,13 +360,14 @@ def segment_files(
         paths, names: N files and what messages and results call them; equal names are numbered.
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
         progress: see [`Progress`].
+        hints: as in [`segment_copies`].
 
     Raises:
         ImageError: if an image cannot be read.
-        InputError: for too few or too many images, or an unknown refinement.
+        InputError: for too few or too many images, an unknown refinement, or a hint that cannot be used.
     """
     copies = open_collection(paths, names, progress)
-    return segment_opened(copies, model=model, processor=processor, refine=refine, progress=progress)
+    return segment_opened(copies, model=model, processor=processor, refine=refine, progress=progress, hints=hints)
 
 
 def open_collection(
@@ -377,6 +400,7 @@ def segment_opened(
     processor: MaCoSNetImageProcessor,
     refine: str,
     progress: Progress | None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> SegmentedCollection:
     """The second step of [`segment_files`]."""
     return segment_copies(
@@ -386,6 +410,7 @@ def segment_opened(
         processor=processor,
         refine=refine,
         progress=progress and (lambda share, text: progress(_READING + (1 - _READING) * share, text)),
+        hints=hints,
     )
 
 
@@ -407,6 +432,7 @@ def segment_copies(
     average: bool = True,
     orientations: str = "none",
     progress: Progress | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> SegmentedCollection:
     """[`segment_files`] for any number of files that are open already.
 
@@ -420,10 +446,13 @@ def segment_copies(
         average: whether to average the images that belong, which takes transforms of all pairs.
         orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
+        hints: as in [`~macosnet_hf.collection.Collection.segment`], in pixels of the originals.
 
     Raises:
-        InputError: for no image, no partner, an unknown refinement or unknown orientations.
+        InputError: for no image, no partner, an unknown refinement, unknown orientations, or a hint that cannot be
+            used.
     """
+    placed = place_hints(hints or {}, [copy.size for copy in copies], [copy.name for copy in copies])
     report = progress or (lambda share, text: None)
     count, images = len(copies), [copy.image for copy in copies]
     if alone := count == 1:
@@ -443,6 +472,7 @@ def segment_copies(
         refine=refine,
         orientations=orientations,
         progress=segmented,
+        hints=placed,
     )
     collection = result.collection
     assert collection is not None
@@ -483,6 +513,7 @@ def segment_copies(
         refine=refine,
         orientations=[list(SYMMETRIES)[number] for number in collection.orientations[:count]],
         transforms=transforms,
+        hints=placed,
     )
 
 

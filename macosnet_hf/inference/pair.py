@@ -120,6 +120,11 @@ class PairResult:
         return self._found.common
 
     @property
+    def hints(self) -> Mapping[int, PlacedHint]:
+        """What a person said of the object, by the number of the view: 0 source, 1 target."""
+        return self._found.hints
+
+    @property
     def image_sizes(self) -> torch.Tensor:
         """`(1, 2, 2)` sizes (height, width) of source and target."""
         return _sizes((self.source, self.target))
@@ -340,7 +345,7 @@ def match_images(
     refine: str = "grabcut",
     threshold: float = 0.0,
     orientations: str | None = None,
-    hints: Mapping[str, Hint] | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> PairResult:
     """[`match_pair`] for images that are loaded already. The result holds them, not copies of them.
 
@@ -445,14 +450,14 @@ def _salient_masks(
 
 
 def place_pair_hints(
-    hints: Mapping[str, Hint], sizes: tuple[tuple[int, int], tuple[int, int]]
+    hints: Mapping[str, Hint | PlacedHint], sizes: tuple[tuple[int, int], tuple[int, int]]
 ) -> dict[int, PlacedHint]:
     """Hints in shares of source (0) and target (1), whose sizes are (width, height).
 
     Raises:
         InputError: for another name than source or target, and as [`~macosnet_hf.hints.Hint.place`].
     """
-    numbers = {}
+    numbers: dict[int, Hint | PlacedHint] = {}
     for name, hint in hints.items():
         if name not in VIEWS:
             raise InputError(f"A hint is for source or target, not {name!r}.")

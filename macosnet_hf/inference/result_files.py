@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image
 
 from ..io.image_files import save_image
-from . import VIEWS
+from . import VIEWS as VIEWS
 from .cutouts import CutoutStyle, make_cutout
 
 if TYPE_CHECKING:
+    from ..hints import PlacedHint
     from .files import MatchedPair, Progress, SegmentedCollection
 
 PAIR_ARCHIVE, COLLECTION_ARCHIVE = "matches.zip", "collection.zip"
@@ -134,7 +135,8 @@ def write_pair(
         mask = pair.original_mask(view)
         paths = [folder / file for file in _mask_and_cutout(name, style)]
         save_mask(mask, paths[0])
-        _save_cutout(pair.copies[view].open_original(), pair.result.soft_masks[view], mask, style, paths[1])
+        whole = pair.copies[view].open_original()
+        _save_cutout(whole, pair.result.soft_masks[view], mask, style, paths[1], pair.hints.get(view))
     save_image(pair.warped_source(), folder / "source_warped.png", compress_level=1)
     if flow:
         np.savez_compressed(folder / "flow.npz", allow_pickle=False, **pair.flow())
@@ -142,10 +144,15 @@ def write_pair(
 
 
 def _save_cutout(
-    image: Image.Image, soft_mask: np.ndarray, mask: np.ndarray, style: CutoutStyle | None, path: Path
+    image: Image.Image,
+    soft_mask: np.ndarray,
+    mask: np.ndarray,
+    style: CutoutStyle | None,
+    path: Path,
+    hint: PlacedHint | None,
 ) -> None:
     style = style or CutoutStyle()
-    style.save(make_cutout(image, soft_mask, mask, style), path)
+    style.save(make_cutout(image, soft_mask, mask, style, hint), path)
 
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
@@ -208,7 +215,8 @@ def write_collection(
         save_mask(mask, paths[0])
         # The original is read now, so that few are in memory at a time.
         whole = collection.copies[number].open_original()
-        _save_cutout(whole, collection.result.probabilities[number], mask, style, paths[1])
+        soft = collection.result.probabilities[number]
+        _save_cutout(whole, soft, mask, style, paths[1], collection.hints.get(number))
         return float(mask.mean())
 
     shares = _in_parallel(write, len(collection.names), workers, progress)
