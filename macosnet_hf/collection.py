@@ -25,6 +25,7 @@ from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
 from .hints import Hint, HintedCells, PlacedHint, Rectangle, place_hints
+from .instances import split_instances
 from .mask_sharing import LEAST_SIMILARITY, NetworkMasks, fix_hints, object_similarity, similar_cells
 from .matching import correlate
 from .orientation import facing_sides
@@ -83,6 +84,8 @@ class CollectionResult:
         collection: the encoded images.
         common: `(N,)` bool, whether an image has an object in common with its partners. Where it has not, the mask is
             that of what stands out in it.
+        instances: `(N, S, S)` int32 labels of the single objects, 0 for background and 1 for the largest; None unless
+            they were asked for.
     """
 
     probabilities: np.ndarray
@@ -90,6 +93,7 @@ class CollectionResult:
     agreement: np.ndarray
     collection: Collection | None = field(default=None, repr=False, compare=False)
     common: np.ndarray | None = None
+    instances: np.ndarray | None = None
 
 
 class _Encoded(NamedTuple):
@@ -265,6 +269,7 @@ class Collection:
         workers: int = 2,
         progress: Progress | None = None,
         hints: Mapping[int, Hint | PlacedHint] | None = None,
+        instances: bool = False,
     ) -> CollectionResult:
         """Soft masks of the object that the images have in common.
 
@@ -291,18 +296,21 @@ class Collection:
             hints: what a person says of the object, by the number of the image ([`~.hints.Hint`]). It changes the
                 first masks of all images through their features ([`~.hints.HintedCells`]); the masks of the hinted
                 images also have the points and the box as they are given.
+            instances: whether to tell the objects of each image apart ([`~.instances.split_instances`]).
 
         Raises:
             InputError: for fewer than two images, no partner, an unknown refinement, or a hint that cannot be used.
         """
         check_options(len(self), partners, refine)
         placed = place_hints(hints or {}, [image.size for image in self.images])
-        if not self.orientations.any():
-            return self._segment(placed, partners, propagate, refine, second_pass, workers, progress)
         mirrored = self.orientations.numpy() > 0
         turned = {number: hint.mirrored() if mirrored[number] else hint for number, hint in placed.items()}
-        found = self.oriented()._segment(turned, partners, propagate, refine, second_pass, workers, progress)
+        facing = self.oriented() if mirrored.any() else self
+        found = facing._segment(turned, partners, propagate, refine, second_pass, workers, progress)
         found.probabilities[mirrored] = found.probabilities[mirrored, :, ::-1]
+        if instances:
+            maps = self.features(range(len(self))).last
+            found.instances = split_instances(torch.from_numpy(found.probabilities), maps)
         return replace(found, collection=self)
 
     def _segment(
@@ -501,12 +509,13 @@ def segment_collection(
     orientations: str = "none",
     progress: Progress | None = None,
     hints: Mapping[int, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> CollectionResult:
     """Soft masks of the object that N images have in common: a [`Collection`] in one call.
 
     Args:
         images: two or more upright RGB images.
-        partners, refine, second_pass, progress, hints: as in [`Collection.segment`].
+        partners, refine, second_pass, progress, hints, instances: as in [`Collection.segment`].
         batch_size, skip_memory, orientations: as in [`Collection`].
 
     Raises:

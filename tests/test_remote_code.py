@@ -238,6 +238,7 @@ def test_saved_code_imports_nothing_of_the_package_by_name(tmp_path):
         "hints.py",
         "image_processing_macosnet.py",
         "images.py",
+        "instances.py",
         "mask_sharing.py",
         "matching.py",
         "modeling_macosnet.py",
