@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cutout_arguments(parser)
     add_hint_arguments(parser, "its file's name, its path, or its number in the order of the images, from 1")
     parser.add_argument(
+        "--instances",
+        action="store_true",
+        help="also tell several objects of an image apart: NAME_instances.png holds their labels, 1 the largest, and "
+        "NAME_cutout_1.png ... the cutout of each",
+    )
+    parser.add_argument(
         "--average", action="store_true", help="also warp the images onto one of them and write their mean, average.png"
     )
     parser.add_argument(
@@ -91,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         )
     hints = read_hints(args, copies)
     names = _result_names(copies)
-    results = collection_file_names(names, average=args.average, archive=args.zip, style=style)
+    results = collection_file_names(
+        names, average=args.average, archive=args.zip, instances=args.instances, style=style
+    )
     refuse_to_overwrite(args.output_dir, results, [copy.path for copy in copies])
     for _, reason in skipped:
         print(f"macosnet: left out: {reason}", file=sys.stderr)
@@ -109,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             average=args.average,
             orientations=args.orientations,
             hints=hints,
+            instances=args.instances,
             progress=lambda share, text: progress(0.7 * share, text),
             **network,
         )

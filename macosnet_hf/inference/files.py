@@ -26,6 +26,7 @@ from ..geometry import (
     normalize_points,
 )
 from ..hints import Hint, PlacedHint, place_hints
+from ..instances import fill_labels
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
 from . import DIRECTIONS, VIEWS, start_of
 from .average import aligned_average, repaired_matches
@@ -311,6 +312,25 @@ class SegmentedCollection:
         soft, mask = self.result.probabilities[number], self.masks[number]
         return make_cutout(self.copies[number].image, soft, mask, style, self.hints.get(number))
 
+    def instances(self, number: int, mask: np.ndarray | None = None) -> np.ndarray | None:
+        """Labels `(H, W)` int32 of the single objects of an image: 0 background, 1 the largest; None if not asked for.
+
+        Args:
+            number: of the image.
+            mask: `(H, W)` bool, the image's mask at the size of the labels; by default the working copy's.
+        """
+        if self.result.instances is None:
+            return None
+        return fill_labels(self.result.instances[number], self.masks[number] if mask is None else mask)
+
+    def instance_mask(self, number: int, instance: int) -> np.ndarray:
+        """Soft mask `(S, S)` of one object of an image, by its label."""
+        labels, soft = self.result.instances, self.result.probabilities[number]
+        if labels is None or not 1 <= instance <= labels[number].max():
+            raise InputError(f"There is no object {instance} in {self.copies[number].name}.")
+        alone: np.ndarray = np.where((labels[number] == 0) | (labels[number] == instance), soft, np.float32(0))
+        return alone
+
     def original_mask(self, number: int) -> np.ndarray:
         """Mask `(H, W)` bool of an original."""
         return hard_mask(self.result.probabilities[number], self.copies[number].size[::-1])
@@ -433,6 +453,7 @@ def segment_copies(
     orientations: str = "none",
     progress: Progress | None = None,
     hints: Mapping[int, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> SegmentedCollection:
     """[`segment_files`] for any number of files that are open already.
 
@@ -447,6 +468,7 @@ def segment_copies(
         orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
         hints: as in [`~macosnet_hf.collection.Collection.segment`], in pixels of the originals.
+        instances: whether to tell the objects of each image apart.
 
     Raises:
         InputError: for no image, no partner, an unknown refinement, unknown orientations, or a hint that cannot be
@@ -473,6 +495,7 @@ def segment_copies(
         orientations=orientations,
         progress=segmented,
         hints=placed,
+        instances=instances,
     )
     collection = result.collection
     assert collection is not None
@@ -483,6 +506,7 @@ def segment_copies(
             agreement=result.agreement[:1],
             partners=[[]],
             common=np.zeros(1, dtype=bool),
+            instances=None if result.instances is None else result.instances[:1],
         )
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
