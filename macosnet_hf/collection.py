@@ -525,7 +525,14 @@ def segment_collection(
     place_hints(hints or {}, [image.size for image in images])
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory, orientations=orientations)
     collection.add(images)
-    return collection.segment(partners=partners, refine=refine, second_pass=second_pass, progress=progress, hints=hints)
+    return collection.segment(
+        partners=partners,
+        refine=refine,
+        second_pass=second_pass,
+        progress=progress,
+        hints=hints,
+        instances=instances,
+    )
 
 
 def check_options(count: int, partners: int = 2, refine: str = "none") -> None:
