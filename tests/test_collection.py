@@ -161,7 +161,7 @@ def test_the_three_steps_of_a_mask(paper_network, photos, count):
 def test_the_second_pass_is_the_collection_of_the_crops(network, photos, monkeypatch):
     """Small objects, cropped by hand: the masks of the crops are the masks of the whole images."""
     monkeypatch.setattr(
-        "macosnet_hf.collection.drop_small_components", lambda masks: masks
+        "macosnet_hf.crops.drop_small_components", lambda masks, wanted: masks
     )  # which differ in a reduced mask
     small = []
     for number, photo in enumerate(photos[:3]):

@@ -331,7 +331,7 @@ MUTANTS = (
     ),
     Mutant(
         "images cropped by the height for the width",
-        "collection:crop_to_box",
+        "crops:crop_to_box",
         "$value * $image.width / $side",
         "$value * $image.height / $side",
         tests=("tests/test_collection.py",),
