@@ -284,7 +284,7 @@ def test_small_components_are_dropped():
 def test_a_stopped_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
     real = mask_sharing.refine_mask
-    monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
+    monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given, **named: (begun.append(1), real(*given, **named))[1])
 
     def stop(done):
         raise KeyboardInterrupt
