@@ -384,10 +384,7 @@ class Collection:
         others, _ = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)]
         asked = list(hinted.hints if hinted else hints or {})
-        # An image with a hint is a partner of all others.
-        several = [list(dict.fromkeys([*row, *asked])) for row in chosen.tolist()]
-        several = [[other for other in row if other != number] for number, row in enumerate(several)]
-        own = self.decoder_masks(several, progress)
+        own = self.decoder_masks(chosen.tolist(), progress)
         if asked:
             hinted = hinted or HintedCells.of(last, own, hints or {})
             own = hinted.apply(own, hinted.about(last, boxes))

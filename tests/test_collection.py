@@ -284,7 +284,12 @@ def test_small_components_are_dropped():
 def test_a_stopped_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
     real = mask_sharing.refine_mask
-    monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given, **named: (begun.append(1), real(*given, **named))[1])
+
+    def counted(*given, **named):
+        begun.append(1)
+        return real(*given, **named)
+
+    monkeypatch.setattr(mask_sharing, "refine_mask", counted)
 
     def stop(done):
         raise KeyboardInterrupt
