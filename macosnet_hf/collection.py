@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,19 +19,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .common_object import object_weights
+from .crops import Box, Crops, crop_to_box, crop_to_objects, refine_crops, shares_of
 from .directions import COLLECTION_ORIENTATIONS, check_orientations
 from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
-from .mask_sharing import (
-    LEAST_SIMILARITY,
-    NetworkMasks,
-    drop_small_components,
-    object_similarity,
-    propagate_refined,
-    refine_masks,
-    similar_cells,
-)
+from .hints import Hint, HintedCells, PlacedHint, Rectangle, place_hints
+from .instances import split_instances
+from .mask_sharing import LEAST_SIMILARITY, NetworkMasks, fix_hints, object_similarity, similar_cells
 from .matching import correlate
 from .orientation import facing_sides
 from .refinement import check_method
@@ -54,17 +49,11 @@ _AGREEMENT_PARTNERS = 4
 # are above, of those with partners of other classes 24 %; of the other six classes 100 % and 17 %. A larger value would
 # miss the small objects of composites, of which 88 % are above.
 COMMON_SIMILARITY = 0.4
-# The second pass on crops: the object's box, wider by this share of its sides on each side, is cropped where it covers
-# no more than that share of the image; no side of it is shorter than 0.4 of the image's. Chosen on msrc-coseg.
-_MARGIN = 0.2
-_LARGEST_CROP = 0.7
-_SHORTEST_CROP = 0.4
 # An image is asked about the side that it faces by so many others, the most similar ones.
 _FACING_PARTNERS = 32
 _MIRROR = list(SYMMETRIES).index("mirror")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in cells of a mask; right and bottom excluded
 
 
 def _accept_old_keywords(**renamed: str) -> Callable[[_Function], _Function]:
@@ -95,6 +84,8 @@ class CollectionResult:
         collection: the encoded images.
         common: `(N,)` bool, whether an image has an object in common with its partners. Where it has not, the mask is
             that of what stands out in it.
+        instances: `(N, S, S)` int32 labels of the single objects, 0 for background and 1 for the largest; None unless
+            they were asked for.
     """
 
     probabilities: np.ndarray
@@ -102,6 +93,7 @@ class CollectionResult:
     agreement: np.ndarray
     collection: Collection | None = field(default=None, repr=False, compare=False)
     common: np.ndarray | None = None
+    instances: np.ndarray | None = None
 
 
 class _Encoded(NamedTuple):
@@ -119,26 +111,14 @@ class FirstPass(NamedTuple):
         partners: the numbers of each image's partners, most similar first.
         agreement: `(N,)`, see [`CollectionResult`].
         common: `(N,)` bool, see [`CollectionResult`].
+        hinted: what hints say; None without any.
     """
 
     masks: NetworkMasks
     partners: list[list[int]]
     agreement: Tensor
     common: Tensor
-
-
-class Crops(NamedTuple):
-    """N images of which those with small objects are cropped.
-
-    Attributes:
-        images: crops and whole images.
-        boxes: where the crops lie; None for a whole image.
-        masks: of `images`.
-    """
-
-    images: Sequence[Image.Image]
-    boxes: Sequence[Box | None]
-    masks: NetworkMasks
+    hinted: HintedCells | None = None
 
 
 class Collection:
@@ -288,6 +268,8 @@ class Collection:
         second_pass: bool = True,
         workers: int = 2,
         progress: Progress | None = None,
+        hints: Mapping[int, Hint | PlacedHint] | None = None,
+        instances: bool = False,
     ) -> CollectionResult:
         """Soft masks of the object that the images have in common.
 
@@ -311,42 +293,64 @@ class Collection:
             workers: threads that refine.
             progress: called with (done, total) after each image of the first step, of the third if there is one,
                 and of the fourth; may raise to stop the work.
+            hints: what a person says of the object, by the number of the image ([`~.hints.Hint`]). It changes the
+                first masks of all images through their features ([`~.hints.HintedCells`]); the masks of the hinted
+                images also have the points and the box as they are given.
+            instances: whether to tell the objects of each image apart ([`~.instances.split_instances`]).
 
         Raises:
-            InputError: for fewer than two images, no partner, or an unknown refinement.
+            InputError: for fewer than two images, no partner, an unknown refinement, or a hint that cannot be used.
         """
         check_options(len(self), partners, refine)
-        if self.orientations.any():
-            found = self.oriented().segment(
-                partners=partners,
-                propagate=propagate,
-                refine=refine,
-                second_pass=second_pass,
-                workers=workers,
-                progress=progress,
-            )
-            mirrored = self.orientations.numpy() > 0
-            found.probabilities[mirrored] = found.probabilities[mirrored, :, ::-1]
-            return replace(found, collection=self)
+        placed = place_hints(hints or {}, [image.size for image in self.images])
+        mirrored = self.orientations.numpy() > 0
+        turned = {number: hint.mirrored() if mirrored[number] else hint for number, hint in placed.items()}
+        facing = self.oriented() if mirrored.any() else self
+        found = facing._segment(turned, partners, propagate, refine, second_pass, workers, progress)
+        found.probabilities[mirrored] = found.probabilities[mirrored, :, ::-1]
+        if instances:
+            maps = self.features(range(len(self))).last
+            found.instances = split_instances(torch.from_numpy(found.probabilities), maps)
+        return replace(found, collection=self)
+
+    def _segment(
+        self,
+        hints: Mapping[int, PlacedHint],
+        partners: int,
+        propagate: bool,
+        refine: str,
+        second_pass: bool,
+        workers: int,
+        progress: Progress | None,
+    ) -> CollectionResult:
+        """[`segment`] for images that face one way."""
         steps = 1 if refine == "none" else 2 + second_pass
 
         def report(step: int, done: int) -> None:
             if progress is not None:
                 progress(step * len(self) + done, steps * len(self))
 
-        first = self.first_pass(partners, propagate, partial(report, 0))
-        masks = first.masks.propagated
+        first = self.first_pass(partners, propagate, partial(report, 0), hints=hints)
+        masks = fix_hints(first.masks.propagated, hints)
         if refine != "none":
-            crops = Crops(self.images, [None] * len(self), first.masks)
+            crops = Crops(self.images, [None] * len(self), first.masks, hints)
             if second_pass:
 
                 def look_at(boxes: Sequence[Box | None]) -> tuple[Sequence[Image.Image], NetworkMasks]:
                     cropped = self._cropped(boxes, partial(report, 1, 0))
-                    found = cropped.first_pass(partners, propagate, partial(report, 1), common=first.common)
+                    places = [box and shares_of(box, masks.shape[-1]) for box in boxes]
+                    found = cropped.first_pass(
+                        partners,
+                        propagate,
+                        partial(report, 1),
+                        common=first.common,
+                        hinted=first.hinted,
+                        boxes=places,
+                    )
                     return cropped.images, found.masks
 
                 crops = crop_to_objects(crops, look_at)
-            masks = refine_crops(crops, refine, workers=workers, progress=partial(report, steps - 1))
+            masks = refine_crops(crops, refine, workers=workers, progress=partial(report, steps - 1), hints=hints)
         return CollectionResult(
             probabilities=masks.cpu().numpy(),
             partners=first.partners,
@@ -363,6 +367,9 @@ class Collection:
         progress: Callable[[int], None] | None = None,
         *,
         common: Tensor | None = None,
+        hints: Mapping[int, PlacedHint] | None = None,
+        hinted: HintedCells | None = None,
+        boxes: Sequence[Rectangle | None] | None = None,
     ) -> FirstPass:
         """Masks by the first two steps of [`segment`].
 
@@ -370,11 +377,17 @@ class Collection:
             partners, propagate: as in [`segment`].
             progress: called with the number of images that are done.
             common: `(N,)` bool, which images have an object in common with their partners, where it is known already.
+            hints: by the number of the image.
+            hinted, boxes: for crops, what the hints say of the whole images, and the crops' boxes in shares of them.
         """
         last = torch.stack([self._encoded[key].last for key in self.keys])
         others, _ = choose_partners(last, len(self))
         chosen = others[:, spread_ranks(others.shape[1], partners)]
+        asked = list(hinted.hints if hinted else hints or {})
         own = self.decoder_masks(chosen.tolist(), progress)
+        if asked:
+            hinted = hinted or HintedCells.of(last, own, hints or {})
+            own = hinted.apply(own, hinted.about(last, boxes))
         similarity = object_similarity(last, own)
         if common is None:
             common = similarity.gather(1, chosen).mean(dim=1) >= COMMON_SIMILARITY
@@ -384,9 +397,10 @@ class Collection:
         cells = similar_cells(last, others, LEAST_SIMILARITY if listens else None) if propagate else None
         if listens and not common.all():
             for number in torch.nonzero(~common).flatten().tolist():
-                own[number] = self.salient_mask(number)
+                if number not in asked:
+                    own[number] = self.salient_mask(number)
             cells = cells and cells.without(~common)
-        return FirstPass(NetworkMasks.of(own, cells), chosen.tolist(), agreement, common)
+        return FirstPass(NetworkMasks.of(own, cells), chosen.tolist(), agreement, common, hinted)
 
     def salient_mask(self, number: int) -> Tensor:
         """`(S, S)` soft mask of what stands out in an image: it is its own partner."""
@@ -491,21 +505,31 @@ def segment_collection(
     skip_memory: int = _SKIP_MEMORY,
     orientations: str = "none",
     progress: Progress | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> CollectionResult:
     """Soft masks of the object that N images have in common: a [`Collection`] in one call.
 
     Args:
         images: two or more upright RGB images.
-        partners, refine, second_pass, progress: as in [`Collection.segment`].
+        partners, refine, second_pass, progress, hints, instances: as in [`Collection.segment`].
         batch_size, skip_memory, orientations: as in [`Collection`].
 
     Raises:
         InputError: for fewer than two images, or options that cannot be used.
     """
     check_options(len(images), partners, refine)
+    place_hints(hints or {}, [image.size for image in images])
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory, orientations=orientations)
     collection.add(images)
-    return collection.segment(partners=partners, refine=refine, second_pass=second_pass, progress=progress)
+    return collection.segment(
+        partners=partners,
+        refine=refine,
+        second_pass=second_pass,
+        progress=progress,
+        hints=hints,
+        instances=instances,
+    )
 
 
 def check_options(count: int, partners: int = 2, refine: str = "none") -> None:
@@ -515,104 +539,6 @@ def check_options(count: int, partners: int = 2, refine: str = "none") -> None:
     if not isinstance(partners, int) or partners < 1:
         raise InputError(f"partners must be a whole number of at least 1; got {partners!r}.")
     check_method(refine)
-
-
-def crop_to_objects(
-    whole: Crops, look_at: Callable[[Sequence[Box | None]], tuple[Sequence[Image.Image], NetworkMasks]]
-) -> Crops:
-    """The second pass: images with small objects cropped to them, and the masks that the network gives then.
-
-    Args:
-        whole: the images without boxes, and their masks of the first pass.
-        look_at: crops the images to boxes, and returns them and their masks. It is called again without the boxes in
-            which no object is found.
-    """
-    boxes = object_boxes(whole.masks.propagated)
-    while any(boxes):
-        images, found = look_at(boxes)
-        with_object = boxes_with_object(boxes, found.propagated)
-        if with_object == boxes:
-            return Crops(images, boxes, found)
-        boxes = with_object
-    return whole
-
-
-def refine_crops(
-    crops: Crops, method: str, *, workers: int = 2, progress: Callable[[int], None] | None = None
-) -> Tensor:
-    """Soft masks `(N, S, S)` of whole images, refined by their colours and propagated, without small components.
-
-    Args:
-        crops: see [`crop_to_objects`].
-        method, workers, progress: as in [`~.mask_sharing.refine_masks`].
-    """
-    masks = refine_masks(crops.images, crops.masks.propagated, method, workers=workers, progress=progress)
-    if crops.masks.cells is not None:
-        masks = propagate_refined(crops.masks.own, masks, crops.masks.cells)
-    return drop_small_components(paste_masks(masks, crops.boxes))
-
-
-def object_boxes(masks: Tensor) -> list[Box | None]:
-    """The box of each image's object, with a margin, where that is small enough for a second pass.
-
-    Args:
-        masks: `(N, S, S)` in [0, 1].
-
-    Returns:
-        N boxes; None where the object fills the image, or there is none.
-    """
-    side = masks.shape[-1]
-    inside = masks >= 0.5
-    ends = []
-    for along in (inside.any(dim=1), inside.any(dim=2)):  # columns, rows
-        first = along.int().argmax(dim=1)
-        last = side - along.flip(1).int().argmax(dim=1)
-        length = ((last - first) * (1 + 2 * _MARGIN)).clamp(_SHORTEST_CROP * side, side)
-        start = ((first + last - length) / 2).clamp(min=0).minimum(side - length)
-        ends.append((start.floor().int(), (start + length).ceil().int()))
-    (left, right), (top, bottom) = ends
-    small = (right - left) * (bottom - top) <= _LARGEST_CROP * side**2
-    worth = (small & inside.flatten(1).any(dim=1)).tolist()
-    boxes = torch.stack((left, top, right, bottom), dim=1).tolist()
-    return [(box[0], box[1], box[2], box[3]) if use else None for box, use in zip(boxes, worth, strict=True)]
-
-
-def boxes_with_object(boxes: Sequence[Box | None], masks: Tensor) -> list[Box | None]:
-    """The boxes without those in which the second pass found no object, by the masks `(N, S, S)` of the crops."""
-    found = (masks >= 0.5).flatten(1).any(dim=1).tolist()
-    return [box if there else None for box, there in zip(boxes, found, strict=True)]
-
-
-def crop_to_box(image: Image.Image, box: Box | None, side: int) -> Image.Image:
-    """The part of an image within a box of its mask `(side, side)`; the image itself without a box.
-
-    The box seldom ends between two pixels of the image. The crop does not round it: the mask of the crop is pasted
-    into the box, and would be off by as much.
-    """
-    if box is None:
-        return image
-    left, right = (value * image.width / side for value in box[::2])
-    top, bottom = (value * image.height / side for value in box[1::2])
-    size = (max(1, round(right - left)), max(1, round(bottom - top)))
-    return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-
-
-def paste_masks(masks: Tensor, boxes: Sequence[Box | None]) -> Tensor:
-    """Masks of cropped images as masks of whole ones, 0 outside the box: `(N, S, S)` both; those without a box stay.
-
-    The cells of a mask are areas here, as in the processor's resizing.
-    """
-    if not any(boxes):
-        return masks
-    whole = masks.clone()
-    for number, box in enumerate(boxes):
-        if box is not None:
-            left, top, right, bottom = box
-            whole[number] = 0
-            whole[number, top:bottom, left:right] = F.interpolate(
-                masks[number][None, None], size=(bottom - top, right - left), mode="bilinear", antialias=True
-            )[0, 0]
-    return whole
 
 
 def spread_ranks(count: int, wanted: int) -> list[int]:

@@ -20,7 +20,7 @@ _BACKGROUND_SHARE = 0.5
 _MUTUAL_SHARPNESS = 20.0  # per unit of cosine similarity
 _MATCH_SHARPNESS = 60.0
 _OBJECT_SHARPNESS = 30.0
-_CENTRE_SIGMA = 0.45  # of the centre prior, normalised coordinates
+CENTRE_SIGMA = 0.45  # of the centre prior, normalised coordinates
 
 CUES = ("best", "best5", "object5", "background5", "margin", "mutual", "on_object", "object_mean", "background_mean")
 CONTEXT_CHANNELS = 4 * len(CUES) + 1  # mean and maximum over partners, each raw and standardised; the own weights
@@ -29,7 +29,7 @@ CONTEXT_CHANNELS = 4 * len(CUES) + 1  # mean and maximum over partners, each raw
 def centre_prior(height: int, width: int, *, device: torch.device | str | None = None) -> Tensor:
     """Weights `(height, width)` in (0, 1] of a Gaussian around the middle: where an object is assumed at first."""
     y, x = (torch.linspace(-1, 1, side, device=device) for side in (height, width))
-    return torch.exp(-(y[:, None] ** 2 + x[None] ** 2) / (2 * _CENTRE_SIGMA**2))
+    return torch.exp(-(y[:, None] ** 2 + x[None] ** 2) / (2 * CENTRE_SIGMA**2))
 
 
 def partner_cues(own: Tensor, partners: Tensor, weights: Tensor) -> Tensor:

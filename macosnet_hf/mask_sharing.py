@@ -6,7 +6,7 @@ The module travels with the model to the Hub; [`~.collection.Collection.segment`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .common_object import centre_prior
 from .geometry import resize_masks
+from .hints import PlacedHint
 from .refinement import opencv, refine_mask
 
 # Mask propagation, chosen on every second image of msrc-coseg: each cell asks the cells that resemble it most in the
@@ -182,7 +183,27 @@ def propagate_refined(own: Tensor, refined: Tensor, cells: SimilarCells) -> Tens
     return shares[0] * own + shares[1] * propagate_masks(refined, cells) + shares[2] * refined
 
 
-def drop_small_components(masks: Tensor) -> Tensor:
+def fix_hints(masks: Tensor, hints: Mapping[int, PlacedHint]) -> Tensor:
+    """Soft masks `(N, S, S)` that are 1 around included points, and 0 around excluded ones and outside of boxes.
+
+    Args:
+        hints: by the number of the image, in shares of what the masks cover.
+    """
+    if not hints:
+        return masks
+    fixed = masks.clone()
+    for number, hint in hints.items():
+        labels = torch.from_numpy(hint.labels((masks.shape[-2], masks.shape[-1]))).to(masks.device)
+        fixed[number] = torch.where(labels == 0, masks[number], (labels > 0).to(masks.dtype))
+    return fixed
+
+
+def wanted_cells(masks: Tensor, hints: Mapping[int, PlacedHint]) -> dict[int, np.ndarray]:
+    """Where hints fix the object: bool `(S, S)` for the numbers of the hinted images among the masks `(N, S, S)`."""
+    return {number: hint.labels((masks.shape[-2], masks.shape[-1])) > 0 for number, hint in hints.items()}
+
+
+def drop_small_components(masks: Tensor, wanted: Mapping[int, np.ndarray] | None = None) -> Tensor:
     """Soft masks without the small components of their objects.
 
     Components (8-connected) with less than a tenth of the largest one's area are capped just below 0.5, where the
@@ -190,6 +211,7 @@ def drop_small_components(masks: Tensor) -> Tensor:
 
     Args:
         masks: `(N, S, S)` in [0, 1].
+        wanted: by the number of the image, bool `(S, S)`; components that touch it stay.
 
     Raises:
         InputError: if OpenCV is not installed.
@@ -200,7 +222,10 @@ def drop_small_components(masks: Tensor) -> Tensor:
         _, labels, statistics, _ = cv2.connectedComponentsWithStats(inside.view(np.uint8), connectivity=8)
         areas = statistics[:, cv2.CC_STAT_AREA]
         areas[0] = 0  # the background
-        small[number] = inside & (areas < _SMALL_COMPONENT * areas.max())[labels]
+        few = areas < _SMALL_COMPONENT * areas.max()
+        if wanted and number in wanted:
+            few[np.unique(labels[wanted[number]])] = False
+        small[number] = inside & few[labels]
     return torch.where(torch.from_numpy(small).to(masks.device), masks.clamp(max=0.499), masks)
 
 
@@ -220,6 +245,7 @@ def refine_masks(
     *,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
+    hints: Mapping[int, PlacedHint] | None = None,
 ) -> Tensor:
     """Refined masks at the soft masks' resolution: the object's share in each pixel, `(N, S, S)` in [0, 1].
 
@@ -229,18 +255,21 @@ def refine_masks(
         method: one of `refinement.REFINEMENT_METHODS`.
         workers: threads.
         progress: called with the number of images that are done; may raise to stop the work.
+        hints: which the refined masks obey, by the number of the image, in shares of `images`.
     """
     size = tuple(masks.shape[-2:])
 
-    def one(image: Image.Image, probability: np.ndarray) -> Tensor:
+    def one(image: Image.Image, probability: np.ndarray, hint: PlacedHint | None) -> Tensor:
         small = reduce_for_refinement(image)
         soft = resize_masks(torch.from_numpy(probability)[None], small.size[::-1])[0].clamp(0, 1)
-        hard = torch.from_numpy(refine_mask(small, soft.numpy(), method))
+        fixed = None if hint is None else hint.labels((small.height, small.width))
+        hard = torch.from_numpy(refine_mask(small, soft.numpy(), method, fixed=fixed))
         return resize_masks(hard[None].float(), size)[0]
 
     found: list[Tensor] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = [pool.submit(one, *both) for both in zip(images, masks.cpu().numpy(), strict=True)]
+        of_each = [(hints or {}).get(number) for number in range(len(images))]
+        waiting = [pool.submit(one, *each) for each in zip(images, masks.cpu().numpy(), of_each, strict=True)]
         try:
             for refined in waiting:
                 found.append(refined.result())

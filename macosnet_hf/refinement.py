@@ -47,6 +47,7 @@ def refine_mask(
     iterations: int = 1,
     sure_background: float | None = None,
     sure_foreground: float | None = None,
+    fixed: np.ndarray | None = None,
 ) -> np.ndarray:
     """Hard mask of the object from its soft mask and the image's colours.
 
@@ -74,6 +75,8 @@ def refine_mask(
         iterations: rounds of GrabCut; the CRF takes five mean-field steps whatever this says.
         sure_background: soft mask value below which GrabCut may not see the object; `None` chooses by the colours.
         sure_foreground: soft mask value above which GrabCut must see the object; likewise.
+        fixed: `(H, W)` int8, labels that the result has: 1 object, -1 background, 0 open. GrabCut also learns its
+            colours from them.
 
     Returns:
         bool `(H, W)`, true on the object.
@@ -85,6 +88,21 @@ def refine_mask(
     check_method(method)
     rgb = _as_rgb_array(image)
     soft = _as_probability(probability, rgb.shape[:2])
+    if fixed is not None:
+        if np.shape(fixed) != soft.shape:
+            raise InputError(f"The fixed labels must have the soft mask's shape {soft.shape}, not {np.shape(fixed)}.")
+        soft = fix_labels(soft, fixed)
+        found = refine_mask(
+            rgb,
+            soft,
+            method,
+            threshold=threshold,
+            working_size=working_size,
+            iterations=iterations,
+            sure_background=sure_background,
+            sure_foreground=sure_foreground,
+        )
+        return fix_labels(found, fixed)
     if method == "none":
         return soft >= threshold
     if method == "otsu":
@@ -97,6 +115,12 @@ def refine_mask(
     if refined is None:
         return soft >= threshold
     return _smooth_upsample(refined, *soft.shape) >= 0.5
+
+
+def fix_labels(mask: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """A soft or hard mask that is 1 where `fixed` is 1, and 0 where it is -1; all of the same shape."""
+    found: np.ndarray = np.where(fixed == 0, mask, fixed > 0).astype(mask.dtype)
+    return found
 
 
 def _as_rgb_array(image: Any) -> np.ndarray:

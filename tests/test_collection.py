@@ -14,13 +14,11 @@ from macosnet_hf import InputError, load_image, mask_sharing
 from macosnet_hf.collection import (
     Collection,
     choose_partners,
-    crop_to_box,
     hard_mask,
-    object_boxes,
-    paste_masks,
     segment_collection,
     spread_ranks,
 )
+from macosnet_hf.crops import crop_to_box, object_boxes, paste_masks
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.mask_sharing import drop_small_components, propagate_masks, refine_masks, similar_cells
 from macosnet_hf.refinement import refine_mask
@@ -163,7 +161,7 @@ def test_the_three_steps_of_a_mask(paper_network, photos, count):
 def test_the_second_pass_is_the_collection_of_the_crops(network, photos, monkeypatch):
     """Small objects, cropped by hand: the masks of the crops are the masks of the whole images."""
     monkeypatch.setattr(
-        "macosnet_hf.collection.drop_small_components", lambda masks: masks
+        "macosnet_hf.crops.drop_small_components", lambda masks, wanted: masks
     )  # which differ in a reduced mask
     small = []
     for number, photo in enumerate(photos[:3]):
@@ -286,7 +284,12 @@ def test_small_components_are_dropped():
 def test_a_stopped_refinement_does_not_wait_for_the_rest(photos, monkeypatch):
     begun = []
     real = mask_sharing.refine_mask
-    monkeypatch.setattr(mask_sharing, "refine_mask", lambda *given: (begun.append(1), real(*given))[1])
+
+    def counted(*given, **named):
+        begun.append(1)
+        return real(*given, **named)
+
+    monkeypatch.setattr(mask_sharing, "refine_mask", counted)
 
     def stop(done):
         raise KeyboardInterrupt

@@ -13,8 +13,9 @@ from PIL import Image
 from real_photos import CHEETAH, LION, PHOTOS
 
 from macosnet_hf import MaCoSNetImageProcessor, match_pair
-from macosnet_hf.collection import crop_to_box, hard_mask, paste_masks
+from macosnet_hf.collection import hard_mask
 from macosnet_hf.commands.main import main
+from macosnet_hf.crops import crop_to_box, paste_masks
 from macosnet_hf.geometry import denormalize_points
 from macosnet_hf.io.working_copy import open_working_copy
 from macosnet_hf.modeling_macosnet import MaCoSNetKeypointMatchingOutput

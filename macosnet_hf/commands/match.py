@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..directions import ORIENTATIONS, orientation_in_words
 from ..errors import InputError
+from ..inference import VIEWS
 from ..inference.result_files import PAIR_ARCHIVE, pair_file_names, write_pair, zip_folder
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
@@ -23,6 +24,7 @@ from .arguments import (
     load_network,
     progress_bar,
 )
+from .hint_options import add_hint_arguments, read_hints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # to name the mistake
     add_model_arguments(parser, PAIR_ARCHIVE)
     add_cutout_arguments(parser)
+    add_hint_arguments(parser, "source or target, or the file's name")
     parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
     parser.add_argument("--orientations", choices=ORIENTATIONS, help=ORIENTATIONS_HELP)
     points = parser.add_mutually_exclusive_group()
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     source, target = (open_working_copy(path, path, side=None) for path in (args.source, args.target))
     if points is not None:
         _check_inside(points, source.size)
+    hints = {VIEWS[view]: hint for view, hint in read_hints(args, (source, target), VIEWS).items()}
     names = pair_file_names(flow=args.flow, archive=args.zip, style=style)
     refuse_to_overwrite(args.output_dir, names, (args.source, args.target))
     with output_folder(args.output_dir) as folder, progress_bar() as progress:
@@ -85,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         from ..inference.files import match_copies
 
         progress(0.4, "Matching and segmenting")
-        pair = match_copies((source, target), refine=args.refine, orientations=args.orientations, **network)
+        pair = match_copies(
+            (source, target), refine=args.refine, orientations=args.orientations, hints=hints, **network
+        )
         progress(0.8, "Writing the results")
         document = write_pair(
             pair,

@@ -25,6 +25,7 @@ from .arguments import (
     one_line,
     progress_bar,
 )
+from .hint_options import add_hint_arguments, read_hints
 from .segment_dataset import add_dataset_arguments, check_combination, run_dataset
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", nargs="*", metavar="PHOTO", help="images, or one folder of them")
     add_model_arguments(parser, COLLECTION_ARCHIVE)
     add_cutout_arguments(parser)
+    add_hint_arguments(parser, "its file's name, its path, or its number in the order of the images, from 1")
+    parser.add_argument(
+        "--instances",
+        action="store_true",
+        help="also tell several objects of an image apart: NAME_instances.png holds their labels, 1 the largest, and "
+        "NAME_cutout_1.png ... the cutout of each",
+    )
     parser.add_argument(
         "--average", action="store_true", help="also warp the images onto one of them and write their mean, average.png"
     )
@@ -93,8 +101,11 @@ def run(args: argparse.Namespace) -> int:
             f"Co-segmentation needs two or more images; of the {len(paths)} in {args.photos[0]} {len(copies)} can "
             f"be read ({skipped[0][1].rstrip('.')})."
         )
+    hints = read_hints(args, copies)
     names = _result_names(copies)
-    results = collection_file_names(names, average=args.average, archive=args.zip, style=style)
+    results = collection_file_names(
+        names, average=args.average, archive=args.zip, instances=args.instances, style=style
+    )
     refuse_to_overwrite(args.output_dir, results, [copy.path for copy in copies])
     for _, reason in skipped:
         print(f"macosnet: left out: {reason}", file=sys.stderr)
@@ -111,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
             partners=args.partners,
             average=args.average,
             orientations=args.orientations,
+            hints=hints,
+            instances=args.instances,
             progress=lambda share, text: progress(0.7 * share, text),
             **network,
         )

@@ -69,6 +69,9 @@ def check_combination(args: argparse.Namespace) -> None:
     for name, value in of_files.items():
         if getattr(args, name) != value:
             raise InputError(f"--{name} is for images in files; with --dataset, --alpha adds the objects' soft alpha.")
+    for name in ("include", "exclude", "box", "instances"):
+        if getattr(args, name):
+            raise InputError(f"--{name} is for images in files, not for --dataset.")
 
 
 def run_dataset(args: argparse.Namespace) -> int:

@@ -6,4 +6,6 @@ from ..directions import DIRECTIONS, start_of
 # it, a little more than the network's input.
 COLLECTION_SIDE = 640
 
-__all__ = ["COLLECTION_SIDE", "DIRECTIONS", "start_of"]
+VIEWS = ("source", "target")
+
+__all__ = ["COLLECTION_SIDE", "DIRECTIONS", "VIEWS", "start_of"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFilter
@@ -20,6 +20,9 @@ from ..drawing import cutout
 from ..errors import InputError
 from ..io.image_files import save_image
 from ..refinement import opencv
+
+if TYPE_CHECKING:
+    from ..hints import PlacedHint
 
 EDGES = ("matting", "hard")
 FORMATS = ("png", "webp")
@@ -93,7 +96,11 @@ class CutoutStyle:
 
 
 def make_cutout(
-    image: Image.Image, soft_mask: np.ndarray, mask: np.ndarray, style: CutoutStyle | None = None
+    image: Image.Image,
+    soft_mask: np.ndarray,
+    mask: np.ndarray,
+    style: CutoutStyle | None = None,
+    hint: PlacedHint | None = None,
 ) -> Image.Image:
     """The object alone: RGBA, transparent outside of it, or RGB where the style has a background.
 
@@ -102,12 +109,13 @@ def make_cutout(
         soft_mask: `(h, w)` float32 in [0, 1] of any size; the object is where it is 0.5 or more.
         mask: `(H, W)` bool, the same as a hard mask.
         style: how it looks.
+        hint: which alpha obeys.
     """
     style = style or CutoutStyle()
     if style.edges == "hard":
         cut = cutout(image, mask)
     else:
-        alpha = alpha_matte(image, soft_mask)
+        alpha = alpha_matte(image, soft_mask, hint)
         cut = cutout_by_alpha(image, alpha)
     box = cut.getchannel("A").getbbox() if style.trim else None
     if style.background is not None:
@@ -133,6 +141,12 @@ class _Surroundings(NamedTuple):
     rgb: np.ndarray
     soft: np.ndarray
     scale: float
+
+    def labels(self, hint: PlacedHint, image: Image.Image) -> np.ndarray:
+        """What a hint fixes in the copy: see [`~macosnet_hf.hints.PlacedHint.labels`]."""
+        left, top, right, bottom = self.box
+        share = (left / image.width, top / image.height, right / image.width, bottom / image.height)
+        return hint.cropped(share).labels((self.soft.shape[0], self.soft.shape[1]))
 
 
 def _surroundings(image: Image.Image, soft_mask: np.ndarray) -> _Surroundings | None:
@@ -161,7 +175,7 @@ def _surroundings(image: Image.Image, soft_mask: np.ndarray) -> _Surroundings | 
     return _Surroundings(box, np.asarray(small, np.float32) / 255, np.asarray(soft), scale)
 
 
-def alpha_matte(image: Image.Image, soft_mask: np.ndarray) -> np.ndarray:
+def alpha_matte(image: Image.Image, soft_mask: np.ndarray, hint: PlacedHint | None = None) -> np.ndarray:
     """Alpha `(H, W)` float32 in [0, 1] of an object at its image's own size; 0 everywhere for a mask without object.
 
     The trimap comes from the soft mask: what lies outside of a band around its edge is object or background. The band
@@ -170,6 +184,8 @@ def alpha_matte(image: Image.Image, soft_mask: np.ndarray) -> np.ndarray:
     Args:
         image: upright RGB `(H, W)`.
         soft_mask: `(h, w)` float32 in [0, 1] of any size; the object is where it is 0.5 or more.
+        hint: in shares of the image; alpha is 1 around its included points, and 0 around excluded ones and outside of
+            its box.
     """
     cv2 = opencv()
     alpha = np.zeros((image.height, image.width), np.float32)
@@ -181,6 +197,9 @@ def alpha_matte(image: Image.Image, soft_mask: np.ndarray) -> np.ndarray:
     distance = _edge_distance(hard) / max(1.0, _BAND * max(image.size) * small.scale)
     # 4 s (1 - s) is 1 where the mask says nothing, and 0 where it is sure.
     unknown = distance <= 0.5 + 4 * small.soft * (1 - small.soft)
+    if hint is not None:
+        fixed = small.labels(hint, image)
+        hard, unknown = np.where(fixed == 0, hard, fixed > 0), unknown & (fixed == 0)
     weight = _EDGE_WEIGHT + _LIMIT_WEIGHT * np.minimum(distance, 1.0) ** 2
     solved = solve_matte(lines, hard.astype(np.float32), unknown, weight.astype(np.float32))
     solved = ((solved - _LEAST_ALPHA) / (1 - 2 * _LEAST_ALPHA)).clip(0, 1)

@@ -5,8 +5,8 @@ Points are (x, y) in pixels of the *original* images; `original_mask` gives mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +25,13 @@ from ..geometry import (
     identity_tps,
     normalize_points,
 )
+from ..hints import Hint, PlacedHint, place_hints
+from ..instances import fill_labels
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
-from . import DIRECTIONS, start_of
+from . import DIRECTIONS, VIEWS, start_of
 from .average import aligned_average, repaired_matches
 from .cutouts import CutoutStyle, make_cutout
-from .pair import PairResult, check_points, match_images
+from .pair import PairResult, check_points, match_images, place_pair_hints
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -77,7 +79,13 @@ class MatchedPair:
     def cutout(self, view: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of the source (view 0) or target (1) alone, at the working copy's size; see [`make_cutout`]."""
         masks = (self.result.source_mask, self.result.target_mask)
-        return make_cutout(self.copies[view].image, self.result.soft_masks[view], masks[view], style)
+        hint = self.hints.get(view)
+        return make_cutout(self.copies[view].image, self.result.soft_masks[view], masks[view], style, hint)
+
+    @property
+    def hints(self) -> Mapping[int, PlacedHint]:
+        """What a person said of the object, by the number of the view."""
+        return self.result.hints
 
     @property
     def same_image(self) -> bool:
@@ -163,6 +171,7 @@ def match_files(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     orientations: str | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> MatchedPair:
     """Matches two image files.
 
@@ -170,13 +179,14 @@ def match_files(
         source, target: paths.
         names: what messages and results call them; by default the files' names.
         model, processor, refine, orientations: as in [`~macosnet_hf.inference.pair.match_pair`].
+        hints: likewise, in pixels of the originals.
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
         InputError: for an unknown refinement.
     """
     copies = open_pair(source, target, names)
-    return match_copies(copies, model=model, processor=processor, refine=refine, orientations=orientations)
+    return match_copies(copies, model=model, processor=processor, refine=refine, orientations=orientations, hints=hints)
 
 
 def open_pair(
@@ -207,10 +217,19 @@ def match_copies(
     processor: MaCoSNetImageProcessor,
     refine: str = "grabcut",
     orientations: str | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> MatchedPair:
     """[`match_files`] for files that are open already."""
     images = (copies[0].image, copies[1].image)
-    result = match_images(images, model=model, processor=processor, refine=refine, orientations=orientations)
+    placed = place_pair_hints(hints or {}, (copies[0].size, copies[1].size))
+    result = match_images(
+        images,
+        model=model,
+        processor=processor,
+        refine=refine,
+        orientations=orientations,
+        hints={VIEWS[view]: hint for view, hint in placed.items()},
+    )
     return MatchedPair(copies, result, refine, orientations)
 
 
@@ -236,6 +255,7 @@ class SegmentedCollection:
             compared with the others: identity or mirror.
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
         checkpoint: of the model, where a server with several notes it.
+        hints: what a person said of the object, by the number of the image.
     """
 
     copies: Sequence[WorkingCopy]
@@ -249,6 +269,7 @@ class SegmentedCollection:
     orientations: Sequence[str]
     transforms: Transform | None = None
     checkpoint: str = ""
+    hints: Mapping[int, PlacedHint] = field(default_factory=dict)
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
@@ -292,7 +313,27 @@ class SegmentedCollection:
 
     def cutout(self, number: int, style: CutoutStyle | None = None) -> Image.Image:
         """The object of an image alone, at the working copy's size; see [`make_cutout`]."""
-        return make_cutout(self.copies[number].image, self.result.probabilities[number], self.masks[number], style)
+        soft, mask = self.result.probabilities[number], self.masks[number]
+        return make_cutout(self.copies[number].image, soft, mask, style, self.hints.get(number))
+
+    def instances(self, number: int, mask: np.ndarray | None = None) -> np.ndarray | None:
+        """Labels `(H, W)` int32 of the single objects of an image: 0 background, 1 the largest; None if not asked for.
+
+        Args:
+            number: of the image.
+            mask: `(H, W)` bool, the image's mask at the size of the labels; by default the working copy's.
+        """
+        if self.result.instances is None:
+            return None
+        return fill_labels(self.result.instances[number], self.masks[number] if mask is None else mask)
+
+    def instance_mask(self, number: int, instance: int) -> np.ndarray:
+        """Soft mask `(S, S)` of one object of an image, by its label."""
+        labels, soft = self.result.instances, self.result.probabilities[number]
+        if labels is None or not 1 <= instance <= labels[number].max():
+            raise InputError(f"There is no object {instance} in {self.copies[number].name}.")
+        alone: np.ndarray = np.where((labels[number] == 0) | (labels[number] == instance), soft, np.float32(0))
+        return alone
 
     def original_mask(self, number: int) -> np.ndarray:
         """Mask `(H, W)` bool of an original."""
@@ -336,6 +377,7 @@ def segment_files(
     refine: str = "grabcut",
     orientations: str = "none",
     progress: Progress | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> SegmentedCollection:
     """Segments the object that 2 to 30 image files have in common, and averages it.
 
@@ -344,14 +386,22 @@ def segment_files(
         model, processor, refine: as in [`~macosnet_hf.inference.pair.match_pair`].
         orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
+        hints: as in [`segment_copies`].
 
     Raises:
         ImageError: if an image cannot be read.
-        InputError: for too few or too many images, an unknown refinement or unknown orientations.
+        InputError: for too few or too many images, an unknown refinement, unknown orientations, or a hint that cannot be
+            used.
     """
     copies = open_collection(paths, names, progress)
     return segment_opened(
-        copies, model=model, processor=processor, refine=refine, orientations=orientations, progress=progress
+        copies,
+        model=model,
+        processor=processor,
+        refine=refine,
+        orientations=orientations,
+        progress=progress,
+        hints=hints,
     )
 
 
@@ -386,6 +436,7 @@ def segment_opened(
     refine: str,
     orientations: str = "none",
     progress: Progress | None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
 ) -> SegmentedCollection:
     """The second step of [`segment_files`]."""
     return segment_copies(
@@ -396,6 +447,7 @@ def segment_opened(
         refine=refine,
         orientations=orientations,
         progress=progress and (lambda share, text: progress(_READING + (1 - _READING) * share, text)),
+        hints=hints,
     )
 
 
@@ -417,6 +469,8 @@ def segment_copies(
     average: bool = True,
     orientations: str = "none",
     progress: Progress | None = None,
+    hints: Mapping[int, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> SegmentedCollection:
     """[`segment_files`] for any number of files that are open already.
 
@@ -430,10 +484,14 @@ def segment_copies(
         average: whether to average the images that belong, which takes transforms of all pairs.
         orientations: as in [`~macosnet_hf.collection.Collection`].
         progress: see [`Progress`].
+        hints: as in [`~macosnet_hf.collection.Collection.segment`], in pixels of the originals.
+        instances: whether to tell the objects of each image apart.
 
     Raises:
-        InputError: for no image, no partner, an unknown refinement or unknown orientations.
+        InputError: for no image, no partner, an unknown refinement, unknown orientations, or a hint that cannot be
+            used.
     """
+    placed = place_hints(hints or {}, [copy.size for copy in copies], [copy.name for copy in copies])
     report = progress or (lambda share, text: None)
     count, images = len(copies), [copy.image for copy in copies]
     if alone := count == 1:
@@ -453,6 +511,8 @@ def segment_copies(
         refine=refine,
         orientations=orientations,
         progress=segmented,
+        hints=placed,
+        instances=instances,
     )
     collection = result.collection
     assert collection is not None
@@ -463,6 +523,7 @@ def segment_copies(
             agreement=result.agreement[:1],
             partners=[[]],
             common=np.zeros(1, dtype=bool),
+            instances=None if result.instances is None else result.instances[:1],
         )
     odd = odd_ones_out(result.agreement)
     reference = int(np.argmax(result.agreement))
@@ -493,6 +554,7 @@ def segment_copies(
         refine=refine,
         orientations=[list(SYMMETRIES)[number] for number in collection.orientations[:count]],
         transforms=transforms,
+        hints=placed,
     )
 
 

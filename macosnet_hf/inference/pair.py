@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..collection import (
-    COMMON_SIMILARITY,
-    Box,
-    Collection,
-    Crops,
-    crop_to_box,
-    crop_to_objects,
-    hard_mask,
-    refine_crops,
-)
+from ..collection import COMMON_SIMILARITY, Collection, hard_mask
+from ..crops import Box, Crops, crop_to_box, crop_to_objects, refine_crops, shares_of
 from ..drawing import draw_matches
 from ..errors import InputError
 from ..geometry import SYMMETRIES, Transform, denormalize_points, make_grid, normalize_points
+from ..hints import Hint, HintedCells, PlacedHint, place_hints
 from ..io.checkpoints import load_model_and_processor
 from ..io.image_files import load_image
 from ..io.package import DEFAULT_CHECKPOINT
-from ..mask_sharing import LEAST_SIMILARITY, NetworkMasks, object_similarity, reduce_for_refinement, similar_cells
+from ..mask_sharing import (
+    LEAST_SIMILARITY,
+    NetworkMasks,
+    fix_hints,
+    object_similarity,
+    reduce_for_refinement,
+    similar_cells,
+)
 from ..refinement import check_method
-from . import start_of
+from . import VIEWS, start_of
 from .verdict import WITHOUT_MATCHES, Verdict, judge
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class _Found:
         verdict: how far the matches can be trusted.
         common: see [`PairResult`].
         crops: of the second pass, which the first refinement makes.
+        hinted: what hints say; None without any.
     """
 
     model: MaCoSNetForKeypointMatching
@@ -65,6 +66,12 @@ class _Found:
     verdict: Verdict
     common: bool
     crops: Crops | None = None
+    hinted: HintedCells | None = None
+
+    @property
+    def hints(self) -> Mapping[int, PlacedHint]:
+        """By the number of the view."""
+        return self.hinted.hints if self.hinted else {}
 
 
 @dataclass
@@ -111,6 +118,11 @@ class PairResult:
     def common(self) -> bool:
         """Whether the masks show an object that the images have in common; if not, what stands out in each of them."""
         return self._found.common
+
+    @property
+    def hints(self) -> Mapping[int, PlacedHint]:
+        """What a person said of the object, by the number of the view: 0 source, 1 target."""
+        return self._found.hints
 
     @property
     def image_sizes(self) -> torch.Tensor:
@@ -291,6 +303,7 @@ def match_pair(
     threshold: float = 0.0,
     orientations: str | None = None,
     device: str = "auto",
+    hints: Mapping[str, Hint] | None = None,
 ) -> PairResult:
     """Matches two images of the same kind of object and segments the object in both.
 
@@ -303,6 +316,8 @@ def match_pair(
         orientations: how the source may show the object, compared with the target: `"none"`, as the target does (the
             paper); `"mirror"`, perhaps as its mirror image; `"all"`, perhaps mirrored or turned by quarters. By default
             what the model's configuration says.
+        hints: what a person says of the object, for `"source"`, `"target"` or both ([`~macosnet_hf.hints.Hint`]), in
+            pixels. The masks of both images follow it, and matches lie on these masks.
 
     Returns:
         [`PairResult`].
@@ -318,7 +333,7 @@ def match_pair(
         if model is not None or processor is not None:
             raise InputError("Pass model and processor together, or neither.")
         model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
-    options: dict[str, Any] = {"refine": refine, "threshold": threshold, "orientations": orientations}
+    options: dict[str, Any] = {"refine": refine, "threshold": threshold, "orientations": orientations, "hints": hints}
     return match_images(images, model=model, processor=processor, **options)
 
 
@@ -330,24 +345,32 @@ def match_images(
     refine: str = "grabcut",
     threshold: float = 0.0,
     orientations: str | None = None,
+    hints: Mapping[str, Hint | PlacedHint] | None = None,
 ) -> PairResult:
     """[`match_pair`] for images that are loaded already. The result holds them, not copies of them.
 
     Args:
         images: source and target, upright RGB as [`load_image`] gives them; nobody may change them afterwards.
-        model, processor, refine, threshold, orientations: as in [`match_pair`].
+        model, processor, refine, threshold, orientations, hints: as in [`match_pair`].
 
     Raises:
         InputError: if an option cannot be used.
     """
     _check_options(refine, threshold)
+    placed = place_pair_hints(hints or {}, (images[0].size, images[1].size))
     pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device), orientations=orientations)
     points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
     soft = outputs.mask_logits[0].float().sigmoid()
+    hinted = HintedCells.of(outputs.features[0], soft, placed) if placed else None
+    if hinted is not None:
+        soft = hinted.apply(soft, hinted.about(outputs.features[0]))
     common = bool(object_similarity(outputs.features[0], soft)[0, 1] >= COMMON_SIMILARITY)
-    own = _salient_masks(images, model, processor) if _stand_alone(model, common) else soft
+    own = soft
+    if _stand_alone(model, common):
+        own = _salient_masks(images, model, processor)
+        own[list(placed)] = soft[list(placed)]
     found = _Found(
         model,
         processor,
@@ -357,17 +380,19 @@ def match_images(
         probabilities=own.cpu().numpy(),
         verdict=judge(model.macosnet, outputs.features[0], soft, model.transforms(outputs)[0]),
         common=common,
+        hinted=hinted,
     )
     return _result(images, found, refine, threshold)
 
 
 def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str, threshold: float) -> PairResult:
     """Hard masks, and the matches that lie on both of them with a score above the threshold."""
-    soft = found.probabilities
-    if refine != "none":
+    if refine == "none":
+        soft = fix_hints(torch.from_numpy(found.probabilities), found.hints).numpy()
+    else:
         if found.crops is None:
             found.crops = _second_pass(images, found)
-        soft = refine_crops(found.crops, refine).numpy()
+        soft = refine_crops(found.crops, refine, hints=found.hints).numpy()
     masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, soft, strict=True)]
     on_object = _on_masks(found.points, masks)
     empty = not on_object.any() and found.verdict.quality != "poor"  # which has a reason already
@@ -395,14 +420,17 @@ def _second_pass(images: tuple[Image.Image, Image.Image], found: _Found) -> Crop
         side = found.model.config.image_size
         collection = Collection(found.model, found.processor)
         collection.add([crop_to_box(image, box, side) for image, box in zip(images, boxes, strict=True)])
-        return collection.images, collection.first_pass(common=torch.tensor([found.common] * 2)).masks.cpu()
+        common = torch.tensor([found.common] * 2)
+        places = [box and shares_of(box, side) for box in boxes]
+        first = collection.first_pass(common=common, hinted=found.hinted, boxes=places)
+        return collection.images, first.masks.cpu()
 
     least = LEAST_SIMILARITY if found.model.config.decoder_inputs == "common" else None
     cells = similar_cells(found.outputs.features[0].float().cpu(), _EACH_OTHER, least)
     if _stand_alone(found.model, found.common):
         cells = cells.without(torch.tensor([True, True]))
     crops = crop_to_objects(
-        Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(found.probabilities), cells)), look_at
+        Crops(images, (None, None), NetworkMasks.of(torch.from_numpy(found.probabilities), cells), found.hints), look_at
     )
     # Reduced at once: a server stores the result, and refines it again.
     return crops._replace(images=[reduce_for_refinement(image) for image in crops.images])
@@ -419,6 +447,22 @@ def _salient_masks(
     """`(2, S, S)` soft masks of what stands out in each image."""
     collection = Collection(model, processor)
     return torch.stack([collection.salient_mask(number) for number in collection.add(images)])
+
+
+def place_pair_hints(
+    hints: Mapping[str, Hint | PlacedHint], sizes: tuple[tuple[int, int], tuple[int, int]]
+) -> dict[int, PlacedHint]:
+    """Hints in shares of source (0) and target (1), whose sizes are (width, height).
+
+    Raises:
+        InputError: for another name than source or target, and as [`~macosnet_hf.hints.Hint.place`].
+    """
+    numbers: dict[int, Hint | PlacedHint] = {}
+    for name, hint in hints.items():
+        if name not in VIEWS:
+            raise InputError(f"A hint is for source or target, not {name!r}.")
+        numbers[VIEWS.index(name)] = hint
+    return place_hints(numbers, sizes, VIEWS)
 
 
 def _check_options(refine: str, threshold: float) -> None:

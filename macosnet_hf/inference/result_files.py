@@ -17,13 +17,16 @@ import numpy as np
 from PIL import Image
 
 from ..io.image_files import save_image
+from . import VIEWS as VIEWS
 from .cutouts import CutoutStyle, make_cutout
 
 if TYPE_CHECKING:
+    from ..hints import PlacedHint
     from .files import MatchedPair, Progress, SegmentedCollection
 
-VIEWS = ("source", "target")
 PAIR_ARCHIVE, COLLECTION_ARCHIVE = "matches.zip", "collection.zip"
+
+MOST_INSTANCES = 255  # labels of an 8-bit image
 
 _T = TypeVar("_T")
 
@@ -134,7 +137,8 @@ def write_pair(
         mask = pair.original_mask(view)
         paths = [folder / file for file in _mask_and_cutout(name, style)]
         save_mask(mask, paths[0])
-        _save_cutout(pair.copies[view].open_original(), pair.result.soft_masks[view], mask, style, paths[1])
+        whole = pair.copies[view].open_original()
+        _save_cutout(whole, pair.result.soft_masks[view], mask, style, paths[1], pair.hints.get(view))
     save_image(pair.warped_source(), folder / "source_warped.png", compress_level=1)
     if flow:
         np.savez_compressed(folder / "flow.npz", allow_pickle=False, **pair.flow())
@@ -142,10 +146,15 @@ def write_pair(
 
 
 def _save_cutout(
-    image: Image.Image, soft_mask: np.ndarray, mask: np.ndarray, style: CutoutStyle | None, path: Path
+    image: Image.Image,
+    soft_mask: np.ndarray,
+    mask: np.ndarray,
+    style: CutoutStyle | None,
+    path: Path,
+    hint: PlacedHint | None,
 ) -> None:
     style = style or CutoutStyle()
-    style.save(make_cutout(image, soft_mask, mask, style), path)
+    style.save(make_cutout(image, soft_mask, mask, style, hint), path)
 
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
@@ -158,8 +167,21 @@ def save_mask(mask: np.ndarray, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _instances_name(name: str) -> str:
+    return f"{name}_instances.png"
+
+
+def _instance_cutout(name: str, number: int, style: CutoutStyle | None) -> str:
+    return f"{name}_cutout_{number}.{(style or CutoutStyle()).format}"
+
+
 def collection_file_names(
-    names: Sequence[str], *, average: bool = False, archive: bool = False, style: CutoutStyle | None = None
+    names: Sequence[str],
+    *,
+    average: bool = False,
+    archive: bool = False,
+    instances: bool = False,
+    style: CutoutStyle | None = None,
 ) -> list[str]:
     """Names of the files that [`write_collection`] makes, and of [`zip_folder`]'s archive of them.
 
@@ -167,6 +189,10 @@ def collection_file_names(
         names: those of the images, as of a [`~macosnet_hf.inference.files.SegmentedCollection`].
     """
     masks = [file for name in names for file in _mask_and_cutout(name, style)]
+    if instances:
+        numbers = range(1, MOST_INSTANCES + 1)
+        masks += [_instances_name(name) for name in names]
+        masks += [_instance_cutout(name, number, style) for name in names for number in numbers]
     shared = ["summary.json", "overview.png", *["average.png"] * average, *[COLLECTION_ARCHIVE] * archive]
     return shared + masks
 
@@ -208,7 +234,9 @@ def write_collection(
         save_mask(mask, paths[0])
         # The original is read now, so that few are in memory at a time.
         whole = collection.copies[number].open_original()
-        _save_cutout(whole, collection.result.probabilities[number], mask, style, paths[1])
+        soft = collection.result.probabilities[number]
+        _save_cutout(whole, soft, mask, style, paths[1], collection.hints.get(number))
+        _write_instances(collection, number, whole, mask, folder, style)
         return float(mask.mean())
 
     shares = _in_parallel(write, len(collection.names), workers, progress)
@@ -218,6 +246,32 @@ def write_collection(
     document = _collection_document(collection, shares, model, skipped, style)
     (folder / "summary.json").write_text(_as_json(document), encoding="utf-8")
     return document
+
+
+def _write_instances(
+    collection: SegmentedCollection,
+    number: int,
+    image: Image.Image,
+    mask: np.ndarray,
+    folder: Path,
+    style: CutoutStyle | None,
+) -> None:
+    """Labels and the cutout of each object of an image, if they were asked for."""
+    labels = collection.instances(number, mask)
+    if labels is None:
+        return
+    name = collection.names[number]
+    shown = np.minimum(labels, MOST_INSTANCES)
+    Image.fromarray(shown.astype(np.uint8)).save(folder / _instances_name(name), compress_level=4)
+    for instance in _instances_of(collection, number):
+        soft = collection.instance_mask(number, instance)
+        path = folder / _instance_cutout(name, instance, style)
+        _save_cutout(image, soft, labels == instance, style, path, None)
+
+
+def _instances_of(collection: SegmentedCollection, number: int) -> range:
+    labels = collection.result.instances
+    return range(1, 1 + (0 if labels is None else min(int(labels[number].max()), MOST_INSTANCES)))
 
 
 def _collection_document(
@@ -233,6 +287,7 @@ def _collection_document(
         shares: the object's share of each original whose files are written, by number.
     """
     files = [copy.name for copy in collection.copies]
+    asked = collection.result.instances is not None
     photos = [
         {
             # Version 0.1 said "photo" on the command line and "file" in the demo.
@@ -248,6 +303,7 @@ def _collection_document(
             # Relative to the others; the contact sheet shows those that are mirrored the other way round.
             "orientation": collection.orientations[number],
             "partners": [files[other] for other in collection.result.partners[number]],
+            **(_instance_entries(collection, number, style) if asked else {}),
         }
         for number, share in shares.items()
     ]
@@ -261,6 +317,13 @@ def _collection_document(
         "model": model,
         "refine": collection.refine,
     }
+
+
+def _instance_entries(collection: SegmentedCollection, number: int, style: CutoutStyle | None) -> dict[str, Any]:
+    """What `summary.json` says of the objects of an image."""
+    name, numbers = collection.names[number], _instances_of(collection, number)
+    cutouts = [_instance_cutout(name, instance, style) for instance in numbers]
+    return {"instances": len(numbers), "instance_labels": _instances_name(name), "instance_cutouts": cutouts}
 
 
 def _in_parallel(work: Callable[[int], _T], count: int, workers: int, progress: Progress | None) -> dict[int, _T]:

@@ -324,14 +324,14 @@ MUTANTS = (
     ),
     Mutant(
         "boxes of small objects without a margin",
-        "collection:object_boxes",
+        "crops:object_boxes",
         "1 + 2 * _MARGIN",
         "1 + 0 * _MARGIN",
         tests=("tests/test_collection.py",),
     ),
     Mutant(
         "images cropped by the height for the width",
-        "collection:crop_to_box",
+        "crops:crop_to_box",
         "$value * $image.width / $side",
         "$value * $image.height / $side",
         tests=("tests/test_collection.py",),
