@@ -390,8 +390,8 @@ def segment_files(
 
     Raises:
         ImageError: if an image cannot be read.
-        InputError: for too few or too many images, an unknown refinement, unknown orientations, or a hint that cannot be
-            used.
+        InputError: for too few or too many images, an unknown refinement or unknown orientations, or a hint that
+            cannot be used.
     """
     copies = open_collection(paths, names, progress)
     return segment_opened(
