@@ -77,7 +77,7 @@ _STRIDES = [2, 4, 8, 16, 32]
 # stranger: each range holds what was ever found useful with room to spare, and bounds what a match can cost.
 # (transformers' strict dataclasses know types only, refuse 1 for 1.0, and take NaN.)
 _NUMBERS: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "image_size": (int, 16, 1024),
+    "image_size": (int, 32, 1024),
     "predictor_grid": (int, 1, 64),
     "tps_regularization": (float, 0, 1e4),
     "decoder_input_width": (int, 1, 4096),

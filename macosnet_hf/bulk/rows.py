@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..datasets.schema import as_text
 from ..datasets.streams import open_stream, rows_of
 from ..errors import DataError, ImageError, InputError
+from .image_folder import ImageFile, find_image_files
 from .settings import BulkSettings
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ class Row(NamedTuple):
 
 
 def _read_inside(path: str, folder: str) -> bytes:
+    if "\0" in path:
+        raise ImageError("The image's file has no name that a file can have.")
     root = os.path.realpath(folder)
     place = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, place]) != root:
-        raise ImageError("The image is a link out of the data set; put the file in its place.")
+        raise ImageError("The image's file lies outside of the data set, or is a link out of it.")
     try:
         with open(place, "rb") as file:
             return file.read()
@@ -103,8 +106,17 @@ class RowSource:
     """
 
     def __init__(self, settings: BulkSettings):
+        from datasets import Image, Value
+
         self.settings = settings
         check_dataset(settings.dataset)
+        self._files = find_image_files(settings.dataset, settings.split) if os.path.isdir(settings.dataset) else None
+        self._labels = None
+        if self._files is not None:
+            labels = ["label"] * any(file.label is not None for file in self._files)
+            _check_columns({"image": Image(), **dict.fromkeys(labels, Value("string"))}, settings)
+            self._check_parts(len(self._files))
+            return
         stream = open_stream(settings.dataset, settings.split)
         declared = stream.features or _features_of_first_row(stream, settings)
         _check_columns(declared, settings)
@@ -113,10 +125,13 @@ class RowSource:
         # First of all: from the Hub, streams of image files come decoded, and a damaged one would end them.
         self._stream = (stream.decode(False) if stream.features else stream).select_columns(columns)
         self._labels = getattr(declared.get(settings.group_column or ""), "names", None)
-        if settings.parts > stream.n_shards:
+        self._check_parts(stream.n_shards)
+
+    def _check_parts(self, most: int) -> None:
+        if self.settings.parts > most:
             raise InputError(
-                f"parts must be at most {stream.n_shards}, the number of files of {settings.dataset} that can be read "
-                f"on their own; got {settings.parts}."
+                f"parts must be at most {most}, the number of files of {self.settings.dataset} that can be read on "
+                f"their own; got {self.settings.parts}."
             )
 
     def rows(self, part: int) -> Iterator[Row]:
@@ -125,38 +140,54 @@ class RowSource:
         Raises:
             DataError: if a file of the data set is damaged or cannot be reached.
         """
+        if self._files is not None:
+            yield from self._rows_of_files(self._files, part)
+            return
         settings, stream = self.settings, self._stream
         if settings.parts > 1:
             stream = stream.shard(num_shards=settings.parts, index=part, contiguous=True)
         for number, row in enumerate(rows_of(stream, settings.dataset, settings.split)):
             image = row[settings.image_column]
-            path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
+            # A text is the name of a file, as in a table in CSV.
+            path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, image)
             content = content if isinstance(content, bytes) else None
+            path = path if isinstance(path, str) and path and content is None else None
+            if path is not None and "::" in path:
+                raise DataError(f"{settings.dataset}: {path.split('::')[-1]} is an archive of images; unpack it first.")
             yield Row(
                 number=number,
-                id=self._id(row, number, path if content is None else None),
+                id=self._id(row, number, path, part),
                 group=self._group(row),
                 image=path if content is None else content,
             )
+
+    def _rows_of_files(self, files: Sequence[ImageFile], part: int) -> Iterator[Row]:
+        parts = self.settings.parts
+        start, end = (len(files) * number // parts for number in (part, part + 1))
+        for number, (path, label) in enumerate(files[start:end]):
+            named = self.settings.id_column is not None and label is not None
+            group = None if self.settings.group_column is None or label is None else as_text(label)
+            yield Row(number, as_text(label if named and label is not None else path), group, path)
 
     def _group(self, row: dict[str, Any]) -> str | None:
         if self.settings.group_column is None:
             return None
         value = row[self.settings.group_column]
-        if value is None:
+        if value is None or value != value:  # NaN
             return None
         if self._labels is not None and isinstance(value, int) and 0 <= value < len(self._labels):
             return as_text(self._labels[value])
         return as_text(str(value))
 
-    def _id(self, row: dict[str, Any], number: int, path: str | None) -> str:
+    def _id(self, row: dict[str, Any], number: int, path: str | None, part: int) -> str:
         if self.settings.id_column is not None and row[self.settings.id_column] is not None:
             return as_text(str(row[self.settings.id_column]))
         if path is None:
-            return f"{number:09d}"
+            return f"{part:05d}-{number:09d}" if self.settings.parts > 1 else f"{number:09d}"
         if "://" in path:  # hf://datasets/owner/name@revision/folder/file
             return as_text(path.split("@", 1)[-1].split("/", 1)[-1])
-        return as_text(os.path.relpath(path, os.path.abspath(self.settings.dataset)))
+        folder = self.settings.dataset
+        return as_text(os.path.relpath(os.path.join(folder, path), folder) if os.path.isdir(folder) else path)
 
 
 def _features_of_first_row(stream: IterableDataset, settings: BulkSettings) -> dict[str, Any]:
@@ -181,3 +212,5 @@ def _check_columns(declared: Features | dict[str, Any], settings: BulkSettings) 
     structure = isinstance(kind, dict) and {"bytes", "path"} <= set(kind)
     if not (kind is None or isinstance(kind, Image) or embedded or structure):
         raise DataError(f"{settings.dataset}: the column {settings.image_column!r} holds no images.")
+    if settings.image_column in (settings.group_column, settings.id_column):
+        raise InputError(f"The column {settings.image_column!r} holds images, no names of them or of groups.")

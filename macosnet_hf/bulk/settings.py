@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +63,10 @@ class BulkSettings:
     version: str = VERSION
 
     def __post_init__(self) -> None:
+        if os.path.isdir(self.dataset):  # by whatever path it is named, it is the same data set
+            object.__setattr__(self, "dataset", os.path.realpath(self.dataset))
+        if not re.fullmatch(r"\w+(\.\w+)*", self.split):
+            raise InputError(f"split takes the name of one split; got {self.split!r}.")
         for name, least in (("block_size", 2), ("shard_size", 1), ("parts", 1), ("partners", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,24 +59,48 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str | Path, settings: BulkSettings):
+        if not os.fspath(folder):
+            raise OutputError("The folder of the results has no name.")
         self.folder, self.settings = Path(folder), settings
         self._state = self.folder / ".bulk"
         self._data = self.folder / "data"
         path = self._state / "settings.json"
-        if not path.exists():
-            if any(self._data.glob("*.parquet")):
-                raise OutputError(f"{self._data} holds Parquet files of another kind; choose another folder.")
+        if not os.path.exists(path):
+            self._check_new()
             self._make_folders()
-            write_file(path, json.dumps(settings.as_dict(), indent=1) + "\n")
+            self._write_settings(path)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             difference = settings.difference(found)
         except (OSError, ValueError, AttributeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder.") from error
         if difference:
+            holds = "holds shards of" if any(self._data.glob("*.parquet")) else "holds no shards yet, but is for"
             raise InputError(
-                f"{self.folder} holds shards of other settings (now {'; '.join(difference)}); choose another folder."
+                f"{self.folder} {holds} other settings (now {'; '.join(difference)}); choose another folder."
             )
+
+    def _check_new(self) -> None:
+        """Raises [`OutputError`] for a folder whose files the results would replace, or be taken for."""
+        if any(self._data.glob("*.parquet")):
+            raise OutputError(f"{self._data} holds Parquet files of another kind; choose another folder.")
+        for name in ("README.md", "index.parquet"):
+            if os.path.lexists(self.folder / name):
+                raise OutputError(f"{self.folder} holds another {name} already; choose another folder.")
+
+    def _write_settings(self, path: Path) -> None:
+        """Writes them as a whole, unless another process has written its own meanwhile."""
+        own = path.with_name(f"settings-{os.getpid()}-{secrets.token_hex(4)}.json")
+        write_file(own, json.dumps(self.settings.as_dict(), indent=1) + "\n")
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(own, path)
+        finally:
+            own.unlink(missing_ok=True)
 
     def _make_folders(self) -> None:
         try:
@@ -140,7 +166,7 @@ class ShardFolder:
         try:
             found = json.loads((self._state / f"part-{part:05d}.json").read_text(encoding="utf-8"))
             return int(found["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def shards(self) -> list[Path] | None:
@@ -177,13 +203,20 @@ class ShardFolder:
             (folder / "README.md").write_text(_card(self.settings, counts, len(shards)), encoding="utf-8")
 
     def counts(self) -> tuple[int, int]:
-        """Rows of a complete folder, and how many of them have an error."""
+        """Rows of a complete folder, and how many of them have an error.
+
+        Raises:
+            OutputError: if the index is damaged.
+        """
         import pyarrow.parquet as pq
 
-        rows = errors = 0
-        with pq.ParquetFile(self.folder / "index.parquet") as file:
-            for batch in file.iter_batches(columns=["error"]):
-                rows, errors = rows + batch.num_rows, errors + batch.num_rows - batch.column(0).null_count
+        rows, errors, path = 0, 0, self.folder / "index.parquet"
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=["error"]):
+                    rows, errors = rows + batch.num_rows, errors + batch.num_rows - batch.column(0).null_count
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} is damaged; remove it and start again.") from error
         return rows, errors
 
 

@@ -80,7 +80,7 @@ def _too_small(folder: Path) -> list[str]:
     Raises:
         InputError: if no folder has two.
     """
-    from ..training.images import find_images
+    from ..datasets.images import find_images
 
     counts = Counter(find_images(folder)[1])
     small = sorted(name for name, count in counts.items() if count < 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings, weights_digest
-from ..errors import InputError
+from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from .arguments import load_network, one_line
@@ -88,6 +88,8 @@ def run_dataset(args: argparse.Namespace) -> int:
         of_model = {"partners": args.partners, "refine": args.refine, "orientations": args.orientations}
         return BulkSettings(args.dataset, **values, **of_model, model=checkpoint_name(args.model), weights=weights)
 
+    if not args.output_dir:
+        raise OutputError("--output_dir needs the name of a folder.")
     settings("")  # before anything heavy is imported
     check_dataset(args.dataset)
     check_checkpoint(args.model)
@@ -121,6 +123,8 @@ def run_dataset(args: argparse.Namespace) -> int:
     print(one_line(f"{name}{report.written} images segmented{were}"))
     if report.complete is not None:
         rows, errors = report.complete
+        if rows == errors:
+            raise DataError(f"None of the {rows} images could be read: see the column error of {args.output_dir}.")
         wrong = f", {errors} of them with an error" if errors else ""
         print(one_line(f"{rows} rows{wrong}; see {os.path.join(args.output_dir, 'README.md')}"))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -56,3 +57,25 @@ def image_size(image: Any, where: str) -> tuple[int, int]:
         return image_files.image_size(source_of(image))
     except ImageError as error:
         raise DataError(f"{where}: {image_name(image)}: {error}") from error
+
+
+def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Paths and class names below a folder, sorted. The class is the name of the folder that an image lies in.
+
+    A folder in the layout `images/<class>/*` (with masks beside it) is read from `images`: masks are never training
+    input.
+
+    Raises:
+        DataError: if the folder is missing or holds no image.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{folder} is not a folder.")
+    if (root / "images").is_dir():
+        root = root / "images"
+    # A hidden folder holds what a system or a program left behind, such as thumbnails.
+    found = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    paths = sorted(filter(image_files.is_image_file, found))
+    if not paths:
+        raise DataError(f"{folder} holds no images.")
+    return paths, [path.parent.name for path in paths]

@@ -25,13 +25,15 @@ class Settings:
     def keep(self) -> None:
         """Writes what a visitor chooses into the address."""
         starts = json.dumps({name: place.value for name, place in self.places.items()})
+        sliders = {name: place for name, place in self.places.items() if isinstance(place, gr.Slider)}
+        ranges = json.dumps({name: [place.minimum, place.maximum] for name, place in sliders.items()})
         # One listener each, else gradio would send the value of the one that was changed last for all of them.
         gr.on(
             [place.input for place in self.inputs],
             None,
             self.inputs,
             None,
-            js=f"(...values) => window.macosnetAddress.keep({starts}, values)",
+            js=f"(...values) => window.macosnetAddress.keep({starts}, {ranges}, values)",
             **QUIET,
         )
 

@@ -18,35 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..datasets.images import find_images
 from ..errors import DataError, ImageError, InputError
-from ..io.image_files import is_image_file, load_image
+from ..io.image_files import load_image
 
 if TYPE_CHECKING:  # `macosnet adapt` looks for images before it asks for accelerate
     from accelerate import Accelerator
 
     from .settings import TrainingSettings
-
-
-def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Paths and class names below a folder, sorted. The class is the name of the folder that an image lies in.
-
-    A folder in the layout `images/<class>/*` (with masks beside it) is read from `images`: masks are never training
-    input.
-
-    Raises:
-        DataError: if the folder is missing or holds no image.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{folder} is not a folder.")
-    if (root / "images").is_dir():
-        root = root / "images"
-    # A hidden folder holds what a system or a program left behind, such as thumbnails.
-    found = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    paths = sorted(filter(is_image_file, found))
-    if not paths:
-        raise DataError(f"{folder} holds no images.")
-    return paths, [path.parent.name for path in paths]
 
 
 class TrainingData(Dataset):

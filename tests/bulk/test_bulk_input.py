@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra `train`)")
 
+import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
 
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
 from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
+from macosnet_hf.bulk.shards import ShardFolder  # noqa: E402
 from macosnet_hf.commands.main import main  # noqa: E402
 from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
 
@@ -103,7 +107,7 @@ def test_a_link_out_of_the_folder_is_a_row_with_an_error(images, network, tmp_pa
     (tmp_path / "animals" / "link.png").symlink_to(images / "dog" / "0.png")
     segment_dataset(settings_of(tmp_path / "animals", group_column=None), tmp_path / "out", **network)
     row = next(row for row in table(tmp_path / "out") if row["id"] == "link.png")
-    assert row["error"] == "The image is a link out of the data set; put the file in its place."
+    assert row["error"] == "The image's file lies outside of the data set, or is a link out of it."
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="uses limits of files")
@@ -167,3 +171,117 @@ def test_a_place_among_processes_that_is_no_number_is_named(images, name, monkey
 def test_a_rank_is_below_the_number_of_processes(images, network, tmp_path):
     with pytest.raises(InputError, match=r"less than processes \(2\); got 2"):
         segment_dataset(settings_of(images), tmp_path / "out", **network, rank=2, processes=2)
+
+
+@pytest.mark.parametrize("name", ["README.md", "index.parquet"])
+def test_files_of_others_are_not_replaced(images, network, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("notes")
+    with pytest.raises(OutputError, match=f"holds another {name} already; choose another folder"):
+        segment_dataset(settings_of(images), tmp_path / "out", **network)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == "notes"
+
+
+def test_an_output_folder_without_a_name_is_refused(images, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", "--dataset", str(images), "--output_dir", ""]) == 2
+    assert "--output_dir needs the name of a folder" in capsys.readouterr().err
+    with pytest.raises(OutputError, match="has no name"):
+        ShardFolder("", settings_of(images))
+    assert not any(tmp_path.iterdir())
+
+
+def test_of_two_runs_with_other_settings_in_one_new_folder_one_is_refused(images, tmp_path):
+    barrier = threading.Barrier(2)
+
+    def begin(folder, size):
+        settings = settings_of(images, block_size=size)
+        barrier.wait()
+        try:
+            ShardFolder(folder, settings)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(30):
+            passed = list(pool.map(begin, [tmp_path / str(number)] * 2, (10, 11)))
+            assert sum(not text for text in passed) == 1
+            assert "holds no shards yet, but is for other settings" in "".join(passed)
+            assert [path.name for path in (tmp_path / str(number) / ".bulk").iterdir()] == ["settings.json"]
+
+
+def test_every_image_of_a_folder_is_a_row_whatever_its_name(images, network, tmp_path, monkeypatch):
+    """Words that `datasets` takes for splits, suffixes that it does not know, a line break; and links to the folder."""
+    names = ["train 3.png", "test-3.png", "a\nb.png", "val/photo.png", "c.heic", "[x] *.png"]
+    for name in names:
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "cup" / "0.png", tmp_path / "all" / name)
+    (tmp_path / "link").symlink_to(tmp_path / "all")
+    monkeypatch.chdir(tmp_path / "all")
+    for number, data in enumerate((tmp_path / "all", tmp_path / "link", ".")):
+        segment_dataset(settings_of(data, group_column=None, block_size=8), tmp_path / str(number), **network)
+        rows = table(tmp_path / str(number))
+        assert sorted(row["id"] for row in rows) == sorted(names)
+        assert not [row["error"] for row in rows if row["error"]]
+
+
+def test_folders_that_are_all_named_after_splits_are_splits(images, network, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "cup").mkdir(parents=True)
+        shutil.copy(images / "cup" / "0.png", tmp_path / "data" / split / "cup" / f"{split}.png")
+    segment_dataset(settings_of(tmp_path / "data", split="test"), tmp_path / "out", **network)
+    assert [(row["id"], row["group"]) for row in table(tmp_path / "out")] == [("test/cup/test.png", "cup")]
+
+
+@pytest.mark.parametrize("path", ["nul\0l.png", "", 3, None])
+def test_a_row_with_a_path_that_is_none_is_a_row_with_an_error(images, network, tmp_path, path):
+    (tmp_path / "rows").mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64() if path == 3 else pa.string())])
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "good.png")
+    good = {"bytes": (images / "cup" / "0.png").read_bytes(), "path": None}
+    rows = pa.table({"image": pa.array([good, {"bytes": None, "path": path}], kind)})
+    pq.write_table(rows, tmp_path / "rows" / "rows.parquet")
+    segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+    assert [row["error"] is None for row in table(tmp_path / "out")] == [True, False]
+
+
+def test_a_table_names_the_files_beside_it(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "good.png")
+    (tmp_path / "rows" / "rows.csv").write_text("image,kind\ngood.png,cup\n../outside.png,cup\n")
+    segment_dataset(settings_of(tmp_path / "rows", group_column="kind"), tmp_path / "out", **network)
+    first, second = table(tmp_path / "out")
+    assert (first["id"], first["error"]) == ("good.png", None)
+    assert "outside of the data set" in second["error"]
+
+
+def test_a_data_set_of_which_no_image_can_be_read_is_an_error(tmp_path, model, capsys):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.csv").write_text("image\nmissing.png\n")
+    words = ["--dataset", str(tmp_path / "rows"), "--output_dir", str(tmp_path / "out"), "--model", str(model)]
+    assert main(["segment", *words, "--device", "cpu"]) == 2
+    assert "None of the 1 images could be read" in capsys.readouterr().err
+
+
+def test_an_archive_of_images_is_named(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    shutil.make_archive(str(tmp_path / "rows" / "all"), "zip", images)
+    with pytest.raises(DataError, match="is an archive of images; unpack it first"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+def test_ids_of_parts_differ(parquet, network, tmp_path):
+    columns = {"image_column": "photo", "group_column": "kind"}
+    segment_dataset(settings_of(parquet, parts=3, **columns), tmp_path / "out", **network)
+    ids = [row["id"] for row in table(tmp_path / "out")]
+    assert len(set(ids)) == len(ids) > 3
+
+
+def test_a_junk_index_is_named(whole, images, network, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "index.parquet").write_bytes(b"junk")
+    settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
+    with pytest.raises(OutputError, match=r"index\.parquet is damaged; remove it and start again\."):
+        segment_dataset(settings, tmp_path / "out", **network)

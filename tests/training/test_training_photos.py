@@ -4,8 +4,9 @@ import pytest
 import torch
 from archives import disc, mask, pf_willow, write_image
 
+from macosnet_hf.datasets.images import find_images
 from macosnet_hf.datasets.prepare import prepare
-from macosnet_hf.training.images import TrainingImages, find_images
+from macosnet_hf.training.images import TrainingImages
 
 
 def test_pairs_of_a_prepared_data_set_give_each_image_once(tmp_path):

@@ -15,12 +15,19 @@
     if (address.href !== location.href) history[how](history.state, "", address);
   }
   let timer = null;
+  const kept = {}; // what was written last of the settings of each tab
   window.macosnetAddress = {
     step: (name, value, first) => write({ [name]: value }, { [name]: first }, "pushState"),
     // Not at each step of a slider: browsers refuse more than some hundred in a while.
-    keep: (firsts, values) => {
+    // A number that was typed may lie outside of what its slider takes: `ranges` holds the least and the most.
+    keep: (firsts, ranges, values) => {
       clearTimeout(timer);
-      const named = Object.fromEntries(Object.keys(firsts).map((name, i) => [name, values[i]]));
+      const within = (value, [least, most]) => Math.min(Math.max(value, least), most);
+      const named = {};
+      Object.keys(firsts).forEach((name, i) => {
+        named[name] = ranges[name] ? within(values[i], ranges[name]) : values[i];
+      });
+      kept[Object.keys(firsts)] = [named, firsts];
       timer = setTimeout(write, 150, named, firsts, "replaceState");
     },
   };
@@ -36,6 +43,10 @@
     const tab = TABS.find((name) => event.target.closest?.(`#tab-${name}-button`));
     if (tab) window.macosnetAddress.step("tab", tab, TABS[0]);
   });
-  addEventListener("popstate", () => open(0));
+  addEventListener("popstate", () => {
+    open(0);
+    // The step before may be older than a setting, which stays as it is on the page.
+    for (const [named, firsts] of Object.values(kept)) write(named, firsts, "replaceState");
+  });
   if (asked()) open(200);
 }
