@@ -838,7 +838,7 @@ def test_the_address_holds_mode_and_settings_and_a_reload_keeps_them(page, brows
     show(page, "Masks")
     wait_until(page, lambda: query(page) == {"mode": "masks"})
     open_options(page)
-    set_threshold(page, "0.5", lambda: page.locator("#viewer .match, #viewer image.over").count() < 40)
+    set_threshold(page, "0.5", lambda: query(page) == {"mode": "masks", "threshold": "0.5"})
     page.get_by_label("soft").first.check()
     wait_until(page, lambda: query(page) == {"mode": "masks", "threshold": "0.5", "edges": "otsu"})
     page.reload()
@@ -854,6 +854,16 @@ def test_the_address_holds_mode_and_settings_and_a_reload_keeps_them(page, brows
     assert "threshold=nan and facing=sideways and model=huge, which there is not" in said
     assert numbers(other)[0] == 10
     close_page(other, address)
+
+
+def test_settings_stay_in_the_address_after_back_and_are_in_their_ranges(page, address):
+    show(page, "Masks")
+    wait_until(page, lambda: query(page) == {"mode": "masks"})
+    open_options(page)
+    set_threshold(page, "5", lambda: query(page) == {"mode": "masks", "threshold": "1"})
+    set_threshold(page, "0.5", lambda: query(page) == {"mode": "masks", "threshold": "0.5"})
+    page.go_back()
+    wait_until(page, lambda: query(page) == {"threshold": "0.5"})
 
 
 def test_back_and_forward_go_through_modes_and_tabs_by_keyboard_too(page):
