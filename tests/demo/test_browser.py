@@ -803,6 +803,20 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     wait_until(
         page, lambda: abs(page.locator("#viewer-after rect").bounding_box()["width"] / box["width"] - 0.6) < 0.02
     )
+    show(page, "Masks")
+    wait_until(page, lambda: page.locator("#viewer image.over").count() == 2)
+    page.evaluate("scrollTo(0, 0)")
+    page.get_by_role("button", name="Leave out").tap()
+    for target in page.locator(".viewer-hints button").all():
+        assert min(target.bounding_box()[side] for side in ("width", "height")) >= 44
+    photo, mark = page.locator("#viewer image.photo").first, page.locator("#viewer .hint")
+    photo.tap(position={"x": 100, "y": 100}, force=True)
+    wait_until(page, lambda: mark.count() == 1)
+    assert "belongs" not in mark.get_attribute("class")
+    page.locator(".viewer-words").get_by_text("Click on a mark to remove it").wait_for()
+    photo.tap(position={"x": 115, "y": 110}, force=True)  # a finger is not that precise
+    wait_until(page, lambda: mark.count() == 0)
+    page.locator(".viewer-words").get_by_text("Wrong object?").wait_for()
     show(page, "Matches")
     page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
@@ -925,7 +939,7 @@ def click_on_photo(page, side, x, y, **options):
 
 
 def test_a_click_says_which_object_is_meant(page, matcher, tmp_path):
-    """The same photo of a dog beside a cup: with a parrot beside a cup the masks are cups, and a click finds the dog."""
+    """A dog beside a cup, and a parrot beside a cup: the masks are cups, and a click on the dog changes both."""
     page.locator("#examples tbody tr").nth(3).click()
     wait_until(page, lambda: "parrot-and-cup" in (page.locator("#target img").get_attribute("src") or ""))
     page.locator("#viewer svg[aria-label*='parrot-and-cup']").wait_for(timeout=240_000)
