@@ -944,6 +944,7 @@ def test_a_click_says_which_object_is_meant(page, matcher, tmp_path):
     wait_until(page, lambda: "parrot-and-cup" in (page.locator("#target img").get_attribute("src") or ""))
     page.locator("#viewer svg[aria-label*='parrot-and-cup']").wait_for(timeout=240_000)
     before = matcher.pairs
+    assert not page.get_by_role("button", name="Leave out").is_visible()
     show(page, "Masks")
     over, hint = page.locator("#viewer image.over"), page.locator("#viewer .hint")
     layers = lambda: [each.get_attribute("href") for each in over.all()]  # noqa: E731
