@@ -1,7 +1,7 @@
 // The stage of a pair: both photos, and on them what the mode says. gr.HTML runs this file as the body of a function that
-// gets `element`, `props`, `server`, `trigger` and `watch`. The page holds both images and asks the server for where a point lies in
-// the other image, a grid of points, and the layers of a mode. Coordinates are pixels of the working copies. Python's
-// part is demo/viewer.py.
+// gets `element`, `props`, `server`, `trigger` and `watch`. The page holds both images and asks the server for where a
+// point lies in the other image, a grid of points, and the layers of a mode. Coordinates are pixels of the working
+// copies. Python's part is demo/viewer.py.
 const find = (name) => element.querySelector(name);
 const PIN_COLORS = ["#e11d48", "#2563eb", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d"];
 const MOST_POINTS = 60;
@@ -68,7 +68,7 @@ const clamp = (i, [x, y]) =>
 
 const hinted = () => HINTED.includes(mode);
 const still = () => mode in WORDS && !hinted(); // a click says nothing
-const marks = () => wished || images.hints; // of both photos [x, y, belongs], in shares of them
+const marks = () => wished || images?.hints || [[], []]; // of both photos [x, y, belongs], in shares of them
 
 function connect(parent, from, to, color, hit) {
   const ends = { x1: from[0], y1: from[1], x2: to[0], y2: to[1] };
