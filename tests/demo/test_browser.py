@@ -788,20 +788,6 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     corner = Image.open(io.BytesIO(page.screenshot())).convert("L").crop((0, 0, 8, 200))
     brightness = np.mean(np.asarray(corner))
     assert (brightness < 60) == (theme == "dark")
-    show(page, "Masks")
-    wait_until(page, lambda: page.locator("#viewer image.over").count() == 2)
-    page.evaluate("scrollTo(0, 0)")
-    page.get_by_role("button", name="Leave out").tap()
-    for target in page.locator(".viewer-hints button").all():
-        assert min(target.bounding_box()[side] for side in ("width", "height")) >= 44
-    photo, mark = page.locator("#viewer image.photo").first, page.locator("#viewer .hint")
-    photo.tap(position={"x": 100, "y": 100}, force=True)
-    wait_until(page, lambda: mark.count() == 1)
-    assert "belongs" not in mark.get_attribute("class")
-    page.locator(".viewer-words").get_by_text("Click on a mark to remove it").wait_for()
-    photo.tap(position={"x": 115, "y": 110}, force=True)  # a finger is not that precise
-    wait_until(page, lambda: mark.count() == 0)
-    page.locator(".viewer-words").get_by_text("Wrong object?").wait_for()
     show(page, "Warp")
     page.locator("#viewer image.over").wait_for()
     box = page.locator("#viewer image.over").bounding_box()
@@ -820,6 +806,9 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     show(page, "Matches")
     page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
     wait_until(page, lambda: page.locator("#viewer .pin").count() == 1)
+    show(page, "Masks")
+    for target in page.locator(".viewer-hints button").all():
+        assert min(target.bounding_box()[side] for side in ("width", "height")) >= 44
     close_page(page, address)
 
 
