@@ -289,6 +289,12 @@ def test_a_pair_follows_a_hint_and_so_do_its_matches(network, images):
     found = match_pair(source, target, **network, hints={"source": Hint(box=box)})
     assert not found.source_mask[:, source.width // 2 + 3 :].any()
     assert (found.keypoints[:, 0, 0] <= source.width // 2 + 3).all()
+    plain = match_pair(source, target, **network)
+    late = plain.with_hints({"source": Hint(box=box)})  # from the features that are there
+    np.testing.assert_array_equal(late.keypoints, found.keypoints)
+    np.testing.assert_array_equal(late.soft_masks, found.soft_masks)
+    assert (late.quality, late.agreement) == (found.quality, found.agreement)
+    np.testing.assert_array_equal(late.with_hints({}).soft_masks, plain.soft_masks)
     again = found.with_options(refine="none")
     assert not again.source_mask[:, source.width // 2 + 3 :].any()
     with pytest.raises(InputError, match="for source or target"):

@@ -18,6 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import limits
 from .components import OF_FILES, uploaded
+from .hinting import HINTS
 from .viewer import LAYERS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -34,6 +35,8 @@ _COMPONENT = re.compile(r"/+gradio_api/+component_server/*")
 
 Number = Annotated[FiniteFloat, Strict()]
 Point = tuple[Number, Number]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Mark = tuple[Share, Share, Annotated[bool, Strict()]]
 Name = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 
 
@@ -200,6 +203,11 @@ def _schema(component: Any) -> tuple[Any, str]:
         return list[Upload] | None, "files that were uploaded"
     if isinstance(component, gr.Image):
         return Upload | None, "a file that was uploaded"
+    if isinstance(component, gr.JSON) and component.elem_id == HINTS:
+        most = limits.MAX_HINTS
+        marks = Annotated[list[Mark], Field(max_length=most)]
+        words = f"two lists, one a photo, of at most {most} points [x, y, true or false], x and y from 0 to 1"
+        return tuple[marks, marks], words
     if isinstance(component, gr.JSON):
         most = limits.MAX_POINTS
         return Annotated[list[Point], Field(max_length=most)], f"a list of at most {most} pairs of numbers [x, y]"

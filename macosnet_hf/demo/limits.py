@@ -3,6 +3,7 @@
 MAX_FILE_MEGABYTES = 30
 MAX_WAITING = 100  # requests in the queue
 MAX_POINTS = 1000  # of one request
+MAX_HINTS = 20  # points of a photo that say which object is meant
 RESULT_SECONDS = 1800  # since a result was last used
 MAX_PAIRS, MAX_COLLECTIONS = 64, 8  # results in memory, some 8 and 30 MB each
 RESULTS_PER_VISITOR = 4

@@ -7,7 +7,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from .reading import PhotoReader
 from .zero_gpu import is_zero_gpu, on_gpu
 
 if TYPE_CHECKING:
+    from ..hints import Hint
     from ..inference.files import MatchedPair, SegmentedCollection
     from ..io.working_copy import WorkingCopy
 
@@ -48,6 +49,7 @@ class Matcher:
         self._turns = {kind: threading.Semaphore(count) for kind, count in limits.AT_ONCE.items()}
         self._trimmed = time.monotonic()
         self._match, self._segment = on_gpu(self._match_copies), on_gpu(self._segment_copies)
+        self._hint = on_gpu(_with_hints)
         if is_zero_gpu():  # which forks: another thread may hold the lock just then
             os.register_at_fork(after_in_child=lambda: setattr(self, "_lock", threading.Lock()))
 
@@ -89,6 +91,12 @@ class Matcher:
                 pair = self._match(model, _bare(copies), refine, orientations)
                 return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
+    def hinted(self, pair: MatchedPair, hints: Mapping[str, Hint]) -> MatchedPair:
+        """A pair with these hints instead of earlier ones."""
+        with self._working(None), self._turns["pair"]:
+            source, target = _bare(pair.copies)
+            return replace(self._hint(replace(pair, copies=(source, target)), hints), copies=pair.copies)
+
     def collection(
         self, paths: list[str], refine: str, progress: Any, model: str | None = None, orientations: str = "none"
     ) -> SegmentedCollection:
@@ -127,6 +135,10 @@ class Matcher:
             if now - self._trimmed > limits.TRIM_SECONDS:
                 self._trimmed = now
                 trim()
+
+
+def _with_hints(pair: MatchedPair, hints: Mapping[str, Hint]) -> MatchedPair:
+    return pair.with_hints(hints)
 
 
 def _bare(copies: Sequence[WorkingCopy]) -> list[WorkingCopy]:

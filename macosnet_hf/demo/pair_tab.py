@@ -13,6 +13,7 @@ from . import components, limits
 from .code import pair_code
 from .downloads import pair_archive
 from .examples import EXAMPLES, LABELS, MIRRORED
+from .hinting import follow_marks, marks
 from .sessions import Sessions
 from .settings import Settings
 from .texts import FACING, PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
@@ -121,6 +122,7 @@ class PairTab:
         inputs = [*self.uploads, self.key, *options, self.refine]
         refining: dict[str, Any] = {**self._of_runs(), "show_progress_on": self.verdict}
         self.refine.input(**components.on_uploads(self.refine_again, inputs), **refining)
+        follow_marks(self.drawing, inputs[:-1], self.sessions, self._show_if_chosen, **refining)
         # One listener for both, so that answers cannot overtake each other.
         gr.on(
             [slider.input for slider in options],
@@ -148,7 +150,7 @@ class PairTab:
             marked(result.quality, result.quality, pair_verdict(pair)),
             gr.HTML(
                 value=viewer_lines(result, threshold, count),
-                images=viewer_images(key, (result.source, result.target), names),
+                images=viewer_images(key, (result.source, result.target), names, marks(pair)),
             ),
             None,
             pair_code(pair, threshold, count),

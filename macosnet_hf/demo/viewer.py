@@ -6,7 +6,7 @@ import base64
 import importlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from types import ModuleType
@@ -28,6 +28,7 @@ from ..drawing import (
 from ..errors import MaCoSNetError
 from ..inference import DIRECTIONS
 from ..inference.cutouts import make_cutout
+from . import limits
 from .result_store import ResultStore
 
 if TYPE_CHECKING:
@@ -102,18 +103,21 @@ def answer(results: ResultStore[Any], question: Any, work: Callable[[Any], dict[
         return {"error": str(error)}
 
 
-def viewer_images(key: str, images: tuple[Image.Image, Image.Image], names: tuple[str, str]) -> str:
+def viewer_images(
+    key: str, images: tuple[Image.Image, Image.Image], names: tuple[str, str], hints: Sequence[Any] = ([], [])
+) -> str:
     """Both images as JSON with data addresses, so that nobody can fetch them from the server.
 
     Args:
         key: of the result in the store.
         images, names: source and target.
+        hints: as `hinting.marks` gives them.
     """
     sides = [
         {"src": data_address(image), "w": image.width, "h": image.height, "name": name}
         for image, name in zip(images, names, strict=True)
     ]
-    return json.dumps({"id": key, "sides": sides})
+    return json.dumps({"id": key, "sides": sides, "hints": hints, "mostHints": limits.MAX_HINTS})
 
 
 def viewer_lines(result: PairResult, threshold: float, max_matches: int) -> str:
@@ -153,8 +157,8 @@ def _masks(result: PairResult) -> list[Image.Image | None]:
 def _cutouts(result: PairResult) -> list[Image.Image | None]:
     """As the files that the visitor downloads have them, with soft edges."""
     return [
-        on_checkerboard(make_cutout(image, soft, mask))
-        for (image, mask), soft in zip(_copies(result), result.soft_masks, strict=True)
+        on_checkerboard(make_cutout(image, result.soft_masks[view], mask, hint=result.hints.get(view)))
+        for view, (image, mask) in enumerate(_copies(result))
     ]
 
 

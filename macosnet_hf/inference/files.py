@@ -105,6 +105,16 @@ class MatchedPair:
             return self
         return replace(self, result=self.result.with_options(refine=refine), refine=refine)
 
+    def with_hints(self, hints: Mapping[str, Hint | PlacedHint]) -> MatchedPair:
+        """The same pair with these hints, in pixels of the originals, instead of earlier ones.
+
+        Raises:
+            InputError: for a hint that cannot be used.
+        """
+        placed = place_pair_hints(hints, (self.copies[0].size, self.copies[1].size))
+        named = {VIEWS[view]: hint for view, hint in placed.items()}
+        return replace(self, result=self.result.with_hints(named, refine=self.refine))
+
     def above(self, threshold: float) -> MatchedPair:
         """The same pair without the matches whose score is not above the threshold."""
         chosen = self.result.scores > threshold

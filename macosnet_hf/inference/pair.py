@@ -165,6 +165,23 @@ class PairResult:
         _check_options(refine, threshold)
         return _result((self.source, self.target), self._found, refine, threshold)
 
+    def with_hints(
+        self, hints: Mapping[str, Hint | PlacedHint], *, refine: str = "grabcut", threshold: float = 0.0
+    ) -> PairResult:
+        """The same pair with these hints instead of earlier ones; neither image is encoded again as a whole.
+
+        Args:
+            hints, refine, threshold: as in [`match_pair`], which gives the same result.
+
+        Raises:
+            InputError: if an option cannot be used.
+        """
+        _check_options(refine, threshold)
+        images = (self.source, self.target)
+        placed = place_pair_hints(hints, (self.source.size, self.target.size))
+        found = _find(images, self._found.model, self._found.processor, self._found.outputs, placed)
+        return _result(images, found, refine, threshold)
+
     def transfer(
         self,
         points: Sequence[Sequence[float]] | np.ndarray,
@@ -361,7 +378,19 @@ def match_images(
     pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device), orientations=orientations)
+    return _result(images, _find(images, model, processor, outputs, placed), refine, threshold)
+
+
+def _find(
+    images: tuple[Image.Image, Image.Image],
+    model: MaCoSNetForKeypointMatching,
+    processor: MaCoSNetImageProcessor,
+    outputs: MaCoSNetKeypointMatchingOutput,
+    placed: Mapping[int, PlacedHint],
+) -> _Found:
+    """What the outputs for a pair, and hints by the number of the view, say."""
     points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
+    assert outputs.mask_logits is not None  # of a pair that was matched
     soft = outputs.mask_logits[0].float().sigmoid()
     hinted = HintedCells.of(outputs.features[0], soft, placed) if placed else None
     if hinted is not None:
@@ -371,7 +400,7 @@ def match_images(
     if _stand_alone(model, common):
         own = _salient_masks(images, model, processor)
         own[list(placed)] = soft[list(placed)]
-    found = _Found(
+    return _Found(
         model,
         processor,
         outputs,
@@ -382,7 +411,6 @@ def match_images(
         common=common,
         hinted=hinted,
     )
-    return _result(images, found, refine, threshold)
 
 
 def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str, threshold: float) -> PairResult:

@@ -806,10 +806,13 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     )
     show(page, "Matches")
     pins = page.locator("#viewer .pin")
-    while pins.count() == 0:  # on a busy machine a tap may last so long that the browser takes it for a long press
+    while pins.count() == 0:  # a browser takes some taps after a drag for its end
         page.locator("#viewer image").first.tap(position={"x": 100, "y": 100}, force=True)  # perhaps on a line
         with contextlib.suppress(playwright.TimeoutError):
             pins.first.wait_for(timeout=10_000)
+    show(page, "Masks")
+    for target in page.locator(".viewer-hints button").all():
+        assert min(target.bounding_box()[side] for side in ("width", "height")) >= 44
     close_page(page, address)
 
 
@@ -924,3 +927,102 @@ def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher)
     assert abs(share + other - 1) < 0.04
     page.get_by_role("button", name="Copy as Python").last.click()
     page.locator(".as-python .cm-content:visible").get_by_text("orientations='mirror'").first.wait_for()
+
+
+def click_on_photo(page, side, x, y, **options):
+    """Clicks on a photo of the stage at shares of it."""
+    box = page.locator("#viewer image.photo").nth(side).bounding_box()
+    page.mouse.move(5, 5)
+    keys = options.pop("keys", ())
+    for key in keys:
+        page.keyboard.down(key)
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    for key in keys:
+        page.keyboard.up(key)
+
+
+def test_a_click_says_which_object_is_meant(page, matcher, tmp_path):
+    """A dog beside a cup, and a parrot beside a cup: the masks are cups, and a click on the dog changes both."""
+    page.locator("#examples tbody tr").nth(3).click()
+    wait_until(page, lambda: "parrot-and-cup" in (page.locator("#target img").get_attribute("src") or ""))
+    page.locator("#viewer svg[aria-label*='parrot-and-cup']").wait_for(timeout=240_000)
+    before = matcher.pairs
+    assert not page.get_by_role("button", name="Leave out").is_visible()
+    show(page, "Masks")
+    over, hint = page.locator("#viewer image.over"), page.locator("#viewer .hint")
+    layers = lambda: [each.get_attribute("href") for each in over.all()]  # noqa: E731
+    wait_until(page, lambda: over.count() == 2)
+    first, verdict = layers(), page.locator("#verdict").inner_text()
+    assert "Wrong object? Click on the right one." in page.locator(".viewer-words").inner_text()
+
+    click_on_photo(page, 0, 0.3, 0.5)
+    assert page.locator("#viewer .hint.belongs[data-side='0']").count() == 1, "at once"
+    wait_until(page, lambda: all(new != old for new, old in zip(layers(), first, strict=True)))
+    assert page.locator("#verdict").inner_text() != verdict
+    one = layers()
+    page.get_by_role("button", name="Leave out").click()
+    click_on_photo(page, 1, 0.8, 0.7)
+    wait_until(page, lambda: all(new != old for new, old in zip(layers(), one, strict=True)))
+    assert hint.count() == 2
+    assert page.locator("#viewer .hint:not(.belongs)[data-side='1']").count() == 1
+
+    page.get_by_role("button", name="Copy as Python").first.click()
+    text = page.locator(".as-python .cm-content:visible")
+    wait_until(page, lambda: "exclude=[" in text.inner_text())
+    asked, plain = {}, macosnet_hf.match_pair(*EXAMPLES[3], refine="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("macosnet_hf.match_pair", lambda *files, **options: asked.update(options) or plain)
+        patch.setattr(Image.Image, "save", lambda self, name: None)
+        exec(text.inner_text().replace("\xa0", " "), {})
+    sizes = np.array([plain.source.size, plain.target.size])
+    found = [asked["hints"]["source"].include[0], asked["hints"]["target"].exclude[0]]
+    np.testing.assert_allclose(found, np.array([[0.3, 0.5], [0.8, 0.7]]) * sizes - 0.5, atol=1.5)
+    again = macosnet_hf.match_pair(*EXAMPLES[3], hints=asked["hints"])
+    _, document = download(page, "pair", tmp_path)
+    assert len(document["matches"]) == len(again.matches)
+    assert document["source"]["object_share"] == pytest.approx(again.source_mask.mean(), abs=1e-3)
+
+    click_on_photo(page, 1, 0.8, 0.7)  # on the mark
+    wait_until(page, lambda: layers() == one)
+    assert hint.count() == 1
+    page.get_by_role("button", name="+ Add").click()
+    click_on_photo(page, 0, 0.85, 0.6, keys=["Shift"])
+    click_on_photo(page, 0, 0.1, 0.1, keys=["Alt"])  # while the first is under way
+    wait_until(page, lambda: text.inner_text().count("), (") == 1)
+    assert page.locator("#viewer .hint:not(.belongs)").count() == 2
+    show(page, "Cutout")
+    assert hint.count() == 3
+    show(page, "Masks")
+    page.get_by_role("button", name="Clear marks").click()
+    wait_until(page, lambda: layers() == first)
+    assert hint.count() == 0
+    assert "hints" not in text.inner_text()
+    assert page.locator("#verdict").inner_text() == verdict
+    assert page.get_by_role("button", name="Clear marks").is_disabled()
+    assert matcher.pairs == before
+
+
+def test_marks_go_with_their_photo_and_where_they_cannot_be_used(page, address, matcher, tmp_path, monkeypatch):
+    show(page, "Cutout")
+    hint, over = page.locator("#viewer .hint"), page.locator("#viewer image.over")
+    wait_until(page, lambda: over.count() == 2)
+    page.locator("#viewer svg").focus()
+    for key in ("ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    assert hint.count() == 1
+    page.locator(".viewer-words").get_by_text("Click on a mark to remove it").wait_for()
+
+    def refused(*arguments):
+        raise macosnet_hf.InputError("This cannot be used.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(matcher, "hinted", refused)
+        click_on_photo(page, 1, 0.5, 0.5)
+        page.get_by_text("This cannot be used.").wait_for()
+        wait_until(page, lambda: hint.count() == 1)
+    assert page.locator("#viewer").is_visible()
+    clear(page, "target")
+    choose(page, "target", save_large(TOWER, (500, 400), tmp_path / "tower.jpg"))
+    page.locator("#match").click()
+    page.locator("#viewer svg[aria-label*='tower.jpg']").wait_for(timeout=240_000)
+    assert hint.count() == 0

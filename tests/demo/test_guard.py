@@ -13,6 +13,7 @@ from gradio.routes import App  # noqa: E402
 
 import app  # noqa: E402
 from macosnet_hf.demo.guard import _schema  # noqa: E402
+from macosnet_hf.demo.hinting import HINTS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,48 @@ def test_an_event_of_the_page_that_does_not_wait_is_answered(served, no_tracebac
     assert answer.status_code == 200, answer.text
     files = [each for each in answer.json()["data"] if isinstance(each, dict)]
     assert [file["orig_name"] for file in files] == ["dog.jpg", "dog-mirrored.jpg"]
+
+
+MARK = [0.5, 0.5, True]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        None,
+        "x",
+        [],
+        [[MARK]],
+        [[MARK], [MARK], []],
+        {"source": [MARK]},
+        [[MARK] * 21, []],
+        [[], [[0.5, 0.5]]],
+        [[], [[NAN, 0.5, True]]],
+        [[], [[0.5, -FAR, True]]],
+        [[], [[0.5, HUGE, True]]],
+        [[], [[0.5, 1.01, False]]],
+        [[], [[-0.01, 0.5, False]]],
+        [[], [["0.5", 0.5, True]]],
+        [[], [[True, 0.5, True]]],
+        [[], [[0.5, 0.5, 1]]],
+        [[], [[0.5, 0.5, None]]],
+        [[], [0.5]],
+    ],
+    ids=lambda marks: repr(marks)[:40],
+)
+def test_marks_that_are_none(served, no_traceback, marks):
+    demo, address, uploads = served
+    (fn,) = [fn for fn in demo.fns.values() if any(getattr(each, "elem_id", None) == HINTS for each in fn.inputs)]
+    body = {"data": [*uploads, None, 0, 40, marks], "fn_index": fn._id, "session_hash": "visitor"}
+    answer = post(address, "queue/join", body)
+    assert answer.status_code == 422, answer.text
+    verdict = answer.json()["detail"][-1]
+    assert verdict["is_valid"] is False
+    assert verdict["message"].startswith(
+        "Hints must be two lists, one a photo, of at most 20 points [x, y, true or false]"
+    )
+    usable = {**body, "data": [*uploads, None, 0, 40, [[[0, 1, False]] * 20, []]]}
+    assert post(address, "queue/join", usable).status_code == 200
 
 
 def test_every_input_of_the_page_has_a_schema(served):

@@ -21,6 +21,7 @@ from macosnet_hf.demo.code import collection_code, pair_code  # noqa: E402
 from macosnet_hf.demo.components import refinement_choice  # noqa: E402
 from macosnet_hf.demo.settings import Settings  # noqa: E402
 from macosnet_hf.demo.zero_gpu import on_gpu  # noqa: E402
+from macosnet_hf.hints import Hint  # noqa: E402
 from macosnet_hf.io.package import DEFAULT_CHECKPOINT, EMBEDDED  # noqa: E402
 
 
@@ -130,11 +131,15 @@ def test_in_a_zero_gpu_space_the_network_runs_elsewhere(zero_gpu, tmp_path):
     np.testing.assert_array_equal(pair.keypoints, plain.keypoints)
     assert pair.copies[0].read == matcher.reader.whole
     assert pair.warped_source().size == plain.target.size
+    hinted = matcher.hinted(pair, {"target": Hint(include=[(100, 100)])})
+    expected = macosnet_hf.match_pair(CHEETAH, LION, hints={"target": Hint(include=[(100, 100)])})
+    np.testing.assert_array_equal(hinted.result.source_mask, expected.source_mask)
+    assert hinted.copies == pair.copies
     said = []
     collection = matcher.collection([CHEETAH, LION], "none", lambda share, text: said.append(text))
     assert said[-1] == "Segmented"
     assert collection.copies[1].read == matcher.reader.whole
-    assert zero_gpu == ["_match_copies", "_segment_copies"]
+    assert zero_gpu == ["_match_copies", "_with_hints", "_segment_copies"]
     matcher.reader.close()
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
+from macosnet_hf.demo.code import pair_code
+from macosnet_hf.demo.hinting import hints_of, marks
 from macosnet_hf.demo.viewer import (
     LAYERS,
     grid_document,
@@ -17,6 +19,8 @@ from macosnet_hf.demo.viewer import (
     viewer_images,
     viewer_lines,
 )
+from macosnet_hf.hints import Hint
+from macosnet_hf.inference.files import match_files
 
 
 def test_lines_are_the_matches_above_the_threshold(pair):
@@ -49,6 +53,35 @@ def test_photos_are_part_of_the_page(pair):
     assert sent["id"] == "key"
     assert [(side["w"], side["h"], side["name"]) for side in sent["sides"]] == [(377, 600, "a"), (960, 720, "b")]
     assert all(side["src"].startswith("data:image/jpeg;base64,") for side in sent["sides"])
+
+
+def test_marks_are_points_of_the_originals_in_files_and_code(pair, network):
+    """Neither photo is square, and the second is processed as a smaller copy."""
+    sent = [[[0.5, 0.4, True], [0.0, 0.0, False]], [[1.0, 1.0, False]]]
+    hints = hints_of(sent, pair)
+    sizes = [copy.size for copy in pair.copies]
+    assert sizes[1] != pair.copies[1].image.size
+    assert hints == {
+        "source": Hint(include=[(round(sizes[0][0] / 2 - 0.5, 1), 239.5)], exclude=[(0.0, 0.0)]),
+        "target": Hint(include=[], exclude=[(sizes[1][0] - 1.0, sizes[1][1] - 1.0)]),
+    }
+    hinted = pair.with_hints(hints)
+    for shown, mine in zip(marks(hinted), sent, strict=True):
+        np.testing.assert_allclose(np.array(shown, float), np.array(mine, float), atol=0.002)
+    code = pair_code(hinted, 0.0, 40)
+    asked = {}
+    exec(code.splitlines()[1], asked)
+    given = eval("dict(" + code.splitlines()[3].split("(", 1)[1].split(", ", 2)[2], asked)["hints"]
+    again = match_files(*(copy.path for copy in pair.copies), **network, refine="none", hints=given)
+    for view in (0, 1):
+        np.testing.assert_array_equal(hinted.original_mask(view), again.original_mask(view))
+    np.testing.assert_array_equal(hinted.keypoints, again.keypoints)
+    assert (hinted.original_mask(0) != pair.original_mask(0)).any()
+    assert given == {"source": hints["source"], "target": Hint(exclude=hints["target"].exclude)}
+    assert hints_of(marks(hinted), pair) == hints
+    assert hints_of([[], []], pair) == {}
+    assert "hints" not in pair_code(hinted.with_hints({}), 0.0, 40)
+    np.testing.assert_array_equal(hinted.with_hints({}).result.source_mask, pair.result.source_mask)
 
 
 def test_grid_lies_on_the_object():

@@ -1,10 +1,11 @@
 // The stage of a pair: both photos, and on them what the mode says. gr.HTML runs this file as the body of a function that
-// gets `element`, `props`, `server` and `watch`. The page holds both images and asks the server for where a point lies in
-// the other image, a grid of points, and the layers of a mode. Coordinates are pixels of the working copies. Python's
-// part is demo/viewer.py.
+// gets `element`, `props`, `server`, `trigger` and `watch`. The page holds both images and asks the server for where a
+// point lies in the other image, a grid of points, and the layers of a mode. Coordinates are pixels of the working
+// copies. Python's part is demo/viewer.py.
 const find = (name) => element.querySelector(name);
 const PIN_COLORS = ["#e11d48", "#2563eb", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d"];
 const MOST_POINTS = 60;
+const HINTED = ["masks", "cutout"]; // modes in which a click says which object is meant
 const PLACES = ["source", "target"]; // element ids of the photos' upload places
 const NO_MATCHES = { lines: [], above: 0, all: 0, faint: false };
 const WORDS = {
@@ -14,7 +15,9 @@ const WORDS = {
   parts: "The same colour marks the same part in both photos.",
 };
 let images = null, matches = NO_MATCHES, points = [], waiting = 0, boxes = [], size = [0, 0], drawnWidth = 0;
-let mode = asked(), layers = {}, share = 0.5, heat = null, cursor = null;
+let mode = asked(), layers = {}, old = {}, share = 0.5, heat = null, cursor = null;
+// Marks that the result does not have yet, those of them that were sent, and whether a click sets one of what belongs.
+let wished = null, sent = null, belongs = true;
 
 // The mode that the address names.
 function asked() {
@@ -63,6 +66,10 @@ const place = (i, x, y) => [boxes[i].x + (x + 0.5) * boxes[i].k, boxes[i].y + (y
 const clamp = (i, [x, y]) =>
   [Math.min(Math.max(x, 0), images.sides[i].w - 1), Math.min(Math.max(y, 0), images.sides[i].h - 1)];
 
+const hinted = () => HINTED.includes(mode);
+const still = () => mode in WORDS && !hinted(); // a click says nothing
+const marks = () => wished || images?.hints || [[], []]; // of both photos [x, y, belongs], in shares of them
+
 function connect(parent, from, to, color, hit) {
   const ends = { x1: from[0], y1: from[1], x2: to[0], y2: to[1] };
   if (hit) node("line", { ...ends, class: "hit" }, parent);
@@ -104,7 +111,24 @@ function drawPoints(parent) {
   }
 }
 
+function drawMarks(parent) {
+  parent.replaceChildren();
+  marks().forEach((those, i) => {
+    for (const [u, v, belonging] of those) {
+      const { x, y, width, height } = frame(i), [cx, cy] = [x + u * width, y + v * height];
+      const group = node("g", { class: belonging ? "hint belongs" : "hint", "data-side": i }, parent);
+      node("circle", { cx, cy, r: 10 }, group);
+      node("path", { d: `M${cx - 5} ${cy}h10${belonging ? `M${cx} ${cy - 5}v10` : ""}` }, group);
+      node("title", {}, group).textContent = `${belonging ? "Belongs to the object" : "Left out"}; click to remove`;
+    }
+  });
+}
+
 function summary() {
+  if (hinted()) {
+    if (wished) return "Looking for it in both photos ...";
+    return `${WORDS[mode]} ${marks().flat().length ? "Click on a mark to remove it." : "Wrong object? Click on the right one."}`;
+  }
   if (mode in WORDS) return WORDS[mode];
   const pins = points.filter((point) => !point.dot).length;
   if (mode === "points") {
@@ -166,16 +190,16 @@ function draw() {
   arrange();
   const svg = node("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}`, role: "img" });
   const names = images.sides.map((side, i) => `photo ${"AB"[i]}, ${side.name}`).join(", and ");
-  svg.setAttribute("aria-label", `${mode}: ${names}. ${mode in WORDS ? "" : "Arrows move a cross, Enter sets a point."}`);
+  svg.setAttribute("aria-label", `${mode}: ${names}. ${still() ? "" : "Arrows move a cross, Enter sets a point."}`);
   const shown = boxes[0] ? [0, 1] : [1];
   for (const i of shown) node("rect", { ...frame(i), rx: 8 }, node("clipPath", { id: `viewer-round-${i}` }, svg));
   for (const i of shown) layer(svg, i, images.sides[i].src, "photo");
-  layers[mode]?.sides.forEach((src, i) => { if (src && boxes[i]) layer(svg, i, src, "over"); });
+  (layers[mode] || old[mode])?.sides.forEach((src, i) => { if (src && boxes[i]) layer(svg, i, src, "over"); });
   if (mode === "warp") drawSlide(svg);
   node("g", { class: "matches" }, svg);
   node("g", { class: "points" }, svg);
   svg.addEventListener("click", add);
-  if (!(mode in WORDS)) {
+  if (!still()) {
     svg.setAttribute("tabindex", 0);
     svg.setAttribute("role", "application");
     svg.addEventListener("keydown", key);
@@ -242,6 +266,8 @@ function redraw() {
   if (mode === "matches") drawMatches(svg.querySelector(".matches"));
   if (mode === "points") drawPoints(svg.querySelector(".points"));
   if (mode === "heat") drawHeat(svg);
+  if (hinted()) drawMarks(svg.querySelector(".points"));
+  find(".viewer-unhint").disabled = !marks().flat().length;
   drawCursor();
   svg.classList.toggle("faint", matches.faint);
   find(".viewer-clear").disabled = !points.length;
@@ -288,13 +314,42 @@ async function ask(work) {
 }
 
 function add(event) {
-  if (mode in WORDS) return;
+  if (still()) return;
   const edge = find("svg").getBoundingClientRect();
   const at = boxes.map((box) => [(event.clientX - edge.left - box.x) / box.k, (event.clientY - edge.top - box.y) / box.k]);
   const from = at.findIndex(([x, y], i) => x >= 0 && y >= 0 && x <= images.sides[i].w && y <= images.sides[i].h);
   if (from < 0) return;
-  addAt(from, clamp(from, at[from].map((value) => value - 0.5)));
+  const start = clamp(from, at[from].map((value) => value - 0.5));
+  if (hinted()) hint(event, from, start); else addAt(from, start);
 }
+
+// Sets a mark, or takes one away that is there. Fingers are wider than a pointer.
+function hint(event, i, [x, y]) {
+  const { w, h } = images.sides[i], reach = event.pointerType === "touch" ? 22 : 12;
+  const changed = marks().map((those) => [...those]), those = changed[i];
+  const hit = those.findLastIndex(([u, v]) => Math.hypot(u * w - x - 0.5, v * h - y - 0.5) * boxes[i].k <= reach);
+  if (hit < 0 && those.length >= images.mostHints) {
+    say("Enough marks on this photo; remove some to go on.", true);
+    return;
+  }
+  if (hit >= 0) those.splice(hit, 1);
+  else those.push([(x + 0.5) / w, (y + 0.5) / h, belongs && !event.altKey && !event.shiftKey]);
+  wish(changed);
+}
+
+// The event takes the marks from here when it is sent, and forgets them if it fails; see demo/hinting.py.
+function wish(changed) {
+  wished = changed;
+  redraw();
+  trigger("submit");
+}
+window.macosnetHints = {
+  send: () => {
+    sent = marks();
+    return sent;
+  },
+  undo: () => { wished = null; redraw(); },
+};
 
 async function addAt(from, start) {
   if (mode !== "heat" && points.filter((point) => !point.dot).length + waiting >= MOST_POINTS) {
@@ -313,10 +368,13 @@ async function addAt(from, start) {
 // By keyboard: arrows move a cross, over the border of a photo into the other one, and Enter clicks there.
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 function key(event) {
-  if (mode in WORDS || !(event.key in ARROWS || event.key === "Enter")) return;
+  if (still() || !(event.key in ARROWS || event.key === "Enter")) return;
   event.preventDefault();
   cursor ||= { from: 0, at: [images.sides[0].w / 2, images.sides[0].h / 2] };
-  if (event.key === "Enter") { addAt(cursor.from, cursor.at); return; }
+  if (event.key === "Enter") {
+    if (hinted()) hint(event, cursor.from, clamp(cursor.from, cursor.at)); else addAt(cursor.from, cursor.at);
+    return;
+  }
   const side = images.sides[cursor.from], step = Math.max(side.w, side.h) / 40, [right, down] = ARROWS[event.key];
   const moved = [cursor.at[0] + right * step, cursor.at[1] + down * step];
   const stacked = boxes[1].y > boxes[0].y + images.sides[0].h * boxes[0].k / 2;
@@ -330,7 +388,7 @@ function key(event) {
 function drawCursor() {
   const svg = find("svg");
   svg?.querySelector(".cursor")?.remove();
-  if (!svg || !cursor || mode in WORDS) return;
+  if (!svg || !cursor || still()) return;
   const [x, y] = place(cursor.from, ...cursor.at);
   const d = `M${x - 12} ${y}h24M${x} ${y - 12}v24`;
   const group = node("g", { class: "cursor" }, svg);
@@ -345,21 +403,31 @@ find(".viewer-grid").addEventListener("click", async () => {
   redraw();
 });
 find(".viewer-clear").addEventListener("click", () => { points = []; redraw(); });
+find(".viewer-hints").addEventListener("click", (event) => {
+  if (!event.target.dataset.belongs) return;
+  belongs = event.target.dataset.belongs === "true";
+  for (const each of find(".viewer-hints").querySelectorAll("[data-belongs]")) {
+    each.setAttribute("aria-pressed", each === event.target);
+  }
+});
+find(".viewer-unhint").addEventListener("click", () => { if (images) wish([[], []]); });
 find(".viewer-modes").addEventListener("click", (event) => {
   if (event.target.dataset.mode) choose(event.target.dataset.mode);
 });
 find(".viewer-slide").addEventListener("input", (event) => slideTo(event.target.value / 100));
 for (const kind of ["pointerdown", "pointermove"]) find(".viewer-stage").addEventListener(kind, drag);
 
-// Points stay where only the masks or the threshold changed.
+// Points, and layers until there are new ones, stay where only the masks or the threshold changed.
 function receive() {
   const sources = () => images?.sides.map((side) => side.src).join();
   const [before, id] = [sources(), images?.id];
   images = parse(props.images);
   matches = parse(props.value) || NO_MATCHES;
-  if (!images || sources() !== before) [points, heat, cursor] = [[], null, null];
+  const same = images && sources() === before;
+  if (!same) [points, heat, cursor] = [[], null, null];
   if (images && images.id === id && find("svg")) { redraw(); return; }
-  layers = {};
+  if (!same || wished === sent) wished = null; // otherwise there are newer marks, which are sent next
+  [layers, old] = [{}, same ? { ...old, ...layers } : {}];
   show(mode);
 }
 
