@@ -15,7 +15,7 @@
     if (address.href !== location.href) history[how](history.state, "", address);
   }
   let timer = null;
-  const kept = {}; // what was written last of the settings of each tab
+  const written = {}; // what was written last of the settings of each tab
   window.macosnetAddress = {
     step: (name, value, first) => write({ [name]: value }, { [name]: first }, "pushState"),
     // Not at each step of a slider: browsers refuse more than some hundred in a while.
@@ -27,7 +27,7 @@
       Object.keys(firsts).forEach((name, i) => {
         named[name] = ranges[name] ? within(values[i], ranges[name]) : values[i];
       });
-      kept[Object.keys(firsts)] = [named, firsts];
+      written[Object.keys(firsts)] = [named, firsts];
       timer = setTimeout(write, 150, named, firsts, "replaceState");
     },
   };
@@ -46,7 +46,7 @@
   addEventListener("popstate", () => {
     open(0);
     // The step before may be older than a setting, which stays as it is on the page.
-    for (const [named, firsts] of Object.values(kept)) write(named, firsts, "replaceState");
+    for (const [named, firsts] of Object.values(written)) write(named, firsts, "replaceState");
   });
   if (asked()) open(200);
 }
