@@ -35,8 +35,10 @@ def find_image_files(folder: str, split: str) -> list[ImageFile] | None:
         DataError: if there is no such split.
     """
     root = Path(folder)
-    if any(Path(name).suffix.lower() in _DATA_SUFFIXES for _, _, names in os.walk(root) for name in names):
-        return None
+    for _, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # what a system or a program left behind
+        if any(Path(name).suffix.lower() in _DATA_SUFFIXES and not name.startswith(".") for name in names):
+            return None
     visible = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     place = root
     if visible and {path.name for path in visible} <= _SPLITS and not any(map(is_image_file, root.iterdir())):

@@ -165,9 +165,9 @@ class RowSource:
         parts = self.settings.parts
         start, end = (len(files) * number // parts for number in (part, part + 1))
         for number, (path, label) in enumerate(files[start:end]):
-            named = self.settings.id_column is not None and label is not None
+            name = path if self.settings.id_column is None or label is None else label
             group = None if self.settings.group_column is None or label is None else as_text(label)
-            yield Row(number, as_text(label if named and label is not None else path), group, path)
+            yield Row(number, as_text(name), group, path)
 
     def _group(self, row: dict[str, Any]) -> str | None:
         if self.settings.group_column is None:

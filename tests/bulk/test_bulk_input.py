@@ -218,6 +218,8 @@ def test_every_image_of_a_folder_is_a_row_whatever_its_name(images, network, tmp
     for name in names:
         (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(images / "cup" / "0.png", tmp_path / "all" / name)
+    (tmp_path / "all" / ".cache").mkdir()
+    (tmp_path / "all" / ".cache" / "state.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "all")
     monkeypatch.chdir(tmp_path / "all")
     for number, data in enumerate((tmp_path / "all", tmp_path / "link", ".")):
