@@ -47,6 +47,55 @@ def plain_outputs(model: MaCoSNetModel, pixels: torch.Tensor) -> MaCoSNetModelOu
     )
 
 
+def step_seconds(
+    preset: str,
+    device: torch.device,
+    mixed_precision: str = "bf16",
+    batch_size: int = 2,
+    rounds: int = 5,
+    train_encoder: bool = False,
+) -> dict[str, float]:
+    """Median seconds of a step: `plain` and `ours`, whose precision is `mixed_precision`."""
+    torch.manual_seed(0)
+    first = MaCoSNetModel(MaCoSNetConfig.from_preset(preset, cascade="exact"))
+    weights = MaCoSNetLossWeights.from_benchmark("pf-pascal")
+    trained = (*(["encoder"] if train_encoder else []), "predictor", "decoder")
+    second = copy.deepcopy(first)
+    size = first.config.image_size
+    plain, ours = (
+        JointObjective(model, [0.5] * 3, [0.25] * 3, MaCoSNetObjective(weights), trained=trained).to(device).train()
+        for model in (first, second)
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, 3, 3, size, size)
+    whole = torch.tensor([1.0, 0, 0, 0, 1, 0], device=device).expand(batch_size, 3, 6).clone()
+    batch = {"images": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)}
+    batch["views"] = whole
+
+    def plain_step() -> None:
+        pixels, _ = plain.prepare_images(batch)
+        outputs = plain_outputs(plain.model, pixels)
+        plain.losses.module(outputs, plain.model.transforms(outputs), pixels)["total"].backward()
+
+    def our_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+            total = ours(batch, generator)["total"]
+        total.backward()
+
+    steps = {"plain": (plain, plain_step), "ours": (ours, our_step)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(rounds + 1):
+        for name, (objective, step) in steps.items():
+            objective.zero_grad()
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_number:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main() -> int:
     """Prints both speeds and their ratio; returns 1 where the ratio is below what is wanted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,44 +107,14 @@ def main() -> int:
     parser.add_argument("--train_encoder", action=argparse.BooleanOptionalAction, default=False)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    first = MaCoSNetModel(MaCoSNetConfig.from_preset(arguments.preset, cascade="exact"))
-    weights = MaCoSNetLossWeights.from_benchmark("pf-pascal")
-    trained = (*(["encoder"] if arguments.train_encoder else []), "predictor", "decoder")
-    second = copy.deepcopy(first)
-    size = first.config.image_size
-    plain, ours = (
-        JointObjective(model, [0.5] * 3, [0.25] * 3, MaCoSNetObjective(weights), trained=trained).to(device).train()
-        for model in (first, second)
+    medians = step_seconds(
+        arguments.preset,
+        device,
+        arguments.mixed_precision,
+        arguments.batch_size,
+        arguments.rounds,
+        arguments.train_encoder,
     )
-    generator = torch.Generator().manual_seed(0)
-    shape = (arguments.batch_size, 3, 3, size, size)
-    whole = torch.tensor([1.0, 0, 0, 0, 1, 0], device=device).expand(arguments.batch_size, 3, 6).clone()
-    batch = {"images": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)}
-    batch["views"] = whole
-
-    def plain_step() -> None:
-        pixels, _ = plain.prepare_images(batch)
-        outputs = plain_outputs(plain.model, pixels)
-        plain.losses.module(outputs, plain.model.transforms(outputs), pixels)["total"].backward()
-
-    def our_step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
-            total = ours(batch, generator)["total"]
-        total.backward()
-
-    steps = {"plain": (plain, plain_step), "ours": (ours, our_step)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(arguments.rounds + 1):
-        for name, (objective, step) in steps.items():
-            objective.zero_grad()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_number:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in medians.items():
         print(f"{name:6} {arguments.batch_size / value:8.3f} triplets/s  (median of {arguments.rounds}: {value:.3f} s)")
     ratio = medians["plain"] / medians["ours"]

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_macosnet import MaCoSNetConfig
 from .errors import InputError
+from .geometry import on_device
 from .matching import l2_normalize
 
 # A field that is never None in an output: `ModelOutput` wants None for a default all the same.
@@ -56,7 +57,7 @@ class MaCoSNetFeatures(ModelOutput):
     def select(self, index: Tensor | list[int] | slice) -> MaCoSNetFeatures:
         """The features of some of the images, in the given order."""
         if isinstance(index, list):
-            index = torch.tensor(index, device=self.last.device)
+            index = on_device(index, self.last.device)
         return MaCoSNetFeatures(
             last=self.last[index], normalized=self.normalized[index], skips=tuple(skip[index] for skip in self.skips)
         )

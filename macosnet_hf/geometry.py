@@ -47,6 +47,18 @@ def _as_float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def on_device(values: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers, an array or a tensor as a tensor on a device, without waiting for the device.
+
+    A plain copy from main memory to a GPU waits until the GPU has done all that it was asked to do before: a forward
+    pass that makes its constants that way stands still a dozen times.
+    """
+    there = isinstance(values, Tensor) and values.device.type != "cpu"
+    if there or device is None or torch.device(device).type != "cuda":
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    return torch.as_tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels and normalised coordinates
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +66,7 @@ def _as_float(tensor: Tensor) -> Tensor:
 
 def _extent(size: Tensor | Sequence[int], points: Tensor) -> Tensor:
     """`(height, width)` as `(W, H)`, broadcast against the points."""
-    size = torch.as_tensor(size, dtype=points.dtype, device=points.device)
+    size = on_device(size, points.device, points.dtype)
     if size.shape[-1] != 2:
         raise InputError(f"An image size must be (height, width); got a tensor of shape {tuple(size.shape)}.")
     extent = size.flip(-1)
@@ -157,7 +169,7 @@ def identity_affine(
     *batch_shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`(*batch_shape, 6)` identity affine parameters."""
-    identity = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], device=device, dtype=dtype)
+    identity = on_device([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], device, dtype)
     return identity.expand(*batch_shape, AFFINE_PARAMETERS).clone()
 
 
@@ -254,9 +266,7 @@ def tps_basis(points: Tensor, *, grid_size: int = TPS_GRID_SIZE, regularization:
     A TPS is linear in its control points: the mapped point is `basis @ moved_control_points`.
     """
     points = _as_float(points)
-    system = torch.tensor(
-        _constant_tps_system(grid_size, float(regularization)), device=points.device, dtype=points.dtype
-    )
+    system = on_device(_constant_tps_system(grid_size, float(regularization)), points.device, points.dtype)
     centres = control_points(grid_size, device=points.device, dtype=points.dtype)
     distance2 = (points.unsqueeze(-2) - centres).square().sum(-1)
     # The limit of r^2 log r^2 at 0 is 0, and so is its gradient; the floor keeps autograd from 0 * inf.
@@ -381,7 +391,7 @@ class Transform:
             InputError: for an unknown name or side.
         """
         turn = symmetry_matrix(symmetry) if isinstance(symmetry, str) else symmetry
-        turn = turn.to(self.device, self.dtype)
+        turn = on_device(turn, self.device, self.dtype)
         shape = torch.broadcast_shapes(self.shape, turn.shape[:-2])
         whole = self._each(lambda values: values.expand(*shape, values.shape[-1]))
         matrix = _affine_matrix(whole.affine)
@@ -483,9 +493,13 @@ def symmetry_matrix(name: str) -> Tensor:
     Raises:
         InputError: if there is none of that name.
     """
+    return torch.tensor(_symmetry(name), dtype=torch.float32)
+
+
+def _symmetry(name: str) -> tuple[tuple[int, int], tuple[int, int]]:
     if name not in SYMMETRIES:
         raise InputError(f"The symmetries of the square are {', '.join(SYMMETRIES)}; got {name!r}.")
-    return torch.tensor(SYMMETRIES[name], dtype=torch.float32)
+    return SYMMETRIES[name]
 
 
 def inverse_symmetry(name: str) -> str:
@@ -501,8 +515,8 @@ def is_mirror(name: str) -> bool:
 
 def compose_symmetries(outer: str, inner: str) -> str:
     """Name of the symmetry `outer(inner(p))` of two of [`SYMMETRIES`]."""
-    product = symmetry_matrix(outer) @ symmetry_matrix(inner)
-    return next(name for name in SYMMETRIES if torch.equal(symmetry_matrix(name), product))
+    product = (np.array(_symmetry(outer)) @ np.array(_symmetry(inner))).tolist()
+    return next(name for name, matrix in SYMMETRIES.items() if [list(row) for row in matrix] == product)
 
 
 def seen_through(maps: Tensor, symmetry: str) -> Tensor:
@@ -513,7 +527,7 @@ def seen_through(maps: Tensor, symmetry: str) -> Tensor:
     Raises:
         InputError: if there is no such symmetry.
     """
-    (a, b), (c, d) = symmetry_matrix(symmetry).int().tolist()
+    (a, b), (c, d) = _symmetry(symmetry)
     maps = maps.transpose(-1, -2) if b else maps
     # A row or column of R has one entry, and x runs along the last dimension.
     moved = [dim for dim, sign in ((-1, a + c), (-2, b + d)) if sign < 0]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .common_object import centre_prior
-from .geometry import resize_masks
+from .geometry import on_device, resize_masks
 from .hints import PlacedHint
 from .refinement import opencv, refine_mask
 
@@ -98,7 +98,7 @@ def similar_cells(features: Tensor, others: Tensor, least: float | None = None) 
             products.append(product)
         similarity = torch.cat(products, dim=1)
         best = similarity.topk(min(_SIMILAR_CELLS, similarity.shape[1]), dim=1)
-        starts = torch.tensor(partners, device=features.device) * count
+        starts = on_device(partners, features.device) * count
         indices.append(starts[best.indices // count] + best.indices % count)
         logits = best.values / _SIMILAR_TEMPERATURE
         if least is not None:

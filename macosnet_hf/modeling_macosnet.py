@@ -23,7 +23,7 @@ from .configuration_macosnet import MaCoSNetConfig
 from .directions import check_orientations
 from .encoder import FILLED, MaCoSNetEncoder, MaCoSNetFeatures
 from .errors import InputError
-from .geometry import TPS_PARAMETERS, Transform, check_sizes, dense_flow, identity_affine, identity_tps, warp
+from .geometry import TPS_PARAMETERS, Transform, check_sizes, dense_flow, identity_affine, identity_tps, on_device, warp
 from .matching import (
     cell_products,
     cell_similarity,
@@ -488,9 +488,7 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         device = features.last.device
         batch = features.last.shape[0] // num_views
         first_view = torch.arange(batch, device=device).unsqueeze(1) * num_views
-        source, target = (
-            (first_view + torch.tensor([pair[side] for pair in pairs], device=device)).flatten() for side in (0, 1)
-        )
+        source, target = ((first_view + on_device([pair[side] for pair in pairs], device)).flatten() for side in (0, 1))
         correlation = correlate(features.normalized[source], features.normalized[target])
         without_skips = features.without_skips()
         transform = self.predict_transforms(
@@ -525,9 +523,11 @@ class MaCoSNetModel(MaCoSNetPreTrainedModel):
         if image_sizes is None:
             raise InputError("output_flow needs image_sizes: the flow is in pixels of the original images.")
         views = 2 if output.affine.shape[1] == 2 else 3
-        image_sizes = check_sizes(image_sizes, len(output.affine), views).to(output.affine.device)
+        image_sizes = on_device(check_sizes(image_sizes, len(output.affine), views), output.affine.device)
         pairs, side = ordered_pairs(views), self.config.image_size
-        source_sizes, target_sizes = (image_sizes[:, [pair[end] for pair in pairs]] for end in (0, 1))
+        source_sizes, target_sizes = (
+            image_sizes[:, on_device([pair[end] for pair in pairs], image_sizes.device)] for end in (0, 1)
+        )
         return dense_flow(self.transforms(output), (side, side), source_sizes, target_sizes, side)
 
 

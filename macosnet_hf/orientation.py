@@ -27,6 +27,7 @@ from .geometry import (
     inverse_symmetry,
     is_mirror,
     make_grid,
+    on_device,
     sample_at,
     seen_through,
     symmetry_matrix,
@@ -93,7 +94,7 @@ def orient(model: MaCoSNetModel, pixel_values: Tensor, orientations: str) -> Ori
     features = model.get_image_features(images)
     rows = torch.arange(len(images), device=images.device).view(-1, batch)  # image number k of each pair
     hypotheses = list(itertools.product(range(len(of_source)), range(len(of_source), len(names))))
-    source, target = (rows[[pair[side] for pair in hypotheses]].flatten() for side in (0, 1))
+    source, target = (rows[on_device([pair[side] for pair in hypotheses], rows.device)].flatten() for side in (0, 1))
     scores = orientation_scores(model, features, source, target).view(-1, batch)
     best = [hypotheses[number] for number in choose(scores, mirrors(orientations)).tolist()]
     index = torch.stack([rows[number, pair] for pair, both in enumerate(best) for number in both])
@@ -109,7 +110,7 @@ def choose(scores: Tensor, mirrored: Sequence[bool]) -> Tensor:
         scores: `(K, B)`, see [`orientation_scores`].
         mirrored: which of the K hypotheses mirror the source.
     """
-    edge = torch.where(torch.tensor(mirrored, device=scores.device), 0.0, _MIRROR_MARGIN).unsqueeze(1)
+    edge = torch.where(on_device(mirrored, scores.device), 0.0, _MIRROR_MARGIN).unsqueeze(1)
     scores = scores.nan_to_num(nan=-1.0) + edge.to(scores)
     return torch.cat((scores[:1] + _TURN_MARGIN, scores[1:])).argmax(dim=0)
 
@@ -162,7 +163,7 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     assert whole.tps is not None  # as the output's have one
     output.affine, output.tps = whole.affine, whole.tps
     names = [compose_symmetries(first, inverse_symmetry(second)) for first, second in symmetries]
-    output.orientation = torch.tensor([list(SYMMETRIES).index(name) for name in names], device=whole.device)
+    output.orientation = on_device([list(SYMMETRIES).index(name) for name in names], whole.device)
     if all(name == "identity" for both in symmetries for name in both):
         return
     inverse = [[inverse_symmetry(name) for name in both] for both in symmetries]

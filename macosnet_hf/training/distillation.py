@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_macosnet import MaCoSNetConfig
-from ..geometry import Transform, make_grid, sample_at
+from ..geometry import Transform, make_grid, on_device, sample_at
 from ..matching import fit_mutually, match_locally
 from ..modeling_macosnet import MaCoSNetModelOutput, ordered_pairs
 from .pretraining import grid_loss
@@ -49,7 +49,7 @@ def local_matching_targets(
         order = ordered_pairs(views)
         features, transforms = outputs.features.float(), transforms.to(torch.float32)
         # T_ij sends points of j into i: the points are on the second view of the pair.
-        ends, starts = ([pair[side] for pair in order] for side in (0, 1))
+        ends, starts = (on_device([pair[side] for pair in order], features.device) for side in (0, 1))
         if config.mutual_fit:  # a pair stands beside its reverse
             transforms = fit_mutually(
                 torch.stack((features[:, ends[::2]], features[:, starts[::2]]), dim=2).flatten(0, 1),
@@ -58,7 +58,7 @@ def local_matching_targets(
             )
             transforms = transforms.unflatten(0, (batch, -1)).flatten(1, 2)
 
-        def matched(index: list[int], reverse: bool, given: Tensor) -> Tensor:
+        def matched(index: Tensor, reverse: bool, given: Tensor) -> Tensor:
             start, end = (ends, starts) if reverse else (starts, ends)
             return match_locally(
                 features[:, start].flatten(0, 1),
@@ -68,8 +68,8 @@ def local_matching_targets(
                 **config.local_matching_options,
             )
 
-        forth = list(range(pairs))
-        back = [p ^ 1 for p in forth]
+        forth = torch.arange(pairs, device=features.device)
+        back = forth ^ 1
         given = points.to(features).expand(batch * pairs, -1, -1)
         found = matched(forth, False, given)
         returned = matched(back, True, found)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..geometry import Transform, folded, warp
+from ..geometry import Transform, folded, on_device, warp
 from ..modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput, ordered_pairs
 from ..orientation import facing_sides
 from .distillation import local_matching_loss
@@ -98,8 +98,9 @@ class JointObjective(Objective):
         self.mirror_partners = mirror_partners
         self.has_statistics = statistics is not None
         feature_mean, feature_std = statistics if statistics is not None else (torch.zeros(0), torch.zeros(0))
-        self.register_buffer("feature_mean", feature_mean.clone())
-        self.register_buffer("feature_std", feature_std.clone())
+        # Without any they are no state: of two empty tensors safetensors keeps one, and no run could be resumed.
+        self.register_buffer("feature_mean", feature_mean.clone(), persistent=self.has_statistics)
+        self.register_buffer("feature_std", feature_std.clone(), persistent=self.has_statistics)
         self._check_reach()
 
     @property
@@ -153,7 +154,7 @@ class JointObjective(Objective):
         if self.prior_weight:
             if labels is None or outputs.mask_logits is None:
                 raise InputError("The prior has a weight, but the batch holds no pseudo-masks.")
-            view = [i for i, _ in ordered_pairs(pixels.shape[1])]
+            view = on_device([i for i, _ in ordered_pairs(pixels.shape[1])], labels.device)
             losses["prior"] = F.binary_cross_entropy_with_logits(outputs.mask_logits.float(), labels[:, view])
             losses["total"] = losses["total"] + self.prior_weight * losses["prior"]
         if self.local_weight:
@@ -193,8 +194,8 @@ class JointObjective(Objective):
         """Which images `(B, V)` of groups `(B, V, 3, H, W)` face another way than the first one of their group."""
         images = (self._side_by_side(each) for each in (pixels, pixels.flip(-1)))
         both = [self.model.get_image_features(each).last.unflatten(0, pixels.shape[:2]) for each in images]
-        views = torch.arange(pixels.shape[1], device=pixels.device)
-        others = torch.stack([views[views != view] for view in views])
+        views = range(pixels.shape[1])
+        others = on_device([[other for other in views if other != view] for view in views], pixels.device)
         sides = torch.stack([facing_sides(own, mirrored, others) for own, mirrored in zip(*both, strict=True)])
         return (sides * sides[:, :1] < 0).to(pixels.device)
 
@@ -269,8 +270,9 @@ def polarity(mask_logits: Tensor, features: Tensor) -> Tensor:
     """
     views = features.shape[1]
     side = features.shape[-1]
-    prior = border_contrast(features.float().flatten(0, 1)) * centre_weight(side, 0.6).to(features.device)
-    prior = prior.unflatten(0, features.shape[:2])[:, [i for i, _ in ordered_pairs(views)]]
+    prior = border_contrast(features.float().flatten(0, 1)) * on_device(centre_weight(side, 0.6), features.device)
+    view = on_device([i for i, _ in ordered_pairs(views)], features.device)
+    prior = prior.unflatten(0, features.shape[:2])[:, view]
     masks = F.interpolate(mask_logits.float().sigmoid(), size=features.shape[-2:], mode="area")
     return pearson(masks, prior)
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
-from ..geometry import Transform, inside, make_grid, warp
+from ..geometry import Transform, inside, make_grid, on_device, warp
 from ..modeling_macosnet import MaCoSNetKeypointMatchingOutput, MaCoSNetModelOutput, ordered_pairs
 from .encoder_weights import imagenet_state_dict
 
@@ -77,7 +77,7 @@ def _reverse(values: Tensor) -> Tensor:
 
 def _source_view(values: Tensor, views: int) -> Tensor:
     """`(B, V, ...)` of views to `(B, P, ...)` of ordered pairs (i, j): the entry of view i."""
-    return values[:, [i for i, _ in ordered_pairs(views)]]
+    return values[:, on_device([i for i, _ in ordered_pairs(views)], values.device)]
 
 
 def _over_directions(values: Tensor) -> Tensor:
@@ -197,11 +197,13 @@ def _round_trip_error(
     start = make_grid(grid_size, grid_size, device=transforms.device, dtype=transforms.dtype).reshape(1, -1, 2)
     points = start.expand(batch * len(paths), -1, -1)
     for step in zip(*paths, strict=True):
-        points = transforms[:, list(step)].flatten(0, 1).apply(points.clamp(-_FARTHEST, _FARTHEST))
+        points = (
+            transforms[:, on_device(step, transforms.device)].flatten(0, 1).apply(points.clamp(-_FARTHEST, _FARTHEST))
+        )
     difference = points - start
     if unit == "pixel":
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        difference = difference * difference.new_tensor([(width - 1) / 2, (height - 1) / 2])
+        difference = difference * on_device([(width - 1) / 2, (height - 1) / 2], difference.device, difference.dtype)
     # vector_norm has a zero subgradient at zero, so a perfect round trip trains nothing instead of giving NaN.
     error = difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
     return error.mean(dim=-1).unflatten(0, (batch, len(paths)))

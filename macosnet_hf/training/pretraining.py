@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from ..geometry import Transform, make_grid, warp
+from ..geometry import Transform, make_grid, on_device, warp
 from ..matching import correlate, l2_normalize
 from ..modeling_macosnet import MaCoSNetModel
 from .objectives import Objective
@@ -72,9 +72,9 @@ class SyntheticObjective(Objective):
         if not self.feature_noise:
             return l2_normalize(features)
         where = generator.device
-        level = torch.rand(len(features), 1, 1, 1, generator=generator, device=where).to(features.device)
+        level = on_device(torch.rand(len(features), 1, 1, 1, generator=generator, device=where), features.device)
         level = level * self.feature_noise
-        noise = torch.randn(features.shape, generator=generator, device=where).to(features.device)
+        noise = on_device(torch.randn(features.shape, generator=generator, device=where), features.device)
         return l2_normalize(features + level * noise * features.std(dim=(1, 2, 3), keepdim=True))
 
     def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

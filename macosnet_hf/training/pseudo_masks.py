@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..collection import Collection
 from ..errors import DataError
-from ..geometry import resize_masks
+from ..geometry import on_device, resize_masks
 from ..image_processing_macosnet import MaCoSNetImageProcessor
 from ..io.checkpoints import load_model_and_processor
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
@@ -53,11 +53,15 @@ def centre_weight(side: int, sigma: float) -> Tensor:
 
 def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
     """How little each cell resembles the border of its own image: `(N, C, h, w)` to `(N, h, w)` in [0, 1]."""
-    side = features.shape[-1]
+    height, width = features.shape[-2:]
     unit = F.normalize(features, dim=1)
-    border = torch.zeros(features.shape[-2], side, dtype=torch.bool)
-    border[0], border[-1], border[:, 0], border[:, -1] = True, True, True, True
-    similarity = torch.einsum("nchw,nck->nhwk", unit, unit[:, :, border])
+    border = [
+        row * width + column
+        for row in range(height)
+        for column in range(width)
+        if row in (0, height - 1) or column in (0, width - 1)
+    ]
+    similarity = torch.einsum("nchw,nck->nhwk", unit, unit.flatten(2)[:, :, on_device(border, unit.device)])
     return stretch(1 - similarity.topk(neighbours, dim=-1).values.mean(-1))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Transform, compose_affine, identity_tps, warp
+from ..geometry import Transform, compose_affine, identity_tps, on_device, warp
 
 
 @dataclass
@@ -36,7 +36,7 @@ class WarpRange:
 
 def _uniform(generator: torch.Generator, *shape: int, device: torch.device) -> Tensor:
     """Uniform numbers in [-1, 1)."""
-    return (torch.rand(*shape, generator=generator, device=generator.device) * 2 - 1).to(device)
+    return on_device(torch.rand(*shape, generator=generator, device=generator.device) * 2 - 1, device)
 
 
 def random_affine(batch: int, limits: WarpRange, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -88,7 +88,7 @@ def photometric(images: Tensor, generator: torch.Generator) -> Tensor:
     images = images * (draw[:, 5:8].squeeze(2) * 0.15).exp()
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
     images = torch.where(draw[:, 8] > 0.6, blurred, images)
-    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(device)
+    noise = on_device(torch.randn(images.shape, generator=generator, device=generator.device), device)
     return (images + noise * 0.03 * (draw[:, 9] + 1) / 2).clamp(0, 1)
 
 
@@ -145,9 +145,8 @@ def make_pairs(
     other = warp(images.roll(1, dims=0), Transform(other_view).grid((size, size)), padding_mode="reflection")
     ellipse = soft_ellipse(batch, size, generator, device)
     inside = warp(ellipse, transform.grid((size, size)))
-    swap = (
-        torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(device) < background_swap
-    ).float()
+    chances = on_device(torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device), device)
+    swap = (chances < background_swap).float()
     inside = 1 - swap * (1 - inside)
     target = inside * target + (1 - inside) * other
 
@@ -186,7 +185,7 @@ def paste_on_others(
     count, device, size = len(images), images.device, tuple(images.shape[-2:])
     groups = count // group_size
     draw = _uniform(generator, count, 4, device=device)
-    chosen = torch.rand(groups, generator=generator, device=generator.device).to(device) < share
+    chosen = on_device(torch.rand(groups, generator=generator, device=generator.device), device) < share
     chosen = chosen.repeat_interleave(group_size)
     if groups <= group_size or share <= 0:
         return images, masks
