@@ -11,12 +11,17 @@ With `--device cpu` the CPU is compared with itself: with float64, or with anoth
 a network that runs in milliseconds.
 """
 
+# ruff: noqa: E402 (the clock and the environment come before torch)
+
 import argparse
 import collections
 import os
 import platform
 import sys
+import time
 from pathlib import Path
+
+START = time.monotonic()  # importing takes a part of the time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,7 +53,7 @@ CHECKS = (
     Check("speed", running.speed, "time of a pair", "none"),
     Check("resume", learning.resume, "a resumed run of the first stage ends equal", "bit-equal"),
     Check("resume_joint", learning.resume_joint, "a resumed run of the joint stage", "as two equal runs"),
-    Check("device_map", running.device_map, "`from_pretrained` with `device_map`", "bit-equal"),
+    Check("device_map", running.device_map, "`from_pretrained` with `device_map`", "transforms 0.00001"),
     Check("channels_last", running.channels_last, "the other memory layout", IN_FLOAT32),
     Check("two_processes", running.two_processes, "a step on two devices", "equal weights", 90),
     Check("compile", running.compiled, "`torch.compile` of encoder and heads", IN_FLOAT32, 75),
@@ -82,6 +87,7 @@ def main() -> int:
         for check in CHECKS:
             print(f"{check.name:20} {check.about} ({check.tolerance})")
         return 0
+    transformers.utils.logging.disable_progress_bar()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("There is no CUDA device here; use --device cpu.")
     if arguments.worker is not None:
@@ -90,7 +96,7 @@ def main() -> int:
     device = torch.device("cuda:0" if arguments.device == "cuda" else "cpu")
     chosen = [check for check in CHECKS if arguments.only is None or check.name in arguments.only]
     report = Report(environment(device, arguments.small), arguments.output)
-    run_checks(chosen, Bench(device, arguments.small), report, 60 * arguments.minutes)
+    run_checks(chosen, Bench(device, arguments.small), report, 60 * arguments.minutes, START)
     counts = collections.Counter(result.status for result in report.results)
     print(", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped")) + ".")
     return int(report.failed)

@@ -391,6 +391,7 @@ class Collection:
         similarity = object_similarity(last, own)
         if common is None:
             common = similarity.gather(1, chosen).mean(dim=1) >= COMMON_SIMILARITY
+        common = common.to(last.device)
         similarity.fill_diagonal_(-2)
         agreement = similarity.topk(min(_AGREEMENT_PARTNERS, len(self) - 1), dim=1).values.mean(dim=1)
         listens = self.model.config.decoder_inputs == "common"

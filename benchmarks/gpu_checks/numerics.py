@@ -126,25 +126,32 @@ def half_precision(bench: Bench, figures: Figures) -> None:
 
 
 def pair_of_files(bench: Bench, figures: Figures) -> None:
-    """`match_pair` from files to refined masks, points and verdict."""
-    names = [str(EXAMPLES / name) for name in ("dog.jpg", "company/dog-mirrored.jpg")]
-    places = ("cpu", bench.device)
-    hints = {"source": Hint(include=[(bench.images[2].width / 2, bench.images[2].height / 2)])}
+    """`match_pair` from files to refined masks, points and verdict: a dog and its mirror image, with a hint; then a cat
+    and a cup, which have no object in common."""
+    dogs, strangers = ("dog.jpg", "company/dog-mirrored.jpg"), ("cat.jpg", "cup.jpg")
+    middle = (bench.images[2].width / 2, bench.images[2].height / 2)
+    options = {"orientations": "mirror", "hints": {"source": Hint(include=[middle])}}
+    _compare_pair(bench, figures, "", dogs, options)
+    _compare_pair(bench, figures, "strangers: ", strangers, {})
+
+
+def _compare_pair(bench: Bench, figures: Figures, prefix: str, names: tuple[str, str], options: dict[str, Any]) -> None:
+    files = [str(EXAMPLES / name) for name in names]
     with exact_float32():
         wanted, found = (
-            match_pair(
-                *names, model=bench.network(place), processor=bench.processor, orientations="mirror", hints=hints
-            )
-            for place in places
+            match_pair(*files, model=bench.network(place), processor=bench.processor, **options)
+            for place in ("cpu", bench.device)
         )
-        points = [(bench.images[2].width * 0.4, bench.images[2].height * 0.5)]
+        points = [(wanted.source.width * 0.4, wanted.source.height * 0.5)]
         moved = [each.transfer(points) for each in (wanted, found)]
     same = np.mean(found.source_mask == wanted.source_mask)
-    figures.at_least("equal mask pixels", float(same), 0.995)
-    figures.at_most("soft masks", float(np.abs(found.soft_masks - wanted.soft_masks).mean()), 0.005)
-    figures.at_most("point", float(np.abs(moved[1] - moved[0]).max()), 1.0, " px")
-    figures.at_most("agreement", abs(found.agreement - wanted.agreement), 0.01)
-    figures.at_most("other verdicts", int(found.quality != wanted.quality), 0)
+    figures.at_least(f"{prefix}equal mask pixels", float(same), 0.995)
+    figures.at_most(f"{prefix}soft masks", float(np.abs(found.soft_masks - wanted.soft_masks).mean()), 0.005)
+    figures.at_most(f"{prefix}point", float(np.abs(moved[1] - moved[0]).max()), 1.0, " px")
+    figures.at_most(f"{prefix}agreement", abs(found.agreement - wanted.agreement), 0.01)
+    figures.at_most(f"{prefix}other verdicts", int(found.quality != wanted.quality), 0)
+    figures.at_most(f"{prefix}otherwise in common", int(found.common != wanted.common), 0)
+    figures.add(f"{prefix}in common", "yes" if wanted.common else "no")
 
 
 def collection(bench: Bench, figures: Figures) -> None:

@@ -55,7 +55,7 @@ class Check:
         run: measures; raises [`Skipped`] where it cannot.
         about: what it compares, in a line.
         tolerance: the limits, in words.
-        seconds: after which it is stopped.
+        seconds: after which it is stopped on a GPU; on a CPU it has six times as long.
     """
 
     name: str
@@ -121,15 +121,15 @@ class Report:
         return any(result.status == "failed" for result in self.results)
 
 
-def run_checks(checks: Sequence[Check], bench: Any, report: Report, seconds: float) -> None:
-    """Makes the checks in their order; those that have not begun after `seconds` are skipped.
+def run_checks(checks: Sequence[Check], bench: Any, report: Report, seconds: float, start: float) -> None:
+    """Makes the checks in their order; those that have not begun `seconds` after `start` are skipped.
 
     A check that hangs is stopped by an alarm. Where that has no effect, as inside of a driver, the program writes what
     it has and ends itself.
     """
-    start = time.monotonic()
     current = [""]
-    watchdog = threading.Timer(seconds + GRACE, _give_up, (report, checks, current))
+    until_end = seconds + GRACE - (time.monotonic() - start)
+    watchdog = threading.Timer(until_end, _give_up, (report, checks, current))
     watchdog.daemon = True
     watchdog.start()
     for check in checks:
@@ -139,7 +139,8 @@ def run_checks(checks: Sequence[Check], bench: Any, report: Report, seconds: flo
             continue
         current[0] = check.name
         bench.seconds_left = left
-        report.add(_run_one(check, bench, min(check.seconds, left + GRACE / 2)))
+        limit = check.seconds if bench.cuda else 6 * check.seconds
+        report.add(_run_one(check, bench, min(limit, left + GRACE / 2)))
     watchdog.cancel()
 
 
