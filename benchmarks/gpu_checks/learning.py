@@ -215,6 +215,8 @@ def resume_joint(bench: Bench, figures: Figures) -> None:
 
 
 def work(bench: Bench, folder: Path) -> None:
-    """One process of [`two_processes`](running.py): trains, and leaves its weights."""
+    """One process of [`two_processes`](running.py): trains, and leaves its weights. Each process has batch-norm
+    statistics of its own batches; the first one's are saved."""
     weights = trained(bench, folder, joint=True)
-    torch.save(weights, folder / f"weights-{os.environ['RANK']}.pt")
+    shared = {name: value for name, value in weights.items() if not name.endswith(("running_mean", "running_var"))}
+    torch.save(shared, folder / f"weights-{os.environ['RANK']}.pt")
