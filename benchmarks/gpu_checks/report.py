@@ -168,12 +168,13 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # such as that of a test's own limit
 
 
 def _give_up(report: Report, checks: Sequence[Check], current: Sequence[str]) -> None:

@@ -220,6 +220,15 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory():
 # ---- what is watched -------------------------------------------------------------------------------------------------
 
 
+def test_feature_statistics_are_state_only_where_there_are_any():
+    # Of two empty tensors safetensors keeps one: a checkpoint with both would not load.
+    without = objective_of()
+    assert not {"feature_mean", "feature_std"} & without.state_dict().keys()
+    given = objective_of(statistics=(torch.rand(16), torch.rand(16)))
+    assert {"feature_mean", "feature_std"} <= given.state_dict().keys()
+    assert torch.equal(given.state_dict()["feature_std"], given.feature_statistics()[1])
+
+
 def test_pearson_against_numpy():
     first, second = torch.rand(2, 4, 5, generator=seeded()), torch.rand(2, 4, 5, generator=seeded(1))
     expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(first.numpy(), second.numpy(), strict=True)]
