@@ -29,6 +29,9 @@ from .report import Figures, Skipped
 
 _GROUPS = 4  # of three images: as few as objects can be pasted among
 _STEPS, _SAVED = 6, 3
+# Relative errors of gradients. Two memory layouts of a CPU differ by 0.00006, and by 0.013 where the gradient of the
+# exact cascade goes through warped pixels, which changes by jumps.
+GRADIENT_LIMITS = {"features": 0.01, "exact": 0.06}
 PARTS = ("encoder", "affine_head", "tps_head", "decoder")
 
 
@@ -90,7 +93,7 @@ def gradients(bench: Bench, figures: Figures, cascade: str) -> None:
             error += float((other.grad.double().cpu() - own.grad.double()).square().sum())
             length += float(own.grad.double().square().sum())
         figures.at_least(f"gradient of {part}, length", length**0.5, 1e-9)
-        figures.at_most(f"gradient of {part}", (error / max(length, 1e-30)) ** 0.5, 0.02)
+        figures.at_most(f"gradient of {part}", (error / max(length, 1e-30)) ** 0.5, GRADIENT_LIMITS[cascade])
 
 
 def gradients_fast(bench: Bench, figures: Figures) -> None:
