@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import pretrain_synthetic
-import torch
 
 from macosnet_hf.training.checkpoints import write_model
 from macosnet_hf.training.images import TrainingImages
@@ -56,7 +55,6 @@ def main() -> int:
     elif args.command == "join":
         write_model(args.output_dir, *join_results(args.results, args.preset))
     else:
-        torch.backends.cudnn.benchmark = True
         with tempfile.TemporaryDirectory() as scratch:
             found = unpack(args.packed, args.preset, scratch)
             words = [word for name, value in found.items() for word in (f"--{name}", value)]

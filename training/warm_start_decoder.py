@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from macosnet_hf.errors import InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, composable_classes
 from macosnet_hf.training.decoder_start import DecoderObjective, MaskedPairs, class_pairs, with_fresh_decoder
 from macosnet_hf.training.images import open_images
 from macosnet_hf.training.launch import make_accelerator, run_script, save_model
-from macosnet_hf.training.loop import check_enough, train
+from macosnet_hf.training.loop import ParameterGroup, check_enough, parameter_groups, train
 from macosnet_hf.training.pseudo_masks import masks_of_run
 from macosnet_hf.training.reports import Reports
 from macosnet_hf.training.settings import DecoderSettings, parse_settings
@@ -47,17 +48,28 @@ def main(words: Sequence[str] | None = None) -> int:
     masks = masks_of_run(accelerator, settings, images, model, processor)
     masks = masks.to(device)
     mean, std = processor.image_mean, processor.image_std
+    groups: list[ParameterGroup] = []
     dataset: CompositeGroups | MaskedPairs
     objective: CommonObjective | DecoderObjective
     if common:
         dataset = CompositeGroups(images, masks, group_size=settings.group_size, seed=settings.seed)
         objective = CommonObjective(
-            model.macosnet, mean, std, composite_share=settings.composite_share, draw_on_device=settings.on_device
+            model.macosnet,
+            mean,
+            std,
+            composite_share=settings.composite_share,
+            draw_on_device=settings.on_device,
+            trained=("decoder", "encoder") if settings.train_encoder else ("decoder",),
+            feature_weight=settings.feature_weight,
         )
+        rates = {"decoder": settings.learning_rate, "encoder": settings.encoder_learning_rate}
+        groups = parameter_groups(objective, rates)
     else:
+        if settings.train_encoder:
+            raise InputError("--train_encoder goes with a decoder of the kind common.")
         dataset = MaskedPairs(images, masks, pairs)
         objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
-    trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate))
+    trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate), groups=groups)
     model.macosnet.load_state_dict(trained.get_submodule("model").state_dict())
     save_model(accelerator, settings, model, processor)
     return 0

@@ -7,6 +7,7 @@ image does not belong, and some have nothing in common; the answer to those is a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ from ..errors import DataError, InputError
 from ..geometry import Transform, identity_affine, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
 from .images import TrainingData, TrainingImages
-from .objectives import Objective
+from .objectives import Apart, Objective
 from .synthetic import photometric, random_view
 
 _UNRELATED_SHARE = 0.15  # of the groups
@@ -124,7 +125,12 @@ class CommonObjective(Objective):
         second_round_share: of the groups whose partners' objects are where the model's own masks say, as in the second
             round of a model with `decoder_rounds=2`; for the others they are assumed in the middle.
         draw_on_device: as in [`~.pretraining.SyntheticObjective`].
+        trained: `"decoder"`, and `"encoder"` where it learns too.
+        feature_weight: of the distance, one minus the cosine, between the features of a position and those of the
+            encoder as it was at the start, which matching was learnt with. Of use where the encoder learns.
     """
+
+    first_encoder: Apart
 
     def __init__(
         self,
@@ -135,12 +141,17 @@ class CommonObjective(Objective):
         composite_share: float = 0.45,
         second_round_share: float = 0.5,
         draw_on_device: bool = False,
+        trained: Sequence[str] = ("decoder",),
+        feature_weight: float = 0.0,
     ):
-        super().__init__(model, mean, std, ("decoder",))
+        super().__init__(model, mean, std, trained)
         if model.config.decoder_inputs != "common":
             raise InputError("Composites teach a decoder with decoder_inputs='common'; this model has 'paper'.")
         self.composite_share, self.second_round_share = composite_share, second_round_share
         self.draw_on_device = draw_on_device
+        self.feature_weight = feature_weight if "encoder" in trained else 0.0
+        encoder = copy.deepcopy(model.encoder).eval().requires_grad_(False) if self.feature_weight else None
+        self.first_encoder = Apart(encoder)
 
     def forward(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Items of [`CompositeGroups`], batched, to the loss and the share of the object."""
@@ -149,8 +160,11 @@ class CommonObjective(Objective):
             generator = torch.Generator(batch[0].device).manual_seed(generator.initial_seed())
         with torch.no_grad():
             images, labels = self.make_images(batch, generator)
-            features = self.model.encoder(self.normalize(images).to(memory_format=torch.channels_last))
             partners, present = self._choose_partners(batch[2].to(images.device), generator)
+            pixels = self.normalize(images).to(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.trained):
+            features = self.model.encoder(pixels)
+        with torch.no_grad():
             own_weights, partner_weights = self._weights(features, partners, present, groups, generator)
         logits = self.model.predict_common_masks(
             features, partners, own_weights=own_weights, partner_weights=partner_weights, present=present
@@ -158,7 +172,17 @@ class CommonObjective(Objective):
         # At half resolution: the pseudo-masks are no sharper than that.
         labels, logits = (F.avg_pool2d(maps.unsqueeze(1), 2).squeeze(1) for maps in (labels, logits))
         loss = F.binary_cross_entropy_with_logits(logits, labels) + _DICE_WEIGHT * dice_loss(logits, labels)
-        return {"total": loss, "area": logits.detach().sigmoid().mean()}
+        losses = {"total": loss, "area": logits.detach().sigmoid().mean()}
+        if self.feature_weight:
+            losses["moved"] = self._moved(features, pixels)
+            losses["total"] = loss + self.feature_weight * losses["moved"]
+        return losses
+
+    def _moved(self, features: MaCoSNetFeatures, pixels: Tensor) -> Tensor:
+        """How far the features have moved from those of the first encoder: the mean of one minus the cosine."""
+        with torch.no_grad():
+            before = self.first_encoder.on(pixels.device)(pixels).normalized.float()
+        return 1 - (features.normalized.float() * before).sum(dim=1).mean()
 
     def make_images(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`(B n, 3, S, S)` images in [0, 1], some of them composites, and the masks `(B n, S, S)` to be found."""

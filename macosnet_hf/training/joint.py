@@ -23,7 +23,7 @@ from ..modeling_macosnet import MaCoSNetModel, MaCoSNetModelOutput, ordered_pair
 from ..orientation import facing_sides
 from .distillation import local_matching_loss
 from .losses import MaCoSNetObjective
-from .objectives import Objective
+from .objectives import Apart, Objective
 from .pretraining import SyntheticObjective
 from .pseudo_masks import border_contrast, centre_weight
 from .synthetic import paste_on_others, photometric
@@ -90,8 +90,8 @@ class JointObjective(Objective):
         super().__init__(model, mean, std, trained, frozen_statistics)
         if cascade not in CASCADES:
             raise InputError(f"cascade is one of {', '.join(CASCADES)}.")
-        self.losses = _Apart(losses)
-        self.synthetic = _Apart(synthetic)
+        self.losses = Apart(losses)
+        self.synthetic = Apart(synthetic)
         self.prior_weight, self.local_weight, self.paste_share = prior_weight, local_weight, paste_share
         self.synthetic_weight = synthetic_weight if synthetic is not None else 0.0
         self.cascade, self.change_colours, self.channels_last = cascade, change_colours, channels_last
@@ -233,23 +233,6 @@ class JointObjective(Objective):
         chosen = images[:, 0] if len(images) > 1 else images.flatten(0, 1)
         loss: Tensor = synthetic(chosen, generator)["total"]
         return loss
-
-
-class _Apart:
-    """Holds a module out of its owner's parameters, buffers, state and copies: what is neither trained nor saved."""
-
-    def __init__(self, module: Any):
-        self.module = module
-
-    def on(self, device: torch.device) -> Any:
-        """The module, moved to a device if it has anything there."""
-        tensor = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
-        if tensor is not None and tensor.device != device:
-            self.module.to(device)
-        return self.module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Apart:
-        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------------

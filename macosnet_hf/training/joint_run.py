@@ -22,7 +22,7 @@ from .groups import GroupedImages, check_classes, fixed_groups, hold_out
 from .images import TrainingImages, open_images, read_images
 from .joint import JointObjective, checkpoint_activations
 from .launch import make_accelerator, save_model
-from .loop import ParameterGroup, train
+from .loop import parameter_groups, train
 from .losses import MaCoSNetObjective, PerceptualNetwork
 from .pretraining import SyntheticObjective
 from .pseudo_masks import masks_of_run
@@ -93,7 +93,14 @@ def run(settings: JointSettings) -> dict[str, Any]:
 
     best = BestModel(settings.output_dir, save)
     reports = Reports(accelerator, settings, validate, best, sample, settings.sample_steps)
-    trained = train(accelerator, objective, dataset, settings, reports, groups=parameter_groups(settings, objective))
+    trained = train(
+        accelerator,
+        objective,
+        dataset,
+        settings,
+        reports,
+        groups=parameter_groups(objective, settings.learning_rates()),
+    )
     state = trained.get_submodule("model").state_dict()
     accelerator.wait_for_everyone()
     if settings.load_best_model_at_end:
@@ -163,20 +170,6 @@ def make_objective(
         for part in (base.encoder, base.affine_head, base.tps_head, base.decoder):
             part.compile()
     return objective
-
-
-def parameter_groups(settings: JointSettings, objective: JointObjective) -> list[ParameterGroup]:
-    """The trained parts with their rates."""
-    rates = {
-        "predictor": settings.learning_rate,
-        "encoder": settings.encoder_learning_rate or settings.learning_rate,
-        "decoder": settings.decoder_learning_rate,
-    }
-    return [
-        ParameterGroup(name, [p for part in objective.parts(name) for p in part.parameters()], rate)
-        for name, rate in rates.items()
-        if name in objective.trained
-    ]
 
 
 def _labelled_validations(settings: JointSettings, processor: MaCoSNetImageProcessor) -> list[tuple[Validation, str]]:

@@ -101,6 +101,8 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise InputError("Several processes were started but do not find each other; see training/README.md.")
     set_seed(settings.seed)
+    # Images have one size in a run, so that cuDNN looks for the fastest convolutions once.
+    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
     if accelerator.is_main_process:
         check_model_folder(settings.output_dir)
         _take_folder(Path(settings.output_dir))

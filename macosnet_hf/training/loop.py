@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from ..errors import InputError, MaCoSNetError
 from .checkpoints import Checkpoints
 from .images import TrainingData
+from .objectives import Objective
 from .reports import Reports
 from .settings import DEFAULT_STEPS, TrainingSettings
 
@@ -74,6 +75,15 @@ class ParameterGroup:
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+
+
+def parameter_groups(objective: Objective, rates: Mapping[str, float]) -> list[ParameterGroup]:
+    """The parts that an objective trains, with a learning rate for each, in the order of `rates`."""
+    return [
+        ParameterGroup(name, [p for part in objective.parts(name) for p in part.parameters()], rate)
+        for name, rate in rates.items()
+        if name in objective.trained
+    ]
 
 
 def check_enough(count: int, settings: TrainingSettings, accelerator: Accelerator, what: str = "images") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +75,20 @@ class Objective(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Images `(N, 3, H, W)` in [0, 1] as the network takes them."""
         return (images - self.mean) / self.std
+
+
+class Apart:
+    """Holds a module out of its owner's parameters, buffers, state and copies: what is neither trained nor saved."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def on(self, device: torch.device) -> Any:
+        """The module, moved to a device if it has anything there."""
+        tensor = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
+        if tensor is not None and tensor.device != device:
+            self.module.to(device)
+        return self.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Apart:
+        return self

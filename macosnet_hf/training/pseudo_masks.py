@@ -62,7 +62,7 @@ def border_contrast(features: Tensor, neighbours: int = 6) -> Tensor:
         if row in (0, height - 1) or column in (0, width - 1)
     ]
     similarity = torch.einsum("nchw,nck->nhwk", unit, unit.flatten(2)[:, :, on_device(border, unit.device)])
-    return stretch(1 - similarity.topk(neighbours, dim=-1).values.mean(-1))
+    return stretch(1 - similarity.float().topk(neighbours, dim=-1).values.mean(-1))
 
 
 def explain_masks(features: Tensor | Sequence[Tensor], masks: Tensor, *, ridge: float = 0.01) -> Tensor:

@@ -160,6 +160,11 @@ class DecoderOptions:
     decoder_rounds: int = option("of the kind common", 2, choices=(1, 2))
     group_size: Count = option("with the kind common: images in a group", 4)
     composite_share: Share = option("with the kind common: share of images that are composites", 0.45)
+    train_encoder: bool = option(
+        "with the kind common: the encoder learns too, its batch-norm statistics do not", False
+    )
+    encoder_learning_rate: Rate = option("of the encoder", 1e-4)
+    feature_weight: Weight = option("with --train_encoder: of how far its features move, which matching needs", 0.0)
     pseudo_masks: str | None = option("take the pseudo-masks from this pseudo_masks.npz", None, metavar="FILE")
     mask_teacher: str | None = option("let this trained model make the pseudo-masks", None, metavar="MODEL")
     validation_masks: str | None = option("folder with images/<class> and masks/<class>", None, metavar="FOLDER")
@@ -293,6 +298,8 @@ class DecoderSettings(TrainingSettings, DecoderOptions):
         super().__post_init__()
         if self.group_size < 2:
             raise InputError("--group_size must be at least 2.")
+        if self.feature_weight and not self.train_encoder:
+            raise InputError("--feature_weight is of no use without --train_encoder.")
         _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
 
 
@@ -347,6 +354,14 @@ class JointSettings(TrainingSettings, GroupOptions, LossOptions, PartOptions, Va
         """The parts of the network that learn."""
         parts = {"encoder": self.train_encoder, "predictor": self.train_predictor, "decoder": self.train_decoder}
         return tuple(name for name, learns in parts.items() if learns)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of each part."""
+        return {
+            "predictor": self.learning_rate,
+            "encoder": self.encoder_learning_rate or self.learning_rate,
+            "decoder": self.decoder_learning_rate,
+        }
 
     def frozen_statistics(self) -> tuple[str, ...]:
         """The parts whose batch norms keep their statistics while they learn."""
