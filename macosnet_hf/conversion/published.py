@@ -269,7 +269,8 @@ def _translate(theirs: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor]
             f"the first is {next(iter(theirs))}."
         )
     left_out = [name for name in theirs if name.startswith("Decoder.")]
-    if not any(name.startswith(_TPS) for name in theirs) and len(theirs.get(_AFFINE + "linear.bias", ())) == 18:
+    bias = theirs.get(_AFFINE + "linear.bias")
+    if not any(name.startswith(_TPS) for name in theirs) and bias is not None and bias.shape == (18,):
         # A file of the second stage alone calls its head as the first stage's.
         theirs = {name.replace(_AFFINE, _TPS): tensor for name, tensor in theirs.items()}
     ours: dict[str, Tensor] = {}

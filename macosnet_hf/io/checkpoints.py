@@ -91,7 +91,9 @@ def load_model_and_processor(
 ) -> tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]:
     """Loads a model, in evaluation mode on a device, and its processor.
 
-    Reads safetensors weights only and runs this package's classes only: a checkpoint's Python files are ignored.
+    Reads safetensors weights only and runs this package's classes only: a checkpoint's Python files are ignored. Where
+    a folder holds a graph of its encoder (`macosnet export --encoder`) and onnxruntime is installed, that computes the
+    features on a CPU; graphs are not fetched from the Hub.
 
     Args:
         checkpoint: a folder, the id of a Hub repository, or the name of an embedded checkpoint (`"lite"`, `"base"`).
@@ -110,9 +112,10 @@ def load_model_and_processor(
     from ..configuration_macosnet import MaCoSNetConfig
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching
+    from .encoder_graph import use_encoder_graph
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             _check_header(name, Path(folder), MaCoSNetConfig.from_pretrained(folder))
             model = MaCoSNetForKeypointMatching.from_pretrained(folder, use_safetensors=True)
             processor = MaCoSNetImageProcessor.from_pretrained(folder)
@@ -125,6 +128,7 @@ def load_model_and_processor(
         if fault := fault_of_values(key, weight):
             raise CheckpointError(f"The weights of {name} are damaged: {key} {fault}.")
     _check_processor(name, model, processor)
+    use_encoder_graph(model.macosnet, folder)
     return model.to(target).eval(), processor
 
 
@@ -150,7 +154,7 @@ def _from_hub(name: str) -> str:
         "To go on without a network, pass the folder of a checkpoint, or run `hf download "
         f"{name}` once where there is one"
     )
-    with _quiet_transformers():
+    with quiet_transformers():
         online = _hub_answers(name)
         try:
             folder = snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=5, local_files_only=not online)
@@ -187,7 +191,7 @@ def _hub_answers(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silences progress bars, load report and retry lines; our own error says what is wrong."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

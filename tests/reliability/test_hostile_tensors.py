@@ -92,6 +92,15 @@ def test_a_hostile_tensor_is_refused_by_name_before_it_is_copied(published, tmp_
     assert _most_memory() - before < 1000
 
 
+def test_a_number_for_the_bias_of_a_single_head_is_refused(published, tmp_path):
+    """A file of one stage is told by the length of this bias, and a number has none."""
+    path = tmp_path / "hostile.pth.tar"
+    state = {name: value for name, value in published.items() if not name.startswith("FeatureRegression2.")}
+    torch.save({"state_dict": {**state, BIAS: torch.tensor(1.0)}}, path)
+    with pytest.raises(CheckpointError, match=re.escape(BIAS)):
+        convert(path)
+
+
 def test_sound_weights_of_other_kinds_are_taken(published, tmp_path):
     """Views into a larger storage, other strides and other precisions are no attack."""
     state = dict(published)
