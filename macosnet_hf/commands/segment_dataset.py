@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings, weights_digest
+from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings
 from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
+from ..io.weights import weights_digest
 from .arguments import load_network, one_line
 
 _DEFAULTS: dict[str, Any] = {
