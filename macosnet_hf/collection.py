@@ -370,7 +370,9 @@ class Collection:
         seen = list(dict.fromkeys((*wanted, *placed, *company)))
         places = {number: place for place, number in enumerate(seen)}
         asked = {places[number]: hint for number, hint in placed.items()}
-        found = self.subset(seen).segment(hints=asked, **options)
+        part = self.subset(seen)
+        part.encoded = self.encoded.more()  # what is computed again for these images does not stay
+        found = part.segment(hints=asked, **options)
         count = len(wanted)
         return CollectionResult(
             probabilities=found.probabilities[:count],

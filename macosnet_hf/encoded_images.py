@@ -107,6 +107,10 @@ class EncodedImages:
     def __setitem__(self, key: str, image: EncodedImage) -> None:
         self._images[key] = image
 
+    def keys(self) -> Iterator[str]:
+        """Keys of all images."""
+        return iter(self._images)
+
     def more(self) -> EncodedImages:
         """The same images; further ones are added to it alone, and have as much memory again."""
         return EncodedImages(self._skip_memory, self._images)

@@ -1,0 +1,98 @@
+"""Neighbours in a collection: exact whatever the memory, blocks of similar images, a tree that connects all."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from macosnet_hf import neighbours
+from macosnet_hf.neighbours import (
+    choose_company,
+    rank_others,
+    similar_blocks,
+    similarity_rows,
+    spanning_pairs,
+    unit_pooled,
+)
+
+
+@pytest.fixture
+def unit():
+    values = torch.randn(23, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return F.normalize(values, dim=1)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1_000_000])
+def test_ranks_do_not_depend_on_the_rows_at_once(unit, monkeypatch, at_once):
+    monkeypatch.setattr(neighbours, "_SIMILARITIES_AT_ONCE", at_once)
+    ranks = [0, 1, 5, 0, 21]
+    indices, values = rank_others(unit, ranks)
+    for number in range(len(unit)):
+        cosines = {other: float(unit[number] @ unit[other]) for other in range(len(unit)) if other != number}
+        order = sorted(cosines, key=lambda other: -cosines[other])
+        assert indices[number].tolist() == [order[rank] for rank in ranks]
+        np.testing.assert_allclose(values[number], [cosines[order[rank]] for rank in ranks], atol=1e-12)
+    some, _ = rank_others(unit, ranks, [7, 3])
+    assert torch.equal(some, indices[[7, 3]])
+
+
+def test_few_rows_are_in_memory_at_once(unit, monkeypatch):
+    monkeypatch.setattr(neighbours, "_SIMILARITIES_AT_ONCE", 60)
+    assert [tuple(rows.shape) for _, rows in similarity_rows(unit)] == [(2, 23)] * 11 + [(1, 23)]
+
+
+def test_blocks_hold_each_image_once_and_similar_ones():
+    kinds = torch.arange(30) % 3
+    noise = 0.05 * torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    unit = F.normalize(torch.eye(8, dtype=torch.float64)[kinds] + noise, dim=1)
+    blocks = list(similar_blocks(unit, range(30), 5))
+    assert sorted(itertools.chain(*blocks)) == list(range(30))
+    assert [len(block) for block in blocks] == [5] * 6
+    assert all(len(set(kinds[block].tolist())) == 1 for block in blocks)
+    assert blocks[0][0] == 0
+    assert sorted(itertools.chain(*similar_blocks(unit, [4, 9, 4, 11], 2))) == [4, 9, 11]
+
+
+def test_company_is_the_nearest_of_each_first(unit):
+    company = choose_company(unit, [2, 5], 6)
+    assert len(set(company)) == 6
+    assert not {2, 5} & set(company)
+    nearest = {int(rank_others(unit, [0, 1], [number])[0][0, rank]) for number in (2, 5) for rank in (0, 1)}
+    assert nearest - {2, 5} <= set(company)
+    assert set(choose_company(unit, [2], 100)) <= set(range(23)) - {2}
+    assert choose_company(unit[:1], [0], 8) == []
+
+
+def test_the_tree_is_the_best_of_all_trees():
+    """Of six images, by trying all 1,296 trees."""
+    unit = F.normalize(torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=1)
+    similarity = unit @ unit.t()
+    edges = list(itertools.combinations(range(6), 2))
+
+    def connects(tree):
+        seen, waiting = {0}, [0]
+        while waiting:
+            here = waiting.pop()
+            for edge in tree:
+                if here in edge:
+                    (there,) = set(edge) - {here}
+                    if there not in seen:
+                        seen.add(there)
+                        waiting.append(there)
+        return len(seen) == 6
+
+    best = max(
+        sum(float(similarity[edge]) for edge in tree) for tree in itertools.combinations(edges, 5) if connects(tree)
+    )
+    found = spanning_pairs(unit)
+    assert connects([tuple(pair) for pair in found.tolist()])
+    assert float(similarity[found[:, 0], found[:, 1]].sum()) == pytest.approx(best)
+    assert spanning_pairs(unit[:1]).shape == (0, 2)
+
+
+def test_pooled_features_have_unit_length():
+    maps = torch.randn(40, 5, 3, 4)
+    expected = F.normalize(maps.double().mean((2, 3)), dim=1)
+    torch.testing.assert_close(unit_pooled(maps), expected, rtol=0, atol=1e-12)
