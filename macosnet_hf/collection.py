@@ -219,7 +219,7 @@ class Collection:
         """
         self.images, self.keys = ImageList(images), list(keys)
         self.encoded = self.encoded.replaced(dict(zip(keys, encoded, strict=True)))
-        self._mirror_keys = {}
+        self._mirror_keys, self._orientations = {}, None
 
     def subset(self, numbers: Sequence[int]) -> Collection:
         """A collection of some of the images; none is encoded again."""

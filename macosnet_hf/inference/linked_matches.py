@@ -144,8 +144,9 @@ def link_collection(collection: Collection, *, degree: int = 4, progress: Progre
         raise InputError("Matching needs two or more images.")
     if degree < 1:
         raise InputError(f"degree must be at least 1, not {degree}.")
-    pairs = linked_pairs(collection, degree)
-    found = list(match_pairs(collection.oriented(), pairs, progress=progress))
+    facing_one_way = collection.oriented()
+    pairs = linked_pairs(facing_one_way, degree)
+    found = list(match_pairs(facing_one_way, pairs, progress=progress))
     transforms = Transform.cat([some for _, some, _ in found])
     similarity = torch.cat([some for *_, some in found])
     reverse = torch.arange(len(pairs)).view(-1, 2).flip(1).flatten()

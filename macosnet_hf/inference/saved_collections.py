@@ -2,7 +2,7 @@
 
 FOLDER/collection.json                 which model, which shards, the content key and the size of each image
 FOLDER/features-DIGEST.safetensors     of up to 128 images: maps `(n, C, h, w)` float16, pooled `(n, C)` float32
-FOLDER/images-DIGEST.safetensors       their PNG files, one after another, and where each of them ends
+FOLDER/images-DIGEST.safetensors       their PNG files, one after another, where each ends, and its CRC-32
 
 A shard is named after its content and never changes. `collection.json` is written last and names the shards that count,
 so that a run which is killed leaves the older collection or the new one.
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ class _ImageInFile:
 
     size: tuple[int, int]
     content: Tensor  # uint8, a part of the mapped file
+    checksum: int
     name: str
 
     def read(self) -> Image.Image:
@@ -64,12 +66,15 @@ class _ImageInFile:
         Raises:
             DataError: if it is damaged.
         """
+        content = self.content.numpy().tobytes()
         try:
-            image = load_image(self.content.numpy().tobytes(), min_side=1)
+            if zlib.crc32(content) != self.checksum:  # Pillow decodes some damaged files
+                raise ImageError("The checksum differs.")
+            image = load_image(content, min_side=1)
+            if image.size != self.size:
+                raise ImageError("The size differs.")
         except ImageError as error:
             raise DataError(f"{self.name} is damaged; save the collection again.") from error
-        if image.size != self.size:
-            raise DataError(f"{self.name} is damaged; save the collection again.")
         return image
 
 
@@ -165,8 +170,11 @@ def _write_shard(collection: Collection, numbers: range, folder: Path) -> dict[s
     }
     images = [collection.images[number] for number in numbers]
     files = [_as_png(image) for image in images]
-    ends = torch.tensor([len(file) for file in files]).cumsum(0)
-    content = {"png": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "ends": ends}
+    content = {
+        "png": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8),
+        "ends": torch.tensor([len(file) for file in files]).cumsum(0),
+        "crc32": torch.tensor([zlib.crc32(file) for file in files]),
+    }
     return {
         "features": _write_tensors(folder, "features", features),
         "images": _write_tensors(folder, "images", content),
@@ -267,20 +275,20 @@ def _hold_stored(collection: Collection, folder: Path, index: dict[str, Any]) ->
     for shard in index["shards"]:
         count = len(shard["keys"])
         maps, pooled = _read_tensors(folder / shard["features"], "maps", "pooled")
-        content, ends = _read_tensors(folder / shard["images"], "png", "ends")
+        content, ends, checksums = _read_tensors(folder / shard["images"], "png", "ends", "crc32")
         bounds = [0, *ends.flatten().tolist()]
         if not (
             maps.dim() == 4
             and pooled.shape == (count, maps.shape[1])
-            and len(maps) == count == len(bounds) - 1
+            and len(maps) == count == len(bounds) - 1 == checksums.numel()
             and bounds[-1] == len(content)
             and sorted(bounds) == bounds
         ):
             raise DataError(f"{folder / shard['features']} or its images are damaged; save the collection again.")
         for row in range(count):
             width, height = shard["sizes"][row]
-            name = f"Image {len(images)} of {folder}"
-            images.append(_ImageInFile((width, height), content[bounds[row] : bounds[row + 1]], name))
+            file, name = content[bounds[row] : bounds[row + 1]], f"Image {len(images)} of {folder}"
+            images.append(_ImageInFile((width, height), file, int(checksums[row]), name))
             encoded.append(EncodedImage(maps[row], pooled[row].double(), None))
         keys += shard["keys"]
     collection.hold_stored(images, keys, encoded)
