@@ -36,7 +36,6 @@ from .mask_sharing import (
 )
 from .matching import correlate
 from .neighbours import (
-    LEAST_COMPANY,
     choose_company,
     choose_partners,
     rank_others,
@@ -351,8 +350,8 @@ class Collection:
     ) -> CollectionResult:
         """[`segment`] for some of the images, such as those that were added last: the others serve as partners.
 
-        They are segmented together with the others that are most similar to them, half as many or eight, and with the
-        hinted images. So it takes the time and memory of these images alone.
+        They are segmented together with the four others that are most similar to each, eight in all at least, and with
+        the hinted images. So it takes the time and memory of these images alone.
 
         Args:
             numbers: of the images whose masks are wanted.
@@ -366,7 +365,7 @@ class Collection:
         if not wanted or not all(0 <= number < len(self) for number in wanted):
             raise InputError(f"numbers must be some of 0 to {len(self) - 1}; got {list(numbers)!r:.80}.")
         placed = place_hints(hints or {}, self.images.sizes)
-        company = choose_company(unit_pooled(self.maps), wanted, max(LEAST_COMPANY, len(wanted) // 2))
+        company = choose_company(unit_pooled(self.maps), wanted)
         seen = list(dict.fromkeys((*wanted, *placed, *company)))
         places = {number: place for place, number in enumerate(seen)}
         asked = {places[number]: hint for number, hint in placed.items()}

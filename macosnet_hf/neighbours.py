@@ -15,10 +15,10 @@ from .encoded_images import FeatureMaps
 
 # Similarities in memory at a time: all of up to 2,000 images, and a few rows of more.
 _SIMILARITIES_AT_ONCE = 4_000_000
-# An image is compared with so many others at least, if it is segmented without the rest of its collection; and so many
-# of the images most similar to each are taken, in the order of their ranks.
-LEAST_COMPANY = 8
-_COMPANY_RANKS = 16
+# Of images that are segmented without the rest of their collection: how many of the most similar ones to each are in
+# their company, and how many others all of them have at least.
+_COMPANY_RANKS = 4
+_LEAST_COMPANY = 8
 
 
 def unit_pooled(maps: Tensor | FeatureMaps) -> Tensor:
@@ -93,23 +93,25 @@ def spread_ranks(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def choose_company(unit: Tensor, numbers: Sequence[int], count: int) -> list[int]:
-    """Up to `count` other images, the most similar one of each first, then the second ones, and so on.
+def choose_company(unit: Tensor, numbers: Sequence[int]) -> list[int]:
+    """The four other images that are most similar to each of some images, and further ones up to eight in all.
 
     Args:
         unit: `(N, C)` of unit length.
         numbers: of the images that need company.
-        count: of others, at most.
     """
-    several = min(_COMPANY_RANKS, len(unit) - 1)
-    if count < 1 or not several or not numbers:
+    several = min(max(_COMPANY_RANKS, _LEAST_COMPANY + len(numbers)), len(unit) - 1)
+    if not several or not numbers:
         return []
     indices, values = rank_others(unit, range(several), numbers)
-    order = [(rank, -similarity, other) for row in zip(indices.tolist(), values.tolist(), strict=True)
-             for rank, (other, similarity) in enumerate(zip(*row, strict=True))]  # fmt: skip
     wanted = set(numbers)
-    others = dict.fromkeys(other for _, _, other in sorted(order) if other not in wanted)
-    return list(others)[:count]
+    company: dict[int, None] = {}
+    for rank in range(several):
+        if rank >= _COMPANY_RANKS and len(company) >= _LEAST_COMPANY:
+            break
+        by_similarity = values[:, rank].argsort(descending=True, stable=True)
+        company |= dict.fromkeys(other for other in indices[by_similarity, rank].tolist() if other not in wanted)
+    return list(company)[: max(_LEAST_COMPANY, _COMPANY_RANKS * len(wanted))]
 
 
 def similar_blocks(unit: Tensor, numbers: Iterable[int], size: int) -> Iterator[list[int]]:

@@ -55,14 +55,16 @@ def test_blocks_hold_each_image_once_and_similar_ones():
     assert sorted(itertools.chain(*similar_blocks(unit, [4, 9, 4, 11], 2))) == [4, 9, 11]
 
 
-def test_company_is_the_nearest_of_each_first(unit):
-    company = choose_company(unit, [2, 5], 6)
-    assert len(set(company)) == 6
-    assert not {2, 5} & set(company)
-    nearest = {int(rank_others(unit, [0, 1], [number])[0][0, rank]) for number in (2, 5) for rank in (0, 1)}
-    assert nearest - {2, 5} <= set(company)
-    assert set(choose_company(unit, [2], 100)) <= set(range(23)) - {2}
-    assert choose_company(unit[:1], [0], 8) == []
+def test_company_are_the_four_nearest_of_each_and_eight_in_all(unit):
+    order = {number: rank_others(unit, range(22), [number])[0][0].tolist() for number in range(23)}
+    assert choose_company(unit, [2]) == order[2][:8]
+    company = choose_company(unit, [2, 5, 7, 9])
+    nearest = {other for number in (2, 5, 7, 9) for other in order[number][:4]} - {2, 5, 7, 9}
+    assert nearest <= set(company)
+    assert len(company) == len(set(company)) == max(8, len(nearest))
+    assert not {2, 5, 7, 9} & set(company)
+    assert sorted(choose_company(unit[:5], [0, 3])) == [1, 2, 4]
+    assert choose_company(unit[:1], [0]) == []
 
 
 def test_the_tree_is_the_best_of_all_trees():
