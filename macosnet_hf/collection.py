@@ -36,6 +36,7 @@ from .mask_sharing import (
 )
 from .matching import correlate
 from .neighbours import (
+    LEAST_COMPANY,
     choose_company,
     choose_partners,
     rank_others,
@@ -346,7 +347,12 @@ class Collection:
         return replace(found, collection=self)
 
     def segment_some(
-        self, numbers: Sequence[int], *, hints: Mapping[int, Hint | PlacedHint] | None = None, **options: Any
+        self,
+        numbers: Sequence[int],
+        *,
+        company: int | None = None,
+        hints: Mapping[int, Hint | PlacedHint] | None = None,
+        **options: Any,
     ) -> CollectionResult:
         """[`segment`] for some of the images, such as those that were added last: the others serve as partners.
 
@@ -355,6 +361,7 @@ class Collection:
 
         Args:
             numbers: of the images whose masks are wanted.
+            company: how many others, at most.
             hints, options: as in [`segment`].
 
         Raises:
@@ -365,8 +372,8 @@ class Collection:
         if not wanted or not all(0 <= number < len(self) for number in wanted):
             raise InputError(f"numbers must be some of 0 to {len(self) - 1}; got {list(numbers)!r:.80}.")
         placed = place_hints(hints or {}, self.images.sizes)
-        company = choose_company(unit_pooled(self.maps), wanted)
-        seen = list(dict.fromkeys((*wanted, *placed, *company)))
+        others = choose_company(unit_pooled(self.maps), wanted, company)
+        seen = list(dict.fromkeys((*wanted, *placed, *others)))
         places = {number: place for place, number in enumerate(seen)}
         asked = {places[number]: hint for number, hint in placed.items()}
         part = self.subset(seen)
@@ -386,7 +393,8 @@ class Collection:
     def segment_blocks(
         self, numbers: Sequence[int] | None = None, *, block_size: int = _BLOCK_SIZE, **options: Any
     ) -> Iterator[CollectionResult]:
-        """[`segment_some`] for blocks of similar images: memory does not grow with the number of images.
+        """[`segment_some`] for blocks of similar images, each with eight others: memory does not grow with the number of
+        images.
 
         Args:
             numbers: of the images whose masks are wanted, each of which is in one block; all by default.
@@ -402,7 +410,7 @@ class Collection:
         if not all(0 <= number < len(self) for number in wanted):
             raise InputError(f"numbers must be some of 0 to {len(self) - 1}; got {list(wanted)!r:.80}.")
         for block in similar_blocks(unit_pooled(self.maps), wanted, block_size):
-            yield self.segment_some(block, **options)
+            yield self.segment_some(block, company=LEAST_COMPANY, **options)
 
     def _segment(
         self,
@@ -512,16 +520,15 @@ class Collection:
         config = self.model.config
         rounds = 1 if config.decoder_inputs == "paper" else config.decoder_rounds
         weights = None
+        found = torch.empty(len(chosen), config.image_size, config.image_size, device=self.model.device)
         for step in range(rounds):
-            masks = []
             for number, several in enumerate(chosen):
                 if config.decoder_inputs == "paper":
-                    masks.append(self.mean_mask(number, several))
+                    found[number] = self.mean_mask(number, several)
                 else:
-                    masks.append(self.common_mask(number, several, weights))
+                    found[number] = self.common_mask(number, several, weights)
                 if progress is not None:
                     progress((step * len(self) + number + 1) // rounds)
-            found = torch.stack(masks)
             weights = object_weights(found)
         return found
 

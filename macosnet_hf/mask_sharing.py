@@ -272,15 +272,15 @@ def refine_masks(
         hard = torch.from_numpy(refine_mask(small, soft.numpy(), method, fixed=fixed))
         return resize_masks(hard[None].float(), size)[0]
 
-    found: list[Tensor] = []
+    found = torch.empty(len(images), *size)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         waiting = [pool.submit(one, number, mask) for number, mask in enumerate(masks.cpu().numpy())]
         try:
-            for refined in waiting:
-                found.append(refined.result())
+            for number, refined in enumerate(waiting):
+                found[number] = refined.result()
                 if progress is not None:
-                    progress(len(found))
+                    progress(number + 1)
         except BaseException:  # Ctrl+C, or a visitor who stops: images whose turn has not come are not refined
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return torch.stack(found).to(masks.device)
+    return found.to(masks.device)

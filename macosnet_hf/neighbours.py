@@ -18,7 +18,7 @@ _SIMILARITIES_AT_ONCE = 4_000_000
 # Of images that are segmented without the rest of their collection: how many of the most similar ones to each are in
 # their company, and how many others all of them have at least.
 _COMPANY_RANKS = 4
-_LEAST_COMPANY = 8
+LEAST_COMPANY = 8
 
 
 def unit_pooled(maps: Tensor | FeatureMaps) -> Tensor:
@@ -93,25 +93,26 @@ def spread_ranks(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def choose_company(unit: Tensor, numbers: Sequence[int]) -> list[int]:
+def choose_company(unit: Tensor, numbers: Sequence[int], most: int | None = None) -> list[int]:
     """The four other images that are most similar to each of some images, and further ones up to eight in all.
 
     Args:
         unit: `(N, C)` of unit length.
         numbers: of the images that need company.
+        most: the number of others, at most.
     """
-    several = min(max(_COMPANY_RANKS, _LEAST_COMPANY + len(numbers)), len(unit) - 1)
+    several = min(LEAST_COMPANY + len(numbers), len(unit) - 1)
     if not several or not numbers:
         return []
     indices, values = rank_others(unit, range(several), numbers)
     wanted = set(numbers)
     company: dict[int, None] = {}
     for rank in range(several):
-        if rank >= _COMPANY_RANKS and len(company) >= _LEAST_COMPANY:
+        if rank >= _COMPANY_RANKS and len(company) >= LEAST_COMPANY:
             break
         by_similarity = values[:, rank].argsort(descending=True, stable=True)
         company |= dict.fromkeys(other for other in indices[by_similarity, rank].tolist() if other not in wanted)
-    return list(company)[: max(_LEAST_COMPANY, _COMPANY_RANKS * len(wanted))]
+    return list(company)[:most]
 
 
 def similar_blocks(unit: Tensor, numbers: Iterable[int], size: int) -> Iterator[list[int]]:

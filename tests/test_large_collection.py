@@ -93,7 +93,9 @@ def test_blocks_give_each_image_once(collection):
     assert sorted(number for result in results for number in result.numbers) == list(range(14))
     assert max(len(result.numbers) for result in results) == 4
     for result in results:
-        np.testing.assert_array_equal(result.probabilities, collection.segment_some(result.numbers).probabilities)
+        np.testing.assert_array_equal(
+            result.probabilities, collection.segment_some(result.numbers, company=8).probabilities
+        )
     some = list(collection.segment_blocks([3, 1, 3, 12], block_size=2))
     assert sorted(number for result in some for number in result.numbers) == [1, 3, 12]
 

@@ -63,6 +63,7 @@ def test_company_are_the_four_nearest_of_each_and_eight_in_all(unit):
     assert nearest <= set(company)
     assert len(company) == len(set(company)) == max(8, len(nearest))
     assert not {2, 5, 7, 9} & set(company)
+    assert choose_company(unit, [2, 5, 7, 9], 3) == company[:3]
     assert sorted(choose_company(unit[:5], [0, 3])) == [1, 2, 4]
     assert choose_company(unit[:1], [0]) == []
 
