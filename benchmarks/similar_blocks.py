@@ -65,8 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--block_sizes", type=int, nargs="+", default=[32])
-    parser.add_argument("--at_once", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--block_sizes", type=int, nargs="*", default=[32])
+    parser.add_argument("--at_once", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--whole", action="store_true", help="also all images together")
     arguments = parser.parse_args()
     records = [record for record in iter_records("coseg", arguments.data) if record["source_mask"] is not None]

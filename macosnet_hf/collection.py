@@ -393,8 +393,7 @@ class Collection:
     def segment_blocks(
         self, numbers: Sequence[int] | None = None, *, block_size: int = _BLOCK_SIZE, **options: Any
     ) -> Iterator[CollectionResult]:
-        """[`segment_some`] for blocks of similar images, each with eight others: memory does not grow with the number of
-        images.
+        """[`segment_some`] for blocks of similar images with eight others each; memory does not grow with their number.
 
         Args:
             numbers: of the images whose masks are wanted, each of which is in one block; all by default.
