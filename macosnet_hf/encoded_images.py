@@ -128,7 +128,7 @@ class EncodedImages:
         """Keeps the projected maps of an image if there is room for them.
 
         Returns:
-            the same in half precision, kept or not, so that masks do not depend on the memory; as they are where they
+            the same in half precision, in any case, so that masks do not depend on the memory; as they are where they
             exceed its range.
         """
         halves = tuple(skip.half() for skip in skips)

@@ -20,7 +20,7 @@ def network():
     return {"model": model, "processor": small_processor()}
 
 
-def pictures(count, seed=1):
+def photos(count, seed=1):
     values = random_images(count, seed=seed)
     values = (values - values.amin()) / (values.amax() - values.amin()) * 255
     return [Image.fromarray(value.permute(1, 2, 0).to(torch.uint8).numpy()) for value in values]
@@ -29,7 +29,7 @@ def pictures(count, seed=1):
 @pytest.fixture(scope="module")
 def collection(network):
     collection = Collection(**network)
-    collection.add(pictures(14))
+    collection.add(photos(14))
     return collection
 
 
@@ -63,7 +63,7 @@ def test_some_images_are_segmented_with_the_most_similar_others(collection, monk
 
 def test_all_of_a_small_collection_are_segmented_as_ever(network):
     collection = Collection(**network)
-    collection.add(pictures(5))
+    collection.add(photos(5))
     whole, some = collection.segment(), collection.segment_some(range(5))
     np.testing.assert_array_equal(some.probabilities, whole.probabilities)
     assert some.partners == whole.partners
@@ -131,8 +131,8 @@ def test_memory_for_skips_is_bounded_and_half_precision_where_it_has_the_range()
         encoded.add(name, torch.ones(2, 3, 3), (small,))  # 40 bytes in half precision
     assert [encoded[name].skips is None for name in "abc"] == [False, False, True]
     assert encoded["a"].skips[0].dtype == torch.float16
-    (kept,) = encoded.keep_skips("c", (large,))
-    assert torch.equal(kept, large)
+    (same,) = encoded.keep_skips("c", (large,))
+    assert torch.equal(same, large)
     more = encoded.more()
     more.add("d", torch.ones(2, 3, 3), (small,))
     assert "a" in more

@@ -236,8 +236,8 @@ class ShardFolder:
         from datasets import Features, Value
 
         columns = self.kind.features(self.settings).items()
-        kept = {name: kind for name, kind in columns if name not in self.kind.images}
-        return Features({**kept, "file": Value("string")}).arrow_schema
+        without_images = {name: kind for name, kind in columns if name not in self.kind.images}
+        return Features({**without_images, "file": Value("string")}).arrow_schema
 
     def counts(self) -> tuple[int, int]:
         """Rows of a complete folder, and how many of them have an error.

@@ -21,7 +21,7 @@ def collected(images, **options):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def photos():
     values = random_images(12)
     values = (values - values.amin()) / (values.amax() - values.amin()) * 255
     images = [Image.fromarray(value.permute(1, 2, 0).to(torch.uint8).numpy()) for value in values]
@@ -29,8 +29,8 @@ def pictures():
 
 
 @pytest.fixture(scope="module")
-def collection(pictures):
-    return collected(pictures)
+def collection(photos):
+    return collected(photos)
 
 
 def test_pairs_connect_all_images(collection):
@@ -95,7 +95,7 @@ def test_the_trusted_way_is_taken_and_neighbours_outvote_a_wrong_one(collection)
     assert found.abs().max() < 0.02
 
 
-def test_points_in_pixels_are_those_of_the_transforms(collection, pictures):
+def test_points_in_pixels_are_those_of_the_transforms(collection, photos):
     matches = link_collection(collection, degree=2)
     found = matches.transfer_points([(30, 40), (60.5, 20)], 3, local_matching=False)
     assert found.shape == (12, 2, 2)
@@ -110,8 +110,8 @@ def test_points_in_pixels_are_those_of_the_transforms(collection, pictures):
     assert not np.allclose(local, found[:, :1])
 
 
-def test_images_that_face_the_other_way(pictures):
-    images = [*pictures[:4], *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in pictures[:4])]
+def test_images_that_face_the_other_way(photos):
+    images = [*photos[:4], *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in photos[:4])]
     turned = collected(images, orientations="mirror")
     flat = collected(turned.oriented().images)
     if not turned.orientations.any():

@@ -30,7 +30,7 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def photos():
     values = random_images(12)
     values = (values - values.amin()) / (values.amax() - values.amin()) * 255
     images = [Image.fromarray(value.permute(1, 2, 0).to(torch.uint8).numpy()) for value in values]
@@ -58,8 +58,8 @@ def same_masks(first, second):
     np.testing.assert_allclose(first.agreement, second.agreement, atol=1e-3)
 
 
-def test_a_loaded_collection_gives_the_same(network, pictures, tmp_path, shards_of_four):
-    collection = collected(network, pictures[:10])
+def test_a_loaded_collection_gives_the_same(network, photos, tmp_path, shards_of_four):
+    collection = collected(network, photos[:10])
     seen = []
     save_collection(collection, tmp_path / "new" / "shop", progress=lambda *each: seen.append(each))
     assert seen == [(4, 10), (8, 10), (10, 10)]
@@ -75,8 +75,8 @@ def test_a_loaded_collection_gives_the_same(network, pictures, tmp_path, shards_
     loaded.segment(refine="otsu")
 
 
-def test_the_files_are_safetensors_and_json_in_half_precision(network, pictures, tmp_path):
-    save_collection(collected(network, pictures), tmp_path)
+def test_the_files_are_safetensors_and_json_in_half_precision(network, photos, tmp_path):
+    save_collection(collected(network, photos), tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
     (features,) = tmp_path.glob("features-*")
     tensors = load_file(features)
@@ -91,37 +91,37 @@ def test_features_beyond_half_precision_are_saved_whole():
     assert saved_collections._in_half_precision(maps / 1e4).dtype == torch.float16
 
 
-def test_images_that_come_later_have_the_saved_ones_as_partners(network, pictures, tmp_path):
-    save_collection(collected(network, pictures[:9]), tmp_path)
+def test_images_that_come_later_have_the_saved_ones_as_partners(network, photos, tmp_path):
+    save_collection(collected(network, photos[:9]), tmp_path)
     loaded = load_collection(tmp_path, **network)
     passes = []
     hook = network["model"].macosnet.encoder.register_forward_hook(lambda *_: passes.append(1))
-    numbers = loaded.add(pictures[9:11])
+    numbers = loaded.add(photos[9:11])
     hook.remove()
     assert (numbers, len(passes)) == ([9, 10], 2)
     result = loaded.segment_some(numbers)
     assert any(other < 9 for several in result.partners for other in several)
-    expected = collected(network, pictures[:11]).segment_some(numbers)
+    expected = collected(network, photos[:11]).segment_some(numbers)
     np.testing.assert_allclose(result.probabilities, expected.probabilities, atol=5e-3)
     assert result.partners == expected.partners
 
 
-def test_saving_again_writes_what_is_new(network, pictures, tmp_path, shards_of_four):
-    save_collection(collected(network, pictures[:6]), tmp_path)
+def test_saving_again_writes_what_is_new(network, photos, tmp_path, shards_of_four):
+    save_collection(collected(network, photos[:6]), tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     loaded = load_collection(tmp_path, **network)
-    loaded.add(pictures[6:9])
+    loaded.add(photos[6:9])
     save_collection(loaded, tmp_path, release=True)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 2
     again = load_collection(tmp_path, **network)
-    assert again.keys == loaded.keys == collected(network, pictures[:9]).keys
+    assert again.keys == loaded.keys == collected(network, photos[:9]).keys
     same_masks(again.segment(), loaded.segment())
 
 
-def test_a_released_collection_reads_from_the_folder(network, pictures, tmp_path):
-    collection = collected(network, pictures[:6])
+def test_a_released_collection_reads_from_the_folder(network, photos, tmp_path):
+    collection = collected(network, photos[:6])
     before = collection.segment()
     save_collection(collection, tmp_path, release=True)
     assert all(not isinstance(entry, Image.Image) for entry in collection.images._entries)
@@ -177,10 +177,10 @@ def environment():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_older_collection(network, pictures, tmp_path, shards_of_four, monkeypatch):
-    save_collection(collected(network, pictures[:6]), tmp_path)
+def test_a_full_disk_leaves_the_older_collection(network, photos, tmp_path, shards_of_four, monkeypatch):
+    save_collection(collected(network, photos[:6]), tmp_path)
     before = contents(tmp_path)
-    larger = collected(network, pictures)
+    larger = collected(network, photos)
     written = []
 
     def replace(source, target):
@@ -247,25 +247,25 @@ def test_a_killed_run_leaves_the_older_collection_or_the_new_one(tmp_path):
 
 
 @pytest.fixture
-def saved(network, pictures, tmp_path, shards_of_four):
-    save_collection(collected(network, pictures[:6]), tmp_path / "shop")
+def saved(network, photos, tmp_path, shards_of_four):
+    save_collection(collected(network, photos[:6]), tmp_path / "shop")
     return tmp_path / "shop"
 
 
-def test_another_collection_in_the_folder_is_not_replaced(network, pictures, saved):
+def test_another_collection_in_the_folder_is_not_replaced(network, photos, saved):
     before = contents(saved)
-    for other in (pictures[6:], pictures[:3], pictures[1:7]):
+    for other in (photos[6:], photos[:3], photos[1:7]):
         with pytest.raises(OutputError, match="holds another collection"):
             save_collection(collected(network, other), saved)
     assert contents(saved) == before
 
 
-def test_another_model_is_refused(network, pictures, saved):
+def test_another_model_is_refused(network, photos, saved):
     other = {**network, "model": small_model(MaCoSNetForKeypointMatching, seed=1, decoder_inputs="common")}
     with pytest.raises(DataError, match="saved with another model"):
         load_collection(saved, **other)
     with pytest.raises(OutputError, match="holds another collection"):
-        save_collection(collected(other, pictures[:7]), saved)
+        save_collection(collected(other, photos[:7]), saved)
 
 
 def test_another_image_processor_is_refused(network, saved):
@@ -334,8 +334,8 @@ def test_a_folder_without_a_collection(network, tmp_path):
         save_collection(Collection(**network), tmp_path / "file")
 
 
-def test_orientations_are_kept(network, pictures, tmp_path):
-    images = [*pictures[:3], *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in pictures[:2])]
+def test_orientations_are_kept(network, photos, tmp_path):
+    images = [*photos[:3], *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in photos[:2])]
     collection = collected(network, images, orientations="mirror")
     expected = collection.orientations
     save_collection(collection, tmp_path, release=True)
