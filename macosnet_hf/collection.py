@@ -7,27 +7,44 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from .common_object import object_weights
 from .crops import Box, Crops, crop_to_box, crop_to_objects, refine_crops, shares_of
 from .directions import COLLECTION_ORIENTATIONS, check_orientations
+from .encoded_images import EncodedImage, EncodedImages, FeatureMaps, ImageList, StoredImage
 from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
 from .hints import Hint, HintedCells, PlacedHint, Rectangle, place_hints
 from .instances import split_instances
-from .mask_sharing import LEAST_SIMILARITY, NetworkMasks, fix_hints, object_similarity, similar_cells
+from .mask_sharing import (
+    LEAST_SIMILARITY,
+    SIMILAR_PARTNERS,
+    NetworkMasks,
+    fix_hints,
+    object_means,
+    similar_cells,
+)
 from .matching import correlate
+from .neighbours import (
+    LEAST_COMPANY,
+    choose_company,
+    choose_partners,
+    rank_others,
+    similar_blocks,
+    similarity_rows,
+    spread_ranks,
+    unit_pooled,
+)
 from .orientation import facing_sides
 from .refinement import check_method
 
@@ -37,10 +54,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-# Bytes for the maps of the decoder's skip connections: 1,300 images with the lite model, 330 with ResNet-101. Maps of
-# further images are computed again when they are needed, by another encoder pass. The crops of the second pass may take
-# as much again while it lasts.
-_SKIP_MEMORY = 1 << 30
+# Bytes for the maps of the decoder's skip connections: 500 images with the lite model. Maps of further images are
+# computed again when they are needed, by another encoder pass. The crops of the second pass may take as much again
+# while it lasts.
+_SKIP_MEMORY = 1 << 29
+# Images that are segmented together where a collection is segmented in blocks; as in bulk runs.
+_BLOCK_SIZE = 32
 _ENLARGED_PIXELS = 4_000_000
 # The number of most similar images whose similarity is an image's agreement.
 _AGREEMENT_PARTNERS = 4
@@ -86,6 +105,8 @@ class CollectionResult:
             that of what stands out in it.
         instances: `(N, S, S)` int32 labels of the single objects, 0 for background and 1 for the largest; None unless
             they were asked for.
+        numbers: of the images in the collection, where only some of them were segmented; then N is their number, and
+            `partners` are numbers in the collection.
     """
 
     probabilities: np.ndarray
@@ -94,13 +115,7 @@ class CollectionResult:
     collection: Collection | None = field(default=None, repr=False, compare=False)
     common: np.ndarray | None = None
     instances: np.ndarray | None = None
-
-
-class _Encoded(NamedTuple):
-    """An image's stride-16 map `(C, h, w)` and its projected skips `(c, H/s, W/s)`, or None where memory is short."""
-
-    last: Tensor
-    skips: tuple[Tensor, ...] | None
+    numbers: list[int] | None = None
 
 
 class FirstPass(NamedTuple):
@@ -162,11 +177,11 @@ class Collection:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}.")
         self.model, self.processor = model, processor
-        self.images: list[Image.Image] = []
+        self.images = ImageList()
         self.keys: list[str] = []
-        self._batch_size, self._skip_memory, self._skip_bytes = batch_size, skip_memory, 0
-        self._encoded: dict[str, _Encoded] = {}
-        self._find_mirrored = orientations == "mirror"
+        self._batch_size = batch_size
+        self.encoded = EncodedImages(skip_memory)
+        self.find_mirrored = orientations == "mirror"
         self._orientations: Tensor | None = None
         self._mirror_keys: dict[str, str] = {}  # of each image's mirror image, where that is encoded
 
@@ -186,21 +201,32 @@ class Collection:
             some = list(images[start : start + self._batch_size])
             pixels = self._pixels(some)
             keys = [content_key(image) for image in pixels]
-            new = {key: row for row, key in enumerate(keys) if key not in self._encoded}
+            new = {key: row for row, key in enumerate(keys) if key not in self.encoded}
             if new:
                 self._encode(pixels[list(new.values())], list(new))
-            self.images += some
+            self.images.extend(some)
             self.keys += keys
             if progress is not None:
                 progress(start + len(some), len(images))
         return numbers
 
+    def hold_stored(self, images: Sequence[StoredImage], keys: Sequence[str], encoded: Sequence[EncodedImage]) -> None:
+        """Replaces the images, if there are any, by images in files and what the encoder says of them.
+
+        Args:
+            images, keys, encoded: of the same images in the same order, if there are any; `keys` as of
+                [`content_key`].
+        """
+        self.images, self.keys = ImageList(images), list(keys)
+        self.encoded = self.encoded.replaced(dict(zip(keys, encoded, strict=True)))
+        self._mirror_keys, self._orientations = {}, None
+
     def subset(self, numbers: Sequence[int]) -> Collection:
         """A collection of some of the images; none is encoded again."""
-        part = Collection(self.model, self.processor, batch_size=self._batch_size, skip_memory=self._skip_memory)
-        part.images, part.keys = [self.images[number] for number in numbers], [self.keys[number] for number in numbers]
-        part._encoded, part._skip_bytes = dict(self._encoded), self._skip_bytes
-        part._find_mirrored, part._mirror_keys = self._find_mirrored, dict(self._mirror_keys)
+        part = Collection(self.model, self.processor, batch_size=self._batch_size)
+        part.images, part.keys = self.images.select(numbers), [self.keys[number] for number in numbers]
+        part.encoded = self.encoded
+        part.find_mirrored, part._mirror_keys = self.find_mirrored, dict(self._mirror_keys)
         if self._orientations is not None and len(self._orientations) == len(self):
             part._orientations = self._orientations[list(numbers)]
         return part
@@ -213,7 +239,7 @@ class Collection:
         """
         if self._orientations is None or len(self._orientations) != len(self):
             mirrored = torch.zeros(len(self), dtype=torch.bool)
-            if self._find_mirrored and len(self) > 1:
+            if self.find_mirrored and len(self) > 1:
                 own, other = self._maps_of_both()
                 sides = facing_sides(own, other, choose_partners(own, _FACING_PARTNERS)[0])
                 # The side of most images counts as the right one; of equally many, that of an image which the order
@@ -226,14 +252,14 @@ class Collection:
     def oriented(self) -> Collection:
         """The same with all images facing one way: mirror images in place of those that face the other way."""
         part = self.subset(range(len(self)))
-        part._find_mirrored, part._orientations = False, None
+        part.find_mirrored, part._orientations = False, None
         for number in self.orientations.nonzero().flatten().tolist():
             part.images[number] = ImageOps.mirror(self.images[number])
             part.keys[number] = self._mirror_keys[self.keys[number]]
         return part
 
-    def _maps_of_both(self) -> tuple[Tensor, Tensor]:
-        """Stride-16 maps `(N, C, h, w)` of the images, and of their mirror images, which are encoded where needed."""
+    def _maps_of_both(self) -> tuple[FeatureMaps, FeatureMaps]:
+        """Stride-16 maps of the images, and of their mirror images, which are encoded where needed."""
         for start in range(0, len(self), self._batch_size):
             numbers = range(start, min(start + self._batch_size, len(self)))
             new = {self.keys[number]: number for number in numbers if self.keys[number] not in self._mirror_keys}
@@ -241,16 +267,23 @@ class Collection:
                 pixels = self._pixels([self.images[number] for number in new.values()]).flip(-1)
                 keys = [content_key(image) for image in pixels]
                 self._mirror_keys |= zip(new, keys, strict=True)
-                unknown = {key: row for row, key in enumerate(keys) if key not in self._encoded}
+                unknown = {key: row for row, key in enumerate(keys) if key not in self.encoded}
                 if unknown:
                     self._encode(pixels[list(unknown.values())], list(unknown))
         mirrors = [self._mirror_keys[key] for key in self.keys]
-        own, mirrored = (torch.stack([self._encoded[key].last for key in keys]) for keys in (self.keys, mirrors))
-        return own, mirrored
+        return self._maps(self.keys), self._maps(mirrors)
+
+    def _maps(self, keys: Sequence[str]) -> FeatureMaps:
+        return self.encoded.maps(keys, self.model.dtype, self.model.device)
+
+    @property
+    def maps(self) -> FeatureMaps:
+        """Stride-16 maps `(N, C, h, w)` of all images, of which a few at a time are in memory."""
+        return self._maps(self.keys)
 
     def features(self, numbers: Sequence[int]) -> MaCoSNetFeatures:
         """Stride-16 features of some of the images, without skips."""
-        last = torch.stack([self._encoded[self.keys[number]].last for number in numbers])
+        (last,) = self._maps([self.keys[number] for number in numbers]).split(len(numbers))
         return MaCoSNetFeatures.from_map(last)
 
     def pixel_values(self, numbers: Sequence[int]) -> Tensor:
@@ -270,6 +303,7 @@ class Collection:
         progress: Progress | None = None,
         hints: Mapping[int, Hint | PlacedHint] | None = None,
         instances: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> CollectionResult:
         """Soft masks of the object that the images have in common.
 
@@ -302,16 +336,80 @@ class Collection:
             InputError: for fewer than two images, no partner, an unknown refinement, or a hint that cannot be used.
         """
         check_options(len(self), partners, refine)
-        placed = place_hints(hints or {}, [image.size for image in self.images])
+        placed = place_hints(hints or {}, self.images.sizes)
         mirrored = self.orientations.numpy() > 0
         turned = {number: hint.mirrored() if mirrored[number] else hint for number, hint in placed.items()}
         facing = self.oriented() if mirrored.any() else self
         found = facing._segment(turned, partners, propagate, refine, second_pass, workers, progress)
         found.probabilities[mirrored] = found.probabilities[mirrored, :, ::-1]
         if instances:
-            maps = self.features(range(len(self))).last
-            found.instances = split_instances(torch.from_numpy(found.probabilities), maps)
+            found.instances = split_instances(torch.from_numpy(found.probabilities), self.maps)
         return replace(found, collection=self)
+
+    def segment_some(
+        self,
+        numbers: Sequence[int],
+        *,
+        company: int | None = None,
+        hints: Mapping[int, Hint | PlacedHint] | None = None,
+        **options: Any,
+    ) -> CollectionResult:
+        """[`segment`] for some of the images, such as those that were added last: the others serve as partners.
+
+        They are segmented together with the four others that are most similar to each, eight in all at least, and with
+        the hinted images. So it takes the time and memory of these images alone.
+
+        Args:
+            numbers: of the images whose masks are wanted.
+            company: how many others, at most.
+            hints, options: as in [`segment`].
+
+        Raises:
+            InputError: as in [`segment`], and for a number that is none of an image, or no number.
+        """
+        check_options(len(self), options.get("partners", 2), options.get("refine", "none"))
+        wanted = list(dict.fromkeys(numbers))
+        if not wanted or not all(0 <= number < len(self) for number in wanted):
+            raise InputError(f"numbers must be some of 0 to {len(self) - 1}; got {list(numbers)!r:.80}.")
+        placed = place_hints(hints or {}, self.images.sizes)
+        others = choose_company(unit_pooled(self.maps), wanted, company)
+        seen = list(dict.fromkeys((*wanted, *placed, *others)))
+        places = {number: place for place, number in enumerate(seen)}
+        asked = {places[number]: hint for number, hint in placed.items()}
+        part = self.subset(seen)
+        part.encoded = self.encoded.more()  # what is computed again for these images does not stay
+        found = part.segment(hints=asked, **options)
+        count = len(wanted)
+        return CollectionResult(
+            probabilities=found.probabilities[:count],
+            partners=[[seen[place] for place in several] for several in found.partners[:count]],
+            agreement=found.agreement[:count],
+            collection=self,
+            common=None if found.common is None else found.common[:count],
+            instances=None if found.instances is None else found.instances[:count],
+            numbers=wanted,
+        )
+
+    def segment_blocks(
+        self, numbers: Sequence[int] | None = None, *, block_size: int = _BLOCK_SIZE, **options: Any
+    ) -> Iterator[CollectionResult]:
+        """[`segment_some`] for blocks of similar images with eight others each; memory does not grow with their number.
+
+        Args:
+            numbers: of the images whose masks are wanted, each of which is in one block; all by default.
+            block_size: images of a block, at most.
+            options: as in [`segment`].
+
+        Raises:
+            InputError: as in [`segment_some`], or for a block of no image.
+        """
+        if block_size < 1:
+            raise InputError(f"block_size must be at least 1, not {block_size}.")
+        wanted = range(len(self)) if numbers is None else numbers
+        if not all(0 <= number < len(self) for number in wanted):
+            raise InputError(f"numbers must be some of 0 to {len(self) - 1}; got {list(wanted)!r:.80}.")
+        for block in similar_blocks(unit_pooled(self.maps), wanted, block_size):
+            yield self.segment_some(block, company=LEAST_COMPANY, **options)
 
     def _segment(
         self,
@@ -380,20 +478,20 @@ class Collection:
             hints: by the number of the image.
             hinted, boxes: for crops, what the hints say of the whole images, and the crops' boxes in shares of them.
         """
-        last = torch.stack([self._encoded[key].last for key in self.keys])
-        others, _ = choose_partners(last, len(self))
-        chosen = others[:, spread_ranks(others.shape[1], partners)]
+        last = self.maps
+        nearest = range(min(SIMILAR_PARTNERS, len(self) - 1))
+        ranks = spread_ranks(len(self) - 1, partners)
+        others, _ = rank_others(unit_pooled(last), [*nearest, *ranks])
+        others, chosen = others[:, : len(nearest)], others[:, len(nearest) :]
         asked = list(hinted.hints if hinted else hints or {})
         own = self.decoder_masks(chosen.tolist(), progress)
         if asked:
             hinted = hinted or HintedCells.of(last, own, hints or {})
             own = hinted.apply(own, hinted.about(last, boxes))
-        similarity = object_similarity(last, own)
+        agreement, to_chosen = _object_agreement(object_means(last, own), chosen)
         if common is None:
-            common = similarity.gather(1, chosen).mean(dim=1) >= COMMON_SIMILARITY
-        common = common.to(last.device)
-        similarity.fill_diagonal_(-2)
-        agreement = similarity.topk(min(_AGREEMENT_PARTNERS, len(self) - 1), dim=1).values.mean(dim=1)
+            common = to_chosen >= COMMON_SIMILARITY
+        common = common.to(agreement.device)
         listens = self.model.config.decoder_inputs == "common"
         cells = similar_cells(last, others, LEAST_SIMILARITY if listens else None) if propagate else None
         if listens and not common.all():
@@ -410,7 +508,7 @@ class Collection:
     def _cropped(self, boxes: Sequence[Box | None], progress: Callable[[], None]) -> Collection:
         """The same images, cropped where there is a box; whole ones are not encoded again."""
         cropped = self.subset([])
-        cropped._skip_bytes = 0  # the crops may hold as many maps as the images do
+        cropped.encoded = self.encoded.more()  # the crops may hold as many maps as the images do
         side = self.model.config.image_size
         crops = [crop_to_box(image, box, side) for image, box in zip(self.images, boxes, strict=True)]
         cropped.add(crops, progress=lambda *_: progress())
@@ -422,16 +520,15 @@ class Collection:
         config = self.model.config
         rounds = 1 if config.decoder_inputs == "paper" else config.decoder_rounds
         weights = None
+        found = torch.empty(len(chosen), config.image_size, config.image_size, device=self.model.device)
         for step in range(rounds):
-            masks = []
             for number, several in enumerate(chosen):
                 if config.decoder_inputs == "paper":
-                    masks.append(self.mean_mask(number, several))
+                    found[number] = self.mean_mask(number, several)
                 else:
-                    masks.append(self.common_mask(number, several, weights))
+                    found[number] = self.common_mask(number, several, weights)
                 if progress is not None:
                     progress((step * len(self) + number + 1) // rounds)
-            found = torch.stack(masks)
             weights = object_weights(found)
         return found
 
@@ -455,10 +552,11 @@ class Collection:
 
     def _skips(self, number: int) -> tuple[Tensor, ...]:
         """Projected maps `(1, c, H/s, W/s)` of an image; made again where there was no room for them."""
-        skips = self._encoded[self.keys[number]].skips
+        key = self.keys[number]
+        skips = self.encoded[key].skips
         if skips is None:
-            skips = self._project(self.pixel_values([number]))[1][0]
-        return tuple(skip.unsqueeze(0) for skip in skips)
+            skips = self.encoded.keep_skips(key, self._project(self.pixel_values([number]))[1][0])
+        return tuple(skip.to(self.model.dtype).unsqueeze(0) for skip in skips)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:
         """`(S, S)` soft mask of an image: the mean over its K partners, all given by their numbers."""
@@ -482,10 +580,7 @@ class Collection:
     def _encode(self, pixels: Tensor, keys: list[str]) -> None:
         last, skips = self._project(pixels)
         for row, key in enumerate(keys):
-            size = sum(skip.numel() * skip.element_size() for skip in skips[row])
-            keep = self._skip_bytes + size <= self._skip_memory
-            self._skip_bytes += size if keep else 0
-            self._encoded[key] = _Encoded(last=last[row].clone(), skips=skips[row] if keep else None)
+            self.encoded.add(key, last[row].clone(), skips[row])
 
 
 def content_key(image: Tensor) -> str:
@@ -542,14 +637,21 @@ def check_options(count: int, partners: int = 2, refine: str = "none") -> None:
     check_method(refine)
 
 
-def spread_ranks(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` ranks, evenly spread from the first on; all if there are fewer.
+def _object_agreement(unit: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of N images, mean cosine similarities of the object: to those of the four most similar ones `(N,)`, and to those
+    of the partners `(N,)`.
 
-    The most similar images often share the background too and confirm it: on msrc-coseg the first and the middle one
-    give better masks than the first two, the last two, or two in between.
+    Args:
+        unit: `(N, C)`, see [`~.mask_sharing.object_means`].
+        chosen: `(N, K)` numbers of the partners.
     """
-    wanted = min(wanted, count)
-    return [number * count // wanted for number in range(wanted)]
+    count = min(_AGREEMENT_PARTNERS, len(unit) - 1)
+    rows = [
+        (similarity.topk(count, dim=1).values.mean(dim=1), similarity.gather(1, chosen[some]).mean(dim=1))
+        for some, similarity in similarity_rows(unit)
+    ]
+    agreement, to_chosen = zip(*rows, strict=True)
+    return torch.cat(agreement), torch.cat(to_chosen)
 
 
 def odd_ones_out(agreement: np.ndarray) -> list[int]:
@@ -573,25 +675,6 @@ def odd_ones_out(agreement: np.ndarray) -> list[int]:
         if values[number] < middle - max(0.15, 3 * spread):
             odd.append(number)
     return odd
-
-
-def choose_partners(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For each of N images the `count` others with the most similar pooled features.
-
-    Args:
-        features: `(N, C, h, w)`.
-        count: partners of each, at least 1; with fewer others than that, all of them.
-
-    Returns:
-        indices `(N, min(count, N - 1))`, most similar first, and cosine similarities of the same shape.
-    """
-    # In double precision a similarity hardly depends on the position of the two images among the others. A few at
-    # once: all features in double precision take as much memory as all else that a collection holds.
-    pooled = F.normalize(torch.cat([part.double().mean(dim=(2, 3)) for part in features.split(16)]), dim=1)
-    similarity = pooled @ pooled.t()
-    similarity.fill_diagonal_(-2)
-    best = similarity.topk(min(count, len(pooled) - 1), dim=1)
-    return best.indices, best.values
 
 
 def hard_mask(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common_object import CENTRE_SIGMA
+from .encoded_images import FeatureMaps
 from .errors import InputError
 from .geometry import normalize_points
 
@@ -220,7 +221,7 @@ class HintedCells(NamedTuple):
     change: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, masks: Tensor, hints: Mapping[int, PlacedHint]) -> HintedCells:
+    def of(cls, features: Tensor | FeatureMaps, masks: Tensor, hints: Mapping[int, PlacedHint]) -> HintedCells:
         """What hints say, given the images in which they are.
 
         Args:
@@ -234,7 +235,7 @@ class HintedCells(NamedTuple):
             number: (sample_cells(unit[number], hint.include, side), sample_cells(unit[number], hint.exclude, side))
             for number, hint in hints.items()
         }
-        known = cls(hints, seeds, features.new_zeros(0), features.new_zeros(0))
+        known = cls(hints, seeds, masks.new_zeros(0), masks.new_zeros(0))
         changes = []
         for number, hint in hints.items():
             before = F.interpolate(masks[number][None, None].float(), size=unit[number].shape[-2:], mode="area")[0, 0]
@@ -273,7 +274,7 @@ class HintedCells(NamedTuple):
             evidence = share * evidence - (1 - share) * _LARGEST_EVIDENCE
         return evidence.clamp(-_LARGEST_EVIDENCE, _LARGEST_EVIDENCE)
 
-    def about(self, features: Tensor, boxes: Sequence[Rectangle | None] | None = None) -> Tensor:
+    def about(self, features: Tensor | FeatureMaps, boxes: Sequence[Rectangle | None] | None = None) -> Tensor:
         """Evidence `(N, h, w)` in [-3, 3] about the cells of N images, positive for the object.
 
         A cell of a hinted image is compared with its points; a cell of another image with the cells of the hinted
@@ -283,9 +284,9 @@ class HintedCells(NamedTuple):
             features: `(N, C, h, w)`.
             boxes: where the images are crops, in shares of the whole ones; None for a whole image.
         """
-        cells = F.normalize(features.float(), dim=1)
         found = []
-        for number, own in enumerate(cells):
+        for number in range(len(features)):
+            own = F.normalize(features[number].float(), dim=0)
             hint = self.hints.get(number)
             if hint is not None:
                 box = boxes[number] if boxes else None

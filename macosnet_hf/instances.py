@@ -11,6 +11,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from .encoded_images import FeatureMaps
 from .refinement import opencv
 
 # All chosen on 58 images of msrc-coseg whose objects were counted by eye (benchmarks/instances.py): where a soft mask
@@ -27,14 +28,14 @@ _SMOOTHING = 1.0  # standard deviation, in pixels of the mask: ragged edges have
 Peak = tuple[float, int, int]  # thickness, row, column
 
 
-def split_instances(masks: Tensor, features: Tensor) -> np.ndarray:
+def split_instances(masks: Tensor, features: Tensor | FeatureMaps) -> np.ndarray:
     """Labels `(N, S, S)` int32 of the objects of N images: 0 background, then 1, 2, ... from the largest.
 
     Args:
         masks: `(N, S, S)` in [0, 1]; the object is where they are 0.5 or more.
         features: `(N, C, h, w)`.
     """
-    unit = F.normalize(features.float(), dim=1).cpu().numpy()
+    unit = (F.normalize(features[number].float(), dim=0).cpu().numpy() for number in range(len(features)))
     return np.stack([_split(mask, cells) for mask, cells in zip(masks.cpu().numpy(), unit, strict=True)])
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .common_object import centre_prior
+from .encoded_images import FeatureMaps, UnitCells
 from .geometry import on_device, resize_masks
 from .hints import PlacedHint
 from .refinement import opencv, refine_mask
@@ -24,7 +25,7 @@ from .refinement import opencv, refine_mask
 # Mask propagation, chosen on every second image of msrc-coseg: each cell asks the cells that resemble it most in the
 # most similar images, and their answer has this share in the mask (less in a pair, where one wrong mask is all that
 # there is to ask).
-_SIMILAR_PARTNERS = 16
+SIMILAR_PARTNERS = 16
 _SIMILAR_CELLS = 20
 _SIMILAR_TEMPERATURE = 0.1
 # For a decoder of common objects, cells that are no more similar than this answer for the most part that there is no
@@ -69,7 +70,7 @@ class SimilarCells(NamedTuple):
         return SimilarCells(torch.where(rows, own, self.places), weights, self.size)
 
 
-def similar_cells(features: Tensor, others: Tensor, least: float | None = None) -> SimilarCells:
+def similar_cells(features: Tensor | FeatureMaps, others: Tensor, least: float | None = None) -> SimilarCells:
     """The 20 most similar cells, for each cell, in the 16 most similar images.
 
     Args:
@@ -79,8 +80,8 @@ def similar_cells(features: Tensor, others: Tensor, least: float | None = None) 
     """
     height, width = features.shape[-2:]
     count = height * width
-    cells = F.normalize(features.float(), dim=1).flatten(2)  # (N, C, h*w)
-    chosen = others[:, :_SIMILAR_PARTNERS].tolist()
+    cells = UnitCells(features)
+    chosen = others[:, :SIMILAR_PARTNERS].tolist()
     held: dict[tuple[int, int], Tensor] = {}
     room = _HELD_PRODUCTS // (4 * count**2)
     indices, weights = [], []
@@ -108,9 +109,9 @@ def similar_cells(features: Tensor, others: Tensor, least: float | None = None) 
     return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
 
 
-def object_similarity(features: Tensor, masks: Tensor) -> Tensor:
-    """`(N, N)` cosine similarities in [-1, 1] of the objects of N images: of the mean features of their cells, weighted
-    by the soft masks and, less, by a centre prior.
+def object_means(features: Tensor | FeatureMaps, masks: Tensor) -> Tensor:
+    """`(N, C)` float64 unit-length features of the objects of N images: the means of their cells, weighted by the soft
+    masks and, less, by a centre prior.
 
     Args:
         features: `(N, C, h, w)`.
@@ -119,12 +120,17 @@ def object_similarity(features: Tensor, masks: Tensor) -> Tensor:
     size = features.shape[-2:]
     weights = F.interpolate(masks[:, None], size=size, mode="area")
     weights = weights + _CENTRE_SHARE * centre_prior(*size, device=masks.device)
-    # In double precision, a few at once: see `choose_partners`.
+    # In double precision, a few at once: see `unit_pooled`.
     means = [
         (F.normalize(maps.double(), dim=1) * weight).sum(dim=(2, 3))
         for maps, weight in zip(features.split(16), weights.split(16), strict=True)
     ]
-    unit = F.normalize(torch.cat(means), dim=1)
+    return F.normalize(torch.cat(means), dim=1)
+
+
+def object_similarity(features: Tensor, masks: Tensor) -> Tensor:
+    """`(N, N)` cosine similarities in [-1, 1] of the objects of N images, see [`object_means`]."""
+    unit = object_means(features, masks)
     return unit @ unit.t()
 
 
@@ -259,23 +265,22 @@ def refine_masks(
     """
     size = tuple(masks.shape[-2:])
 
-    def one(image: Image.Image, probability: np.ndarray, hint: PlacedHint | None) -> Tensor:
-        small = reduce_for_refinement(image)
+    def one(number: int, probability: np.ndarray) -> Tensor:
+        small, hint = reduce_for_refinement(images[number]), (hints or {}).get(number)
         soft = resize_masks(torch.from_numpy(probability)[None], small.size[::-1])[0].clamp(0, 1)
         fixed = None if hint is None else hint.labels((small.height, small.width))
         hard = torch.from_numpy(refine_mask(small, soft.numpy(), method, fixed=fixed))
         return resize_masks(hard[None].float(), size)[0]
 
-    found: list[Tensor] = []
+    found = torch.empty(len(images), *size)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        of_each = [(hints or {}).get(number) for number in range(len(images))]
-        waiting = [pool.submit(one, *each) for each in zip(images, masks.cpu().numpy(), of_each, strict=True)]
+        waiting = [pool.submit(one, number, mask) for number, mask in enumerate(masks.cpu().numpy())]
         try:
-            for refined in waiting:
-                found.append(refined.result())
+            for number, refined in enumerate(waiting):
+                found[number] = refined.result()
                 if progress is not None:
-                    progress(len(found))
+                    progress(number + 1)
         except BaseException:  # Ctrl+C, or a visitor who stops: images whose turn has not come are not refined
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return torch.stack(found).to(masks.device)
+    return found.to(masks.device)

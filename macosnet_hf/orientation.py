@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common_object import centre_prior
+from .encoded_images import FeatureMaps
 from .encoder import MaCoSNetFeatures
 from .geometry import (
     SYMMETRIES,
@@ -188,7 +189,7 @@ def turn_back(output: MaCoSNetModelOutput, transforms: Transform, symmetries: Se
     output.correlation = turned(channels).flatten(-2).transpose(-1, -2).unflatten(-1, (side, side))
 
 
-def facing_sides(features: Tensor, mirrored: Tensor, others: Tensor) -> Tensor:
+def facing_sides(features: Tensor | FeatureMaps, mirrored: Tensor | FeatureMaps, others: Tensor) -> Tensor:
     """Which way the objects of N images face: `(N,)`, 1 on one side and -1 on the other, 0 where the image says little.
 
     Each pair is compared as it is and with one image mirrored, see [`facing_evidence`]. The signs of the leading
@@ -206,7 +207,7 @@ def facing_sides(features: Tensor, mirrored: Tensor, others: Tensor) -> Tensor:
     return torch.where(support > _FACING_THRESHOLD, sides, 0)
 
 
-def facing_evidence(features: Tensor, mirrored: Tensor, others: Tensor) -> Tensor:
+def facing_evidence(features: Tensor | FeatureMaps, mirrored: Tensor | FeatureMaps, others: Tensor) -> Tensor:
     """How much better N images fit each other as they are than with one of both mirrored: symmetric `(N, N)`.
 
     Of the cells of a coarse map of one image, the most similar cell of the other counts, less a penalty for its
@@ -217,10 +218,11 @@ def facing_evidence(features: Tensor, mirrored: Tensor, others: Tensor) -> Tenso
     Args: as in [`facing_sides`].
     """
     side = min(_FACING_SIDE, features.shape[-1])
-    own, other = (
-        F.normalize(F.adaptive_avg_pool2d(F.normalize(maps.float(), dim=1), side), dim=1).flatten(2)
-        for maps in (features, mirrored)
-    )
+
+    def coarse(maps: Tensor) -> Tensor:
+        return F.normalize(F.adaptive_avg_pool2d(F.normalize(maps.float(), dim=1), side), dim=1).flatten(2)
+
+    own, other = (torch.cat([coarse(part) for part in maps.split(16)]) for maps in (features, mirrored))
     grid = make_grid(side, side, device=own.device).reshape(-1, 2)
     cost = _FACING_COST * (grid.unsqueeze(1) - grid).square().sum(-1).unsqueeze(1)
     prior = centre_prior(side, side, device=own.device).flatten()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..directions import COLLECTION_ORIENTATIONS, check_orientations
 from ..errors import InputError
 from ..io.package import VERSION
 from ..refinement import check_method
-
-if TYPE_CHECKING:
-    from torch import nn
 
 BLOCK_SIZE = 32
 SHARD_SIZE = 256
@@ -39,7 +35,7 @@ class BulkSettings:
         orientations: as in [`~macosnet_hf.collection.Collection`].
         alpha: whether to add the soft alpha of [`~macosnet_hf.inference.cutouts.alpha_matte`].
         model: name of the checkpoint.
-        weights: its digest, of [`weights_digest`].
+        weights: its digest, of [`~macosnet_hf.io.weights.weights_digest`].
         version: of this package; another one may give other masks.
 
     Raises:
@@ -85,14 +81,3 @@ class BulkSettings:
             for field in fields(self)
             if getattr(self, field.name) != other.get(field.name)
         ]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of a model's weights."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

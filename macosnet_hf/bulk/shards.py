@@ -1,6 +1,6 @@
 """The output folder of a bulk run: Parquet shards, each whole or not there, settings, and at the end index and card.
 
-OUT/data/masks-00000-000000.parquet   part, shard; the rows
+OUT/data/masks-00000-000000.parquet   part, shard; the rows (of pairs: matches-...)
 OUT/index.parquet                     the same rows without images, and the file of each
 OUT/README.md                         the data set card; it is there once all shards are
 OUT/.bulk/settings.json               what decided the rows
@@ -13,9 +13,9 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import InputError, OutputError
 from ..io.output_folder import output_folder, write_file
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
 
-IMAGE_COLUMNS = ("mask", "alpha")
 _MEANINGS = {
     "id": "name of the image: the id column, the path in the data set, or the number of its row",
     "part": "part of the data set",
@@ -46,22 +45,53 @@ _MEANINGS = {
 _DIGEST = b"macosnet_rows"
 
 
+class ShardSettings(Protocol):
+    """What decides the rows of shards, such as [`BulkSettings`]."""
+
+    @property
+    def parts(self) -> int:
+        """How many parts the rows come in."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name."""
+
+    def difference(self, other: dict[str, Any]) -> list[str]:
+        """How these settings differ from older ones."""
+
+
+class ShardKind(NamedTuple):
+    """What a run writes.
+
+    Attributes:
+        name: of the files.
+        features: the columns, by the settings.
+        images: columns that the index leaves out.
+        card: the text of `README.md`, by settings, numbers of rows and errors, and number of shards.
+    """
+
+    name: str
+    features: Callable[[Any], Features]
+    images: Sequence[str]
+    card: Callable[[Any, dict[str, int], int], str]
+
+
 class ShardFolder:
     """An output folder of shards with the same settings.
 
     Args:
         folder: made if need be.
         settings: those of its shards.
+        kind: what they hold; masks by default.
 
     Raises:
         InputError: if it holds shards of other settings; the text says which.
         OutputError: if it cannot be written, or holds other Parquet files.
     """
 
-    def __init__(self, folder: str | Path, settings: BulkSettings):
+    def __init__(self, folder: str | Path, settings: ShardSettings, kind: ShardKind | None = None):
         if not os.fspath(folder):
             raise OutputError("The folder of the results has no name.")
-        self.folder, self.settings = Path(folder), settings
+        self.folder, self.settings, self.kind = Path(folder), settings, kind or MASKS
         self._state = self.folder / ".bulk"
         self._data = self.folder / "data"
         path = self._state / "settings.json"
@@ -112,7 +142,7 @@ class ShardFolder:
 
     def path(self, part: int, number: int) -> Path:
         """The file of a shard."""
-        return self._data / f"masks-{part:05d}-{number:06d}.parquet"
+        return self._data / f"{self.kind.name}-{part:05d}-{number:06d}.parquet"
 
     def has(self, part: int, shard: Shard) -> bool:
         """Whether a shard is written.
@@ -142,7 +172,7 @@ class ShardFolder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = features(self.settings.alpha).arrow_schema
+        schema = self.kind.features(self.settings).arrow_schema
         schema = schema.with_metadata({**schema.metadata, _DIGEST: shard.digest.encode()})
         content = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), content, compression="zstd")
@@ -194,13 +224,20 @@ class ShardFolder:
 
         counts = {"rows": 0, "errors": 0}
         with output_folder(self.folder) as folder:
-            schema = _index_schema(self.settings.alpha)
+            schema = self._index_schema()
             with pq.ParquetWriter(folder / "index.parquet", schema, compression="zstd") as writer:
                 for table in _index_tables(shards, schema):
                     writer.write_table(table)
                     counts["rows"] += table.num_rows
                     counts["errors"] += table.num_rows - table.column("error").null_count
-            (folder / "README.md").write_text(_card(self.settings, counts, len(shards)), encoding="utf-8")
+            (folder / "README.md").write_text(self.kind.card(self.settings, counts, len(shards)), encoding="utf-8")
+
+    def _index_schema(self) -> pa.Schema:
+        from datasets import Features, Value
+
+        columns = self.kind.features(self.settings).items()
+        without_images = {name: kind for name, kind in columns if name not in self.kind.images}
+        return Features({**without_images, "file": Value("string")}).arrow_schema
 
     def counts(self) -> tuple[int, int]:
         """Rows of a complete folder, and how many of them have an error.
@@ -220,7 +257,7 @@ class ShardFolder:
         return rows, errors
 
 
-def features(alpha: bool) -> Features:
+def features(settings: BulkSettings) -> Features:
     """Columns of the shards."""
     from datasets import Features, Image, List, Value
 
@@ -236,14 +273,7 @@ def features(alpha: bool) -> Features:
         "common": Value("bool"),
         "partners": List(Value("string")),
     }
-    return Features({name: kinds.get(name, Value("string")) for name in _MEANINGS if alpha or name != "alpha"})
-
-
-def _index_schema(alpha: bool) -> pa.Schema:
-    from datasets import Features, Value
-
-    columns = {name: kind for name, kind in features(alpha).items() if name not in IMAGE_COLUMNS}
-    return Features({**columns, "file": Value("string")}).arrow_schema
+    return Features({name: kinds.get(name, Value("string")) for name in _MEANINGS if settings.alpha or name != "alpha"})
 
 
 def _index_tables(shards: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -257,34 +287,58 @@ def _index_tables(shards: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Tabl
         yield table.select(schema.names).cast(schema)
 
 
-def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
-    """The `README.md` of the results: metadata that the Hub and `datasets` read, settings, columns."""
+def card_text(title: str, text: str, files: str, split: str, meanings: dict[str, str], settings: dict[str, Any]) -> str:
+    """The `README.md` of results: metadata that the Hub and `datasets` read, columns, settings.
+
+    Args:
+        title: what the results are.
+        text: how they were made.
+        files: of the shards, in the folder.
+        split: name of the only split.
+        meanings: of the columns.
+        settings: by name.
+    """
     from huggingface_hub import DatasetCardData
 
     metadata = DatasetCardData(
-        pretty_name=f"Masks of {Path(settings.dataset).name}",
+        pretty_name=title,
         task_categories=["image-segmentation"],
         tags=["object-co-segmentation", "macosnet"],
         configs=[
-            {"config_name": "default", "data_files": [{"split": settings.split, "path": "data/*.parquet"}]},
-            {"config_name": "index", "data_files": [{"split": settings.split, "path": "index.parquet"}]},
+            {"config_name": "default", "data_files": [{"split": split, "path": files}]},
+            {"config_name": "index", "data_files": [{"split": split, "path": "index.parquet"}]},
         ],
     )
+    lines = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {title}\n",
+        f"{text} `index.parquet` holds the same rows without images.\n",
+        "## Columns\n",
+        "| column | meaning |\n|---|---|",
+        *(f"| `{name}` | {meaning} |" for name, meaning in meanings.items()),
+        "\n## Settings\n",
+        "| setting | value |\n|---|---|",
+        *(f"| `{name}` | {value} |" for name, value in settings.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
+    """The `README.md` of masks."""
     # The folder of the data set is one of this machine, which is not published.
     shown = {**settings.as_dict(), "dataset": Path(settings.dataset).name, "model": Path(settings.model).name}
     if not Path(settings.dataset).is_dir():
         shown["dataset"] = settings.dataset
-    lines = [
-        f"---\n{metadata.to_yaml()}\n---\n",
-        f"# Masks of {shown['dataset']}\n",
+    return card_text(
+        f"Masks of {shown['dataset']}",
         f"Made by `macosnet segment --dataset`: {counts['rows']} rows in {shards} shards, {counts['errors']} of them "
-        "with an error instead of a mask. `index.parquet` holds the same rows without images.\n",
-        "## Columns\n",
-        "| column | meaning |\n|---|---|",
-        *(f"| `{name}` | {text} |" for name, text in _MEANINGS.items() if settings.alpha or name != "alpha"),
-        "\n## Settings\n",
-        "| setting | value |\n|---|---|",
-        *(f"| `{name}` | {value} |" for name, value in shown.items()),
-        "",
-    ]
-    return "\n".join(lines)
+        "with an error instead of a mask.",
+        "data/*.parquet",
+        settings.split,
+        {name: text for name, text in _MEANINGS.items() if settings.alpha or name != "alpha"},
+        shown,
+    )
+
+
+MASKS = ShardKind("masks", features, ("mask", "alpha"), _card)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import printable
+from ..errors import InputError, printable
 from ..inference.cutouts import EDGES, FORMATS, CutoutStyle
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
@@ -92,3 +93,25 @@ def print_left_out(messages: list[str]) -> None:
     """Prints what `--skip-invalid` left out, on standard error."""
     if messages:
         print("\n  ".join([f"{len(messages)} left out:", *messages]), file=sys.stderr)
+
+
+def place_among_processes() -> tuple[int, int]:
+    """The number of this process, and of all, as `accelerate launch`, `torchrun` or a cluster says it.
+
+    accelerate's `PartialState` would connect the processes. They never wait for one another here, so that one that
+    dies takes no other with it.
+
+    Raises:
+        InputError: for numbers that are none.
+    """
+    try:
+        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise InputError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers where they are set.") from error
+    if processes > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device % torch.cuda.device_count())
+    return rank, processes

@@ -25,6 +25,7 @@ from .arguments import (
     progress_bar,
 )
 from .hint_options import add_hint_arguments, read_hints
+from .match_pairs import add_pairs_arguments, check_pairs_combination, run_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Match two images of the same kind of object and segment the object in both.\n\n"
         "Writes matches.json and matches.csv (points in pixels), matches.png (a drawing), mask and cutout of source "
-        "and target, and source_warped.png (the source warped onto the target)."
+        "and target, and source_warped.png (the source warped onto the target); with --pairs, matches and masks of "
+        "many pairs as Parquet shards."
     )
-    parser.add_argument("source", metavar="SOURCE", help="an image")
-    parser.add_argument("target", metavar="TARGET", help="another image of the same kind of object")
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="an image")
+    parser.add_argument("target", metavar="TARGET", nargs="?", help="another image of the same kind of object")
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # to name the mistake
     add_model_arguments(parser, PAIR_ARCHIVE)
     add_cutout_arguments(parser)
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="drop matches with a score of T or less, 0 to 1 (default: 0)",
     )
+    add_pairs_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,8 +69,11 @@ def run(args: argparse.Namespace) -> int:
     from ..io.output_folder import output_folder, refuse_to_overwrite
     from ..io.working_copy import open_working_copy
 
+    check_pairs_combination(args)
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold must lie between 0 and 1; got {args.threshold:g}.")
+    if args.pairs is not None:
+        return run_pairs(args)
     if args.more:
         count = 2 + len(args.more)
         raise InputError(f"`macosnet match` takes two images, not {count}; `macosnet segment` takes any number.")
@@ -170,3 +176,9 @@ def _check_inside(points: Sequence[_NamedPoint], size: tuple[int, int]) -> None:
     for where, (x, y) in points:
         if not (0 <= x <= size[0] - 1 and 0 <= y <= size[1] - 1):
             raise InputError(f"{where}: {x:g},{y:g} lies outside of the source, which is {size[0]}x{size[1]} pixels.")
+
+
+if __name__ == "__main__":  # accelerate launch -m macosnet_hf.commands.match
+    from .main import main
+
+    sys.exit(main(["match", *sys.argv[1:]]))

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings, weights_digest
+from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings
 from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
-from .arguments import load_network, one_line
+from ..io.weights import weights_digest
+from .arguments import load_network, one_line, place_among_processes
 
 _DEFAULTS: dict[str, Any] = {
     "split": "train",
@@ -101,7 +102,7 @@ def run_dataset(args: argparse.Namespace) -> int:
         os.path.realpath(args.dataset)
     ):
         raise InputError("The output folder lies in that of the data set; a second run would take masks for images.")
-    rank, processes = _place_among_processes()
+    rank, processes = place_among_processes()
     give_memory_back()
     network = load_network(args)
 
@@ -128,25 +129,3 @@ def run_dataset(args: argparse.Namespace) -> int:
         wrong = f", {errors} of them with an error" if errors else ""
         print(one_line(f"{rows} rows{wrong}; see {os.path.join(args.output_dir, 'README.md')}"))
     return 0
-
-
-def _place_among_processes() -> tuple[int, int]:
-    """The number of this process, and of all, as `accelerate launch`, `torchrun` or a cluster says it.
-
-    accelerate's `PartialState` would connect the processes. They never wait for one another here, so that one that
-    dies takes no other with it.
-
-    Raises:
-        InputError: for numbers that are none.
-    """
-    try:
-        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        device = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise InputError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers where they are set.") from error
-    if processes > 1:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.set_device(device % torch.cuda.device_count())
-    return rank, processes

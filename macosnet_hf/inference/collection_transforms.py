@@ -9,14 +9,15 @@ one way, and brought back to the images as they are, which is exact: `T_ij = R_i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..collection import Collection, Progress, choose_partners
+from ..collection import Collection, Progress
 from ..encoder import MaCoSNetFeatures
 from ..errors import InputError
 from ..geometry import (
@@ -31,6 +32,7 @@ from ..geometry import (
     warp,
 )
 from ..matching import cell_products, cell_similarity, fit_mutually, match_locally, normalize_similarity
+from ..neighbours import choose_partners
 from .pair import check_points
 
 GRAPHS = ("all", "neighbours", "star")
@@ -39,6 +41,7 @@ GRAPHS = ("all", "neighbours", "star")
 _ERROR_SIGMA = 0.2
 _PAIRS_AT_ONCE = 16
 _FITS_AT_ONCE = 2
+_HELD_PRODUCTS = 64  # images whose inner products of all cells are held: 13 MB with the lite model
 _POINTS_A_SIDE = 7  # of the grid on which transforms are compared and composed
 _ROUTES = 8  # of each pair, through a third image
 _DIRECT_WEIGHT = 2.0  # of the direct transform, as many routes of the same trust
@@ -93,17 +96,9 @@ class CollectionMatches:
         Raises:
             InputError: if there is no such image, or the points are not M pairs of finite numbers.
         """
-        images = self.collection.images
-        self._check_number(image)
-        start = torch.from_numpy(check_points(points, None))
-        side = self.collection.model.config.image_size
-        placed = normalize_points(start, (images[image].height, images[image].width), side)
-        turns = _symmetries(self.collection)
-        found = self._oriented()._transfer(placed @ turns[image], image, local_matching) @ turns.transpose(1, 2)
-        sizes = torch.tensor([[each.height, each.width] for each in images])
-        moved = denormalize_points(found, sizes, side)
-        moved[image] = start
-        return moved.numpy().astype(np.float64)
+        check_number(self.collection, image)
+        transforms = self._oriented().transforms[:, image]
+        return move_points(self.collection, transforms, points, image, local_matching)
 
     def transfer_mask(self, mask: np.ndarray | Tensor, image: int) -> np.ndarray:
         """A mask of one image, warped onto all of them.
@@ -118,7 +113,7 @@ class CollectionMatches:
         Raises:
             InputError: if there is no such image, or the mask has no two dimensions.
         """
-        self._check_number(image)
+        check_number(self.collection, image)
         field = torch.as_tensor(mask, dtype=torch.float32)
         if field.dim() != 2:
             raise InputError(f"A mask has the shape (H, W), not {tuple(field.shape)}.")
@@ -166,32 +161,6 @@ class CollectionMatches:
         affine[torch.isnan(tps).any(-1)] = float("nan")
         return _with_trust(self.collection, affine, tps)
 
-    def _check_number(self, image: int) -> None:
-        if not 0 <= image < len(self):
-            raise InputError(f"There is no image number {image}; there are {len(self)}, counted from 0.")
-
-    def _transfer(self, points: Tensor, image: int, local_matching: bool | None) -> Tensor:
-        """`(M, 2)` normalised points of an image to `(N, M, 2)` of all."""
-        count, config = len(self), self.collection.model.config
-        transforms, repeated = self.transforms[:, image], points.expand(count, -1, -1)
-        if not (config.local_matching if local_matching is None else local_matching):
-            return transforms.apply(repeated)
-        device = self.collection.model.device
-        found = torch.full((count, *points.shape), float("nan"))
-        known = torch.nonzero(torch.isfinite(transforms.affine).all(-1)).flatten()
-        with torch.inference_mode():
-            own = self.collection.features([image]).normalized
-            for some in known.split(_PAIRS_AT_ONCE):
-                moved = match_locally(
-                    own.expand(len(some), -1, -1, -1),
-                    self.collection.features(some.tolist()).normalized,
-                    repeated[: len(some)].to(device),
-                    transforms[some].to(device),
-                    **config.local_matching_options,
-                )
-                found[some] = moved.float().cpu()
-        return found
-
     def _consensus(self, points: Tensor, j: int) -> Tensor:
         """Places `(N, M, 2)` in every image of points `(M, 2)` of image j, agreed on by all routes."""
         count, transforms = len(self), self.transforms
@@ -205,7 +174,54 @@ class CollectionMatches:
         places = torch.cat((direct.unsqueeze(1), composed), dim=1)
         weights = torch.cat((_DIRECT_WEIGHT * self.trust[:, j : j + 1].square(), best.values), dim=1)
         weights = torch.where(torch.isfinite(places).all(-1).all(-1), weights, 0.0)
-        return _geometric_median(places.nan_to_num(), weights)
+        return geometric_median(places.nan_to_num(), weights)
+
+
+def check_number(collection: Collection, image: int) -> None:
+    """Raises `InputError` unless an image has that number."""
+    if not 0 <= image < len(collection):
+        raise InputError(f"There is no image number {image}; there are {len(collection)}, counted from 0.")
+
+
+@torch.inference_mode()
+def move_points(
+    collection: Collection,
+    transforms: Transform,
+    points: Sequence[Sequence[float]] | np.ndarray,
+    image: int,
+    local_matching: bool | None = None,
+) -> np.ndarray:
+    """Where points of one image lie in all of them, in pixels; see [`CollectionMatches.transfer_points`].
+
+    Args:
+        collection: of the N images.
+        transforms: `(N)`, of points of that image into each, all of them facing one way; NaN where there is none.
+        points, image, local_matching: as there.
+    """
+    count, config = len(collection), collection.model.config
+    sizes = torch.tensor([size[::-1] for size in collection.images.sizes])  # (height, width)
+    start = torch.from_numpy(check_points(points, None))
+    turns = _symmetries(collection)
+    placed = normalize_points(start, sizes[image].tolist(), config.image_size) @ turns[image]
+    repeated = placed.expand(count, -1, -1)
+    if config.local_matching if local_matching is None else local_matching:
+        facing, device = collection.oriented(), collection.model.device
+        found = torch.full((count, *placed.shape), float("nan"))
+        own = facing.features([image]).normalized
+        for some in torch.nonzero(torch.isfinite(transforms.affine).all(-1)).flatten().split(_PAIRS_AT_ONCE):
+            moved = match_locally(
+                own.expand(len(some), -1, -1, -1),
+                facing.features(some.tolist()).normalized,
+                repeated[: len(some)].to(device),
+                transforms[some].to(device),
+                **config.local_matching_options,
+            )
+            found[some] = moved.float().cpu()
+    else:
+        found = transforms.apply(repeated)
+    pixels = denormalize_points(found @ turns.transpose(1, 2), sizes, config.image_size)
+    pixels[image] = start
+    return pixels.numpy().astype(np.float64)
 
 
 @torch.inference_mode()
@@ -242,47 +258,72 @@ def match_collection(
 
 def _match(collection: Collection, pairs: Tensor, cascade: str, progress: Progress | None) -> CollectionMatches:
     """[`match_collection`] of images that face one way."""
-    count, model = len(collection), collection.model.macosnet
+    count = len(collection)
     affine, tps = identity_affine(count, count), identity_tps(count, count)
     off_diagonal = ~torch.eye(count, dtype=torch.bool)
     affine[off_diagonal], tps[off_diagonal] = float("nan"), float("nan")
     similarity = torch.full((count, count), float("nan"))
-    lengths, gram = _all_products(collection) if cascade == "features" else (None, None)
-    done = 0
+    for (i, j), found, similar in match_pairs(collection, pairs, cascade, progress):
+        assert found.tps is not None  # the cascade predicts both
+        affine[i, j], tps[i, j], similarity[i, j] = found.affine, found.tps, similar
+    return _with_trust(collection, affine, tps, similarity)
+
+
+def match_pairs(
+    collection: Collection, pairs: Tensor, cascade: str = "features", progress: Progress | None = None
+) -> Iterator[tuple[tuple[Tensor, Tensor], Transform, Tensor]]:
+    """Transforms of pairs of images that face one way, a few pairs at a time.
+
+    Args:
+        collection: of the images.
+        pairs: `(P, 2)`, each beside its reverse.
+        cascade, progress: as in [`match_collection`].
+
+    Yields:
+        numbers i and j `(n,)`, transforms `(n,)` of points of j into i in single precision on the CPU, and the mean
+        similarities `(n,)` of what they bring together.
+    """
+    model, products, done = collection.model.macosnet, _Products(collection), 0
     for some in pairs.split(_PAIRS_AT_ONCE):
         i, j = some.t()
         cells = _cell_similarity(collection, some)
-        if lengths is None or gram is None:
+        if cascade == "exact":
             first, second = collection.features(i.tolist()), collection.features(j.tolist())
             found = model.predict_transforms(
                 first, second, collection.pixel_values(i.tolist()), normalize_similarity(cells)
             )
         else:
-            found = model.predict_transforms_from_similarity(cells, lengths, gram, i.to(gram.device))
+            lengths, gram, rows = products.of(i.tolist())
+            found = model.predict_transforms_from_similarity(cells, lengths, gram, rows)
         if collection.model.config.mutual_fit:
             found = _fitted(collection, some, found)
         found = found.to("cpu", torch.float32)
-        assert found.tps is not None  # the cascade predicts both
-        affine[i, j], tps[i, j] = found.affine, found.tps
-        similarity[i, j] = _mean_similarity(cells, found)
+        yield (i, j), found, _mean_similarity(cells, found)
         done += len(some)
         if progress is not None:
             progress(done, len(pairs))
-    return _with_trust(collection, affine, tps, similarity)
+
+
+class _Products:
+    """[`cell_products`] of images, of which the last ones are held."""
+
+    def __init__(self, collection: Collection):
+        self._collection = collection
+        self._of = lru_cache(_HELD_PRODUCTS)(self._compute)
+
+    def _compute(self, number: int) -> tuple[Tensor, Tensor]:
+        return cell_products(_compared(self._collection, [number]).last)
+
+    def of(self, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of M different images `(M, h*w)` and `(M, h*w, h*w)`, and which of them each of the numbers is."""
+        distinct = list(dict.fromkeys(numbers))
+        lengths, gram = (torch.cat(parts) for parts in zip(*map(self._of, distinct), strict=True))
+        return lengths, gram, torch.tensor([distinct.index(number) for number in numbers], device=gram.device)
 
 
 def _symmetries(collection: Collection) -> Tensor:
     """Matrices `(N, 2, 2)` of [`Collection.orientations`]."""
     return torch.tensor(list(SYMMETRIES.values()), dtype=torch.float32)[collection.orientations]
-
-
-def _all_products(collection: Collection) -> tuple[Tensor, Tensor]:
-    """[`cell_products`] of every image: `(N, h*w)` and `(N, h*w, h*w)`."""
-    first = cell_products(_compared(collection, [0]).last)
-    lengths, gram = (part.new_empty(len(collection), *part.shape[1:]) for part in first)
-    for number in range(len(collection)):
-        lengths[number], gram[number] = (part[0] for part in cell_products(_compared(collection, [number]).last))
-    return lengths, gram
 
 
 def _compared(collection: Collection, numbers: list[int]) -> MaCoSNetFeatures:
@@ -340,8 +381,7 @@ def pair_graph(collection: Collection, graph: str, degree: int = 8) -> Tensor:
     if graph == "all":
         chosen = torch.ones(count, count, dtype=torch.bool)
     else:
-        last = collection.features(range(count)).last
-        partners, similarity = choose_partners(last, degree if graph == "neighbours" else count - 1)
+        partners, similarity = choose_partners(collection.maps, degree if graph == "neighbours" else count - 1)
         if graph == "star":
             partners = similarity.mean(1).argmax().expand(count, 1)
         chosen = torch.zeros(count, count, dtype=torch.bool).scatter(1, partners.cpu(), True)
@@ -358,12 +398,10 @@ def _with_trust(
 ) -> CollectionMatches:
     """Matches by transforms `(N, N, 6)` and `(N, N, 18)`: error, trust, and similarity where it is not known."""
     count, transforms = len(collection), collection.model.make_transform(affine, tps)
-    points = make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9
     error = torch.full((count, count), float("nan"))
     for some in torch.isfinite(affine).all(-1).nonzero().split(4096):
         i, j = some.t()
-        start = points.expand(len(some), -1, -1)
-        error[i, j] = (transforms[j, i].apply(transforms[i, j].apply(start)) - start).norm(dim=-1).mean(-1)
+        error[i, j] = return_error(transforms[i, j], transforms[j, i])
     if similarity is None:
         similarity = torch.full((count, count), float("nan"))
         with torch.inference_mode():
@@ -371,11 +409,22 @@ def _with_trust(
                 i, j = some.t()
                 similarity[i, j] = _mean_similarity(_cell_similarity(collection, some), transforms[i, j])
     similarity = similarity.clone().fill_diagonal_(1.0)
-    trust = similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _ERROR_SIGMA) ** 2)
+    trust = trust_of(similarity, error)
     return CollectionMatches(affine, tps, similarity, error, trust.nan_to_num(0).fill_diagonal_(1.0), collection)
 
 
-def _geometric_median(places: Tensor, weights: Tensor, steps: int = 10) -> Tensor:
+def return_error(there: Transform, back: Transform) -> Tensor:
+    """`(P,)` mean distance of points from themselves after two transforms `(P,)`, in normalised coordinates."""
+    start = (make_grid(_POINTS_A_SIDE, _POINTS_A_SIDE).reshape(1, -1, 2) * 0.9).expand(there.shape[0], -1, -1)
+    return (back.apply(there.apply(start)) - start).norm(dim=-1).mean(-1)
+
+
+def trust_of(similarity: Tensor, error: Tensor) -> Tensor:
+    """How far to trust transforms, in [0, 1]; see [`CollectionMatches`]."""
+    return similarity.clamp(0, 1) * torch.exp(-0.5 * (error / _ERROR_SIGMA) ** 2)
+
+
+def geometric_median(places: Tensor, weights: Tensor, steps: int = 10) -> Tensor:
     """Weighted geometric median `(N, M, 2)` of K places for each of M points, by Weiszfeld's iteration from the mean.
 
     Args:

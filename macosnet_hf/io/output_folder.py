@@ -257,6 +257,17 @@ def _umask() -> int:
     return current
 
 
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Creates a folder, and those above it, unless it is there.
+
+    Raises:
+        OutputError: if it cannot be created.
+    """
+    if not os.fspath(folder):
+        raise OutputError("The name of the output folder is empty.")
+    _create(Path(folder))
+
+
 def _create(target: Path) -> list[Path]:
     """Creates the folder; returns all folders that were created, innermost first."""
     missing = [path for path in (target, *target.parents) if not os.path.lexists(path)]

@@ -9,8 +9,8 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed (ex
 from bulk_runs import make_images, settings_of  # noqa: E402
 
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
-from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.io.checkpoints import load_model_and_processor  # noqa: E402
+from macosnet_hf.io.weights import weights_digest  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

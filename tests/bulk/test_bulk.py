@@ -18,11 +18,11 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed (ex
 from bulk_runs import COLUMNS, OPTIONS, macosnet, settings_of, table  # noqa: E402
 
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
-from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.collection import hard_mask, segment_collection  # noqa: E402
 from macosnet_hf.errors import InputError  # noqa: E402
 from macosnet_hf.io.hub import plan  # noqa: E402
 from macosnet_hf.io.image_files import load_image  # noqa: E402
+from macosnet_hf.io.weights import weights_digest  # noqa: E402
 
 
 def test_rows_say_what_a_collection_says(whole, images, network):

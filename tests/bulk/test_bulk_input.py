@@ -16,10 +16,10 @@ import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
 
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
-from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.bulk.shards import ShardFolder  # noqa: E402
 from macosnet_hf.commands.main import main  # noqa: E402
 from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
+from macosnet_hf.io.weights import weights_digest  # noqa: E402
 
 
 def test_a_folder_with_shards_of_other_settings_is_refused_with_the_difference(whole, images, network, tmp_path):

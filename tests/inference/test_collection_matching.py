@@ -13,8 +13,8 @@ from macosnet_hf.geometry import apply_affine, apply_cascade, identity_tps, make
 from macosnet_hf.inference.collection_transforms import (
     GRAPHS,
     CollectionMatches,
-    _geometric_median,
     _with_trust,
+    geometric_median,
     match_collection,
     pair_graph,
 )
@@ -199,10 +199,10 @@ def test_a_bad_transform_is_outvoted_and_a_missing_one_found(collection):
     assert (repaired.error < 0.05).all()
 
 
-def test_the_geometric_median_is_where_the_sum_of_distances_is_smallest():
+def test_thegeometric_median_is_where_the_sum_of_distances_is_smallest():
     generator = torch.Generator().manual_seed(1)
     places, weights = torch.randn(3, 7, 4, 2, generator=generator), torch.rand(3, 7, generator=generator)
-    found = _geometric_median(places, weights, steps=200)
+    found = geometric_median(places, weights, steps=200)
 
     def cost(at):
         return (weights[:, :, None] * (places - at.unsqueeze(1)).norm(dim=-1)).sum(1)

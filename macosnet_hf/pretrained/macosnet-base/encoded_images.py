@@ -1,0 +1,1 @@
+../../encoded_images.py
