@@ -28,7 +28,7 @@ from ..geometry import (
 from ..hints import Hint, PlacedHint, place_hints
 from ..instances import fill_labels
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
-from . import DIRECTIONS, VIEWS, start_of
+from . import DIRECTIONS, LARGEST_COLLECTION, ROLES, SMALLEST_COLLECTION, VIEWS, start_of
 from .average import aligned_average, repaired_matches
 from .cutouts import CutoutStyle, make_cutout
 from .pair import PairResult, check_points, match_images, place_pair_hints
@@ -46,7 +46,6 @@ ReadCopy = Callable[..., WorkingCopy]
 
 _READING = 0.15  # share of the work of a collection
 _DEMO_SIDE = 512  # longer side of a collection's working copies, many of which a server holds at once
-SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
 _FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation
 _SHEET_SIDE = 400
@@ -200,19 +199,25 @@ def match_files(
 
 
 def open_pair(
-    source: str, target: str, names: tuple[str, str] | None = None, *, read: ReadCopy = open_working_copy
+    source: str,
+    target: str,
+    names: tuple[str, str] | None = None,
+    *,
+    read: ReadCopy = open_working_copy,
+    roles: tuple[str, str] = ROLES,
 ) -> tuple[WorkingCopy, WorkingCopy]:
     """Working copies of two image files.
 
     Args:
         source, target, names: as in [`match_files`].
         read: makes a working copy of a path and a name.
+        roles: what errors call source and target.
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
     """
     copies = []
-    for index, (role, path) in enumerate((("Source", source), ("Target", target))):
+    for index, (role, path) in enumerate(zip(roles, (source, target), strict=True)):
         try:
             copies.append(read(path, names[index] if names else None))
         except ImageError as error:
@@ -266,6 +271,7 @@ class SegmentedCollection:
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
         checkpoint: of the model, where a server with several notes it.
         hints: what a person said of the object, by the number of the image.
+        searched: the orientations in which the images were looked for, as in [`~macosnet_hf.collection.Collection`].
     """
 
     copies: Sequence[WorkingCopy]
@@ -280,6 +286,7 @@ class SegmentedCollection:
     transforms: Transform | None = None
     checkpoint: str = ""
     hints: Mapping[int, PlacedHint] = field(default_factory=dict)
+    searched: str = "none"
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
@@ -565,6 +572,7 @@ def segment_copies(
         orientations=[list(SYMMETRIES)[number] for number in collection.orientations[:count]],
         transforms=transforms,
         hints=placed,
+        searched=orientations,
     )
 
 
