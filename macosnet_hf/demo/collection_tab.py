@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from . import components, limits
+from .arranging import arranging, on_order
 from .code import collection_code
 from .collection_photos import collection_masks, collection_points, masks_document, points_document
 from .downloads import cached_images, collection_archive, sheet_and_average, small_cutout
@@ -49,6 +51,7 @@ class CollectionTab:
             object_fit="cover",
             interactive=True,
         )
+        self.arranging = arranging()
         with gr.Row():
             label = "Find what they have in common"
             self.button = gr.Button(label, variant="primary", size="lg", elem_id="segment", scale=3)
@@ -97,16 +100,8 @@ class CollectionTab:
             self.code = components.code()
         self.archive = components.download_place()
         images = [self.cutouts, self.masks, self.points, self.sheet, self.average]
-        self.shown = [
-            self.key,
-            self.verdict,
-            *images,
-            self.agreement,
-            self.archive,
-            self.code,
-            self.results,
-            self.kept.noted,
-        ]
+        files = [self.archive, self.code]
+        self.shown = [self.key, self.verdict, *images, self.agreement, *files, self.results, self.kept.noted]
 
     def _events(self, tab: gr.Tab) -> None:
         components.check_on_upload(self.photos, self.sessions.matcher.reader)
@@ -141,6 +136,7 @@ class CollectionTab:
         stopped = self.stop.click(self.sessions.stop, cancels=[*runs, zipping], **components.INSTANT)
         stopped.then(None, js=undo_marks(COLLECTION_HINTS), **components.INSTANT)
         self.photos.change(**changed)
+        on_order(self.arranging, self.arrange, [self.photos, self.key], outputs=[self.photos, *self.shown])
         # Of a page that is still loading, the example would replace the photos.
         self.photos.upload(None, cancels=[opening], **components.INSTANT)
 
@@ -217,6 +213,23 @@ class CollectionTab:
                 return key, verdict, *([gr.skip()] * 6), None, "", results, gr.skip()
             place.shown = paths
             return self.show(collection, request)
+
+    def arrange(
+        self, paths: list[str] | None, key: str | None, order: list[int], request: gr.Request
+    ) -> tuple[Any, ...] | Any:
+        """The photos in another order, and the result in the same."""
+        paths = paths or []
+        if sorted(order) != list(range(len(paths))):  # there are others by now
+            return gr.skip()
+        place = self.sessions.place(request, "collection")
+        moved = [paths[number] for number in order]
+        with errors_for_visitors():
+            if key is None or place.shown != paths:
+                return moved, *([gr.skip()] * len(self.shown))
+            result = self.sessions.collections.get(key)
+            place.photos = place.shown = moved
+            result = result.reordered(order, [os.path.basename(path) for path in moved])
+            return moved, *self.show(result, request)
 
     def changed(self, photos: list[str] | None, request: gr.Request) -> Any:
         """Takes a result away that is not of these photos, and ends a run of others."""

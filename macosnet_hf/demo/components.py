@@ -147,7 +147,7 @@ def download(name: str) -> gr.Button:
 
 
 def download_place() -> gr.DownloadButton:
-    """A hidden place for a file, outside of all columns that are hidden at first: showing one shows all that is in it."""
+    """A hidden place for a file, which must not be in a column that is shown later: that shows all that is in it."""
     return gr.DownloadButton(visible="hidden")
 
 

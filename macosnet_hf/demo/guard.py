@@ -18,6 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..inference import LARGEST_COLLECTION
 from . import limits
+from .arranging import ORDER
 from .components import OF_FILES, uploaded
 from .hinting import COLLECTION_HINTS, HINTS, POINTS
 from .viewer import LAYERS
@@ -84,15 +85,16 @@ class LayerQuestion(Question):
 _MARKS = Annotated[list[Mark], Field(max_length=limits.MAX_HINTS)]
 _OF_MARKS = f"one a photo, of at most {limits.MAX_HINTS} points [x, y, true or false], x and y from 0 to 1"
 _MOST_POINTS = limits.MAX_HINTS * LARGEST_COLLECTION
-_HINTS: dict[str, tuple[Any, str]] = {
+_BY_NAME: dict[str, tuple[Any, str]] = {
     HINTS: (tuple[_MARKS, _MARKS], f"two lists, {_OF_MARKS}"),
     COLLECTION_HINTS: (Annotated[list[_MARKS], Field(max_length=LARGEST_COLLECTION)], f"a list of lists, {_OF_MARKS}"),
     POINTS: (
         Annotated[list[tuple[ImageNumber, Number, Number, Truth]], Field(max_length=_MOST_POINTS)],
         f"a list of at most {_MOST_POINTS} points [image, x, y, true or false], images counted from 0",
     ),
+    ORDER: (Annotated[list[ImageNumber], Field(max_length=limits.MAX_POINTS)], "a list of numbers from 0"),
 }
-"""What the components that take hints take, by their element ids, and what that is in words."""
+"""What components of JSON take, by their element ids, and what that is in words; others take points."""
 
 _QUESTIONS: dict[str, type[BaseModel]] = {
     "viewer_transfer": PointQuestion,
@@ -219,8 +221,8 @@ def _schema(component: Any) -> tuple[Any, str]:
         return list[Upload] | None, "files that were uploaded"
     if isinstance(component, gr.Image):
         return Upload | None, "a file that was uploaded"
-    if isinstance(component, gr.JSON) and component.elem_id in _HINTS:
-        return _HINTS[component.elem_id]
+    if isinstance(component, gr.JSON) and component.elem_id in _BY_NAME:
+        return _BY_NAME[component.elem_id]
     if isinstance(component, gr.JSON):
         most = limits.MAX_POINTS
         return Annotated[list[Point], Field(max_length=most)], f"a list of at most {most} pairs of numbers [x, y]"

@@ -288,6 +288,39 @@ class SegmentedCollection:
     hints: Mapping[int, PlacedHint] = field(default_factory=dict)
     searched: str = "none"
 
+    def reordered(self, order: Sequence[int], names: Sequence[str]) -> SegmentedCollection:
+        """The same collection with its images in another order.
+
+        Args:
+            order: the numbers of all images, each once.
+            names: what the images are called, in the new order; equal names are numbered.
+        """
+        place = {number: at for at, number in enumerate(order)}
+        named = zip(order, _numbered(names), strict=True)
+        copies = [replace(self.copies[number], name=name) for number, name in named]
+        rows = torch.tensor(order)
+        found, chosen = self.result, np.asarray(order)
+        result = replace(
+            found,
+            probabilities=found.probabilities[chosen],
+            partners=[[place[partner] for partner in found.partners[number]] for number in order],
+            agreement=found.agreement[chosen],
+            common=None if found.common is None else found.common[chosen],
+            instances=None if found.instances is None else found.instances[chosen],
+        )
+        return replace(
+            self,
+            copies=copies,
+            names=distinct_names([copy.name for copy in copies]),
+            result=result,
+            masks=[self.masks[number] for number in order],
+            odd=[place[number] for number in self.odd],
+            reference=place[self.reference],
+            orientations=[self.orientations[number] for number in order],
+            transforms=None if self.transforms is None else self.transforms[rows[:, None], rows],
+            hints={place[number]: hint for number, hint in self.hints.items()},
+        )
+
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
 
@@ -437,12 +470,17 @@ def open_collection(
     """
     check_collection_size(len(paths))
     copies = []
-    names = names if len(set(names)) == len(names) else told_apart(names)
+    names = _numbered(names)
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         if progress is not None:
             progress(_READING * number / len(paths), f"Reading {name}")
         copies.append(read(path, name, _DEMO_SIDE))
     return copies
+
+
+def _numbered(names: Sequence[str]) -> Sequence[str]:
+    """What images are called; equal names are numbered."""
+    return names if len(set(names)) == len(names) else told_apart(names)
 
 
 def segment_opened(
