@@ -209,6 +209,8 @@ class CollectionTab:
                 if place.photos == paths:
                     raise
             if place.photos != paths:
+                if place.shown and place.shown == place.photos:  # the same in another order
+                    return gr.skip()
                 key, verdict, results = components.no_result(PRESS_FIND if place.photos else "")
                 return key, verdict, *([gr.skip()] * 6), None, "", results, gr.skip()
             place.shown = paths

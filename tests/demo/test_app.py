@@ -285,9 +285,9 @@ def test_the_public_api_has_three_documented_end_points(client, address):
     assert list(endpoints) == ["/match", "/transfer_points", "/segment_collection"]
     named = {name: [p["parameter_name"] for p in end["parameters"]] for name, end in endpoints.items()}
     assert named == {
-        "/match": ["source", "target", "threshold", "refine"],
+        "/match": ["source", "target", "threshold", "refine", "hints"],
         "/transfer_points": ["result", "points", "direction"],
-        "/segment_collection": ["photographs", "refine"],
+        "/segment_collection": ["photographs", "refine", "hints"],
     }
     info = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
     assert all(len(end["description"]) > 80 for end in info.values())
@@ -366,7 +366,7 @@ def raw_match(address: str, source: object) -> str:
     """The events that `/match` answers to a source exactly as given, as any program could send it."""
     upload = httpx.post(f"{address}/gradio_api/upload", files={"files": ("lion.jpg", Path(LION).read_bytes())})
     target = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-    call = httpx.post(f"{address}/gradio_api/call/match", json={"data": [source, target, 0, "none"]})
+    call = httpx.post(f"{address}/gradio_api/call/match", json={"data": [source, target, 0, "none", []]})
     if call.status_code != 200:
         return f"event: error {call.status_code}"
     return httpx.get(f"{address}/gradio_api/call/match/{call.json()['event_id']}", timeout=60).text
@@ -450,12 +450,12 @@ def test_the_folder_of_uploads_cannot_be_looked_through(address, folder):
 
 
 class BrokenMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None, model=None):
+    def pair(self, *arguments, **options):
         raise ZeroDivisionError("secret detail")
 
 
 class PickyMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None, model=None):
+    def pair(self, *arguments, **options):
         raise macosnet_hf.InputError("These two are too alike.")
 
 

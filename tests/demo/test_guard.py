@@ -53,32 +53,36 @@ POINTS = r"Points must be a list of at most 1000 pairs of numbers \[x, y\]; it i
 @pytest.mark.parametrize(
     ("endpoint", "values", "sentence"),
     [
-        ("match", ["S", "T", NAN, "none"], r"Threshold must be a number from 0 to 1; it is nan\."),
-        ("match", ["S", "T", -FAR, "none"], r"it is -inf\."),
-        ("match", ["S", "T", HUGE, "none"], r"Threshold must be a number from 0 to 1; it is 1000"),
-        ("match", ["S", "T", "0.5", "none"], r"it is '0\.5'\."),
-        ("match", ["S", "T", True, "none"], r"it is True\."),
-        ("match", ["S", "T", 1.01, "none"], r"it is 1\.01\."),
-        ("match", ["S", "T", 0, ["none"]], r"Refine must be one of grabcut, otsu, none"),
-        ("match", ["S", {"path": "/tmp/a\0.jpg"}, 0, "none"], "Target must be a file that was uploaded"),
-        ("match", [{"path": CHEETAH}, "T", 0, "none"], "Source must be a file that was uploaded"),
-        ("match", [{"path": CHEETAH, "meta": {"_type": "gradio.FileData"}}, "T", 0, "none"], "Source must be a file"),
-        ("match", ["not a file", "T", 0, "none"], "Source must be a file"),
-        ("match", [{"path": "a" * 5000}, "T", 0, "none"], "Source must be a file"),
-        ("match", ["S", "T"], "takes a list of 4 values"),
-        ("match", {"a": 1}, "takes the values source, target, threshold, refine"),
-        ("match", None, "takes a list of 4 values"),
+        ("match", ["S", "T", NAN, "none", []], r"Threshold must be a number from 0 to 1; it is nan\."),
+        ("match", ["S", "T", -FAR, "none", []], r"it is -inf\."),
+        ("match", ["S", "T", HUGE, "none", []], r"Threshold must be a number from 0 to 1; it is 1000"),
+        ("match", ["S", "T", "0.5", "none", []], r"it is '0\.5'\."),
+        ("match", ["S", "T", True, "none", []], r"it is True\."),
+        ("match", ["S", "T", 1.01, "none", []], r"it is 1\.01\."),
+        ("match", ["S", "T", 0, ["none"], []], r"Refine must be one of grabcut, otsu, none"),
+        ("match", ["S", {"path": "/tmp/a\0.jpg"}, 0, "none", []], "Target must be a file that was uploaded"),
+        ("match", [{"path": CHEETAH}, "T", 0, "none", []], "Source must be a file that was uploaded"),
+        (
+            "match",
+            [{"path": CHEETAH, "meta": {"_type": "gradio.FileData"}}, "T", 0, "none", []],
+            "Source must be a file",
+        ),
+        ("match", ["not a file", "T", 0, "none", []], "Source must be a file"),
+        ("match", [{"path": "a" * 5000}, "T", 0, "none", []], "Source must be a file"),
+        ("match", ["S", "T"], "takes a list of 5 values"),
+        ("match", {"a": 1}, "takes the values source, target, threshold, refine, hints"),
+        ("match", None, "takes a list of 5 values"),
         ("transfer_points", ["key", [[1, NAN]], "source_to_target"], POINTS),
         ("transfer_points", ["key", [[1, HUGE]], "source_to_target"], POINTS),
         ("transfer_points", ["key", [[1, 2]] * 1001, "source_to_target"], POINTS),
         ("transfer_points", [["key"], [[1, 2]], "source_to_target"], "Result must be a short text"),
         (
             "segment_collection",
-            [[{"video": {"path": "a.mp4"}}], "none"],
+            [[{"video": {"path": "a.mp4"}}], "none", []],
             "Photographs must be files that were uploaded",
         ),
-        ("segment_collection", [[{"path": CHEETAH}, {"path": LION}], "none"], "Photographs must be files"),
-        ("segment_collection", ["SS", "none"], "Photographs must be files that were uploaded"),
+        ("segment_collection", [[{"path": CHEETAH}, {"path": LION}], "none", []], "Photographs must be files"),
+        ("segment_collection", ["SS", "none", []], "Photographs must be files that were uploaded"),
     ],
 )
 def test_values_that_no_endpoint_takes(served, no_traceback, endpoint, values, sentence):
@@ -96,9 +100,9 @@ def test_values_that_no_endpoint_takes(served, no_traceback, endpoint, values, s
 def test_gradios_own_clients_are_told_which_value_it_is(served):
     """gradio's page paints these on the components, its clients print them."""
     _, address, (source, target) = served
-    detail = post(address, "call/match", {"data": [source, target, 2, "none"]}).json()["detail"]
-    assert [verdict["parameter_name"] for verdict in detail] == ["source", "target", "threshold", "refine"]
-    assert [verdict["is_valid"] for verdict in detail] == [True, True, False, True]
+    detail = post(address, "call/match", {"data": [source, target, 2, "none", []]}).json()["detail"]
+    assert [verdict["parameter_name"] for verdict in detail] == ["source", "target", "threshold", "refine", "hints"]
+    assert [verdict["is_valid"] for verdict in detail] == [True, True, False, True, True]
     assert all(verdict["__type__"] == "validate" for verdict in detail)
     by_name = post(address, "call/v2/match", {"source": source, "target": target, "threshold": NAN})
     assert by_name.status_code == 422
