@@ -12,8 +12,10 @@ from demo_server import CHEETAH, LION, free_port  # noqa: E402
 from gradio.routes import App  # noqa: E402
 
 import app  # noqa: E402
+from macosnet_hf.demo.arranging import ORDER  # noqa: E402
 from macosnet_hf.demo.guard import _schema  # noqa: E402
-from macosnet_hf.demo.hinting import HINTS  # noqa: E402
+from macosnet_hf.demo.hinting import COLLECTION_HINTS, HINTS  # noqa: E402
+from macosnet_hf.demo.hinting import POINTS as POINTS_OF_PROGRAMS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,38 @@ def test_marks_that_are_none(served, no_traceback, marks):
     )
     usable = {**body, "data": [*uploads, None, 0, 40, [[[0, 1, False]] * 20, []]]}
     assert post(address, "queue/join", usable).status_code == 200
+
+
+POINT = [0, 5.5, 6, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (
+            POINTS_OF_PROGRAMS,
+            ["x", None, {}, [1], [[]], [POINT[:3]], [[*POINT, 1]], [["0", 1, 2, True]], [POINT] * 601],
+        ),
+        (POINTS_OF_PROGRAMS, [[[0, NAN, 6, True]], [[0, FAR, 6, True]], [[0, HUGE, 6, True]], [[0, 5, 6, 1]]]),
+        (POINTS_OF_PROGRAMS, [[[-1, 5, 6, True]], [[0.0, 5, 6, True]], [[True, 5, 6, True]], [[0, True, 6, True]]]),
+        (COLLECTION_HINTS, ["x", None, [MARK], [[MARK] * 21], [[]] * 31, [[[0.5, 1.01, True]]], [[[0.5, NAN, True]]]]),
+        (ORDER, ["x", None, [0.0], [True], [-1], ["1"], [[0]], [NAN], [0] * 1001]),
+    ],
+)
+def test_hints_and_orders_that_are_none(served, no_traceback, name, values):
+    demo, address, _ = served
+    fns = [fn for fn in demo.fns.values() if any(getattr(each, "elem_id", None) == name for each in fn.inputs)]
+    assert fns
+    for fn in fns:
+        at = next(number for number, each in enumerate(fn.inputs) if getattr(each, "elem_id", None) == name)
+        for value in values:
+            data = [None] * len(fn.inputs)
+            data[at] = value
+            answer = post(address, "queue/join", {"data": data, "fn_index": fn._id, "session_hash": "visitor"})
+            assert answer.status_code == 422, (value, answer.text)
+            verdict = answer.json()["detail"][at]
+            assert verdict["is_valid"] is False
+            assert verdict["message"].split(" must be ")[0] in ("Hints", "Order")
 
 
 def test_every_input_of_the_page_has_a_schema(served):
