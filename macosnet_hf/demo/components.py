@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
-from .texts import EDGES, MODELS, REFINEMENTS, marked
+from .texts import EDGES, MODELS, REFINEMENTS, marked, without_detail
 from .viewer import asset
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
@@ -111,7 +111,7 @@ def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader, lead: str
                 copy = reader.for_browser(path, folder)
                 return path if copy is None else place.move_resource_to_block_cache(copy)
         except MaCoSNetError as error:
-            gr.Warning(html.escape(f"{lead}{error}", quote=False))
+            gr.Warning(html.escape(lead + without_detail(str(error)), quote=False))
             return None
 
     def check(uploads: str | list[str] | None) -> Any:

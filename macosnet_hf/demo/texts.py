@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,11 @@ def errors_for_visitors() -> Iterator[None]:
     except Exception as error:
         logger.exception("A request failed")
         raise gr.Error("Something went wrong on our side. Please try other photos.", print_exception=False) from error
+
+
+def without_detail(sentence: str) -> str:
+    """A sentence about a file without the words of a library in brackets at its end."""
+    return re.sub(r"(cannot be read) \(.*\)\.$", r"\1.", sentence, flags=re.DOTALL)
 
 
 def pair_verdict(pair: MatchedPair) -> str:

@@ -50,7 +50,8 @@ def test_a_photo_that_was_cut_off_is_refused_at_once(page, matcher, tmp_path, pl
     before = matcher.pairs
     clear(page, place)
     page.locator(f"#{place} input[type=file]").set_input_files(str(cut_off(tmp_path)))
-    page.locator(".toast-body").get_by_text(f"{photo}: 'holiday.jpg' is damaged").wait_for()
+    sentence = f"{photo}: 'holiday.jpg' is damaged, cut off or of an unusual kind and cannot be read."
+    page.locator(".toast-body").get_by_text(sentence, exact=True).wait_for()
     assert page.locator(".toast-body").count() == 1
     page.locator(f"#{place} img").wait_for(state="detached")
     choose(page, place, save_large(LION, (300, 200), tmp_path / "sound.jpg"))
@@ -471,6 +472,8 @@ def test_a_page_opens_without_the_models_that_cannot_be_had(browser, tmp_path):
             assert warning.startswith("warning: 'me/gone' is no folder here, and could not be had from the Hub")
             address = first_line.split()[1]
             page = open_page(browser, address, "?model=me/gone")
+            button = page.locator("#match").bounding_box()
+            assert button["y"] + button["height"] <= 900, "above the fold in spite of the line"
             line = page.locator("#missing").inner_text()
             assert line == "The model me/gone cannot be had at the moment; the page works without it."
             assert "model=me/gone, which there is not" in page.locator(".toast-body").inner_text()
