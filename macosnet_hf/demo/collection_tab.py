@@ -15,7 +15,7 @@ from .collection_photos import collection_masks, collection_points, masks_docume
 from .downloads import cached_images, collection_archive, sheet_and_average, small_cutout
 from .examples import COLLECTION_EXAMPLE
 from .hinting import COLLECTION_HINTS, Mark, hints_of, on_marks, undo_marks
-from .kept import Kept
+from .last_result import LastResult
 from .sessions import Sessions, Stopped
 from .settings import Settings
 from .texts import FACING_EACH, PRESS_FIND, agreement, collection_verdict, errors_for_visitors
@@ -31,7 +31,7 @@ class CollectionTab:
 
     def __init__(self, sessions: Sessions, tab: gr.Tab) -> None:
         self.sessions = sessions
-        self.key, self.kept = gr.State(), Kept(sessions, sessions.collections, "collection")
+        self.key, self.last = gr.State(), LastResult(sessions, sessions.collections, "collection")
         self._inputs()
         self._results()
         self._events(tab)
@@ -101,13 +101,13 @@ class CollectionTab:
         self.archive = components.download_place()
         images = [self.cutouts, self.masks, self.points, self.sheet, self.average]
         files = [self.archive, self.code]
-        self.shown = [self.key, self.verdict, *images, self.agreement, *files, self.results, self.kept.noted]
+        self.shown = [self.key, self.verdict, *images, self.agreement, *files, self.results, self.last.noted]
 
     def _events(self, tab: gr.Tab) -> None:
         components.check_on_upload(self.photos, self.sessions.matcher.reader)
         opening = tab.select(
-            **components.on_uploads(self.open_tab, [self.photos, self.kept.given]),
-            js=self.kept.js,
+            **components.on_uploads(self.open_tab, [self.photos, self.last.given]),
+            js=self.last.js,
             outputs=[*self.settings.inputs, self.photos, *self.shown],
             concurrency_limit=2,
             show_progress_on=self.verdict,
@@ -141,7 +141,7 @@ class CollectionTab:
         self.photos.upload(None, cancels=[opening], **components.INSTANT)
 
     def show(
-        self, collection: SegmentedCollection, request: gr.Request, key: str = "", kept: bool = True
+        self, collection: SegmentedCollection, request: gr.Request, key: str = "", again: bool = True
     ) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`; arguments as those of [`PairTab.show`]."""
         copies = collection.copies
@@ -161,7 +161,7 @@ class CollectionTab:
             None,
             collection_code(collection),
             gr.Column(visible=True),
-            self.kept.note(request, key if kept else ""),
+            self.last.note(request, key if again else ""),
         )
 
     def segment_photos(
@@ -245,9 +245,9 @@ class CollectionTab:
         if paths:
             return gr.skip()
         with errors_for_visitors():
-            found = self.kept.find(key, request) if key else None
+            found = self.last.find(key, request) if key else None
             if key and found is None:
-                no_key, verdict, results, noted = self.kept.gone(request)
+                no_key, verdict, results, noted = self.last.gone(request)
                 values = self.settings.read(request)
                 return *values.values(), None, no_key, verdict, *([gr.skip()] * 6), None, "", results, noted
             if found is not None:
@@ -273,7 +273,7 @@ class CollectionTab:
             collection = self.sessions.example_collection(
                 values["collection_model"], values["collection_edges"], values["collection_facing"]
             )
-            return (*values.values(), photos, *self.show(collection, request, kept=False))
+            return (*values.values(), photos, *self.show(collection, request, again=False))
 
     def write_zip(self, key: str | None, request: gr.Request, progress: Any = components.PROGRESS) -> str:
         with errors_for_visitors(), self.sessions.run(request, progress) as report:

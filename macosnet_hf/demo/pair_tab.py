@@ -14,7 +14,7 @@ from .code import pair_code
 from .downloads import pair_archive
 from .examples import EXAMPLES, LABELS, MIRRORED
 from .hinting import follow_marks, marks
-from .kept import Kept
+from .last_result import LastResult
 from .sessions import Sessions
 from .settings import Settings
 from .texts import FACING, PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
@@ -29,13 +29,13 @@ class PairTab:
 
     def __init__(self, sessions: Sessions, demo: gr.Blocks) -> None:
         self.sessions = sessions
-        self.key, self.kept = gr.State(), Kept(sessions, sessions.pairs, "pair")
+        self.key, self.last = gr.State(), LastResult(sessions, sessions.pairs, "pair")
         self.verdict = gr.HTML(elem_id="verdict")
         with gr.Column(elem_id="stage"):
             self._stage()
         self._start()
         self._options()
-        self.shown = [self.key, self.verdict, self.drawing, self.archive, self.code, self.results, self.kept.noted]
+        self.shown = [self.key, self.verdict, self.drawing, self.archive, self.code, self.results, self.last.noted]
         self._matching_events(demo)
         self._result_events()
 
@@ -89,8 +89,8 @@ class PairTab:
     def _matching_events(self, demo: gr.Blocks) -> None:
         opening = demo.load(
             self.open_page,
-            self.kept.given,
-            js=self.kept.js,
+            self.last.given,
+            js=self.last.js,
             outputs=[*self.settings.inputs, *self.uploads, *self.shown],
             show_progress_on=self.verdict,
             **components.PRIVATE,
@@ -144,7 +144,7 @@ class PairTab:
         return {"outputs": self.shown, "show_progress_on": self.verdict, **queue, **components.PRIVATE}
 
     def show(
-        self, pair: MatchedPair, threshold: float, count: int, request: gr.Request, key: str = "", kept: bool = True
+        self, pair: MatchedPair, threshold: float, count: int, request: gr.Request, key: str = "", again: bool = True
     ) -> tuple[Any, ...]:
         """Stores a result and returns the values of `shown`.
 
@@ -153,7 +153,7 @@ class PairTab:
             threshold, count: of the lines.
             request: of the page.
             key: of a result that is stored already.
-            kept: whether a reload of the page shows it again.
+            again: whether a reload of the page shows it again.
         """
         key = key or self.sessions.pairs.add(pair, request.session_hash)
         result = pair.result
@@ -168,7 +168,7 @@ class PairTab:
             None,
             pair_code(pair, threshold, count),
             gr.Column(visible=True),
-            self.kept.note(request, key if kept else ""),
+            self.last.note(request, key if again else ""),
         )
 
     def match_photos(
@@ -216,9 +216,9 @@ class PairTab:
         Where the address asks for another model, or for photos that face otherwise, it is no reload.
         """
         with errors_for_visitors():
-            found = self.kept.find(key, request) if key else None
+            found = self.last.find(key, request) if key else None
             if key and found is None:
-                no_key, verdict, results, noted = self.kept.gone(request)
+                no_key, verdict, results, noted = self.last.gone(request)
                 values = self.settings.read(request)
                 return *values.values(), None, None, no_key, verdict, gr.skip(), None, "", results, noted
             if found is not None:
@@ -246,7 +246,7 @@ class PairTab:
             values = {**self.settings.read(request, facing=self.sessions.facing(model)), "model": model}
             photos = self._chosen(EXAMPLES[0], request)
             pair = self.sessions.example_pair(model, values["edges"], values["facing"])
-            shown = self.show(pair, values["threshold"], values["lines"], request, kept=False)
+            shown = self.show(pair, values["threshold"], values["lines"], request, again=False)
             return (*values.values(), *photos, *shown)
 
     def choose_example(self, sample: list[str], model: str) -> tuple[str, str, str]:

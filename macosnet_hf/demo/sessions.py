@@ -36,14 +36,14 @@ class Place:
         running: the paths that a run works on.
         shown: the paths that the result is of; None where there is no result.
         files: what the files for download are made of; None once that is no longer what is shown.
-        kept: the key of the result that a reload of the page shows again; empty for the example of a new page.
+        last_key: the key of the result that a reload of the page shows again; empty for the example of a new page.
     """
 
     photos: Any = None
     running: Any = None
     shown: Any = None
     files: Any = None
-    kept: str = ""
+    last_key: str = ""
 
     def changed(self, photos: Any) -> bool:
         """Notes what is chosen now; returns whether what is shown is of something else, and no run is of this."""
@@ -152,5 +152,5 @@ class Sessions:
         """
         self.stop(request)
         if request.session_hash:
-            self.pairs.drop_all_of(request.session_hash, self.place(request, "pair").kept)
-            self.collections.drop_all_of(request.session_hash, self.place(request, "collection").kept)
+            self.pairs.drop_all_of(request.session_hash, self.place(request, "pair").last_key)
+            self.collections.drop_all_of(request.session_hash, self.place(request, "collection").last_key)

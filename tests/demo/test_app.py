@@ -584,7 +584,7 @@ def test_results_go_with_the_session_that_leaves_but_for_what_it_shows():
     visitor = request_of("visitor")
     key, other = sessions.pairs.add("mine", "visitor"), sessions.pairs.add("theirs", "somebody else")
     last, collection = sessions.pairs.add("last", "visitor"), sessions.collections.add("example", "visitor")
-    sessions.place(visitor, "pair").kept = last
+    sessions.place(visitor, "pair").last_key = last
     sessions.leave(visitor)
     assert sessions.pairs.get(other) == "theirs"
     for store, gone in ((sessions.pairs, key), (sessions.collections, collection)):

@@ -333,12 +333,12 @@ def match_own(page, tmp_path):
     page.locator("#viewer svg[aria-label*='my-target.jpg']").wait_for(timeout=240_000)
 
 
-def kept(page, tab="pair"):
+def last_key(page, tab="pair"):
     return page.evaluate("(tab) => sessionStorage.getItem(`macosnet-${tab}`)", tab)
 
 
 def test_a_reload_shows_the_last_result_again(page, matcher, tmp_path):
-    assert kept(page) is None, "the example of a new page"
+    assert last_key(page) is None, "the example of a new page"
     match_own(page, tmp_path)
     before = matcher.pairs
     show(page, "Masks")
@@ -349,7 +349,7 @@ def test_a_reload_shows_the_last_result_again(page, matcher, tmp_path):
     page.get_by_label("soft").first.check()
     wait_until(page, lambda: [each.get_attribute("href") for each in over.all()] != first)
     soft, verdict = [each.get_attribute("href") for each in over.all()], page.locator("#verdict").inner_text()
-    assert kept(page) not in page.url, "the address is given to others"
+    assert last_key(page) not in page.url, "the address is given to others"
     for _ in range(2):
         page.reload()
         page.locator("#viewer svg[aria-label*='my-target.jpg']").wait_for(timeout=240_000)
@@ -370,7 +370,7 @@ def test_an_address_that_asks_for_other_settings_is_no_reload(page, address, tmp
     match_own(page, tmp_path)
     page.goto(address + "?model=base")
     page.locator("#viewer svg[aria-label*='cat.jpg']").wait_for(timeout=240_000)
-    assert kept(page) is None
+    assert last_key(page) is None
 
 
 def test_an_example_of_other_facing_is_shown_again(page):
@@ -415,7 +415,7 @@ def test_a_result_that_has_gone_leaves_a_line_and_an_empty_page(page, address, t
     places = page.locator("#source img, #target img" if tab == "pair" else "#photos img")
     assert places.count() == 0
     assert not page.locator(".toast-body").is_visible()
-    wait_until(page, lambda: kept(page, tab) is None)
+    wait_until(page, lambda: last_key(page, tab) is None)
     page.reload()  # said once
     page.locator("#viewer svg" if tab == "pair" else "#agreement .agreement").wait_for(timeout=240_000)
 
@@ -450,7 +450,7 @@ def test_a_result_that_expired_is_not_shown(browser, matcher, tmp_path, monkeypa
 def test_the_result_of_one_visitor_is_not_that_of_another(page, browser, address, tmp_path):
     match_own(page, tmp_path)
     other = open_page(browser, address, viewport={"width": 1000, "height": 800})
-    assert kept(other) is None
+    assert last_key(other) is None
     assert "dog.jpg" in other.locator("#viewer svg").get_attribute("aria-label")
     close_page(other, address)
 

@@ -1,6 +1,6 @@
 """The last result of a tab of the page, which a reload shows again while the server has it.
 
-The browser's tab stores its key, which nobody can guess; `assets/kept.js` writes it.
+The browser's tab stores its key, which nobody can guess; `assets/last_result.js` writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .texts import GONE, marked
 from .viewer import asset
 
 
-class Kept:
+class LastResult:
     """What remembers the last result of a tab. Made inside the tab.
 
     Args:
@@ -34,13 +34,13 @@ class Kept:
         self._sessions, self._results, self._tab = sessions, results, tab
         self._name = f"macosnet-{tab}"
         self.given = gr.Textbox(visible=False, label="last result")
-        self.noted = gr.HTML(elem_classes="kept", html_template="", js_on_load=asset("kept.js"))
+        self.noted = gr.HTML(elem_classes="last-result", html_template="", js_on_load=asset("last_result.js"))
         read = f"try {{ key = sessionStorage.getItem('{self._name}') || ''; }} catch {{}}"
         self.js = f"(...values) => {{ let key = ''; {read} return [...values.slice(0, -1), key]; }}"
 
     def note(self, request: gr.Request, key: str) -> str:
         """The value of `noted` for the result of a key, or for none with an empty key."""
-        self._sessions.place(request, self._tab).kept = key
+        self._sessions.place(request, self._tab).last_key = key
         return json.dumps({"name": self._name, "key": key})
 
     def find(self, key: str, request: gr.Request) -> tuple[Any, str] | None:
