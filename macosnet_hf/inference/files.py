@@ -233,8 +233,9 @@ def match_copies(
     refine: str = "grabcut",
     orientations: str | None = None,
     hints: Mapping[str, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> MatchedPair:
-    """[`match_files`] for files that are open already."""
+    """[`match_files`] for files that are open already; `instances` as in [`~macosnet_hf.inference.pair.match_pair`]."""
     images = (copies[0].image, copies[1].image)
     placed = place_pair_hints(hints or {}, (copies[0].size, copies[1].size))
     result = match_images(
@@ -244,6 +245,7 @@ def match_copies(
         refine=refine,
         orientations=orientations,
         hints={VIEWS[view]: hint for view, hint in placed.items()},
+        instances=instances,
     )
     return MatchedPair(copies, result, refine, orientations)
 
