@@ -807,7 +807,7 @@ def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher)
     page.get_by_role("tab", name="Points").click()
     photos = page.locator("#points figure")
     box = photos.first.locator("img").bounding_box()
-    photos.first.locator("button").click(position={"x": 0.23 * box["width"], "y": 0.34 * box["height"]})
+    photos.first.locator("button").click(position={"x": 0.4 * box["width"], "y": 0.4 * box["height"]})
     wait_until(page, lambda: page.locator("#points i").count() == 3)
     first, second = (photos.nth(number).locator("i").bounding_box() for number in (0, 1))
     boxes = [photos.nth(number).locator("img").bounding_box() for number in (0, 1)]
