@@ -55,7 +55,8 @@ def _match_endpoint(sessions: Sessions) -> None:
         onto the target (at most 960 pixels).
         """
         with errors_for_visitors():
-            named = {VIEWS[number]: hint for number, hint in hints_of_points(hints, len(VIEWS)).items()}
+            found = hints_of_points(sessions.matcher, hints, len(VIEWS))
+            named = {VIEWS[number]: hint for number, hint in found.items()}
             pair = sessions.matcher.pair(*checked_pair(source, target), refine, hints=named)
             masks = pair_masks(drawing, pair)
             matches, warped = cached_images(drawing, [pair.result.draw_matches(), pair.result.warped_source()])
@@ -109,7 +110,7 @@ def _segment_collection_endpoint(sessions: Sessions) -> None:
         """
         with errors_for_visitors(), sessions.run(request) as progress:
             photos = photographs or []
-            found = hints_of_points(hints, len(photos))
+            found = hints_of_points(sessions.matcher, hints, len(photos))
             collection = sessions.matcher.collection(photos, refine, progress, hints=found)
             archive, document = collection_archive(sheet, collection, progress)
             return document, *sheet_and_average(sheet, collection), archive

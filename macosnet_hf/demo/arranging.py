@@ -36,5 +36,6 @@ def on_order(place: gr.HTML, fn: Callable[..., Any], inputs: Sequence[Any], **op
     sent = gr.JSON(visible=False, label="order", elem_id=ORDER)
     run = components.on_uploads(fn, [*inputs, sent])
     send = "(...values) => [...values.slice(0, -1), window.macosnetArrange.send()]"
-    moved = place.submit(**run, js=send, **options, **components.INSTANT)
+    queue = {**components.QUIET, "concurrency_limit": 2}
+    moved = place.submit(**run, js=send, **options, **queue)
     moved.then(None, js="() => window.macosnetArrange.done()", **components.INSTANT)

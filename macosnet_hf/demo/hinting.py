@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..hints import Hint, PlacedHint
     from ..inference.files import MatchedPair
     from ..io.working_copy import WorkingCopy
+    from .matcher import Matcher
 
 HINTS, COLLECTION_HINTS, POINTS = "hints", "collection-hints", "hints-of-programs"
 """Element ids of the components that take marks on a pair, marks on a collection, and the points of programs."""
@@ -78,17 +79,19 @@ def hints_of(
     }
 
 
-def hints_of_points(points: Sequence[HintPoint], count: int) -> dict[int, Hint]:
+def hints_of_points(matcher: Matcher, points: Sequence[HintPoint], count: int) -> dict[int, Hint]:
     """The hints of a program's points, by the number of the image.
 
     Args:
+        matcher: of the server. Its model is loaded first: no thread may import torch while another does.
         points: `[image, x, y, belongs]`, the image by its number from 0, (x, y) in pixels of the upright original.
         count: of images.
 
     Raises:
         InputError: for an image that is not there, or too many points on one.
     """
-    from ..hints import Hint  # needs torch, which the page does not wait for
+    matcher.load()
+    from ..hints import Hint
 
     found: dict[int, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
     for number, x, y, belongs in points:

@@ -606,15 +606,22 @@ def test_model_is_loaded_once_for_all_threads():
     assert not loaded[0].training
 
 
-def test_a_request_while_the_model_is_still_loading_waits_for_it():
+@pytest.mark.parametrize("points", [[], [[0, 5, 5, True]]], ids=["plain", "hints"])
+def test_a_request_while_the_model_is_still_loading_waits_for_it(points):
     # In a process of its own: what can go wrong is the very first import of transformers, from two threads at once.
-    program = """
+    program = f"""
 import threading
 import app
 from macosnet_hf.demo.examples import EXAMPLES
+from macosnet_hf.demo.hinting import hints_of_points
 
 matcher, found = app.Matcher(), []
-thread = threading.Thread(target=lambda: found.append(matcher.pair(*EXAMPLES[0], "none")))
+
+def ask():
+    hints = hints_of_points(matcher, {points}, 2) and {{}}
+    found.append(matcher.pair(*EXAMPLES[0], "none", hints=hints))
+
+thread = threading.Thread(target=ask)
 thread.start()
 matcher.load()
 thread.join()

@@ -245,7 +245,7 @@ def test_a_photo_is_dragged_to_another_place_and_the_result_follows(page, matche
     page.mouse.up()
     moved = [NAMES[3], *NAMES[:3]]
     wait_until(page, lambda: order(page) == moved)
-    assert page.locator(".arrange-words").inner_text() == "Photo 4 is now photo 1 of 4."
+    page.locator(".arrange-words").get_by_text("Photo 4 is now photo 1 of 4.").wait_for()
     captions = page.locator("#cutouts .caption-label")
     wait_until(page, lambda: captions.all_inner_texts() == [f"odd one out: {moved[0]}", *moved[1:]])
     assert page.locator("#collection-verdict").inner_text() == verdict

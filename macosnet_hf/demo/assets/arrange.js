@@ -4,7 +4,7 @@
 const HOLD = 350, REACH = 6; // milliseconds that a finger rests, pixels that a mouse moves, before a drag begins
 const words = element.querySelector(".arrange-words"), WORDS = words.textContent;
 const items = () => [...document.querySelectorAll("#photos .gallery-item")];
-let drag = null, order = [], focus = -1, timer = null, said = null, dragged = false;
+let drag = null, order = [], waiting = null, timer = null, said = null, dragged = false;
 
 function say(text) {
   clearTimeout(said);
@@ -15,18 +15,18 @@ function say(text) {
 // Sends the numbers of the photos in their new order.
 function move(from, to, keyboard) {
   const count = items().length;
-  if (to < 0 || to >= count || from === to) return;
+  if (waiting || to < 0 || to >= count || from === to) return;
   order = [...Array(count).keys()];
   order.splice(to, 0, ...order.splice(from, 1));
-  focus = keyboard ? to : -1;
-  say(`Photo ${from + 1} is now photo ${to + 1} of ${count}.`);
+  waiting = { focus: keyboard ? to : -1, words: `Photo ${from + 1} is now photo ${to + 1} of ${count}.` };
   trigger("submit");
 }
 window.macosnetArrange = {
   send: () => order,
   done: () => {
-    if (focus >= 0) items()[focus]?.querySelector(".thumbnail-item")?.focus();
-    focus = -1;
+    items()[waiting?.focus]?.querySelector(".thumbnail-item")?.focus();
+    if (waiting) say(waiting.words);
+    waiting = null;
   },
 };
 
@@ -65,6 +65,7 @@ const ON = {
   },
   pointermove: (event) => {
     if (!drag) return;
+    if (!drag.touch && !event.buttons) { end(false); return; } // it was let go outside of the window
     if (!drag.begun) {
       if (Math.hypot(event.clientX - drag.x, event.clientY - drag.y) < REACH) return;
       if (drag.touch) { end(false); return; } // it scrolls
@@ -93,6 +94,13 @@ const ON = {
   // The browser's own dragging of images, and its menu for one that a finger rests on.
   dragstart: (event) => { if (event.target.closest?.("#photos .gallery-item")) event.preventDefault(); },
   contextmenu: (event) => { if (drag?.touch) event.preventDefault(); },
-  touchmove: (event) => { if (drag?.begun) event.preventDefault(); },
 };
-for (const name in ON) document.addEventListener(name, ON[name], { capture: true, passive: false });
+for (const name in ON) document.addEventListener(name, ON[name], { capture: true });
+
+// While a finger drags nothing scrolls. A listener of the document would slow all scrolling down.
+function hold(tries) {
+  const still = (event) => { if (drag?.begun) event.preventDefault(); }, gallery = document.querySelector("#photos");
+  if (gallery) gallery.addEventListener("touchmove", still, { passive: false });
+  else if (tries > 0) setTimeout(hold, 100, tries - 1);
+}
+hold(100);
