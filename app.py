@@ -63,10 +63,12 @@ def run(options: argparse.Namespace, files: Path) -> int:
     matcher = Matcher(options.model, options.offer)
     try:
         matcher.check()
+        matcher.fetch()
     except MaCoSNetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    matcher.fetch()
+    except KeyboardInterrupt:  # while files come from the Hub
+        return 0
     for sentence in matcher.missing.values():
         print(f"warning: {sentence} It is not offered.", file=sys.stderr)
     demo = build_demo(matcher)
