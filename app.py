@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME",
         default=os.environ.get("MACOSNET_OFFER", "lite base").split(),
         help="further models that visitors may choose: lite, base, folders, Hub ids; each is loaded when somebody asks "
-        "for it first and stays in memory (default: the variable MACOSNET_OFFER, else lite and base)",
+        "for it first and stays in memory; one of the Hub that cannot be had is left out (default: the variable "
+        "MACOSNET_OFFER, else lite and base)",
     )
     parser.add_argument(
         "--allowed-hosts",
@@ -60,6 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, files: Path) -> int:
     """Serves the page; `files` is the base folder of what visitors upload."""
     matcher = Matcher(options.model, options.offer)
+    try:
+        matcher.check()
+        matcher.fetch()
+    except MaCoSNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while files come from the Hub
+        return 0
+    for sentence in matcher.missing.values():
+        print(f"warning: {sentence} It is not offered.", file=sys.stderr)
     demo = build_demo(matcher)
     try:
         address = serve(demo, options.host, options.port, allowed_hosts=options.allowed_hosts, files=files)
@@ -68,7 +79,6 @@ def run(options: argparse.Namespace, files: Path) -> int:
         return 2
     print(f"Open {address} in a browser. Stop with Ctrl+C.", flush=True)
     try:
-        matcher.check()
         matcher.reader.start()
         matcher.load()  # while the visitor looks at the page, so that the first match does not wait for it
         demo.block_thread()

@@ -45,15 +45,15 @@ class CountingMatcher(app.Matcher):
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def pair(self, source, target, refine, orientations=None, model=None):
+    def pair(self, *arguments, **options):
         self.pairs += 1
         assert self.may_answer.wait(240)
-        return super().pair(source, target, refine, orientations, model)
+        return super().pair(*arguments, **options)
 
-    def collection(self, paths, refine, progress, model=None, orientations="none"):
+    def collection(self, *arguments, **options):
         self.collections += 1
         try:
-            return super().collection(paths, refine, progress, model, orientations)
+            return super().collection(*arguments, **options)
         except Stopped:
             self.stopped += 1
             raise

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, PAIR_ARCHIVE)
     add_cutout_arguments(parser)
     add_hint_arguments(parser, "source or target, or the file's name")
+    parser.add_argument(
+        "--instances",
+        action="store_true",
+        help="also tell several objects of an image apart, give the matches of the two that match best, and say which; "
+        "source_instances.png and target_instances.png hold their labels, 1 the largest",
+    )
     parser.add_argument("--flow", action="store_true", help="also write the dense flow of both directions, flow.npz")
     parser.add_argument("--orientations", choices=ORIENTATIONS, help=ORIENTATIONS_HELP)
     points = parser.add_mutually_exclusive_group()
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if points is not None:
         _check_inside(points, source.size)
     hints = {VIEWS[view]: hint for view, hint in read_hints(args, (source, target), VIEWS).items()}
-    names = pair_file_names(flow=args.flow, archive=args.zip, style=style)
+    names = pair_file_names(flow=args.flow, archive=args.zip, style=style, instances=args.instances)
     refuse_to_overwrite(args.output_dir, names, (args.source, args.target))
     with output_folder(args.output_dir) as folder, progress_bar() as progress:
         progress(0.0, "Loading the network")
@@ -96,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
 
         progress(0.4, "Matching and segmenting")
         pair = match_copies(
-            (source, target), refine=args.refine, orientations=args.orientations, hints=hints, **network
+            (source, target),
+            refine=args.refine,
+            orientations=args.orientations,
+            hints=hints,
+            instances=args.instances,
+            **network,
         )
         progress(0.8, "Writing the results")
         document = write_pair(
@@ -118,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
         words += f", {turned}"
     print(f"{words}; see {Path(args.output_dir) / 'matches.png'}")
     print(document["reason"])
+    if pair.result.instances is not None and (which := pair.result.instances.in_words()):
+        print(which[0].upper() + which[1:] + ".")
     for point in document.get("points", []):
         print("source {:g},{:g} lies at target {:g},{:g}".format(*point["source"], *point["target"]))
     return 0

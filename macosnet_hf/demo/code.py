@@ -52,12 +52,17 @@ def collection_code(collection: SegmentedCollection) -> str:
     """Code for a collection."""
     checkpoint = _checkpoint(collection)
     chosen = "" if checkpoint is None else repr(checkpoint)
-    given = f", refine={collection.refine!r}" + ", orientations='mirror'" * ("mirror" in collection.orientations)
+    given = f", refine={collection.refine!r}"
+    if collection.searched != "none":
+        given += f", orientations={collection.searched!r}"
+    hints = [f"{number}: {_hint(hint, collection.copies[number].size)}" for number, hint in collection.hints.items()]
+    if hints:
+        given += f", hints={{{', '.join(hints)}}}"
     names = [os.path.basename(copy.path) for copy in collection.copies]
     same = "  # some have the same name: write their folders too" if len(set(names)) < len(names) else ""
     files = ", ".join(map(repr, names))
     return (
-        "from macosnet_hf.inference.files import segment_files\n"
+        "from macosnet_hf.hints import Hint\n" * bool(hints) + "from macosnet_hf.inference.files import segment_files\n"
         "from macosnet_hf.io.checkpoints import load_model_and_processor\n\n"
         f"model, processor = load_model_and_processor({chosen})\n"
         f"files = [{files}]{same}\n"

@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..errors import InputError, MaCoSNetError
 from .reading import PhotoReader
-from .texts import EDGES, MODELS, REFINEMENTS, marked
+from .texts import EDGES, MODELS, REFINEMENTS, marked, without_detail
 from .viewer import asset
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # programs have the endpoints of api.py
@@ -96,8 +96,14 @@ def image_upload(name: str, label: str) -> gr.Image:
     )
 
 
-def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader) -> None:
-    """Replaces an uploaded file that browsers do not show; takes one that cannot be used away, and a toast says why."""
+def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader, lead: str = "") -> None:
+    """Replaces an uploaded file that browsers do not show; takes one that cannot be used away, and a toast says why.
+
+    Args:
+        place: of the upload.
+        reader: which decodes all of it, as a run would.
+        lead: of what the toast says.
+    """
 
     def shown(path: str) -> str | None:
         try:
@@ -105,7 +111,7 @@ def check_on_upload(place: gr.Image | gr.Gallery, reader: PhotoReader) -> None:
                 copy = reader.for_browser(path, folder)
                 return path if copy is None else place.move_resource_to_block_cache(copy)
         except MaCoSNetError as error:
-            gr.Warning(html.escape(str(error), quote=False))
+            gr.Warning(html.escape(lead + without_detail(str(error)), quote=False))
             return None
 
     def check(uploads: str | list[str] | None) -> Any:
@@ -135,9 +141,14 @@ def run_on(event: Callable[..., Any], blank: list[Any], **run: Any) -> Any:
     return done
 
 
-def download(name: str) -> tuple[gr.Button, gr.DownloadButton]:
-    """A button that makes a file, and a hidden place for the file; see [`download_of`]."""
-    return gr.Button("Download", elem_id=f"{name}-download"), gr.DownloadButton(visible="hidden")
+def download(name: str) -> gr.Button:
+    """A button that makes a file; see [`download_of`]."""
+    return gr.Button("Download", elem_id=f"{name}-download")
+
+
+def download_place() -> gr.DownloadButton:
+    """A hidden place for a file, which must not be in a column that is shown later: that shows all that is in it."""
+    return gr.DownloadButton(visible="hidden")
 
 
 def download_of(event: Any, file: gr.DownloadButton) -> None:

@@ -69,7 +69,9 @@ def small_cutout(collection: SegmentedCollection, number: int) -> Image.Image:
     small = collection.copies[number].image.copy()
     small.thumbnail((_CUTOUT_SIDE, _CUTOUT_SIDE), reducing_gap=2.0)
     mask = Image.fromarray(collection.masks[number]).convert("L").resize(small.size, Image.Resampling.BILINEAR)
-    return make_cutout(small, collection.result.probabilities[number], np.asarray(mask) >= 128)
+    return make_cutout(
+        small, collection.result.probabilities[number], np.asarray(mask) >= 128, hint=collection.hints.get(number)
+    )
 
 
 def sheet_and_average(component: Component, collection: SegmentedCollection) -> list[str]:

@@ -16,9 +16,11 @@ from pydantic import BaseModel, Field, FiniteFloat, Strict, TypeAdapter, Validat
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ..inference import LARGEST_COLLECTION
 from . import limits
+from .arranging import ORDER
 from .components import OF_FILES, uploaded
-from .hinting import HINTS
+from .hinting import COLLECTION_HINTS, HINTS, POINTS
 from .viewer import LAYERS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -36,7 +38,9 @@ _COMPONENT = re.compile(r"/+gradio_api/+component_server/*")
 Number = Annotated[FiniteFloat, Strict()]
 Point = tuple[Number, Number]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Mark = tuple[Share, Share, Annotated[bool, Strict()]]
+Truth = Annotated[bool, Strict()]
+ImageNumber = Annotated[int, Strict(), Field(ge=0)]
+Mark = tuple[Share, Share, Truth]
 Name = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 
 
@@ -69,7 +73,7 @@ class CollectionQuestion(Question):
     """Where a point of an image of a collection lies in all."""
 
     point: Point
-    image: Annotated[int, Strict(), Field(ge=0)]
+    image: ImageNumber
 
 
 class LayerQuestion(Question):
@@ -77,6 +81,20 @@ class LayerQuestion(Question):
 
     mode: Literal[tuple(LAYERS)]  # type: ignore[valid-type]
 
+
+_MARKS = Annotated[list[Mark], Field(max_length=limits.MAX_HINTS)]
+_OF_MARKS = f"one a photo, of at most {limits.MAX_HINTS} points [x, y, true or false], x and y from 0 to 1"
+_MOST_POINTS = limits.MAX_HINTS * LARGEST_COLLECTION
+_BY_NAME: dict[str, tuple[Any, str]] = {
+    HINTS: (tuple[_MARKS, _MARKS], f"two lists, {_OF_MARKS}"),
+    COLLECTION_HINTS: (Annotated[list[_MARKS], Field(max_length=LARGEST_COLLECTION)], f"a list of lists, {_OF_MARKS}"),
+    POINTS: (
+        Annotated[list[tuple[ImageNumber, Number, Number, Truth]], Field(max_length=_MOST_POINTS)],
+        f"a list of at most {_MOST_POINTS} points [image, x, y, true or false], images counted from 0",
+    ),
+    ORDER: (Annotated[list[ImageNumber], Field(max_length=limits.MAX_POINTS)], "a list of numbers from 0"),
+}
+"""What components of JSON take, by their element ids, and what that is in words; others take points."""
 
 _QUESTIONS: dict[str, type[BaseModel]] = {
     "viewer_transfer": PointQuestion,
@@ -203,11 +221,8 @@ def _schema(component: Any) -> tuple[Any, str]:
         return list[Upload] | None, "files that were uploaded"
     if isinstance(component, gr.Image):
         return Upload | None, "a file that was uploaded"
-    if isinstance(component, gr.JSON) and component.elem_id == HINTS:
-        most = limits.MAX_HINTS
-        marks = Annotated[list[Mark], Field(max_length=most)]
-        words = f"two lists, one a photo, of at most {most} points [x, y, true or false], x and y from 0 to 1"
-        return tuple[marks, marks], words
+    if isinstance(component, gr.JSON) and component.elem_id in _BY_NAME:
+        return _BY_NAME[component.elem_id]
     if isinstance(component, gr.JSON):
         most = limits.MAX_POINTS
         return Annotated[list[Point], Field(max_length=most)], f"a list of at most {most} pairs of numbers [x, y]"

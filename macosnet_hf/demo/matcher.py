@@ -12,8 +12,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from ..io.checkpoints import check_checkpoint, load_model_and_processor
+from ..errors import CheckpointError, InputError
+from ..inference import ROLES
+from ..io.checkpoints import check_checkpoint, fetch_checkpoint, load_model_and_processor
 from ..io.image_files import load_image
 from ..io.memory import trim
 from ..io.package import DEFAULT_CHECKPOINT, EMBEDDED
@@ -22,7 +23,7 @@ from .reading import PhotoReader
 from .zero_gpu import is_zero_gpu, on_gpu
 
 if TYPE_CHECKING:
-    from ..hints import Hint
+    from ..hints import Hint, PlacedHint
     from ..inference.files import MatchedPair, SegmentedCollection
     from ..io.working_copy import WorkingCopy
 
@@ -38,11 +39,13 @@ class Matcher:
 
     Attributes:
         checkpoints: of all of them, by the names that visitors see; the first is that of `checkpoint`.
+        missing: why some of `offered` are not among them, by their names.
     """
 
     def __init__(self, checkpoint: str = DEFAULT_CHECKPOINT, offered: Sequence[str] = tuple(EMBEDDED)) -> None:
         self.checkpoints = _named([checkpoint, *offered])
         self.default = next(iter(self.checkpoints))
+        self.missing: dict[str, str] = {}
         self._lock = threading.Lock()
         self._loaded: dict[str, dict[str, Any]] = {}
         self.reader = PhotoReader()
@@ -57,6 +60,16 @@ class Matcher:
         """Raises `CheckpointError` if one of the models is a folder that cannot be used; loads nothing."""
         for checkpoint in self.checkpoints.values():
             check_checkpoint(checkpoint)
+
+    def fetch(self) -> None:
+        """Fetches the offered models of the Hub; one that cannot be had is offered no longer."""
+        for name, checkpoint in list(self.checkpoints.items()):
+            if name != self.default:
+                try:
+                    fetch_checkpoint(checkpoint)
+                except CheckpointError as error:
+                    self.missing[name] = str(error)
+                    del self.checkpoints[name]
 
     def load(self, name: str | None = None) -> dict[str, Any]:
         """The arguments `model` and `processor` of `match_pair`.
@@ -82,45 +95,95 @@ class Matcher:
         return self._loaded[name]
 
     def pair(
-        self, source: str, target: str, refine: str, orientations: str | None = None, model: str | None = None
+        self,
+        source: str,
+        target: str,
+        refine: str,
+        orientations: str | None = None,
+        model: str | None = None,
+        roles: tuple[str, str] = ROLES,
+        hints: Mapping[str, Hint] | None = None,
     ) -> MatchedPair:
-        """Matches the photos in two files. Who waits until large photos are read does not hold up others."""
+        """Matches the photos in two files. Who waits until large photos are read does not hold up others.
+
+        Args:
+            source, target, refine, orientations, hints: as in `match_files`.
+            model: by name; the first one if there is none.
+            roles: what errors call source and target.
+        """
         with self._working(model):
-            copies = _files().open_pair(source, target, read=self.reader.working_copy)
+            copies = _files().open_pair(source, target, read=self.reader.working_copy, roles=roles)
             with self._turns["pair"]:
-                pair = self._match(model, _bare(copies), refine, orientations)
+                pair = self._match(model, _bare(copies), refine, orientations, hints)
                 return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
-    def hinted(self, pair: MatchedPair, hints: Mapping[str, Hint]) -> MatchedPair:
+    def hinted(self, pair: MatchedPair, hints: Mapping[str, Hint | PlacedHint]) -> MatchedPair:
         """A pair with these hints instead of earlier ones."""
         with self._working(None), self._turns["pair"]:
             source, target = _bare(pair.copies)
             return replace(self._hint(replace(pair, copies=(source, target)), hints), copies=pair.copies)
 
     def collection(
-        self, paths: list[str], refine: str, progress: Any, model: str | None = None, orientations: str = "none"
+        self,
+        paths: list[str],
+        refine: str,
+        progress: Any,
+        model: str | None = None,
+        orientations: str = "none",
+        hints: Mapping[int, Hint] | None = None,
     ) -> SegmentedCollection:
-        """Segments the photos in some files; `progress` as in `segment_files`."""
+        """Segments the photos in some files; `refine`, `progress`, `orientations`, `hints` as in `segment_files`."""
         with self._working(model):
             names = [os.path.basename(path) for path in paths]
             copies = _files().open_collection(paths, names, progress, read=self.reader.working_copy)
-            with self._turns["collection"]:
-                # A callback does not reach another process; Stop then ends a run after the network.
-                followed = None if is_zero_gpu() else progress
-                collection = self._segment(model, _bare(copies), refine, orientations, followed)
-                if progress is not followed:
-                    progress(1.0, "Segmented")
-                return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
+            return self._segmented(model, copies, refine, orientations, hints, progress)
+
+    def hinted_collection(
+        self, collection: SegmentedCollection, hints: Mapping[int, PlacedHint], progress: Any
+    ) -> SegmentedCollection:
+        """A collection with these hints instead of earlier ones; the encoder sees the photos again."""
+        model = next(name for name, checkpoint in self.checkpoints.items() if checkpoint == collection.checkpoint)
+        with self._working(model):
+            return self._segmented(model, collection.copies, collection.refine, collection.searched, hints, progress)
+
+    def _segmented(
+        self,
+        model: str | None,
+        copies: Sequence[WorkingCopy],
+        refine: str,
+        orientations: str,
+        hints: Mapping[int, Hint | PlacedHint] | None,
+        progress: Any,
+    ) -> SegmentedCollection:
+        with self._turns["collection"]:
+            # A callback does not reach another process; Stop then ends a run after the network.
+            followed = None if is_zero_gpu() else progress
+            collection = self._segment(model, _bare(copies), refine, orientations, hints, followed)
+            if progress is not followed:
+                progress(1.0, "Segmented")
+            return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
 
     def _match_copies(
-        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str | None
+        self,
+        model: str | None,
+        copies: Sequence[WorkingCopy],
+        refine: str,
+        orientations: str | None,
+        hints: Mapping[str, Hint] | None,
     ) -> MatchedPair:
-        return _files().match_copies(tuple(copies), refine=refine, orientations=orientations, **self.load(model))
+        options = {"refine": refine, "orientations": orientations, "hints": hints}
+        return _files().match_copies(tuple(copies), **options, **self.load(model))
 
     def _segment_copies(
-        self, model: str | None, copies: Sequence[WorkingCopy], refine: str, orientations: str, progress: Any
+        self,
+        model: str | None,
+        copies: Sequence[WorkingCopy],
+        refine: str,
+        orientations: str,
+        hints: Mapping[int, Hint | PlacedHint] | None,
+        progress: Any,
     ) -> SegmentedCollection:
-        options = {"refine": refine, "orientations": orientations, "progress": progress}
+        options = {"refine": refine, "orientations": orientations, "progress": progress, "hints": hints}
         return _files().segment_opened(copies, **options, **self.load(model))
 
     @contextlib.contextmanager
@@ -137,7 +200,7 @@ class Matcher:
                 trim()
 
 
-def _with_hints(pair: MatchedPair, hints: Mapping[str, Hint]) -> MatchedPair:
+def _with_hints(pair: MatchedPair, hints: Mapping[str, Hint | PlacedHint]) -> MatchedPair:
     return pair.with_hints(hints)
 
 

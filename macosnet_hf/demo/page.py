@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import gradio as gr
 
 from . import limits
@@ -11,7 +13,7 @@ from .examples import ROOT
 from .matcher import Matcher
 from .pair_tab import PairTab
 from .sessions import Sessions
-from .texts import LIMITS, PAPER, SUMMARY, TITLE
+from .texts import LIMITS, PAPER, SUMMARY, TITLE, missing_models
 
 
 def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
@@ -21,6 +23,8 @@ def build_demo(matcher: Matcher | None = None) -> gr.Blocks:
     files = (limits.FILE_SECONDS, limits.FILE_SECONDS)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=files) as demo:
         gr.HTML(f"<h1>{TITLE}</h1><p>{SUMMARY}</p>", elem_id="header")
+        if matcher.missing:
+            gr.HTML(html.escape(missing_models(list(matcher.missing))), elem_id="missing")
         with gr.Tabs():
             with gr.Tab("Pair", id="pair", elem_id="tab-pair"):
                 PairTab(sessions, demo)

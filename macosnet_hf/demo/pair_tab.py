@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from .code import pair_code
 from .downloads import pair_archive
 from .examples import EXAMPLES, LABELS, MIRRORED
 from .hinting import follow_marks, marks
+from .last_result import LastResult
 from .sessions import Sessions
 from .settings import Settings
 from .texts import FACING, PHOTOS, PRESS_MATCH, errors_for_visitors, marked, pair_verdict
@@ -28,13 +29,13 @@ class PairTab:
 
     def __init__(self, sessions: Sessions, demo: gr.Blocks) -> None:
         self.sessions = sessions
-        self.key = gr.State()
+        self.key, self.last = gr.State(), LastResult(sessions, sessions.pairs, "pair")
         self.verdict = gr.HTML(elem_id="verdict")
         with gr.Column(elem_id="stage"):
             self._stage()
         self._start()
         self._options()
-        self.shown = [self.key, self.verdict, self.drawing, self.archive, self.code, self.results]
+        self.shown = [self.key, self.verdict, self.drawing, self.archive, self.code, self.results, self.last.noted]
         self._matching_events(demo)
         self._result_events()
 
@@ -77,7 +78,7 @@ class PairTab:
             }
         )
         with gr.Column(elem_id="pair-downloads"):
-            self.download, self.archive = components.download("pair")
+            self.download, self.archive = components.download("pair"), components.download_place()
             gr.Markdown(
                 "One zip: matches as JSON and CSV, the dense flow as npz, masks and cutouts as PNG in the photos' own "
                 "sizes.",
@@ -87,13 +88,15 @@ class PairTab:
 
     def _matching_events(self, demo: gr.Blocks) -> None:
         opening = demo.load(
-            self.show_example,
+            self.open_page,
+            self.last.given,
+            js=self.last.js,
             outputs=[*self.settings.inputs, *self.uploads, *self.shown],
             show_progress_on=self.verdict,
             **components.PRIVATE,
         )
         for place in self.uploads:
-            components.check_on_upload(place, self.sessions.matcher.reader)
+            components.check_on_upload(place, self.sessions.matcher.reader, f"{place.label}: ")
         inputs = [*self.uploads, *self.settings.inputs]
         matching: dict[str, Any] = {**components.on_uploads(self.match_photos, inputs), **self._of_runs()}
         again = {**matching, **components.on_uploads(self.match_photos, inputs, or_nothing=True)}
@@ -140,9 +143,19 @@ class PairTab:
         queue = {"concurrency_id": "pair", "concurrency_limit": limits.STARTED["pair"]}
         return {"outputs": self.shown, "show_progress_on": self.verdict, **queue, **components.PRIVATE}
 
-    def show(self, pair: MatchedPair, threshold: float, count: int, owner: str | None) -> tuple[Any, ...]:
-        """Stores a result and returns the values of `shown`."""
-        key = self.sessions.pairs.add(pair, owner)
+    def show(
+        self, pair: MatchedPair, threshold: float, count: int, request: gr.Request, key: str = "", again: bool = True
+    ) -> tuple[Any, ...]:
+        """Stores a result and returns the values of `shown`.
+
+        Args:
+            pair: the result.
+            threshold, count: of the lines.
+            request: of the page.
+            key: of a result that is stored already.
+            again: whether a reload of the page shows it again.
+        """
+        key = key or self.sessions.pairs.add(pair, request.session_hash)
         result = pair.result
         names = (pair.copies[0].name, pair.copies[1].name)
         return (
@@ -150,11 +163,12 @@ class PairTab:
             marked(result.quality, result.quality, pair_verdict(pair)),
             gr.HTML(
                 value=viewer_lines(result, threshold, count),
-                images=viewer_images(key, (result.source, result.target), names, marks(pair)),
+                images=viewer_images(key, (result.source, result.target), names, marks(pair.hints, 2)),
             ),
             None,
             pair_code(pair, threshold, count),
             gr.Column(visible=True),
+            self.last.note(request, key if again else ""),
         )
 
     def match_photos(
@@ -170,7 +184,7 @@ class PairTab:
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
             photos = components.checked_pair(source, target)
-            work = partial(self.sessions.matcher.pair, *photos, refine, orientations, model)
+            work = partial(self.sessions.matcher.pair, *photos, refine, orientations, model, roles=PHOTOS)
             return self._show_if_chosen(photos, work, threshold, count, request)
 
     def _show_if_chosen(
@@ -187,25 +201,52 @@ class PairTab:
             pair = work()
         if place.photos != photos:
             key, verdict, results = components.no_result(PRESS_MATCH)
-            return key, verdict, gr.skip(), None, "", results
+            return key, verdict, gr.skip(), None, "", results, gr.skip()
         place.shown = photos
-        return self.show(pair, threshold, count, request.session_hash)
+        return self.show(pair, threshold, count, request)
 
     def changed(self, source: str | None, target: str | None, request: gr.Request) -> Any:
         """Takes a result away that is not of these photos."""
         other = self.sessions.place(request, "pair").changed((source, target))
         return components.no_result(PRESS_MATCH) if other else gr.skip()
 
+    def open_page(self, key: str, request: gr.Request) -> tuple[Any, ...]:
+        """The result of before where the page is loaded again, else the example; all with the settings of the address.
+
+        Where the address asks for another model, or for photos that face otherwise, it is no reload.
+        """
+        with errors_for_visitors():
+            found = self.last.find(key, request) if key else None
+            if key and found is None:
+                no_key, verdict, results, noted = self.last.gone(request)
+                values = self.settings.read(request)
+                return *values.values(), None, None, no_key, verdict, gr.skip(), None, "", results, noted
+            if found is not None:
+                pair, model = found
+                facing = pair.orientations or self.sessions.facing(model)
+                values = self.settings.read(request, edges=pair.refine, facing=facing, model=model)
+                if (values["model"], values["facing"]) == (model, facing):
+                    again = pair.refined(values["edges"])
+                    photos = self._chosen([copy.path for copy in pair.copies], request)
+                    shown = self.show(
+                        again, values["threshold"], values["lines"], request, key if again is pair else ""
+                    )
+                    return *values.values(), *photos, *shown
+            return self.show_example(request)
+
+    def _chosen(self, paths: Sequence[str], request: gr.Request) -> tuple[str, ...]:
+        """What the places show of a result's photos, noted as what the result is of."""
+        photos = tuple(components.in_cache(place, path) for place, path in zip(self.uploads, paths, strict=True))
+        self.sessions.place(request, "pair").shown = photos
+        return photos
+
     def show_example(self, request: gr.Request) -> tuple[Any, ...]:
         with errors_for_visitors():
-            model = self.settings.read(request, quiet=True)["model"]
-            values = self.settings.read(request, facing=self.sessions.facing(model))
-            photos = tuple(
-                components.in_cache(place, path) for place, path in zip(self.uploads, EXAMPLES[0], strict=True)
-            )
-            self.sessions.place(request, "pair").shown = photos
+            model = self.sessions.usable(self.settings.read(request, quiet=True)["model"])
+            values = {**self.settings.read(request, facing=self.sessions.facing(model)), "model": model}
+            photos = self._chosen(EXAMPLES[0], request)
             pair = self.sessions.example_pair(model, values["edges"], values["facing"])
-            shown = self.show(pair, values["threshold"], values["lines"], request.session_hash)
+            shown = self.show(pair, values["threshold"], values["lines"], request, again=False)
             return (*values.values(), *photos, *shown)
 
     def choose_example(self, sample: list[str], model: str) -> tuple[str, str, str]:

@@ -54,11 +54,24 @@ class ResultStore(Generic[T]):
             self._entries[str(key)] = entry
             return entry[0]
 
-    def drop_all_of(self, owner: str) -> None:
-        """Drops every result of an owner."""
+    def adopt(self, key: object, owner: str | None) -> T:
+        """The result of a key, which has another owner from now on.
+
+        Raises:
+            InputError: as [`get`].
+        """
+        value = self.get(key)
+        with self._lock:
+            if key in self._entries:
+                self._entries[str(key)] = (value, owner)
+        return value
+
+    def drop_all_of(self, owner: str, but: str | None = None) -> None:
+        """Drops every result of an owner, but that of one key."""
         with self._lock:
             for key in self._keys_of(owner):
-                self._entries.pop(key, None)
+                if key != but:
+                    self._entries.pop(key, None)
 
     def __len__(self) -> int:
         with self._lock:

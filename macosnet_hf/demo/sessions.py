@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +13,14 @@ from typing import Any
 import gradio as gr
 from cachetools import LRUCache
 
-from ..errors import MaCoSNetError
+from ..errors import CheckpointError, MaCoSNetError
 from . import limits
 from .examples import COLLECTION_EXAMPLE, EXAMPLES
 from .matcher import Matcher
 from .result_store import ResultStore
+from .texts import missing_models
+
+logger = logging.getLogger("macosnet_hf.demo")
 
 
 class Stopped(MaCoSNetError):
@@ -31,12 +36,14 @@ class Place:
         running: the paths that a run works on.
         shown: the paths that the result is of; None where there is no result.
         files: what the files for download are made of; None once that is no longer what is shown.
+        last_key: the key of the result that a reload of the page shows again; empty for the example of a new page.
     """
 
     photos: Any = None
     running: Any = None
     shown: Any = None
     files: Any = None
+    last_key: str = ""
 
     def changed(self, photos: Any) -> bool:
         """Notes what is chosen now; returns whether what is shown is of something else, and no run is of this."""
@@ -75,6 +82,16 @@ class Sessions:
         """What a tab of the session's page holds."""
         with self._places_lock:
             return self._places.setdefault((request.session_hash, tab), Place())
+
+    def usable(self, model: str) -> str:
+        """The model, or if it cannot be loaded the first one, and a line on the page says so."""
+        try:
+            self.matcher.load(model)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            gr.Warning(html.escape(missing_models([model]), quote=False))
+            return self.matcher.default
+        return model
 
     def example_pair(self, model: str, refine: str, orientations: str) -> Any:
         """The pair that a new visitor sees; matched once for all of them."""
@@ -129,8 +146,11 @@ class Sessions:
             running.set()
 
     def leave(self, request: gr.Request) -> None:
-        """Ends the run of a session whose page was closed, and drops its results."""
+        """Ends the run of a session whose page was closed, and drops its results.
+
+        The last one of each tab stays for its time, since the page may be loaded again.
+        """
         self.stop(request)
         if request.session_hash:
-            self.pairs.drop_all_of(request.session_hash)
-            self.collections.drop_all_of(request.session_hash)
+            self.pairs.drop_all_of(request.session_hash, self.place(request, "pair").last_key)
+            self.collections.drop_all_of(request.session_hash, self.place(request, "collection").last_key)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -30,6 +31,10 @@ LIMITS = (
 )
 PAPER = "https://arxiv.org/abs/1906.05857"
 PRESS_MATCH = "Press Match when both photos are there."
+GONE = (
+    f"Your last result is no longer on the server: results stay for {limits.RESULT_SECONDS // 60} minutes. "
+    "Choose photos or an example."
+)
 TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
@@ -56,6 +61,11 @@ def errors_for_visitors() -> Iterator[None]:
     except Exception as error:
         logger.exception("A request failed")
         raise gr.Error("Something went wrong on our side. Please try other photos.", print_exception=False) from error
+
+
+def without_detail(sentence: str) -> str:
+    """A sentence about a file without the words of a library in brackets at its end."""
+    return re.sub(r"(cannot be read) \(.*\)\.$", r"\1.", sentence, flags=re.DOTALL)
 
 
 def pair_verdict(pair: MatchedPair) -> str:
@@ -90,6 +100,12 @@ def collection_verdict(collection: SegmentedCollection) -> str:
     if rest < 4:
         words = f"{rest} photos are too few to tell whether one does not belong; four will do."
     return marked("all agree", "good", words)
+
+
+def missing_models(names: Sequence[str]) -> str:
+    """One sentence for visitors: which models cannot be had."""
+    word, without = ("model", "it") if len(names) == 1 else ("models", "them")
+    return f"The {word} {_listed(list(names))} cannot be had at the moment; the page works without {without}."
 
 
 def _listed(names: list[str]) -> str:

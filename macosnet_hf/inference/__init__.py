@@ -6,6 +6,9 @@ from ..directions import DIRECTIONS, start_of
 # it, a little more than the network's input.
 COLLECTION_SIDE = 640
 
-VIEWS = ("source", "target")
+SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30  # images of a collection that is averaged, as in the demo
 
-__all__ = ["COLLECTION_SIDE", "DIRECTIONS", "VIEWS", "start_of"]
+VIEWS = ("source", "target")
+ROLES = ("Source", "Target")  # what errors call them
+
+__all__ = ["COLLECTION_SIDE", "DIRECTIONS", "LARGEST_COLLECTION", "ROLES", "SMALLEST_COLLECTION", "VIEWS", "start_of"]

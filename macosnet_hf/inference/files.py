@@ -28,7 +28,7 @@ from ..geometry import (
 from ..hints import Hint, PlacedHint, place_hints
 from ..instances import fill_labels
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy, told_apart
-from . import DIRECTIONS, VIEWS, start_of
+from . import DIRECTIONS, LARGEST_COLLECTION, ROLES, SMALLEST_COLLECTION, VIEWS, start_of
 from .average import aligned_average, repaired_matches
 from .cutouts import CutoutStyle, make_cutout
 from .pair import PairResult, check_points, match_images, place_pair_hints
@@ -46,7 +46,6 @@ ReadCopy = Callable[..., WorkingCopy]
 
 _READING = 0.15  # share of the work of a collection
 _DEMO_SIDE = 512  # longer side of a collection's working copies, many of which a server holds at once
-SMALLEST_COLLECTION, LARGEST_COLLECTION = 2, 30
 
 _FLOW_SIDE = 1024  # the spline is smooth: what lies between the samples is their linear interpolation
 _SHEET_SIDE = 400
@@ -200,19 +199,25 @@ def match_files(
 
 
 def open_pair(
-    source: str, target: str, names: tuple[str, str] | None = None, *, read: ReadCopy = open_working_copy
+    source: str,
+    target: str,
+    names: tuple[str, str] | None = None,
+    *,
+    read: ReadCopy = open_working_copy,
+    roles: tuple[str, str] = ROLES,
 ) -> tuple[WorkingCopy, WorkingCopy]:
     """Working copies of two image files.
 
     Args:
         source, target, names: as in [`match_files`].
         read: makes a working copy of a path and a name.
+        roles: what errors call source and target.
 
     Raises:
         ImageError: if one cannot be read; the text says whether it is the source or the target.
     """
     copies = []
-    for index, (role, path) in enumerate((("Source", source), ("Target", target))):
+    for index, (role, path) in enumerate(zip(roles, (source, target), strict=True)):
         try:
             copies.append(read(path, names[index] if names else None))
         except ImageError as error:
@@ -228,8 +233,9 @@ def match_copies(
     refine: str = "grabcut",
     orientations: str | None = None,
     hints: Mapping[str, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> MatchedPair:
-    """[`match_files`] for files that are open already."""
+    """[`match_files`] for files that are open already; `instances` as in [`~macosnet_hf.inference.pair.match_pair`]."""
     images = (copies[0].image, copies[1].image)
     placed = place_pair_hints(hints or {}, (copies[0].size, copies[1].size))
     result = match_images(
@@ -239,6 +245,7 @@ def match_copies(
         refine=refine,
         orientations=orientations,
         hints={VIEWS[view]: hint for view, hint in placed.items()},
+        instances=instances,
     )
     return MatchedPair(copies, result, refine, orientations)
 
@@ -266,6 +273,7 @@ class SegmentedCollection:
         transforms: `(N, N)`, `[i, j]` takes points of j to i; NaN where nothing leads there. None without an average.
         checkpoint: of the model, where a server with several notes it.
         hints: what a person said of the object, by the number of the image.
+        searched: the orientations in which the images were looked for, as in [`~macosnet_hf.collection.Collection`].
     """
 
     copies: Sequence[WorkingCopy]
@@ -280,6 +288,40 @@ class SegmentedCollection:
     transforms: Transform | None = None
     checkpoint: str = ""
     hints: Mapping[int, PlacedHint] = field(default_factory=dict)
+    searched: str = "none"
+
+    def reordered(self, order: Sequence[int], names: Sequence[str]) -> SegmentedCollection:
+        """The same collection with its images in another order.
+
+        Args:
+            order: the numbers of all images, each once.
+            names: what the images are called, in the new order; equal names are numbered.
+        """
+        place = {number: at for at, number in enumerate(order)}
+        named = zip(order, _numbered(names), strict=True)
+        copies = [replace(self.copies[number], name=name) for number, name in named]
+        rows = torch.tensor(order)
+        found, chosen = self.result, np.asarray(order)
+        result = replace(
+            found,
+            probabilities=found.probabilities[chosen],
+            partners=[[place[partner] for partner in found.partners[number]] for number in order],
+            agreement=found.agreement[chosen],
+            common=None if found.common is None else found.common[chosen],
+            instances=None if found.instances is None else found.instances[chosen],
+        )
+        return replace(
+            self,
+            copies=copies,
+            names=distinct_names([copy.name for copy in copies]),
+            result=result,
+            masks=[self.masks[number] for number in order],
+            odd=[place[number] for number in self.odd],
+            reference=place[self.reference],
+            orientations=[self.orientations[number] for number in order],
+            transforms=None if self.transforms is None else self.transforms[rows[:, None], rows],
+            hints={place[number]: hint for number, hint in self.hints.items()},
+        )
 
     def transfer(self, point: Sequence[float], number: int) -> np.ndarray:
         """Where a point of one working copy lies in all of them.
@@ -430,12 +472,17 @@ def open_collection(
     """
     check_collection_size(len(paths))
     copies = []
-    names = names if len(set(names)) == len(names) else told_apart(names)
+    names = _numbered(names)
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
         if progress is not None:
             progress(_READING * number / len(paths), f"Reading {name}")
         copies.append(read(path, name, _DEMO_SIDE))
     return copies
+
+
+def _numbered(names: Sequence[str]) -> Sequence[str]:
+    """What images are called; equal names are numbered."""
+    return names if len(set(names)) == len(names) else told_apart(names)
 
 
 def segment_opened(
@@ -565,6 +612,7 @@ def segment_copies(
         orientations=[list(SYMMETRIES)[number] for number in collection.orientations[:count]],
         transforms=transforms,
         hints=placed,
+        searched=orientations,
     )
 
 

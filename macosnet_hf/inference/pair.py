@@ -31,6 +31,7 @@ from ..mask_sharing import (
 )
 from ..refinement import check_method
 from . import VIEWS, start_of
+from .pair_instances import MatchedInstances, choose_instances
 from .verdict import WITHOUT_MATCHES, Verdict, judge
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class PairResult:
         quality: the same in a word, `"good"`, `"fair"` or `"poor"`; see [`~macosnet_hf.inference.verdict`]. Neither
             depends on the threshold.
         reason: for the word, a sentence.
+        instances: the single objects of both images, and the two that the matches lie on; None unless asked for.
     """
 
     source: Image.Image
@@ -105,6 +107,7 @@ class PairResult:
     quality: str
     reason: str
     _found: _Found = field(repr=False)
+    instances: MatchedInstances | None = None
 
     @property
     def matches(self) -> list[dict[str, Any]]:
@@ -163,7 +166,7 @@ class PairResult:
             InputError: if an option cannot be used.
         """
         _check_options(refine, threshold)
-        return _result((self.source, self.target), self._found, refine, threshold)
+        return _result((self.source, self.target), self._found, refine, threshold, self.instances is not None)
 
     def with_hints(
         self, hints: Mapping[str, Hint | PlacedHint], *, refine: str = "grabcut", threshold: float = 0.0
@@ -180,7 +183,7 @@ class PairResult:
         images = (self.source, self.target)
         placed = place_pair_hints(hints, (self.source.size, self.target.size))
         found = _find(images, self._found.model, self._found.processor, self._found.outputs, placed)
-        return _result(images, found, refine, threshold)
+        return _result(images, found, refine, threshold, self.instances is not None)
 
     def transfer(
         self,
@@ -321,6 +324,7 @@ def match_pair(
     orientations: str | None = None,
     device: str = "auto",
     hints: Mapping[str, Hint] | None = None,
+    instances: bool = False,
 ) -> PairResult:
     """Matches two images of the same kind of object and segments the object in both.
 
@@ -335,6 +339,8 @@ def match_pair(
             what the model's configuration says.
         hints: what a person says of the object, for `"source"`, `"target"` or both ([`~macosnet_hf.hints.Hint`]), in
             pixels. The masks of both images follow it, and matches lie on these masks.
+        instances: whether to tell the objects of each image apart ([`~macosnet_hf.instances.split_instances`]); the
+            matches are then those between the two objects, one in each image, that match best.
 
     Returns:
         [`PairResult`].
@@ -351,7 +357,7 @@ def match_pair(
             raise InputError("Pass model and processor together, or neither.")
         model, processor = _cached_checkpoint(os.fspath(checkpoint), device)
     options: dict[str, Any] = {"refine": refine, "threshold": threshold, "orientations": orientations, "hints": hints}
-    return match_images(images, model=model, processor=processor, **options)
+    return match_images(images, model=model, processor=processor, instances=instances, **options)
 
 
 def match_images(
@@ -363,12 +369,13 @@ def match_images(
     threshold: float = 0.0,
     orientations: str | None = None,
     hints: Mapping[str, Hint | PlacedHint] | None = None,
+    instances: bool = False,
 ) -> PairResult:
     """[`match_pair`] for images that are loaded already. The result holds them, not copies of them.
 
     Args:
         images: source and target, upright RGB as [`load_image`] gives them; nobody may change them afterwards.
-        model, processor, refine, threshold, orientations, hints: as in [`match_pair`].
+        model, processor, refine, threshold, orientations, hints, instances: as in [`match_pair`].
 
     Raises:
         InputError: if an option cannot be used.
@@ -378,7 +385,7 @@ def match_images(
     pixels = processor([list(images)], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         outputs = model(pixels.to(model.device), orientations=orientations)
-    return _result(images, _find(images, model, processor, outputs, placed), refine, threshold)
+    return _result(images, _find(images, model, processor, outputs, placed), refine, threshold, instances)
 
 
 def _find(
@@ -413,8 +420,10 @@ def _find(
     )
 
 
-def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str, threshold: float) -> PairResult:
-    """Hard masks, and the matches that lie on both of them with a score above the threshold."""
+def _result(
+    images: tuple[Image.Image, Image.Image], found: _Found, refine: str, threshold: float, instances: bool
+) -> PairResult:
+    """Hard masks, and the matches with a score above the threshold that lie on both, or on one object of each."""
     if refine == "none":
         soft = fix_hints(torch.from_numpy(found.probabilities), found.hints).numpy()
     else:
@@ -423,6 +432,17 @@ def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str,
         soft = refine_crops(found.crops, refine, hints=found.hints).numpy()
     masks = [hard_mask(mask, (image.height, image.width)) for image, mask in zip(images, soft, strict=True)]
     on_object = _on_masks(found.points, masks)
+    objects = None
+    if instances:
+        numbers = np.flatnonzero(on_object)
+        objects, on_chosen = choose_instances(
+            soft,
+            found.outputs.features[0].cpu(),
+            found.points[numbers],
+            found.scores[numbers],
+            (images[0].size, images[1].size),
+        )
+        on_object[numbers[~on_chosen]] = False
     empty = not on_object.any() and found.verdict.quality != "poor"  # which has a reason already
     chosen = np.flatnonzero(on_object & (found.scores > threshold))
     chosen = chosen[np.argsort(-found.scores[chosen], kind="stable")]
@@ -438,6 +458,7 @@ def _result(images: tuple[Image.Image, Image.Image], found: _Found, refine: str,
         tps=found.outputs.tps[0].float().cpu().numpy(),
         **(WITHOUT_MATCHES if empty else found.verdict)._asdict(),
         _found=found,
+        instances=objects,
     )
 
 

@@ -36,9 +36,12 @@ _T = TypeVar("_T")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_file_names(*, flow: bool = False, archive: bool = False, style: CutoutStyle | None = None) -> list[str]:
+def pair_file_names(
+    *, flow: bool = False, archive: bool = False, style: CutoutStyle | None = None, instances: bool = False
+) -> list[str]:
     """Names of the files that [`write_pair`] makes, and of [`zip_folder`]'s archive of them."""
     masks = [name for view in VIEWS for name in _mask_and_cutout(view, style)]
+    masks += [_instances_name(view) for view in VIEWS] * instances
     names = ["matches.json", "matches.csv", "matches.png", *masks, "source_warped.png"]
     return names + ["flow.npz"] * flow + [PAIR_ARCHIVE] * archive
 
@@ -87,6 +90,9 @@ def pair_document(
     affine, tps = pair.result.affine.tolist(), pair.result.tps.tolist()
     document |= {"affine": affine[0], "tps": tps[0], "reverse": {"affine": affine[1], "tps": tps[1]}}
     document |= {"model": model, "refine": pair.refine, "threshold": threshold}
+    if (found := pair.result.instances) is not None:
+        for view, (name, count) in enumerate(zip(VIEWS, found.counts, strict=True)):
+            document[name] |= {"instances": count, "matched_instance": found.chosen and found.chosen[view]}
     if points is not None:
         document["points"] = [
             {"source": list(point), "target": _rounded(found)}
@@ -139,6 +145,8 @@ def write_pair(
         save_mask(mask, paths[0])
         whole = pair.copies[view].open_original()
         _save_cutout(whole, pair.result.soft_masks[view], mask, style, paths[1], pair.hints.get(view))
+        if (found := pair.result.instances) is not None:
+            _save_labels(found.of_mask(view, mask), folder / _instances_name(name))
     save_image(pair.warped_source(), folder / "source_warped.png", compress_level=1)
     if flow:
         np.savez_compressed(folder / "flow.npz", allow_pickle=False, **pair.flow())
@@ -261,12 +269,16 @@ def _write_instances(
     if labels is None:
         return
     name = collection.names[number]
-    shown = np.minimum(labels, MOST_INSTANCES)
-    Image.fromarray(shown.astype(np.uint8)).save(folder / _instances_name(name), compress_level=4)
+    _save_labels(labels, folder / _instances_name(name))
     for instance in _instances_of(collection, number):
         soft = collection.instance_mask(number, instance)
         path = folder / _instance_cutout(name, instance, style)
         _save_cutout(image, soft, labels == instance, style, path, None)
+
+
+def _save_labels(labels: np.ndarray, path: Path) -> None:
+    """Writes labels `(H, W)` int32 as a greyscale PNG."""
+    Image.fromarray(np.minimum(labels, MOST_INSTANCES).astype(np.uint8)).save(path, compress_level=4)
 
 
 def _instances_of(collection: SegmentedCollection, number: int) -> range:

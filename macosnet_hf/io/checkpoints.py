@@ -85,6 +85,18 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"There is no checkpoint {name!r}; is {close[0]!r} meant, which is in the package?")
 
 
+def fetch_checkpoint(checkpoint: str | os.PathLike[str]) -> str:
+    """The folder of a checkpoint, whose files are fetched from the Hub unless it is a folder or embedded.
+
+    Raises:
+        CheckpointError: as [`check_checkpoint`], and if the files cannot be had.
+    """
+    name = os.fspath(checkpoint)
+    name = EMBEDDED.get(name, name)
+    check_checkpoint(name)
+    return name if os.path.isdir(name) else _from_hub(name)
+
+
 @collector_paused()
 def load_model_and_processor(
     checkpoint: str | os.PathLike[str] = DEFAULT_CHECKPOINT, device: str | torch.device = "auto"
@@ -105,8 +117,7 @@ def load_model_and_processor(
     """
     name = os.fspath(checkpoint)
     name = EMBEDDED.get(name, name)
-    check_checkpoint(name)
-    folder = name if os.path.isdir(name) else _from_hub(name)  # before torch is imported, for a quick answer
+    folder = fetch_checkpoint(name)  # before torch is imported, for a quick answer
     target = pick_device(device) if isinstance(device, str) else device
 
     from ..configuration_macosnet import MaCoSNetConfig

@@ -68,15 +68,17 @@ class WorkingCopy:
 
 
 def for_browser(path: str | os.PathLike[str], folder: Path, limits: Mapping[str, int] | None = None) -> Path | None:
-    """A PNG copy, in `folder`, of an image that browsers cannot show; None, after a look at the header, if they can.
+    """A PNG copy, in `folder`, of an image that browsers cannot show; None if they can and all of it can be read.
 
-    The limits are `max_pixels` and `max_bytes` of [`load_image`].
+    Browsers show what there is of a damaged file, or an empty place. The limits are `max_pixels` and `max_bytes` of
+    [`load_image`].
 
     Raises:
         ImageError: as [`open_working_copy`].
     """
     try:
         if image_format(path) in _SHOWN_BY_BROWSERS:
+            load_with_size(path, longer_side=WORKING_SIDE, **(limits or {}))
             return None
         copy = folder / f"{Path(path).stem}.png"
         save_image(load_image(path, **(limits or {})), copy, compress_level=1)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from real_photos import CHEETAH, LION
 
 from macosnet_hf import InputError
 from macosnet_hf.commands.hint_options import add_hint_arguments, read_hints
@@ -92,3 +93,31 @@ def test_match_follows_hints(tmp_path):
     assert not mask[:, 244:].any()
     matches = json.loads((tmp_path / "matches.json").read_text())["matches"]
     assert all(match["target"][0] <= 244 for match in matches)
+
+
+@pytest.mark.slow
+def test_match_says_which_objects_match(tmp_path, capsys):
+    """The larger of two heads is not the one that the target shows."""
+    two, lion = Image.new("RGB", (700, 400), "white"), Image.open(LION)
+    two.paste(Image.open(CHEETAH).resize((240, 240)), (40, 80))
+    two.paste(lion.resize((300, 300)), (340, 50))
+    two.save(tmp_path / "two.png")
+    lion.crop((12, 10, 244, 246)).save(tmp_path / "lion.png")
+    arguments = ["match", str(tmp_path / "two.png"), str(tmp_path / "lion.png"), "--device", "cpu", "--instances"]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    document = json.loads((tmp_path / "out" / "matches.json").read_text())
+    labels = np.asarray(Image.open(tmp_path / "out" / "source_instances.png"))
+    chosen = document["source"]["matched_instance"]
+    assert labels.max() == document["source"]["instances"] == 2
+    assert document["target"]["matched_instance"] == document["target"]["instances"] == 1
+    assert ((labels > 0) == (np.asarray(Image.open(tmp_path / "out" / "source_mask.png")) > 0)).all()
+    assert len(document["matches"]) > 10
+    for match in document["matches"]:
+        column, row = np.rint(match["source"]).astype(int)
+        assert column > 320
+        assert labels[max(row - 4, 0) : row + 5, max(column - 4, 0) : column + 5].max() == chosen
+    said = capsys.readouterr().out
+    assert f"Object {chosen} of 2 of the source matches the only object of the target." in said
+    assert main([*arguments[:-1], "--output-dir", str(tmp_path / "plain")]) == 0
+    assert not (tmp_path / "plain" / "source_instances.png").exists()
+    assert "instances" not in json.loads((tmp_path / "plain" / "matches.json").read_text())["source"]

@@ -29,9 +29,19 @@ import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 from macosnet_hf.demo import limits  # noqa: E402
 from macosnet_hf.demo.downloads import cached_images  # noqa: E402
-from macosnet_hf.demo.examples import CAT, COLLECTION_EXAMPLE, EXAMPLES  # noqa: E402
+from macosnet_hf.demo.examples import (  # noqa: E402
+    CAT,
+    COLLECTION_EXAMPLE,
+    DOG_AND_CUP,
+    EXAMPLES,
+    PARROT_AND_CUP,
+    TABBY,
+)
 from macosnet_hf.demo.sessions import Sessions, Stopped  # noqa: E402
+from macosnet_hf.hints import Hint  # noqa: E402
+from macosnet_hf.inference.files import match_files, segment_files  # noqa: E402
 from macosnet_hf.inference.verdict import REASONS  # noqa: E402
+from macosnet_hf.io.checkpoints import load_model_and_processor  # noqa: E402
 from macosnet_hf.io.package import DEFAULT_CHECKPOINT  # noqa: E402
 
 
@@ -168,6 +178,41 @@ def test_the_same_photo_twice_is_noticed(client):
     assert "same photo twice" in report["words"]
 
 
+def test_hints_of_a_program_are_those_of_the_library(client, tmp_path):
+    """The second photo is processed as a smaller copy."""
+    large = save_large(DOG_AND_CUP, (1500, 1000), tmp_path / "large.jpg")
+    plain, _, *masks, _ = match(client, PARROT_AND_CUP, large)
+    points = [[1, 450, 500, True], [1, 1350, 700.5, False], [0, 30, 40, True]]
+    report, _, *hinted, _ = match(client, PARROT_AND_CUP, large, hints=points)
+    hints = {
+        "source": Hint(include=[(30, 40)]),
+        "target": Hint(include=[(450, 500)], exclude=[(1350, 700.5)]),
+    }
+    network = dict(zip(("model", "processor"), load_model_and_processor(), strict=True))
+    expected = match_files(PARROT_AND_CUP, str(large), **network, hints=hints)
+    for view, path in enumerate(hinted):
+        np.testing.assert_array_equal(as_mask(path), expected.original_mask(view))
+        assert (as_mask(path) != as_mask(masks[view])).mean() > 0.01
+    assert len(report["matches"]) == len(expected.keypoints)
+    assert plain["source"]["object_share"] != report["source"]["object_share"]
+
+
+@pytest.mark.parametrize(
+    ("hints", "sentence"),
+    [
+        ([[0, 256, 5, True]], r"^The point 256,5 lies outside of source, which is 256x256 pixels\.$"),
+        ([[1, 5, -0.5, True]], r"^The point 5,-0\.5 lies outside of target"),
+        ([[2, 5, 5, True]], r"^There is no image 2 for a hint; there are 2, counted from 0\.$"),
+        ([[0, 5, 5, True], [0, 5, 5, False]], r"^The point 5,5 of source is both included and excluded\.$"),
+        ([[0, n, 5, True] for n in range(21)], r"^An image takes at most 20 hints; image 0 has more\.$"),
+    ],
+    ids=["outside", "above", "no image", "both", "too many"],
+)
+def test_hints_that_cannot_be_used(client, hints, sentence):
+    with pytest.raises(AppError, match=sentence):
+        match(client, CHEETAH, LION, hints=hints)
+
+
 # ---- /transfer_points ------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +307,22 @@ def test_collection_names_the_odd_one_out(client, tmp_path):
             assert mask.mean() == pytest.approx(photo["object_share"], abs=0.02)
 
 
+def test_hints_in_a_collection_change_the_masks_of_all(client):
+    photos = [DOG_AND_CUP, PARROT_AND_CUP, TABBY]
+    plain, *_ = segment(client, photos)
+    report, *_ = segment(client, photos, hints=[[0, 150, 200, True], [1, 480, 250, False]])
+    network = dict(zip(("model", "processor"), load_model_and_processor(), strict=True))
+    hints = {0: Hint(include=[(150, 200)]), 1: Hint(exclude=[(480, 250)])}
+    expected = segment_files(photos, photos, **network, hints=hints)
+    shares = [[photo["object_share"] for photo in each["photos"]] for each in (plain, report)]
+    np.testing.assert_allclose(shares[1], [mask.mean() for mask in expected.masks], atol=0.01)
+    assert max(abs(a - b) for a, b in zip(*shares, strict=True)) > 0.05
+    with pytest.raises(AppError, match=r"^There is no image 3 for a hint; there are 3, counted from 0\.$"):
+        segment(client, photos, hints=[[3, 5, 5, True]])
+    with pytest.raises(AppError, match=r"lies outside of tabby\.jpg"):
+        segment(client, photos, hints=[[2, 5000, 5, True]])
+
+
 @pytest.mark.parametrize(
     ("count", "sentence"), [(0, "two or more"), (1, "two or more"), (31, "at most 30 images; these are 31")]
 )
@@ -285,9 +346,9 @@ def test_the_public_api_has_three_documented_end_points(client, address):
     assert list(endpoints) == ["/match", "/transfer_points", "/segment_collection"]
     named = {name: [p["parameter_name"] for p in end["parameters"]] for name, end in endpoints.items()}
     assert named == {
-        "/match": ["source", "target", "threshold", "refine"],
+        "/match": ["source", "target", "threshold", "refine", "hints"],
         "/transfer_points": ["result", "points", "direction"],
-        "/segment_collection": ["photographs", "refine"],
+        "/segment_collection": ["photographs", "refine", "hints"],
     }
     info = httpx.get(f"{address}/gradio_api/info").json()["named_endpoints"]
     assert all(len(end["description"]) > 80 for end in info.values())
@@ -366,7 +427,7 @@ def raw_match(address: str, source: object) -> str:
     """The events that `/match` answers to a source exactly as given, as any program could send it."""
     upload = httpx.post(f"{address}/gradio_api/upload", files={"files": ("lion.jpg", Path(LION).read_bytes())})
     target = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-    call = httpx.post(f"{address}/gradio_api/call/match", json={"data": [source, target, 0, "none"]})
+    call = httpx.post(f"{address}/gradio_api/call/match", json={"data": [source, target, 0, "none", []]})
     if call.status_code != 200:
         return f"event: error {call.status_code}"
     return httpx.get(f"{address}/gradio_api/call/match/{call.json()['event_id']}", timeout=60).text
@@ -450,12 +511,12 @@ def test_the_folder_of_uploads_cannot_be_looked_through(address, folder):
 
 
 class BrokenMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None, model=None):
+    def pair(self, *arguments, **options):
         raise ZeroDivisionError("secret detail")
 
 
 class PickyMatcher(app.Matcher):
-    def pair(self, source, target, refine, orientations=None, model=None):
+    def pair(self, *arguments, **options):
         raise macosnet_hf.InputError("These two are too alike.")
 
 
@@ -517,13 +578,24 @@ def test_a_stopped_run_ends_at_its_next_step():
     sessions.stop(visitor)  # nothing runs, nothing happens
 
 
-def test_results_go_with_the_session_that_leaves():
+def test_results_go_with_the_session_that_leaves_but_for_what_it_shows():
+    """A page that is loaded again is another session."""
     sessions = Sessions(app.Matcher())
+    visitor = request_of("visitor")
     key, other = sessions.pairs.add("mine", "visitor"), sessions.pairs.add("theirs", "somebody else")
-    sessions.leave(request_of("visitor"))
+    last, collection = sessions.pairs.add("last", "visitor"), sessions.collections.add("example", "visitor")
+    sessions.place(visitor, "pair").last_key = last
+    sessions.leave(visitor)
     assert sessions.pairs.get(other) == "theirs"
+    for store, gone in ((sessions.pairs, key), (sessions.collections, collection)):
+        with pytest.raises(macosnet_hf.InputError):
+            store.get(gone)
+    assert sessions.pairs.adopt(last, "visitor again") == "last"
+    sessions.leave(visitor)
+    assert sessions.pairs.get(last) == "last"
+    sessions.leave(request_of("visitor again"))
     with pytest.raises(macosnet_hf.InputError):
-        sessions.pairs.get(key)
+        sessions.pairs.get(last)
 
 
 def test_model_is_loaded_once_for_all_threads():
@@ -534,15 +606,22 @@ def test_model_is_loaded_once_for_all_threads():
     assert not loaded[0].training
 
 
-def test_a_request_while_the_model_is_still_loading_waits_for_it():
+@pytest.mark.parametrize("points", [[], [[0, 5, 5, True]]], ids=["plain", "hints"])
+def test_a_request_while_the_model_is_still_loading_waits_for_it(points):
     # In a process of its own: what can go wrong is the very first import of transformers, from two threads at once.
-    program = """
+    program = f"""
 import threading
 import app
 from macosnet_hf.demo.examples import EXAMPLES
+from macosnet_hf.demo.hinting import hints_of_points
 
 matcher, found = app.Matcher(), []
-thread = threading.Thread(target=lambda: found.append(matcher.pair(*EXAMPLES[0], "none")))
+
+def ask():
+    hints = hints_of_points(matcher, {points}, 2) and {{}}
+    found.append(matcher.pair(*EXAMPLES[0], "none", hints=hints))
+
+thread = threading.Thread(target=ask)
 thread.start()
 matcher.load()
 thread.join()
@@ -590,10 +669,11 @@ def test_nothing_that_is_served_is_written_again(tmp_path, monkeypatch):
         client = Client(app.serve(demo), verbose=False, download_files=str(tmp_path / "mine"))
         match(client, CHEETAH, LION)
         segment(client, [CHEETAH, LION, TOWER])
-        shows = {fn.name: fn for fn in demo.fns.values() if fn.name == "show_example"}
-        assert shows
-        for fn in (fn for fn in demo.fns.values() if fn.name == "show_example"):
-            values = fn.fn(*([[]] * len(fn.inputs)), request_of("visitor"))
+        shows = [fn for fn in demo.fns.values() if fn.name in ("open_page", "open_tab")]
+        assert len(shows) == 2
+        for fn in shows:
+            nothing = ["" if isinstance(component, gr.Textbox) else [] for component in fn.inputs]
+            values = fn.fn(*nothing, request_of("visitor"))
             for component, value in zip(fn.outputs, values, strict=True):
                 if isinstance(component, (gr.Image, gr.Gallery, gr.ImageSlider)):
                     component.postprocess(value)

@@ -2,12 +2,8 @@
 
 import contextlib
 import io
-import json
-import shutil
 import time
-import zipfile
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -16,102 +12,37 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser' (playwright)")
 
-from demo_server import CHEETAH, LION, TOWER, CountingMatcher, save_large  # noqa: E402
+from demo_browser import (  # noqa: E402
+    CHROMIUM,
+    PRESS_THE_BUTTON,
+    USUAL,
+    choose,
+    clear,
+    click_on_photo,
+    close_page,
+    download,
+    letter,
+    nothing_stands_there,
+    open_collection,
+    open_options,
+    open_page,
+    query,
+    show,
+    wait_until,
+)
+from demo_server import CHEETAH, LION, TOWER, save_large  # noqa: E402
 
-import app  # noqa: E402
 import macosnet_hf  # noqa: E402
 from macosnet_hf.demo.examples import CAT, EXAMPLES, MIRRORED  # noqa: E402
 from macosnet_hf.inference.result_files import pair_file_names  # noqa: E402
 from macosnet_hf.inference.verdict import REASONS  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-USUAL = {"viewport": {"width": 1280, "height": 900}}
-
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
-
-
-@pytest.fixture(scope="module")
-def matcher():
-    return CountingMatcher()
-
-
-@pytest.fixture(scope="module")
-def address(matcher):
-    matcher.load()
-    demo = app.build_demo(matcher)
-    yield app.serve(demo)
-    demo.close(verbose=False)
 
 
 @pytest.fixture(scope="module")
 def result():
     return macosnet_hf.match_pair(*EXAMPLES[0])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a green one
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
-        browser.usual = browser.new_context(**USUAL)
-        yield browser
-        browser.close()
-
-
-def open_page(browser, address, query="", **options):
-    """A page in the usual context, whose cache has gradio's scripts already; with options, in a context of its own."""
-    context = browser.new_context(**{**USUAL, **options}) if options else browser.usual
-    page = context.new_page()
-    page.set_default_timeout(120_000)  # the machine may be busy
-    page.asked, page.complaints = [], []
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.goto(address + query)
-    page.locator("#viewer svg").wait_for(timeout=240_000)
-    return page
-
-
-def close_page(page, address):
-    """No other host was asked, and no script failed."""
-    page.close()
-    if page.context is not page.context.browser.usual:
-        page.context.close()
-    assert any(url.startswith(address) for url in page.asked)
-    assert not [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
-    assert not page.complaints
-
-
-@pytest.fixture
-def page(browser, address):
-    page = open_page(browser, address)
-    yield page
-    close_page(page, address)
-
-
-def choose(page, place, path):
-    page.locator(f"#{place} input[type=file]").set_input_files(str(path))
-    page.locator(f"#{place} img[src*='{path.name}']").wait_for()
-
-
-def clear(page, place):
-    """Takes a photo away: on the stage where there is a result, else in its place."""
-    change = page.get_by_role("button", name={"source": "Change photo A", "target": "Change photo B"}[place])
-    change.or_(page.locator(f"#{place} button[aria-label='Remove Image']:visible")).click()
-    page.locator(f"#{place} img").first.wait_for(state="detached")
-
-
-def show(page, mode):
-    """Chooses a mode of the stage."""
-    button = page.locator(".viewer-modes").get_by_role("button", name=mode, exact=True)
-    button.click()
-    assert button.get_attribute("aria-pressed") == "true"
-    assert page.locator(".viewer-modes [aria-pressed='true']").count() == 1
-
-
-def open_options(page):
-    page.get_by_role("button", name="Options").click()
-    page.locator("#threshold").wait_for()
 
 
 def set_threshold(page, value, done):
@@ -135,13 +66,6 @@ def numbers(page):
     shown, _, everything, *_ = page.locator(".viewer-words").inner_text().split()
     assert page.locator("#viewer .match").count() == int(shown)
     return int(shown), int(everything)
-
-
-def wait_until(page, condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        page.wait_for_timeout(20)
 
 
 def test_a_stranger_sees_a_result_at_once(page, result):
@@ -382,12 +306,6 @@ def test_an_example_runs_at_one_click(page):
     assert page.locator("#verdict .mark.poor").is_visible()
 
 
-def letter(folder, name="letter & <i>.jpg"):
-    """Text under the name of a photo."""
-    (folder / name).write_text("This is a letter, not an image. " * 20)
-    return folder / name
-
-
 def test_a_wrong_file_is_said_at_once_and_the_place_is_free_again(page, tmp_path):
     clear(page, "source")
     page.locator("#source input[type=file]").set_input_files(str(letter(tmp_path)))
@@ -404,14 +322,6 @@ def test_no_old_result_stays_where_there_is_no_new_one(page):
     page.locator("#viewer").wait_for(state="hidden")
     page.locator("#examples tbody tr").first.click()  # the server lives on
     page.locator("#viewer svg").wait_for(timeout=240_000)
-
-
-def nothing_stands_there(page, words="Press Match when both photos are there."):
-    """No result, and what to do."""
-    tab = "collection" if "above" in words else "pair"
-    verdict = page.locator("#collection-verdict" if tab == "collection" else "#verdict")
-    wait_until(page, lambda: words in verdict.inner_text().splitlines(), 30)
-    page.locator(f"#{tab}-results").wait_for(state="hidden")
 
 
 def test_a_changed_photo_takes_the_result_away(page, tmp_path):
@@ -581,15 +491,6 @@ def test_a_photo_of_the_camera(clipboard_page, matcher):
     assert matcher.pairs == before + 1
 
 
-def download(page, name, tmp_path):
-    """The zip that one click gives: names of its files, and the document in the first."""
-    with page.expect_download(timeout=240_000) as started:
-        page.locator(f"#{name}-download").click()
-    started.value.save_as(tmp_path / started.value.suggested_filename)
-    with zipfile.ZipFile(tmp_path / started.value.suggested_filename) as archive:
-        return archive.namelist(), json.loads(archive.read(archive.namelist()[0]))
-
-
 def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
     names, document = download(page, "pair", tmp_path)
     assert names[0] == "matches.json"
@@ -601,11 +502,6 @@ def test_files_of_a_pair_are_downloaded(page, result, tmp_path):
     names, document = download(page, "pair", tmp_path)
     assert document["threshold"] == 0.5
     assert len(document["matches"]) == int((result.scores > 0.5).sum())
-
-
-def open_collection(page):
-    page.get_by_role("tab", name="Collection").click()
-    page.locator("#agreement .agreement").wait_for(timeout=240_000)
 
 
 def test_collection_upload_run_and_zip(page, tmp_path):
@@ -688,9 +584,6 @@ def test_a_name_of_a_file_is_text_and_nothing_else(page, tmp_path):
     assert sum("document.title = 'gone'" in name for name in shown) == 1
     assert sum("value" in name and "& &lt;b&gt;" in name for name in shown) == 1
     assert page.title() == title
-
-
-PRESS_THE_BUTTON = "Press the button above to find what these photos have in common."
 
 
 def test_photos_of_the_same_name_are_told_apart_and_a_change_takes_the_result_away(page, tmp_path):
@@ -816,11 +709,6 @@ def test_on_a_phone_nothing_is_cut_off(browser, address, theme):
     close_page(page, address)
 
 
-def query(page):
-    """What the address of the page holds."""
-    return dict(parse_qsl(urlsplit(page.url).query))
-
-
 def test_another_model_matches_anew_and_files_and_code_name_it(page, matcher, tmp_path):
     before = matcher.pairs
     open_options(page)
@@ -918,7 +806,8 @@ def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher)
     wait_until(page, lambda: query(page) == {"tab": "collection", "collection_facing": "mirror"})
     page.get_by_role("tab", name="Points").click()
     photos = page.locator("#points figure")
-    photos.first.locator("button").click(position={"x": 40, "y": 60})
+    box = photos.first.locator("img").bounding_box()
+    photos.first.locator("button").click(position={"x": 0.4 * box["width"], "y": 0.4 * box["height"]})
     wait_until(page, lambda: page.locator("#points i").count() == 3)
     first, second = (photos.nth(number).locator("i").bounding_box() for number in (0, 1))
     boxes = [photos.nth(number).locator("img").bounding_box() for number in (0, 1)]
@@ -927,18 +816,6 @@ def test_photos_of_a_collection_that_face_the_other_way_are_found(page, matcher)
     assert abs(share + other - 1) < 0.04
     page.get_by_role("button", name="Copy as Python").last.click()
     page.locator(".as-python .cm-content:visible").get_by_text("orientations='mirror'").first.wait_for()
-
-
-def click_on_photo(page, side, x, y, **options):
-    """Clicks on a photo of the stage at shares of it."""
-    box = page.locator("#viewer image.photo").nth(side).bounding_box()
-    page.mouse.move(5, 5)
-    keys = options.pop("keys", ())
-    for key in keys:
-        page.keyboard.down(key)
-    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
-    for key in keys:
-        page.keyboard.up(key)
 
 
 def test_a_click_says_which_object_is_meant(page, matcher, tmp_path):

@@ -12,8 +12,10 @@ from demo_server import CHEETAH, LION, free_port  # noqa: E402
 from gradio.routes import App  # noqa: E402
 
 import app  # noqa: E402
+from macosnet_hf.demo.arranging import ORDER  # noqa: E402
 from macosnet_hf.demo.guard import _schema  # noqa: E402
-from macosnet_hf.demo.hinting import HINTS  # noqa: E402
+from macosnet_hf.demo.hinting import COLLECTION_HINTS, HINTS  # noqa: E402
+from macosnet_hf.demo.hinting import POINTS as POINTS_OF_PROGRAMS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -53,32 +55,36 @@ POINTS = r"Points must be a list of at most 1000 pairs of numbers \[x, y\]; it i
 @pytest.mark.parametrize(
     ("endpoint", "values", "sentence"),
     [
-        ("match", ["S", "T", NAN, "none"], r"Threshold must be a number from 0 to 1; it is nan\."),
-        ("match", ["S", "T", -FAR, "none"], r"it is -inf\."),
-        ("match", ["S", "T", HUGE, "none"], r"Threshold must be a number from 0 to 1; it is 1000"),
-        ("match", ["S", "T", "0.5", "none"], r"it is '0\.5'\."),
-        ("match", ["S", "T", True, "none"], r"it is True\."),
-        ("match", ["S", "T", 1.01, "none"], r"it is 1\.01\."),
-        ("match", ["S", "T", 0, ["none"]], r"Refine must be one of grabcut, otsu, none"),
-        ("match", ["S", {"path": "/tmp/a\0.jpg"}, 0, "none"], "Target must be a file that was uploaded"),
-        ("match", [{"path": CHEETAH}, "T", 0, "none"], "Source must be a file that was uploaded"),
-        ("match", [{"path": CHEETAH, "meta": {"_type": "gradio.FileData"}}, "T", 0, "none"], "Source must be a file"),
-        ("match", ["not a file", "T", 0, "none"], "Source must be a file"),
-        ("match", [{"path": "a" * 5000}, "T", 0, "none"], "Source must be a file"),
-        ("match", ["S", "T"], "takes a list of 4 values"),
-        ("match", {"a": 1}, "takes the values source, target, threshold, refine"),
-        ("match", None, "takes a list of 4 values"),
+        ("match", ["S", "T", NAN, "none", []], r"Threshold must be a number from 0 to 1; it is nan\."),
+        ("match", ["S", "T", -FAR, "none", []], r"it is -inf\."),
+        ("match", ["S", "T", HUGE, "none", []], r"Threshold must be a number from 0 to 1; it is 1000"),
+        ("match", ["S", "T", "0.5", "none", []], r"it is '0\.5'\."),
+        ("match", ["S", "T", True, "none", []], r"it is True\."),
+        ("match", ["S", "T", 1.01, "none", []], r"it is 1\.01\."),
+        ("match", ["S", "T", 0, ["none"], []], r"Refine must be one of grabcut, otsu, none"),
+        ("match", ["S", {"path": "/tmp/a\0.jpg"}, 0, "none", []], "Target must be a file that was uploaded"),
+        ("match", [{"path": CHEETAH}, "T", 0, "none", []], "Source must be a file that was uploaded"),
+        (
+            "match",
+            [{"path": CHEETAH, "meta": {"_type": "gradio.FileData"}}, "T", 0, "none", []],
+            "Source must be a file",
+        ),
+        ("match", ["not a file", "T", 0, "none", []], "Source must be a file"),
+        ("match", [{"path": "a" * 5000}, "T", 0, "none", []], "Source must be a file"),
+        ("match", ["S", "T"], "takes a list of 5 values"),
+        ("match", {"a": 1}, "takes the values source, target, threshold, refine, hints"),
+        ("match", None, "takes a list of 5 values"),
         ("transfer_points", ["key", [[1, NAN]], "source_to_target"], POINTS),
         ("transfer_points", ["key", [[1, HUGE]], "source_to_target"], POINTS),
         ("transfer_points", ["key", [[1, 2]] * 1001, "source_to_target"], POINTS),
         ("transfer_points", [["key"], [[1, 2]], "source_to_target"], "Result must be a short text"),
         (
             "segment_collection",
-            [[{"video": {"path": "a.mp4"}}], "none"],
+            [[{"video": {"path": "a.mp4"}}], "none", []],
             "Photographs must be files that were uploaded",
         ),
-        ("segment_collection", [[{"path": CHEETAH}, {"path": LION}], "none"], "Photographs must be files"),
-        ("segment_collection", ["SS", "none"], "Photographs must be files that were uploaded"),
+        ("segment_collection", [[{"path": CHEETAH}, {"path": LION}], "none", []], "Photographs must be files"),
+        ("segment_collection", ["SS", "none", []], "Photographs must be files that were uploaded"),
     ],
 )
 def test_values_that_no_endpoint_takes(served, no_traceback, endpoint, values, sentence):
@@ -96,9 +102,9 @@ def test_values_that_no_endpoint_takes(served, no_traceback, endpoint, values, s
 def test_gradios_own_clients_are_told_which_value_it_is(served):
     """gradio's page paints these on the components, its clients print them."""
     _, address, (source, target) = served
-    detail = post(address, "call/match", {"data": [source, target, 2, "none"]}).json()["detail"]
-    assert [verdict["parameter_name"] for verdict in detail] == ["source", "target", "threshold", "refine"]
-    assert [verdict["is_valid"] for verdict in detail] == [True, True, False, True]
+    detail = post(address, "call/match", {"data": [source, target, 2, "none", []]}).json()["detail"]
+    assert [verdict["parameter_name"] for verdict in detail] == ["source", "target", "threshold", "refine", "hints"]
+    assert [verdict["is_valid"] for verdict in detail] == [True, True, False, True, True]
     assert all(verdict["__type__"] == "validate" for verdict in detail)
     by_name = post(address, "call/v2/match", {"source": source, "target": target, "threshold": NAN})
     assert by_name.status_code == 422
@@ -205,6 +211,38 @@ def test_marks_that_are_none(served, no_traceback, marks):
     )
     usable = {**body, "data": [*uploads, None, 0, 40, [[[0, 1, False]] * 20, []]]}
     assert post(address, "queue/join", usable).status_code == 200
+
+
+POINT = [0, 5.5, 6, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (
+            POINTS_OF_PROGRAMS,
+            ["x", None, {}, [1], [[]], [POINT[:3]], [[*POINT, 1]], [["0", 1, 2, True]], [POINT] * 601],
+        ),
+        (POINTS_OF_PROGRAMS, [[[0, NAN, 6, True]], [[0, FAR, 6, True]], [[0, HUGE, 6, True]], [[0, 5, 6, 1]]]),
+        (POINTS_OF_PROGRAMS, [[[-1, 5, 6, True]], [[0.0, 5, 6, True]], [[True, 5, 6, True]], [[0, True, 6, True]]]),
+        (COLLECTION_HINTS, ["x", None, [MARK], [[MARK] * 21], [[]] * 31, [[[0.5, 1.01, True]]], [[[0.5, NAN, True]]]]),
+        (ORDER, ["x", None, [0.0], [True], [-1], ["1"], [[0]], [NAN], [0] * 1001]),
+    ],
+)
+def test_hints_and_orders_that_are_none(served, no_traceback, name, values):
+    demo, address, _ = served
+    fns = [fn for fn in demo.fns.values() if any(getattr(each, "elem_id", None) == name for each in fn.inputs)]
+    assert fns
+    for fn in fns:
+        at = next(number for number, each in enumerate(fn.inputs) if getattr(each, "elem_id", None) == name)
+        for value in values:
+            data = [None] * len(fn.inputs)
+            data[at] = value
+            answer = post(address, "queue/join", {"data": data, "fn_index": fn._id, "session_hash": "visitor"})
+            assert answer.status_code == 422, (value, answer.text)
+            verdict = answer.json()["detail"][at]
+            assert verdict["is_valid"] is False
+            assert verdict["message"].split(" must be ")[0] in ("Hints", "Order")
 
 
 def test_every_input_of_the_page_has_a_schema(served):

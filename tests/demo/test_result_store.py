@@ -51,6 +51,21 @@ def test_results_expire_after_their_last_use():
     assert len(store) == 0
 
 
+def test_a_result_gets_another_owner_and_is_spared():
+    store = ResultStore(limit=10, per_owner=2, seconds=10)
+    first, second, third = (store.add(name, owner) for name, owner in (("a", "old"), ("b", "old"), ("c", "new")))
+    assert store.adopt(first, "new") == "a"
+    store.drop_all_of("old", but=second)
+    assert [store.get(key) for key in (first, second, third)] == ["a", "b", "c"]
+    store.add("d", "new")  # its third
+    with pytest.raises(InputError):
+        store.get(first)
+    store.drop_all_of("new")
+    assert [store.get(second), len(store)] == ["b", 1]
+    with pytest.raises(InputError, match="no longer available"):
+        store.adopt(third, "new")
+
+
 def test_keys_are_long_and_of_any_type_refused():
     store = ResultStore(limit=100, per_owner=10, seconds=10)
     keys = {store.add(None) for _ in range(50)}

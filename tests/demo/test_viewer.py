@@ -10,7 +10,8 @@ from PIL import Image
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from macosnet_hf.demo.code import pair_code
-from macosnet_hf.demo.hinting import hints_of, marks
+from macosnet_hf.demo.hinting import hint_of, hints_of, marks
+from macosnet_hf.demo.texts import PHOTOS
 from macosnet_hf.demo.viewer import (
     LAYERS,
     grid_document,
@@ -19,7 +20,9 @@ from macosnet_hf.demo.viewer import (
     viewer_images,
     viewer_lines,
 )
+from macosnet_hf.errors import InputError
 from macosnet_hf.hints import Hint
+from macosnet_hf.inference import VIEWS
 from macosnet_hf.inference.files import match_files
 
 
@@ -58,15 +61,16 @@ def test_photos_are_part_of_the_page(pair):
 def test_marks_are_points_of_the_originals_in_files_and_code(pair, network):
     """Neither photo is square, and the second is processed as a smaller copy."""
     sent = [[[0.5, 0.4, True], [0.0, 0.0, False]], [[1.0, 1.0, False]]]
-    hints = hints_of(sent, pair)
+    placed = hints_of(sent, pair.copies, PHOTOS)
+    hints = {VIEWS[view]: hint_of(sent[view], pair.copies[view].size) for view in placed}
     sizes = [copy.size for copy in pair.copies]
     assert sizes[1] != pair.copies[1].image.size
     assert hints == {
         "source": Hint(include=[(round(sizes[0][0] / 2 - 0.5, 1), 239.5)], exclude=[(0.0, 0.0)]),
         "target": Hint(include=[], exclude=[(sizes[1][0] - 1.0, sizes[1][1] - 1.0)]),
     }
-    hinted = pair.with_hints(hints)
-    for shown, mine in zip(marks(hinted), sent, strict=True):
+    hinted = pair.with_hints({VIEWS[view]: hint for view, hint in placed.items()})
+    for shown, mine in zip(marks(hinted.hints, 2), sent, strict=True):
         np.testing.assert_allclose(np.array(shown, float), np.array(mine, float), atol=0.002)
     code = pair_code(hinted, 0.0, 40)
     asked = {}
@@ -78,8 +82,12 @@ def test_marks_are_points_of_the_originals_in_files_and_code(pair, network):
     np.testing.assert_array_equal(hinted.keypoints, again.keypoints)
     assert (hinted.original_mask(0) != pair.original_mask(0)).any()
     assert given == {"source": hints["source"], "target": Hint(exclude=hints["target"].exclude)}
-    assert hints_of(marks(hinted), pair) == hints
-    assert hints_of([[], []], pair) == {}
+    assert hints_of(marks(hinted.hints, 2), pair.copies, PHOTOS) == placed
+    assert hints_of([[], []], pair.copies, PHOTOS) == {}
+    with pytest.raises(InputError, match=r"^The point 0,0 of Photo A is both included and excluded\.$"):
+        hints_of([[[0, 0, True], [0, 0, False]], []], pair.copies, PHOTOS)
+    with pytest.raises(InputError, match="of other photos"):
+        hints_of([[]], pair.copies, PHOTOS)
     assert "hints" not in pair_code(hinted.with_hints({}), 0.0, 40)
     np.testing.assert_array_equal(hinted.with_hints({}).result.source_mask, pair.result.source_mask)
 

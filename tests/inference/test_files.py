@@ -9,6 +9,7 @@ from real_photos import CHEETAH, LION, TOWER
 
 from macosnet_hf import InputError, load_image, match_pair
 from macosnet_hf.collection import hard_mask, odd_ones_out
+from macosnet_hf.hints import Hint
 from macosnet_hf.inference.average import aligned_average
 from macosnet_hf.inference.files import match_files, segment_files
 
@@ -179,3 +180,32 @@ def test_points_of_a_collection_travel_to_all_that_belong(network, tmp_path):
         found.transfer((5, 6), 4)
     with pytest.raises(InputError, match="300x200"):
         found.transfer((300, 6), 1)
+
+
+def test_a_collection_in_another_order_is_that_of_these_files(network, tmp_path):
+    """As if the files had been given so; two have the same name, and one a hint."""
+    paths = []
+    for number, photo in enumerate((LION, CHEETAH, TOWER, LION)):
+        (tmp_path / str(number)).mkdir()
+        paths.append(str(tmp_path / str(number) / ("same.png" if number < 2 else f"{number}.png")))
+        with Image.open(photo) as image:
+            image.convert("RGB").resize((200 + 9 * number, 180)).save(paths[-1])
+    names = [Path(path).name for path in paths]
+    found = segment_files(paths, names, **network, hints={1: Hint(include=[(40, 50)])})
+    order = [2, 1, 3, 0]
+    moved = found.reordered(order, [names[number] for number in order])
+    files = [paths[number] for number in order]
+    asked = segment_files(files, [Path(path).name for path in files], **network, hints={1: Hint(include=[(40, 50)])})
+    assert [copy.name for copy in moved.copies] == [copy.name for copy in asked.copies]
+    assert [moved.names, moved.odd, moved.reference] == [asked.names, asked.odd, asked.reference]
+    assert moved.result.partners == asked.result.partners
+    assert moved.hints == asked.hints
+    assert list(moved.orientations) == list(asked.orientations)
+    np.testing.assert_allclose(moved.result.agreement, asked.result.agreement, atol=1e-4)
+    np.testing.assert_array_equal(moved.result.common, asked.result.common)
+    for mine, other in zip(moved.masks, asked.masks, strict=True):
+        assert (mine != other).mean() < 0.005
+    np.testing.assert_allclose(moved.transfer((50, 60), 1), asked.transfer((50, 60), 1), atol=0.5)
+    assert moved.sheet().size == asked.sheet().size
+    assert found.hints.keys() == {1}, "the old one is as it was"
+    assert [Path(copy.path).name for copy in found.copies] == names

@@ -78,6 +78,11 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     (tmp_path / "cut.tif").write_bytes((tmp_path / "cut.tif").read_bytes()[:9000])
     with pytest.raises(ImageError, match=r"^'cut\.tif' is damaged"):
         for_browser(tmp_path / "cut.tif", tmp_path)
+    with Image.open(LION) as photo:
+        photo.save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:4000])
+    with pytest.raises(ImageError, match=r"^'cut\.jpg' is damaged"):  # browsers show the upper part
+        for_browser(tmp_path / "cut.jpg", tmp_path)
     assert list(tmp_path.glob("*.png")) == []
 
 

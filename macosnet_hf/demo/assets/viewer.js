@@ -343,7 +343,8 @@ function wish(changed) {
   redraw();
   trigger("submit");
 }
-window.macosnetHints = {
+window.macosnetMarks = window.macosnetMarks || {};
+window.macosnetMarks.hints = {
   send: () => {
     sent = marks();
     return sent;
