@@ -124,6 +124,7 @@ def load_model_and_processor(
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching
     from .encoder_graph import use_encoder_graph
+    from .folding import fold_batch_norms
 
     try:
         with quiet_transformers():
@@ -139,7 +140,9 @@ def load_model_and_processor(
         if fault := fault_of_values(key, weight):
             raise CheckpointError(f"The weights of {name} are damaged: {key} {fault}.")
     _check_processor(name, model, processor)
-    use_encoder_graph(model.macosnet, folder)
+    if target.type == "cpu":
+        fold_batch_norms(model.macosnet)
+        use_encoder_graph(model.macosnet, folder)
     return model.to(target).eval(), processor
 
 
