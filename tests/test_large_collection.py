@@ -122,14 +122,18 @@ def test_other_options_that_cannot_be_used(collection, network):
 
 def test_maps_of_crops_do_not_stay(collection):
     """Without a garbage collection, which may come much later than the peak of memory."""
+
+    def held():
+        return sum(type(each) in (UnitCells, EncodedImages) for each in gc.get_objects())
+
     before = set(collection.encoded.keys())
     gc.collect()
     gc.disable()
     try:
         collection.segment(refine="otsu")
-        alive = sum(isinstance(each, UnitCells | EncodedImages) for each in gc.get_objects())
+        alive = held()
         collection.segment(refine="otsu")
-        assert sum(isinstance(each, UnitCells | EncodedImages) for each in gc.get_objects()) == alive
+        assert held() == alive
     finally:
         gc.enable()
     assert set(collection.encoded.keys()) == before
