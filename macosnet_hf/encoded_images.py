@@ -189,11 +189,8 @@ class UnitCells:
     """
 
     def __init__(self, maps: Tensor | FeatureMaps):
-        self._maps = maps
-        self._of = lru_cache(_HELD_MAPS)(self._compute)
+        # Not a method: with the object itself in its cache, the maps would stay until the next garbage collection.
+        self._of = lru_cache(_HELD_MAPS)(lambda number: F.normalize(maps[number].float(), dim=0).flatten(1))
 
     def __getitem__(self, number: int) -> Tensor:
         return self._of(number)
-
-    def _compute(self, number: int) -> Tensor:
-        return F.normalize(self._maps[number].float(), dim=0).flatten(1)

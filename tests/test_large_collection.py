@@ -1,5 +1,7 @@
 """Collections that are larger than memory: maps a few at a time, masks of some images, blocks."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from small_models import random_images, small_model, small_processor
 
 from macosnet_hf import InputError, load_image
 from macosnet_hf.collection import Collection
-from macosnet_hf.encoded_images import EncodedImages, ImageList
+from macosnet_hf.encoded_images import EncodedImages, ImageList, UnitCells
 from macosnet_hf.hints import Hint
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
@@ -119,8 +121,21 @@ def test_other_options_that_cannot_be_used(collection, network):
 
 
 def test_maps_of_crops_do_not_stay(collection):
+    """Without a garbage collection, which may come much later than the peak of memory."""
+
+    def held():
+        return sum(type(each) in (UnitCells, EncodedImages) for each in gc.get_objects())
+
     before = set(collection.encoded.keys())
-    collection.segment(refine="otsu")
+    gc.collect()
+    gc.disable()
+    try:
+        collection.segment(refine="otsu")
+        alive = held()
+        collection.segment(refine="otsu")
+        assert held() == alive
+    finally:
+        gc.enable()
     assert set(collection.encoded.keys()) == before
 
 

