@@ -15,6 +15,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
 
+from macosnet_hf.bulk.image_folder import find_image_files  # noqa: E402
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
 from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.bulk.shards import ShardFolder  # noqa: E402
@@ -235,6 +236,26 @@ def test_folders_that_are_all_named_after_splits_are_splits(images, network, tmp
         shutil.copy(images / "cup" / "0.png", tmp_path / "data" / split / "cup" / f"{split}.png")
     segment_dataset(settings_of(tmp_path / "data", split="test"), tmp_path / "out", **network)
     assert [(row["id"], row["group"]) for row in table(tmp_path / "out")] == [("test/cup/test.png", "cup")]
+
+
+def test_what_operating_systems_leave_beside_splits_is_no_split(images, tmp_path):
+    """A Mac's zip file of the folders `train` and `test` unpacks to these and `__MACOSX`."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        shutil.copy(images / "cup" / "0.png", tmp_path / split / "0.png")
+        (tmp_path / "__MACOSX" / split).mkdir(parents=True)
+        (tmp_path / "__MACOSX" / split / "._0.png").write_bytes(b"resource fork")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"of a system")
+    for split in ("train", "test"):
+        assert [file.path for file in find_image_files(str(tmp_path), split)] == [f"{split}/0.png"]
+
+
+@pytest.mark.parametrize("name", ["._masks-00000-000000.parquet", ".DS_Store"])
+def test_what_operating_systems_leave_does_not_make_an_output_folder_a_stranger_s(images, tmp_path, name):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / name).write_bytes(b"of a system")
+    assert ShardFolder(tmp_path / "out", settings_of(images)).shards() is None
 
 
 @pytest.mark.parametrize("path", ["nul\0l.png", "", 3, None])
