@@ -119,6 +119,7 @@ class EvaluationJob:
     def __init__(self, args: argparse.Namespace):
         from ..datasets.prepare import locate
         from ..evaluation.protocols import Options
+        from ..io.checkpoints import check_checkpoint
 
         for name in (args.json, args.markdown):
             if name is not None:
@@ -148,6 +149,8 @@ class EvaluationJob:
             max_side=args.max_side,
         )
         locate(self.protocol.data, args.data, args.pairs)
+        if args.model:
+            check_checkpoint(args.model)
 
     def load(self, device: str = "auto") -> None:
         """Loads the model, or the baseline.

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -92,6 +93,37 @@ def test_a_missing_folder_is_said_at_once(tmp_path, capfd):
     said = refused(capfd, "evaluate", "coseg", "--data", tmp_path / "nowhere")
     assert f"{tmp_path / 'nowhere'}" in said
     assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "NOWHERE", "OUT"],
+        ["convert", "HERE", "OUT", "--second", "NOWHERE"],
+        ["evaluate", "coseg", "--data", "HERE", "--model", "NOWHERE"],
+        ["match", "NOWHERE", "NOWHERE", "--output-dir", "OUT"],
+        ["segment", "NOWHERE", "--output-dir", "OUT"],
+        ["segment", "--dataset", "NOWHERE", "--output_dir", "OUT"],
+        ["export", "OUT", "--model", "NOWHERE"],
+        ["adapt", "NOWHERE", "--output-dir", "OUT"],
+        ["prepare", "coseg", "NOWHERE", "OUT"],
+        ["push", "dataset", "NOWHERE", "somebody/something"],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[-1:]),
+)
+def test_what_is_missing_is_said_before_torch_is_imported(tmp_path, words):
+    """The import takes seconds, of a busy machine 12."""
+    here = tmp_path / "here"
+    if words[0] == "convert":
+        here.write_bytes(b"PK\x03\x04")
+    else:
+        here.mkdir()
+    places = {"NOWHERE": str(tmp_path / "nowhere"), "HERE": str(here), "OUT": str(tmp_path / "out")}
+    given = [places.get(word, word) for word in words]
+    code = "import sys\nfrom macosnet_hf.commands.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert "nowhere" in done.stderr
 
 
 def test_what_a_killed_adaptation_left_does_not_stop_the_next_one(tmp_path, capfd):

@@ -799,18 +799,19 @@ def test_a_folder_that_does_not_exist_is_named_before_torch_is_imported(tmp_path
         assert len(run.stderr.splitlines()) == 1
 
 
-def test_a_pair_of_one_keypoint_is_left_out_of_bbox_only(tmp_path, capsys):
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_pair_of_keypoints_at_one_place_is_left_out_of_bbox_only(tmp_path, capsys, copies):
     root = pf_willow(tmp_path)
     listing = root / "test_pairs.csv"
     before = list_figures(root, tmp_path / "before.json")
     lines = listing.read_text().splitlines()
     single = lines[1].split(",")
-    single[3:] = [column.split(";")[0] for column in single[3:]]
+    single[3:] = [";".join([column.split(";")[0]] * copies) for column in single[3:]]
     listing.write_text("\n".join([*lines, ",".join(single)]) + "\n")
     capsys.readouterr()
     after = list_figures(root, tmp_path / "after.json")
     assert after["samples"] == before["samples"] + 1
-    assert after["points"] == before["points"] + 1
+    assert after["points"] == before["points"] + copies
     assert after["metrics"]["pck"]["bbox"] == before["metrics"]["pck"]["bbox"]
     assert after["left_out"]["count"] == 0
     assert after["left_out_of_bbox"] == 1
