@@ -22,8 +22,8 @@ _MATCH_SHARPNESS = 60.0
 _OBJECT_SHARPNESS = 30.0
 CENTRE_SIGMA = 0.45  # of the centre prior, normalised coordinates
 
-# Least `feature_structure` of an image of something. Images of nothing (plain, a gradient, a sky, noise) have 0.02 to 0.074
-# with `lite` and 0.01 to 0.04 with `base`; of 55 images of msrc-coseg the least has 0.107.
+# Least `feature_structure` of an image of something. Images of nothing (plain, a gradient, a sky, noise) have 0.02 to
+# 0.074 with `lite` and 0.01 to 0.04 with `base`; of 42 and 13 images of msrc-coseg the least have 0.107 and 0.128.
 LEAST_STRUCTURE = 0.09
 
 CUES = ("best", "best5", "object5", "background5", "margin", "mutual", "on_object", "object_mean", "background_mean")

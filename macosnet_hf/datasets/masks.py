@@ -100,7 +100,7 @@ def _meaning(image: Image.Image) -> ObjectMask:
     if len(found) == 1:
         return ObjectMask(np.full(values.shape, levels[0] > 0))
     # A label map in colours whose object leaves no background: void is bright there, but no object.
-    filled = image.mode == "P" and len(found) == 2 and 0 < found[0] and found[1] == VOID and levels[1] < 255
+    filled = image.mode == "P" and len(found) == 2 and found[0] > 0 and found[1] == VOID and levels[1] < 255
     if len(found) == 2 and not filled:
         if levels[0] == levels[1]:
             raise ValueError(f"its two values look the same; {_ADVICE}")

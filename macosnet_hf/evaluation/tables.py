@@ -118,7 +118,9 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     if not options.flip_annotation:
         text += " The annotation of mirrored pairs is ignored: no source is mirrored before matching."
     if without_box := _without_box(protocol, tally, options):
-        text += f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: keypoints at one place span no box."
+        text += (
+            f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: keypoints at one place span no box."
+        )
     return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + (f"\n\n{text}\n" if text else "\n")
 
 

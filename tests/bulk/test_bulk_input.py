@@ -1,5 +1,6 @@
 """Bad input of `macosnet segment --dataset`: every kind ends in one typed sentence, and nothing half written."""
 
+import io
 import json
 import os
 import shutil
@@ -7,13 +8,17 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
+import numpy as np
 import pytest
+from PIL import Image
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra `train`)")
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
+from image_bytes import display_p3, encoded  # noqa: E402
 
 from macosnet_hf.bulk.image_folder import find_image_files  # noqa: E402
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
@@ -21,6 +26,7 @@ from macosnet_hf.bulk.settings import weights_digest  # noqa: E402
 from macosnet_hf.bulk.shards import ShardFolder  # noqa: E402
 from macosnet_hf.commands.main import main  # noqa: E402
 from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
+from macosnet_hf.io.image_files import load_image  # noqa: E402
 
 
 def test_a_folder_with_shards_of_other_settings_is_refused_with_the_difference(whole, images, network, tmp_path):
@@ -256,6 +262,56 @@ def test_what_operating_systems_leave_does_not_make_an_output_folder_a_stranger_
     (tmp_path / "out" / "data").mkdir(parents=True)
     (tmp_path / "out" / "data" / name).write_bytes(b"of a system")
     assert ShardFolder(tmp_path / "out", settings_of(images)).shards() is None
+
+
+def odd_files() -> dict[str, bytes]:
+    """One picture in files of many kinds: turned, in other colours, of more bits, transparent."""
+    small = np.random.default_rng(7).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((90, 61), Image.Resampling.BICUBIC)
+    lying = image.transpose(Image.Transpose.ROTATE_90)  # 61 wide
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    wide = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    deep = np.asarray(image)[..., ::-1].astype(np.uint16) * 257
+    clear = image.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    return {
+        "turned.jpg": encoded(lying, "JPEG", exif=turn),
+        "turned.tif": encoded(lying, "TIFF", exif=turn),
+        "turned.webp": encoded(lying, "WEBP", exif=turn, lossless=True),
+        "phone.jpg": encoded(lying, "JPEG", exif=turn, icc_profile=display_p3()),
+        "phone.png": encoded(image, "PNG", icc_profile=display_p3()),
+        "print.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "lab.tif": encoded(image.convert("LAB"), "TIFF"),
+        "grey16.png": encoded(Image.fromarray(wide), "PNG"),
+        "colours16.png": cv2.imencode(".png", deep)[1].tobytes(),
+        "float.tif": encoded(Image.fromarray(np.float32(wide / 65535)), "TIFF"),
+        "palette.png": encoded(image.quantize(40), "PNG", transparency=3),
+        "clear.png": encoded(clear, "PNG"),
+    }
+
+
+def test_files_of_every_kind_have_the_masks_of_their_upright_pixels(network, tmp_path):
+    """Inside of Parquet files and in a folder, a picture has the mask and alpha of the plain file of its pixels."""
+    files = odd_files()
+    for kind in ("odd", "plain", "rows"):
+        (tmp_path / kind).mkdir()
+    rows = []
+    for name, content in files.items():
+        (tmp_path / "odd" / name).write_bytes(content)
+        load_image(content).save(tmp_path / "plain" / f"{name}.png")
+        rows.append({"image": content, "name": name})
+    datasets.Dataset.from_list(sorted(rows, key=lambda row: row["name"])).to_parquet(tmp_path / "rows" / "r.parquet")
+    found = {}
+    for kind in ("odd", "plain", "rows"):
+        settings = settings_of(tmp_path / kind, group_column=None, block_size=4, alpha=True)
+        segment_dataset(settings, tmp_path / f"of {kind}", **network)
+        found[kind] = table(tmp_path / f"of {kind}")
+    for odd, plain, row in zip(found["odd"], found["plain"], found["rows"], strict=True):
+        assert plain["id"] == f"{odd['id']}.png"
+        assert (odd["width"], odd["height"], odd["error"]) == (90, 61, None)
+        assert (odd["mask"], odd["alpha"]) == (plain["mask"], plain["alpha"]) == (row["mask"], row["alpha"])
+        assert Image.open(io.BytesIO(odd["mask"]["bytes"])).size == (90, 61)
 
 
 @pytest.mark.parametrize("path", ["nul\0l.png", "", 3, None])

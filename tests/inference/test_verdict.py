@@ -11,8 +11,8 @@ from real_photos import CHEETAH, LION, TOWER
 from macosnet_hf import load_image, match_pair
 from macosnet_hf.collection import segment_collection
 from macosnet_hf.geometry import SYMMETRIES, Transform, identity_tps
-from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.inference.verdict import REASONS, RULE, Evidence, evidence_of, verdict_of
+from macosnet_hf.io.checkpoints import load_model_and_processor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CAT, TABBY, DOG, CUP = (EXAMPLES / f"{name}.jpg" for name in ("cat", "tabby", "dog", "cup"))
