@@ -604,16 +604,6 @@ def test_a_mask_of_another_size_is_named_or_counted(tmp_path, benchmark):
     assert result.variants["oracle"].count() + len(result.problems) == 6
 
 
-def test_keypoints_without_extent_have_no_bbox(tmp_path):
-    root = pf_willow(tmp_path)
-    lines = (root / "test_pairs.csv").read_text().split("\n")
-    cells = lines[1].split(",")
-    lines[1] = ",".join([*cells[:3], "5;5", "6;6", "7;8", "9;9"])
-    (root / "test_pairs.csv").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"test-0000\d.*extent"):
-        run("pf-willow", "--data", root, "--baseline", "identity")
-
-
 def test_nothing_left_is_an_error(tmp_path):
     root = pf_willow(tmp_path, images=2, classes=("car(G)",))
     for path in root.rglob("*.png"):
