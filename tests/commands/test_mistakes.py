@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import coseg
 from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
 
@@ -153,7 +154,7 @@ def steps(monkeypatch):
     def recording():
         yield lambda share, text: said.append((share, text))
 
-    for command in ("match", "segment", "export"):
+    for command in ("match", "segment", "export", "evaluate", "segment_dataset"):
         monkeypatch.setattr(importlib.import_module(f"macosnet_hf.commands.{command}"), "progress_bar", recording)
     return said
 
@@ -171,6 +172,18 @@ def test_match_and_segment_say_where_they_are(photo, tmp_path, steps, capfd):
         "Encoding all images",
     ]
     assert steps[-1][0] == pytest.approx(1)
+
+
+def test_evaluations_and_bulk_runs_say_that_the_network_is_loaded(tmp_path, steps, capfd):
+    """Before their bars of samples and images, of which there is none until then."""
+    (tmp_path / "images").mkdir()
+    for number, source in enumerate((LION, CHEETAH)):
+        shutil.copy(source, tmp_path / "images" / f"{number}.jpg")
+    options = ["--output_dir", str(tmp_path / "out"), "--refine", "none", "--device", "cpu"]
+    assert main(["segment", "--dataset", str(tmp_path / "images"), *options]) == 0
+    coseg(tmp_path / "coseg", classes=("Cat",))
+    assert main(["evaluate", "coseg", "--data", str(tmp_path / "coseg"), "--baseline", "centre-grabcut"]) == 0
+    assert [text for _, text in steps] == ["Loading the network"] * 2
 
 
 def test_export_says_what_it_is_doing(tmp_path, steps, capfd):
