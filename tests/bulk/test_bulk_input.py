@@ -8,8 +8,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import cv2
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,7 +16,7 @@ datasets = pytest.importorskip("datasets", reason="datasets is not installed (ex
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
-from image_bytes import display_p3, encoded  # noqa: E402
+from image_bytes import odd_files  # noqa: E402
 
 from macosnet_hf.bulk.image_folder import find_image_files  # noqa: E402
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
@@ -262,33 +260,6 @@ def test_what_operating_systems_leave_does_not_make_an_output_folder_a_stranger_
     (tmp_path / "out" / "data").mkdir(parents=True)
     (tmp_path / "out" / "data" / name).write_bytes(b"of a system")
     assert ShardFolder(tmp_path / "out", settings_of(images)).shards() is None
-
-
-def odd_files() -> dict[str, bytes]:
-    """One picture in files of many kinds: turned, in other colours, of more bits, transparent."""
-    small = np.random.default_rng(7).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((90, 61), Image.Resampling.BICUBIC)
-    lying = image.transpose(Image.Transpose.ROTATE_90)  # 61 wide
-    turn = Image.Exif()
-    turn[0x0112] = 6
-    wide = np.asarray(image.convert("L")).astype(np.uint16) * 257
-    deep = np.asarray(image)[..., ::-1].astype(np.uint16) * 257
-    clear = image.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(image.size))
-    return {
-        "turned.jpg": encoded(lying, "JPEG", exif=turn),
-        "turned.tif": encoded(lying, "TIFF", exif=turn),
-        "turned.webp": encoded(lying, "WEBP", exif=turn, lossless=True),
-        "phone.jpg": encoded(lying, "JPEG", exif=turn, icc_profile=display_p3()),
-        "phone.png": encoded(image, "PNG", icc_profile=display_p3()),
-        "print.jpg": encoded(image.convert("CMYK"), "JPEG"),
-        "lab.tif": encoded(image.convert("LAB"), "TIFF"),
-        "grey16.png": encoded(Image.fromarray(wide), "PNG"),
-        "colours16.png": cv2.imencode(".png", deep)[1].tobytes(),
-        "float.tif": encoded(Image.fromarray(np.float32(wide / 65535)), "TIFF"),
-        "palette.png": encoded(image.quantize(40), "PNG", transparency=3),
-        "clear.png": encoded(clear, "PNG"),
-    }
 
 
 def test_files_of_every_kind_have_the_masks_of_their_upright_pixels(network, tmp_path):
