@@ -223,7 +223,7 @@ def as_shares(values: np.ndarray, what: str) -> np.ndarray:
     """
     shares = np.asarray(values, dtype=np.float32)
     low, high = (float(shares.min()), float(shares.max())) if shares.size else (0.0, 1.0)
-    if not (-_OVERSHOOT <= low and high <= 1 + _OVERSHOOT):  # also where one is no number
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # also where one is no number
         raise InputError(f"{what} must be finite numbers in [0, 1].")
     return shares.clip(0, 1) if low < 0 or high > 1 else shares  # which may be as large as an image
 
