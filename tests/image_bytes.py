@@ -30,7 +30,7 @@ def display_p3():
 
 
 def odd_files() -> dict[str, bytes]:
-    """One picture in files of many kinds: turned, in other colours, of more bits, transparent."""
+    """One image in files of many kinds: turned, in other colours, of more bits, transparent."""
     small = np.random.default_rng(7).integers(0, 255, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((90, 61), Image.Resampling.BICUBIC)
     lying = image.transpose(Image.Transpose.ROTATE_90)  # 61 wide

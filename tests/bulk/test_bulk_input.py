@@ -263,7 +263,7 @@ def test_what_operating_systems_leave_does_not_make_an_output_folder_a_stranger_
 
 
 def test_files_of_every_kind_have_the_masks_of_their_upright_pixels(network, tmp_path):
-    """Inside of Parquet files and in a folder, a picture has the mask and alpha of the plain file of its pixels."""
+    """Inside of Parquet files and in a folder, an image has the mask and alpha of the plain file of its pixels."""
     files = odd_files()
     for kind in ("odd", "plain", "rows"):
         (tmp_path / kind).mkdir()
