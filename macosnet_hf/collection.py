@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .common_object import object_weights
+from .common_object import LEAST_STRUCTURE, feature_structure, object_weights
 from .crops import Box, Crops, crop_to_box, crop_to_objects, refine_crops, shares_of
 from .directions import COLLECTION_ORIENTATIONS, check_orientations
 from .encoded_images import EncodedImage, EncodedImages, FeatureMaps, ImageList, StoredImage
@@ -102,7 +102,7 @@ class CollectionResult:
             odd one out has the smallest.
         collection: the encoded images.
         common: `(N,)` bool, whether an image has an object in common with its partners. Where it has not, the mask is
-            that of what stands out in it.
+            that of what stands out in it; an image of nothing, such as a plain surface, has none, whatever its mask is.
         instances: `(N, S, S)` int32 labels of the single objects, 0 for background and 1 for the largest; None unless
             they were asked for.
         numbers: of the images in the collection, where only some of them were segmented; then N is their number, and
@@ -454,8 +454,14 @@ class Collection:
             partners=first.partners,
             agreement=first.agreement.cpu().numpy(),
             collection=self,
-            common=first.common.cpu().numpy(),
+            common=(first.common & self._show_something()).cpu().numpy(),
         )
+
+    def _show_something(self) -> Tensor:
+        """`(N,)` bool, whether there is anything to see in an image."""
+        last = torch.stack([self._encoded[key].last for key in self.keys])
+        judged = MaCoSNetFeatures.from_map(last).on_grid(self.model.config.predictor_grid).last
+        return feature_structure(judged) >= LEAST_STRUCTURE
 
     @torch.inference_mode()
     def first_pass(

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .errors import InputError
-from .images import as_upright_rgb
+from .images import as_shares, as_upright_rgb
 
 ImageLike: TypeAlias = "Image.Image | np.ndarray"
 Color: TypeAlias = tuple[int, int, int]
@@ -294,11 +294,11 @@ def overlay_parts(image: ImageLike, colors: np.ndarray, mask: Any, alpha: float 
         alpha: strength of the colours, 0 to 1.
 
     Raises:
-        InputError: a mask that does not fit its image, or is not bool.
+        InputError: a mask that does not fit its image, or is not bool; colours of another range.
     """
     rgb = _as_rgb(image)
     stencil = _as_stencil(mask, rgb.size)
-    parts = Image.fromarray((255 * np.asarray(colors)).round().astype(np.uint8)).resize(
+    parts = Image.fromarray((255 * as_shares(colors, "Colours")).round().astype(np.uint8)).resize(
         rgb.size, Image.Resampling.BICUBIC
     )
     return Image.composite(Image.blend(rgb, parts, alpha), _faded(rgb, 0.8), stencil)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .common_object import CENTRE_SIGMA
 from .encoded_images import FeatureMaps
 from .errors import InputError
-from .geometry import normalize_points
+from .geometry import normalize_points, relative_points
 
 Point = tuple[float, float]
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
@@ -213,12 +213,14 @@ class HintedCells(NamedTuple):
         references: `(M, C)` unit-length features of all cells of the hinted images.
         change: `(M,)` how much the hints have changed the network's mask there, in [-1, 1]. A hint that confirms the
             masks changes no other image.
+        side: S of the network's input.
     """
 
     hints: Mapping[int, PlacedHint]
     seeds: Mapping[int, tuple[Tensor, Tensor]]
     references: Tensor
     change: Tensor
+    side: int
 
     @classmethod
     def of(cls, features: Tensor | FeatureMaps, masks: Tensor, hints: Mapping[int, PlacedHint]) -> HintedCells:
@@ -235,7 +237,7 @@ class HintedCells(NamedTuple):
             number: (sample_cells(unit[number], hint.include, side), sample_cells(unit[number], hint.exclude, side))
             for number, hint in hints.items()
         }
-        known = cls(hints, seeds, masks.new_zeros(0), masks.new_zeros(0))
+        known = cls(hints, seeds, masks.new_zeros(0), masks.new_zeros(0), side)
         changes = []
         for number, hint in hints.items():
             before = F.interpolate(masks[number][None, None].float(), size=unit[number].shape[-2:], mode="area")[0, 0]
@@ -262,15 +264,13 @@ class HintedCells(NamedTuple):
         elif len(exclude):
             evidence = (limit - excluded) / _SOFTNESS
         if hint.box is not None:
-            x, y = ((torch.arange(count, device=cells.device) + 0.5) / count for count in (width, height))
+            x, y = (_cell_shares(count, self.side, cells.device) for count in (width, height))
             left, top, right, bottom = hint.box
             across, down = 2 * (x - left) / (right - left) - 1, 2 * (y - top) / (bottom - top) - 1
             if not len(include):
                 evidence = evidence + _BOX_EVIDENCE * _gaussian(across, down) + _BOX_OFFSET
             # A cell counts by the share of it that lies in the box.
-            share = (
-                _overlap(left, right, width, cells.device)[None] * _overlap(top, bottom, height, cells.device)[:, None]
-            )
+            share = _overlap(left, right, x)[None] * _overlap(top, bottom, y)[:, None]
             evidence = share * evidence - (1 - share) * _LARGEST_EVIDENCE
         return evidence.clamp(-_LARGEST_EVIDENCE, _LARGEST_EVIDENCE)
 
@@ -338,7 +338,19 @@ def _gaussian(across: Tensor, down: Tensor) -> Tensor:
     return torch.exp(-(down[:, None] ** 2 + across[None] ** 2) / (2 * CENTRE_SIGMA**2))
 
 
-def _overlap(start: float, end: float, count: int, device: torch.device) -> Tensor:
-    """`(count,)` the share of each of `count` equal cells of [0, 1] that lies between start and end."""
-    edges = torch.arange(count + 1, device=device) / count
-    return ((edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)) * count).clamp(0, 1)
+def _cell_shares(count: int, side: int, device: torch.device | None = None) -> Tensor:
+    """Where the centres of `count` cells lie, in shares of the image: `(count,)`.
+
+    Args:
+        side: S of the network's input, at whose corner centres the first and the last cell lie, as in [`sample_cells`].
+    """
+    places = torch.linspace(-1, 1, count, device=device) if count > 1 else torch.zeros(1, device=device)
+    return relative_points(places, side)
+
+
+def _overlap(start: float, end: float, centres: Tensor) -> Tensor:
+    """The share of each cell that lies between start and end, of the part of it that lies in the image."""
+    middles = (centres[1:] + centres[:-1]) / 2
+    edges = torch.cat((centres.new_zeros(1), middles, centres.new_ones(1)))
+    inside = edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)
+    return (inside / (edges[1:] - edges[:-1])).clamp(0, 1)

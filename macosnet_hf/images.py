@@ -13,6 +13,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from .errors import InputError
+
 # The formats that are read from files, the common ones first. Left out on purpose: EPS and PDF (PIL would start
 # Ghostscript on an untrusted file) and formats without a signature (TGA, PCX), which read random bytes as an image.
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -207,6 +209,23 @@ def _white_level(low: float, high: float, whole: Callable[[], bool]) -> float | 
         if low >= -_OVERSHOOT * white and brightest <= high <= (1 + _OVERSHOOT) * white:
             return white
     return 255.0 if low >= 0 and high <= 255 and whole() else None
+
+
+def as_shares(values: np.ndarray, what: str) -> np.ndarray:
+    """Values in [0, 1], such as an alpha, as float32. What a cubic filter overshoots, up to a quarter, is clipped.
+
+    Args:
+        values: of any shape.
+        what: their name in the error.
+
+    Raises:
+        InputError: for other values, which eight bits would turn around: 1.1 would be almost 0.
+    """
+    shares = np.asarray(values, dtype=np.float32)
+    low, high = (float(shares.min()), float(shares.max())) if shares.size else (0.0, 1.0)
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # also where one is no number
+        raise InputError(f"{what} must be finite numbers in [0, 1].")
+    return shares.clip(0, 1) if low < 0 or high > 1 else shares  # which may be as large as an image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -137,7 +137,7 @@ def fill_labels(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
         mask: the object.
     """
     cv2 = opencv()
-    large = cv2.resize(labels, mask.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    large = cv2.resize(labels, mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)  # half-pixel centres
     if not (large > 0).any():  # nothing has a label: one object
         return mask.astype(np.int32)
     kind = cv2.DIST_LABEL_PIXEL

@@ -353,6 +353,11 @@ def test_parts_are_coloured_on_the_object_alone(cheetah):
     assert np.ptp(outside, axis=1).mean() < np.ptp(np.asarray(cheetah, int)[~mask], axis=1).mean()  # faded
     with pytest.raises(InputError):
         overlay_parts(cheetah, colors, mask[:-1])
+    # Beyond 1, as of a cubic filter, they are no other colours.
+    over = overlay_parts(cheetah, np.where(colors > 0, 1.05, -0.05), mask, alpha=1)
+    np.testing.assert_array_equal(np.asarray(over), shown)
+    with pytest.raises(InputError, match="Colours must be"):
+        overlay_parts(cheetah, 255 * colors, mask)
 
 
 def test_overview_of_extreme_images():

@@ -91,3 +91,15 @@ def test_labels_fill_a_larger_mask_by_the_nearest_one():
     assert filled[5, 5] == 1
     assert filled[35, 35] == 2
     assert (filled[1:] > 0).all()
+
+
+@pytest.mark.parametrize("side", [60, 97, 100, 400])
+def test_labels_of_a_mirror_image_are_mirrored(side):
+    """Nearest pixels by half-pixel centres: with OpenCV's other way labels of small images moved to one side."""
+    labels = np.ones((240, 240), np.int32)
+    labels[:, 121:] = 2
+    mask = np.ones((side, side), bool)
+    filled = fill_labels(labels, mask)
+    mirrored = fill_labels(np.ascontiguousarray(labels[:, ::-1]), mask)
+    assert (filled == mirrored[:, ::-1]).all()
+    assert abs((filled[0] == 1).sum() - 121 / 240 * side) <= 0.5

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..datasets.images import find_images
 from ..errors import DataError
 from ..io.image_files import is_image_file
+from ..io.system_files import is_of_system
 
 # Files of these kinds are a data set of their own: the images that they hold, or what is known of those beside them.
 _DATA_SUFFIXES = {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".zip", ".tar", ".gz", ".zst", ".7z", ".rar"}
@@ -40,6 +41,7 @@ def find_image_files(folder: str, split: str) -> list[ImageFile] | None:
         if any(Path(name).suffix.lower() in _DATA_SUFFIXES and not name.startswith(".") for name in names):
             return None
     visible = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    visible = [path for path in visible if not is_of_system(path)]
     place = root
     if visible and {path.name for path in visible} <= _SPLITS and not any(map(is_image_file, root.iterdir())):
         place = root / split

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import InputError, OutputError
 from ..io.output_folder import output_folder, write_file
+from ..io.system_files import parquet_files
 from .blocks import Shard
 from .settings import BulkSettings
 
@@ -105,14 +106,14 @@ class ShardFolder:
         except (OSError, ValueError, AttributeError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder.") from error
         if difference:
-            holds = "holds shards of" if any(self._data.glob("*.parquet")) else "holds no shards yet, but is for"
+            holds = "holds shards of" if parquet_files(self._data) else "holds no shards yet, but is for"
             raise InputError(
                 f"{self.folder} {holds} other settings (now {'; '.join(difference)}); choose another folder."
             )
 
     def _check_new(self) -> None:
         """Raises [`OutputError`] for a folder whose files the results would replace, or be taken for."""
-        if any(self._data.glob("*.parquet")):
+        if parquet_files(self._data):
             raise OutputError(f"{self._data} holds Parquet files of another kind; choose another folder.")
         for name in ("README.md", "index.parquet"):
             if os.path.lexists(self.folder / name):

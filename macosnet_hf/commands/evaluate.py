@@ -16,7 +16,7 @@ from ..io.memory import keep_memory
 from ..io.output_folder import check_writable, write_file
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
-from .arguments import ORIENTATIONS_HELP, print_left_out
+from .arguments import ORIENTATIONS_HELP, print_left_out, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.predictors import Predictor
@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     keep_memory()
     job = EvaluationJob(args)
-    job.load(args.device)
+    with progress_bar() as progress:
+        progress(0.0, "Loading the network")
+        job.load(args.device)
     job.report(job.evaluate(), time.monotonic() - start)
     return 0
 
@@ -119,6 +121,7 @@ class EvaluationJob:
     def __init__(self, args: argparse.Namespace):
         from ..datasets.prepare import locate
         from ..evaluation.protocols import Options
+        from ..io.checkpoints import check_checkpoint
 
         for name in (args.json, args.markdown):
             if name is not None:
@@ -148,6 +151,8 @@ class EvaluationJob:
             max_side=args.max_side,
         )
         locate(self.protocol.data, args.data, args.pairs)
+        if args.model:
+            check_checkpoint(args.model)
 
     def load(self, device: str = "auto") -> None:
         """Loads the model, or the baseline.

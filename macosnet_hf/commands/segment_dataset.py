@@ -13,7 +13,7 @@ from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.weights import weights_digest
-from .arguments import load_network, one_line, place_among_processes
+from .arguments import load_network, one_line, place_among_processes, progress_bar
 
 _DEFAULTS: dict[str, Any] = {
     "split": "train",
@@ -104,7 +104,9 @@ def run_dataset(args: argparse.Namespace) -> int:
         raise InputError("The output folder lies in that of the data set; a second run would take masks for images.")
     rank, processes = place_among_processes()
     give_memory_back()
-    network = load_network(args)
+    with progress_bar() as progress:
+        progress(0.0, "Loading the network")
+        network = load_network(args)
 
     from tqdm import tqdm
 

@@ -63,6 +63,9 @@ def convert(checkpoint: str | os.PathLike[str], second: str | os.PathLike[str] |
         CheckpointError: if a file cannot be read safely, or does not hold one of these networks. The text names the
             weights that are missing, unknown or of another shape.
     """
+    for path in (checkpoint, second):  # before torch is imported, which takes long
+        if path is not None:
+            _check_kind(os.fspath(path))
     ours: dict[str, Tensor] = {}
     left_out: list[str] = []
     for path in (checkpoint, second):
@@ -115,11 +118,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file is missing or damaged, holds other things than tensors, or no state dict.
     """
-    import torch
-
     name = os.fspath(path)
     _check_kind(name)
     _check_members(name)
+    import torch
+
     try:
         # The training scripts put their arguments into the file; a namespace only holds values.
         safe = torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()])

@@ -1,9 +1,10 @@
 """What a mask file means: the only reader of masks of the repository.
 
 * An image with an alpha channel that is not opaque everywhere, such as a cutout: object where alpha is 128 or more.
-* Two values (1-bit, grey, palette or colour): object where the image is brighter.
-* A label map (palette, or grey with at most 32 values): object where the label is neither 0 nor 255; 255 is *void*, the
-  border that PASCAL VOC leaves out of its measures.
+* Two values (1-bit, grey, palette or colour): object where the image is brighter. A palette image of a label and 255,
+  which is not white, is a label map.
+* A label map (palette, or grey with at most 32 whole numbers): object where the label is neither 0 nor 255; 255 is
+  *void*, the border that PASCAL VOC leaves out of its measures.
 * One value: no object where it is black, else object everywhere.
 
 Anything else is refused. Nothing is concluded from the largest value.
@@ -98,7 +99,9 @@ def _meaning(image: Image.Image) -> ObjectMask:
         raise ValueError("it holds values that are not finite numbers")
     if len(found) == 1:
         return ObjectMask(np.full(values.shape, levels[0] > 0))
-    if len(found) == 2:
+    # A label map in colours whose object leaves no background: void is bright there, but no object.
+    filled = image.mode == "P" and len(found) == 2 and found[0] > 0 and found[1] == VOID and levels[1] < 255
+    if len(found) == 2 and not filled:
         if levels[0] == levels[1]:
             raise ValueError(f"its two values look the same; {_ADVICE}")
         return ObjectMask(values == found[levels.argmax()])
@@ -106,6 +109,9 @@ def _meaning(image: Image.Image) -> ObjectMask:
         raise ValueError(f"it has {len(found)} colours; {_ADVICE}")
     if image.mode != "P" and len(found) > MOST_LABELS:
         raise ValueError(f"it has {len(found)} grey values, as a photo or a mask saved as JPEG; {_ADVICE}")
+    if found[0] < 0 or (found != np.rint(found)).any():
+        fault = "are below 0" if found[0] < 0 else "are no whole numbers, as in a soft mask"
+        raise ValueError(f"some of its {len(found)} values {fault}; {_ADVICE}")
     void = values == VOID
     labelled = (values != 0) & ~void
     # A two-valued mask at half its size has three greys at its edges and more white than grey.

@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import DataError, InputError, OutputError
 from ..io.hub import is_prepared
 from ..io.output_folder import release_folder, start_folder
-from ..io.system_files import is_of_system
+from ..io.system_files import is_of_system, parquet_files
 from .benchmarks import Benchmark, Problems, available_splits, get_benchmark, iter_records
 from .images import open_image
 from .masks import read_mask
@@ -367,7 +367,7 @@ def _write_split(
 def _digest(folder: Path) -> str:
     """A digest of all shards of a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.parquet")):
+    for path in parquet_files(folder):
         with open(path, "rb") as shard:
             while block := shard.read(1 << 20):
                 digest.update(block)

@@ -136,8 +136,8 @@ def keypoint_scores(
     scores: Scores = {}
     box = record.get(f"{arrives}_box")
     for name in protocol.pck:
-        if name == "bbox" and box is None and len(truth) == 1:
-            # One point spans no box, so this protocol alone leaves the pair out.
+        if name == "bbox" and box is None and (truth == truth[0]).all():
+            # Points at one place span no box, so this protocol alone leaves the pair out.
             scores |= {f"pck.{name}.{alpha:g}": _where_defined(None) for alpha in options.alphas or protocol.alphas}
             continue
         with _of_record(record):

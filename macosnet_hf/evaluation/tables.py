@@ -118,12 +118,14 @@ def markdown_table(protocol: Protocol, tally: Tally, options: Options, name: str
     if not options.flip_annotation:
         text += " The annotation of mirrored pairs is ignored: no source is mirrored before matching."
     if without_box := _without_box(protocol, tally, options):
-        text += f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: one keypoint spans no box."
+        text += (
+            f" {without_box} of {tally.count()} pairs are left out of PCK `bbox`: keypoints at one place span no box."
+        )
     return f"### {protocol.benchmark}: {name}\n\n" + "\n".join(lines) + (f"\n\n{text}\n" if text else "\n")
 
 
 def _without_box(protocol: Protocol, tally: Tally, options: Options) -> int:
-    """How many pairs have no PCK `bbox`, since one keypoint spans no box."""
+    """How many pairs have no PCK `bbox`, since keypoints at one place span no box."""
     if "bbox" not in protocol.pck:
         return 0
     return tally.count() - tally.count(f"pck.bbox.{(options.alphas or protocol.alphas)[0]:g}")

@@ -18,6 +18,7 @@ from PIL import Image, ImageColor, ImageFilter
 
 from ..drawing import cutout
 from ..errors import InputError
+from ..images import as_shares
 from ..io.image_files import save_image
 from ..refinement import opencv
 
@@ -186,10 +187,13 @@ def alpha_matte(image: Image.Image, soft_mask: np.ndarray, hint: PlacedHint | No
         soft_mask: `(h, w)` float32 in [0, 1] of any size; the object is where it is 0.5 or more.
         hint: in shares of the image; alpha is 1 around its included points, and 0 around excluded ones and outside of
             its box.
+
+    Raises:
+        InputError: for a soft mask of another range.
     """
     cv2 = opencv()
     alpha = np.zeros((image.height, image.width), np.float32)
-    small = _surroundings(image, soft_mask)
+    small = _surroundings(image, as_shares(soft_mask, "A soft mask"))
     if small is None:
         return alpha
     lines = MattingLaplacian(small.rgb)
@@ -230,8 +234,12 @@ def cutout_by_alpha(image: Image.Image, alpha: np.ndarray) -> Image.Image:
     Args:
         image: RGB `(H, W)`.
         alpha: `(H, W)` float32 in [0, 1].
+
+    Raises:
+        InputError: for an alpha of another range.
     """
     cv2 = opencv()
+    alpha = as_shares(alpha, "Alpha")
     result = np.full((image.height, image.width, 4), (255, 255, 255, 0), np.uint8)
     small = _surroundings(image, alpha)
     if small is None:

@@ -32,7 +32,7 @@ from ..mask_sharing import (
 from ..refinement import check_method
 from . import VIEWS, start_of
 from .pair_instances import MatchedInstances, choose_instances
-from .verdict import WITHOUT_MATCHES, Verdict, judge
+from .verdict import REASONS, WITHOUT_MATCHES, Verdict, judge
 
 if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
@@ -119,8 +119,11 @@ class PairResult:
 
     @property
     def common(self) -> bool:
-        """Whether the masks show an object that the images have in common; if not, what stands out in each of them."""
-        return self._found.common
+        """Whether the masks show an object that the images have in common; if not, what stands out in each of them.
+
+        An image of nothing, such as a plain surface, has no object, whatever its mask is.
+        """
+        return self._found.common and self._found.verdict.reason != REASONS["blank"]
 
     @property
     def hints(self) -> Mapping[int, PlacedHint]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common_object import feature_structure
 from ..encoder import MaCoSNetFeatures
 from ..geometry import SYMMETRIES, Transform, inside, make_grid, sample_at, symmetry_matrix
 
@@ -54,8 +55,7 @@ class Evidence(NamedTuple):
             other image at most two cells from where the transforms send it. A window is moved as the transforms say.
         upright: how much more similar the most similar windows are than those turned or mirrored before the
             transforms move them; negative where the objects face in another way than the transforms have it.
-        structure: variance of the features of an image over its cells, times that of their averages over blocks of 3x3
-            cells; of the image that has less. On a plain surface the one is small, on an even one (noise) the other.
+        structure: [`~macosnet_hf.common_object.feature_structure`] of the image that has less.
     """
 
     similarity: float
@@ -78,7 +78,6 @@ def evidence_of(features: Tensor, masks: Tensor, transforms: Transform) -> Evide
     mean = (unit * small[:, None]).sum(-1)
     similarity = unit[0].T @ unit[1]
     transforms = transforms.to(torch.float32)
-    blocks = F.avg_pool2d(unit.unflatten(-1, (height, width)), 3).flatten(2)
     ways = [
         _one_way(of_way.unflatten(1, (height, width)), transforms[1 - way : 2 - way], small[way], small[1 - way])
         for way, of_way in enumerate((similarity, similarity.T))
@@ -88,7 +87,7 @@ def evidence_of(features: Tensor, masks: Tensor, transforms: Transform) -> Evide
         similarity=float(F.cosine_similarity(mean[0], mean[1], dim=0)),
         near=near,
         upright=upright,
-        structure=float((_variance(unit) * _variance(blocks)).min()),
+        structure=float(feature_structure(features).min()),
     )
 
 
@@ -119,11 +118,6 @@ def _one_way(similarity: Tensor, transform: Transform, mask: Tensor, other: Tens
     near = ((nearest - places) / step).norm(dim=-1) <= _NEAR
     upright = best[0] - torch.stack(best[1:]).amax()
     return torch.stack((_mean(near.float(), on_both), upright))
-
-
-def _variance(features: Tensor) -> Tensor:
-    """Mean squared distance `(2,)` of features `(2, C, N)` from their mean."""
-    return (features - features.mean(-1, keepdim=True)).square().sum(1).mean(-1)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, OutputError
 from .checkpoints import check_checkpoint
-from .system_files import is_of_system
+from .system_files import is_of_system, parquet_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoUrl
@@ -91,7 +91,7 @@ def plan(kind: str, folder: str | os.PathLike[str]) -> list[Upload]:
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder was made by `macosnet prepare` and is complete: a card, and Parquet under `data/`."""
     folder = Path(folder)
-    return (folder / "README.md").is_file() and any((folder / "data").glob("*.parquet"))
+    return (folder / "README.md").is_file() and bool(parquet_files(folder / "data"))
 
 
 def _files(start: Path, *, top: bool) -> Iterator[Path]:

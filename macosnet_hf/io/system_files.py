@@ -13,4 +13,9 @@ def is_of_system(path: Path) -> bool:
     return any(fnmatchcase(path.name, pattern) for pattern in _NAMES)
 
 
-__all__ = ["is_of_system"]
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, sorted; none where there is no folder."""
+    return sorted(path for path in folder.glob("*.parquet") if not is_of_system(path))
+
+
+__all__ = ["is_of_system", "parquet_files"]

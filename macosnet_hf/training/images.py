@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..datasets.images import find_images
 from ..errors import DataError, ImageError, InputError
 from ..io.image_files import load_image
+from ..io.system_files import parquet_files
 
 if TYPE_CHECKING:  # `macosnet adapt` looks for images before it asks for accelerate
     from accelerate import Accelerator
@@ -203,7 +204,7 @@ def _encoded(value: dict[str, Any]) -> bytes | str:
 def _holds_files(source: str) -> bool:
     """Whether a source is a folder of images, not one made by `macosnet prepare` or another data set in Parquet files,
     nor one of the Hub."""
-    return Path(source).exists() and not any((Path(source) / "data").glob("*.parquet"))
+    return Path(source).exists() and not parquet_files(Path(source) / "data")
 
 
 def _splits(source: str, streaming: bool = False) -> Iterator[tuple[str, Any, list[str], str | None, Callable]]:

@@ -1,5 +1,6 @@
 """Bad input of `macosnet segment --dataset`: every kind ends in one typed sentence, and nothing half written."""
 
+import io
 import json
 import os
 import shutil
@@ -8,17 +9,21 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from PIL import Image
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra `train`)")
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from bulk_runs import OPTIONS, macosnet, settings_of, table  # noqa: E402
+from image_bytes import odd_files  # noqa: E402
 
+from macosnet_hf.bulk.image_folder import find_image_files  # noqa: E402
 from macosnet_hf.bulk.run import segment_dataset  # noqa: E402
 from macosnet_hf.bulk.shards import ShardFolder  # noqa: E402
 from macosnet_hf.commands.main import main  # noqa: E402
 from macosnet_hf.errors import DataError, InputError, OutputError  # noqa: E402
+from macosnet_hf.io.image_files import load_image  # noqa: E402
 from macosnet_hf.io.weights import weights_digest  # noqa: E402
 
 
@@ -235,6 +240,49 @@ def test_folders_that_are_all_named_after_splits_are_splits(images, network, tmp
         shutil.copy(images / "cup" / "0.png", tmp_path / "data" / split / "cup" / f"{split}.png")
     segment_dataset(settings_of(tmp_path / "data", split="test"), tmp_path / "out", **network)
     assert [(row["id"], row["group"]) for row in table(tmp_path / "out")] == [("test/cup/test.png", "cup")]
+
+
+def test_what_operating_systems_leave_beside_splits_is_no_split(images, tmp_path):
+    """A Mac's zip file of the folders `train` and `test` unpacks to these and `__MACOSX`."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        shutil.copy(images / "cup" / "0.png", tmp_path / split / "0.png")
+        (tmp_path / "__MACOSX" / split).mkdir(parents=True)
+        (tmp_path / "__MACOSX" / split / "._0.png").write_bytes(b"resource fork")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"of a system")
+    for split in ("train", "test"):
+        assert [file.path for file in find_image_files(str(tmp_path), split)] == [f"{split}/0.png"]
+
+
+@pytest.mark.parametrize("name", ["._masks-00000-000000.parquet", ".DS_Store"])
+def test_what_operating_systems_leave_does_not_make_an_output_folder_a_stranger_s(images, tmp_path, name):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / name).write_bytes(b"of a system")
+    assert ShardFolder(tmp_path / "out", settings_of(images)).shards() is None
+
+
+def test_files_of_every_kind_have_the_masks_of_their_upright_pixels(network, tmp_path):
+    """Inside of Parquet files and in a folder, an image has the mask and alpha of the plain file of its pixels."""
+    files = odd_files()
+    for kind in ("odd", "plain", "rows"):
+        (tmp_path / kind).mkdir()
+    rows = []
+    for name, content in files.items():
+        (tmp_path / "odd" / name).write_bytes(content)
+        load_image(content).save(tmp_path / "plain" / f"{name}.png")
+        rows.append({"image": content, "name": name})
+    datasets.Dataset.from_list(sorted(rows, key=lambda row: row["name"])).to_parquet(tmp_path / "rows" / "r.parquet")
+    found = {}
+    for kind in ("odd", "plain", "rows"):
+        settings = settings_of(tmp_path / kind, group_column=None, block_size=4, alpha=True)
+        segment_dataset(settings, tmp_path / f"of {kind}", **network)
+        found[kind] = table(tmp_path / f"of {kind}")
+    for odd, plain, row in zip(found["odd"], found["plain"], found["rows"], strict=True):
+        assert plain["id"] == f"{odd['id']}.png"
+        assert (odd["width"], odd["height"], odd["error"]) == (90, 61, None)
+        assert (odd["mask"], odd["alpha"]) == (plain["mask"], plain["alpha"]) == (row["mask"], row["alpha"])
+        assert Image.open(io.BytesIO(odd["mask"]["bytes"])).size == (90, 61)
 
 
 @pytest.mark.parametrize("path", ["nul\0l.png", "", 3, None])

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import coseg
 from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
 
@@ -94,6 +96,37 @@ def test_a_missing_folder_is_said_at_once(tmp_path, capfd):
     assert time.process_time() - before < 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "NOWHERE", "OUT"],
+        ["convert", "HERE", "OUT", "--second", "NOWHERE"],
+        ["evaluate", "coseg", "--data", "HERE", "--model", "NOWHERE"],
+        ["match", "NOWHERE", "NOWHERE", "--output-dir", "OUT"],
+        ["segment", "NOWHERE", "--output-dir", "OUT"],
+        ["segment", "--dataset", "NOWHERE", "--output_dir", "OUT"],
+        ["export", "OUT", "--model", "NOWHERE"],
+        ["adapt", "NOWHERE", "--output-dir", "OUT"],
+        ["prepare", "coseg", "NOWHERE", "OUT"],
+        ["push", "dataset", "NOWHERE", "somebody/something"],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[-1:]),
+)
+def test_what_is_missing_is_said_before_torch_is_imported(tmp_path, words):
+    """The import takes seconds, of a busy machine 12."""
+    here = tmp_path / "here"
+    if words[0] == "convert":
+        here.write_bytes(b"PK\x03\x04")
+    else:
+        here.mkdir()
+    places = {"NOWHERE": str(tmp_path / "nowhere"), "HERE": str(here), "OUT": str(tmp_path / "out")}
+    given = [places.get(word, word) for word in words]
+    code = "import sys\nfrom macosnet_hf.commands.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert "nowhere" in done.stderr
+
+
 def test_what_a_killed_adaptation_left_does_not_stop_the_next_one(tmp_path, capfd):
     images, output = tmp_path / "images" / "cats", tmp_path / "adapted"
     images.mkdir(parents=True)
@@ -121,7 +154,7 @@ def steps(monkeypatch):
     def recording():
         yield lambda share, text: said.append((share, text))
 
-    for command in ("match", "segment", "export"):
+    for command in ("match", "segment", "export", "evaluate", "segment_dataset"):
         monkeypatch.setattr(importlib.import_module(f"macosnet_hf.commands.{command}"), "progress_bar", recording)
     return said
 
@@ -139,6 +172,18 @@ def test_match_and_segment_say_where_they_are(photo, tmp_path, steps, capfd):
         "Encoding all images",
     ]
     assert steps[-1][0] == pytest.approx(1)
+
+
+def test_evaluations_and_bulk_runs_say_that_the_network_is_loaded(tmp_path, steps, capfd):
+    """Before their bars of samples and images, of which there is none until then."""
+    (tmp_path / "images").mkdir()
+    for number, source in enumerate((LION, CHEETAH)):
+        shutil.copy(source, tmp_path / "images" / f"{number}.jpg")
+    options = ["--output_dir", str(tmp_path / "out"), "--refine", "none", "--device", "cpu"]
+    assert main(["segment", "--dataset", str(tmp_path / "images"), *options]) == 0
+    coseg(tmp_path / "coseg", classes=("Cat",))
+    assert main(["evaluate", "coseg", "--data", str(tmp_path / "coseg"), "--baseline", "centre-grabcut"]) == 0
+    assert [text for _, text in steps] == ["Loading the network"] * 2
 
 
 def test_export_says_what_it_is_doing(tmp_path, steps, capfd):

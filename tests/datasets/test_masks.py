@@ -110,6 +110,16 @@ def test_all_labels_of_a_map_are_object():
     np.testing.assert_array_equal(mask_from_image(palette(values, voc_palette()), "here"), OBJECT)
 
 
+def test_an_object_that_fills_its_image_up_to_the_void_is_the_object():
+    """A map of PASCAL VOC without background holds two values, of which void is the brighter one."""
+    filled = np.where(labels() == 255, 255, 15).astype(np.uint8)
+    found = read_mask(palette(filled, voc_palette()), "here")
+    np.testing.assert_array_equal(found.object, filled == 15)
+    np.testing.assert_array_equal(found.counted, filled == 15)
+    grey = palette(filled, np.arange(256).repeat(3).tolist())  # a grey image with a palette: two values
+    np.testing.assert_array_equal(mask_from_image(grey, "here"), filled == 255)
+
+
 @pytest.mark.parametrize(("value", "expected"), [(0, False), (1, True), (255, True)])
 def test_one_value_is_all_or_nothing(value, expected):
     assert (mask_from_image(Image.new("L", (5, 4), value), "here") == expected).all()
@@ -134,6 +144,8 @@ def smooth(values: np.ndarray) -> Image.Image:
         (lambda: palette(labels(), voc_palette()).convert("RGB"), "3 colours"),
         (lambda: palette(OBJECT.astype(np.uint8), [9, 9, 9, 9, 9, 9]), "look the same"),
         (lambda: Image.fromarray(np.where(OBJECT, np.nan, 1).astype(np.float32)), "finite"),
+        (lambda: Image.fromarray((DISTANCE > 60) * np.float32(0.3) + OBJECT * np.float32(0.7)), "whole numbers"),
+        (lambda: Image.fromarray(np.int32(OBJECT) - np.int32(2) * (DISTANCE > 60)), "below 0"),
     ],
 )
 def test_what_is_no_mask_is_refused_with_the_reason(make, reason):

@@ -604,16 +604,6 @@ def test_a_mask_of_another_size_is_named_or_counted(tmp_path, benchmark):
     assert result.variants["oracle"].count() + len(result.problems) == 6
 
 
-def test_keypoints_without_extent_have_no_bbox(tmp_path):
-    root = pf_willow(tmp_path)
-    lines = (root / "test_pairs.csv").read_text().split("\n")
-    cells = lines[1].split(",")
-    lines[1] = ",".join([*cells[:3], "5;5", "6;6", "7;8", "9;9"])
-    (root / "test_pairs.csv").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"test-0000\d.*extent"):
-        run("pf-willow", "--data", root, "--baseline", "identity")
-
-
 def test_nothing_left_is_an_error(tmp_path):
     root = pf_willow(tmp_path, images=2, classes=("car(G)",))
     for path in root.rglob("*.png"):
@@ -799,18 +789,19 @@ def test_a_folder_that_does_not_exist_is_named_before_torch_is_imported(tmp_path
         assert len(run.stderr.splitlines()) == 1
 
 
-def test_a_pair_of_one_keypoint_is_left_out_of_bbox_only(tmp_path, capsys):
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_pair_of_keypoints_at_one_place_is_left_out_of_bbox_only(tmp_path, capsys, copies):
     root = pf_willow(tmp_path)
     listing = root / "test_pairs.csv"
     before = list_figures(root, tmp_path / "before.json")
     lines = listing.read_text().splitlines()
     single = lines[1].split(",")
-    single[3:] = [column.split(";")[0] for column in single[3:]]
+    single[3:] = [";".join([column.split(";")[0]] * copies) for column in single[3:]]
     listing.write_text("\n".join([*lines, ",".join(single)]) + "\n")
     capsys.readouterr()
     after = list_figures(root, tmp_path / "after.json")
     assert after["samples"] == before["samples"] + 1
-    assert after["points"] == before["points"] + 1
+    assert after["points"] == before["points"] + copies
     assert after["metrics"]["pck"]["bbox"] == before["metrics"]["pck"]["bbox"]
     assert after["left_out"]["count"] == 0
     assert after["left_out_of_bbox"] == 1

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from real_photos import CHEETAH, LION, TOWER
 
-from macosnet_hf import match_pair
+from macosnet_hf import load_image, match_pair
+from macosnet_hf.collection import segment_collection
 from macosnet_hf.geometry import SYMMETRIES, Transform, identity_tps
 from macosnet_hf.inference.verdict import REASONS, RULE, Evidence, evidence_of, verdict_of
+from macosnet_hf.io.checkpoints import load_model_and_processor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CAT, TABBY, DOG, CUP = (EXAMPLES / f"{name}.jpg" for name in ("cat", "tabby", "dog", "cup"))
@@ -75,6 +77,20 @@ def test_an_image_of_nothing_with_one_of_something(network, place):
     images[place] = GREY
     result = match_pair(*images, **network, refine="none")
     assert (result.quality, result.reason) == ("poor", REASONS["blank"])
+
+
+@pytest.mark.parametrize("model", ["lite", "base"])
+def test_images_of_nothing_have_nothing_in_common(model):
+    """What a pair says of them, a collection says too; real images have."""
+    nothing = [GREY, BLACK, noise(1), noise(3, 8), sky(1), gradient()]
+    loaded, processor = load_model_and_processor(model, "cpu")
+    assert not segment_collection(nothing, model=loaded, processor=processor).common.any()
+    real = [load_image(path) for path in (CAT, TABBY)]
+    assert segment_collection(real, model=loaded, processor=processor).common.all()
+
+
+def test_a_pair_of_nothing_has_nothing_in_common(network):
+    assert not match_pair(GREY, GREY.copy(), **network, refine="none").common
 
 
 def lies_on_its_mirror_image(result) -> bool:

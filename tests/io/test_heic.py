@@ -1,18 +1,26 @@
 """HEIC and AVIF, what phones make: real files of both, whole, turned, in colours of their own, damaged and forged."""
 
 import io
+import re
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from image_bytes import display_p3, encoded
 from PIL import Image
 from real_photos import PHOTOS
-from test_image_io import UPRIGHT, difference, display_p3, encoded, png
+from test_image_io import UPRIGHT, difference, png
 
+import macosnet_hf
 from macosnet_hf import ImageError, MaCoSNetImageProcessor
+from macosnet_hf.bulk.image_folder import find_image_files
+from macosnet_hf.datasets.images import find_images
+from macosnet_hf.datasets.images import image_size as record_image_size
+from macosnet_hf.datasets.images import open_image as open_record_image
 from macosnet_hf.images import open_image, reads_heif
-from macosnet_hf.io.image_files import image_size, is_image_file, load_image
+from macosnet_hf.io.image_files import IMAGE_SUFFIXES, image_size, is_image_file, load_image
 from macosnet_hf.io.working_copy import for_browser, open_working_copy
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="HEIC needs the extra 'heic' (pillow-heif)")
@@ -204,3 +212,30 @@ def test_mistakes_are_named_with_the_way_out(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=f"{name}' {words}" if words != "damaged" else words):
         load_image(tmp_path / name)
+
+
+def test_the_page_names_the_type_of_every_suffix_that_systems_do_not_know():
+    """Browsers send `.hif` of cameras without a type, as they do `.heic` where the system does not know it."""
+    script = (Path(macosnet_hf.__file__).parent / "demo" / "assets" / "paste.js").read_text(encoding="utf-8")
+    pattern = re.search(r"!file\.type && /(.+)/i\.test\(file\.name\)", script)
+    suffixes = [suffix for suffix in IMAGE_SUFFIXES if suffix.startswith((".he", ".hi"))]
+    assert len(suffixes) == 3
+    for suffix in suffixes:
+        assert re.search(pattern[1], f"photo{suffix.upper()}", re.IGNORECASE), suffix
+
+
+def test_every_reader_of_folders_finds_and_reads_them(tmp_path):
+    """A data set in a folder, of the command line and of `prepare`, and the size in a header."""
+    image = Image.new("RGB", (64, 48), (230, 60, 50))
+    (tmp_path / "cats").mkdir()
+    for name, format in (("a.HEIC", "HEIF"), ("b.hif", "HEIF"), ("c.avif", "AVIF")):
+        (tmp_path / "cats" / name).write_bytes(encoded(image, format, icc_profile=display_p3(), quality=100))
+    names = ["a.HEIC", "b.hif", "c.avif"]
+    paths, classes = find_images(tmp_path)
+    assert ([path.name for path in paths], classes) == (names, ["cats"] * 3)
+    assert [file.path for file in find_image_files(str(tmp_path), "train")] == [f"cats/{name}" for name in names]
+    for path in paths:
+        record = {"path": str(path), "bytes": path.read_bytes()}
+        assert record_image_size(record, "here") == (48, 64)
+        colour = np.asarray(open_record_image(record, "here")).reshape(-1, 3).mean(axis=0)
+        assert np.abs(colour - (250, 31, 34)).max() <= 3

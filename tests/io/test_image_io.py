@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from image_bytes import display_p3, encoded
 from PIL import Image, ImageCms, ImageFile
 from real_photos import PHOTOS
 
@@ -24,12 +25,6 @@ def photo() -> Image.Image:
     """A real image, not square: 160 x 109."""
     with Image.open(PHOTOS / "cheetah.jpg") as image:
         return image.convert("RGB").resize((160, 109), Image.Resampling.LANCZOS)
-
-
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def difference(first: Image.Image, second: Image.Image) -> float:
@@ -527,21 +522,6 @@ def test_many_threads_at_once(photo):
 
 
 # ---- colours ---------------------------------------------------------------------------------------------------------
-
-
-def display_p3():
-    """The ICC profile of recent phones: sRGB's with other primaries."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    primaries = {
-        b"rXYZ": (0.51512, 0.24120, -0.00105),
-        b"gXYZ": (0.29198, 0.69225, 0.04189),
-        b"bXYZ": (0.15710, 0.06657, 0.78407),
-    }
-    for entry in range(struct.unpack(">I", profile[128:132])[0]):
-        name, offset, _ = struct.unpack(">4sII", profile[132 + 12 * entry : 144 + 12 * entry])
-        if name in primaries:
-            profile[offset + 8 : offset + 20] = struct.pack(">iii", *(round(v * 65536) for v in primaries[name]))
-    return bytes(profile)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])

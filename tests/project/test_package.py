@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -85,12 +86,15 @@ def test_all_errors_share_the_base():
 
 
 def test_auto_classes_load_the_embedded_checkpoint():
-    from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching
+    from transformers import AutoConfig, AutoModel, AutoModelForKeypointMatching, AutoProcessor
 
     assert type(AutoConfig.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetConfig
     matcher = AutoModelForKeypointMatching.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)
     assert type(matcher) is macosnet_hf.MaCoSNetForKeypointMatching
     assert type(AutoModel.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetModel
+    config = pickle.loads(pickle.dumps(AutoConfig.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)))
+    assert type(AutoModel.from_config(config)) is macosnet_hf.MaCoSNetModel
+    assert type(AutoProcessor.from_pretrained(macosnet_hf.DEFAULT_CHECKPOINT)) is macosnet_hf.MaCoSNetImageProcessor
 
 
 LOADS_BY_NAME = """

@@ -1,9 +1,12 @@
 """Training reads what `macosnet prepare` writes: each image once, with its class."""
 
+import datasets
 import pytest
 import torch
 from archives import disc, mask, pf_willow, write_image
+from image_bytes import odd_files
 
+from macosnet_hf import load_image
 from macosnet_hf.datasets.images import find_images
 from macosnet_hf.datasets.prepare import prepare
 from macosnet_hf.training.images import TrainingImages
@@ -68,3 +71,23 @@ def test_hidden_files_and_folders_are_no_training_images(tmp_path):
     paths, classes = find_images(tmp_path)
     assert [path.name for path in paths] == ["a.png", "b.png"]
     assert classes == ["cats", "cats"]
+
+
+def test_files_of_every_kind_are_read_upright_and_in_srgb(tmp_path):
+    """In a folder, in Parquet files and in a stream as in plain files: turned, of phones, of more bits, transparent."""
+    files = odd_files()
+    for kind in ("odd", "plain"):
+        (tmp_path / kind / "cat").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "odd" / "cat" / name).write_bytes(content)
+        load_image(content).save(tmp_path / "plain" / "cat" / f"{name}.png")
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    rows = [{"image": {"bytes": files[name], "path": name}, "label": "cat"} for name in sorted(files)]
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    table = datasets.Dataset.from_list(rows, features=columns)
+    table.to_parquet(tmp_path / "rows" / "data" / "train-00000-of-00001.parquet")
+    expected = TrainingImages([str(tmp_path / "plain")], 32)
+    for source, streaming in (("odd", False), ("rows", False), ("rows", True)):
+        found = TrainingImages([str(tmp_path / source)], 32, streaming=streaming)
+        assert len(found) == len(files)
+        assert torch.equal(found.batch(range(len(files))), expected.batch(range(len(files))))

@@ -35,7 +35,7 @@
   const typed = (list) => {
     const files = new DataTransfer();
     for (const file of list) {
-      const heic = !file.type && /\.hei[cf]$/i.test(file.name);
+      const heic = !file.type && /\.(hei[cf]|hif)$/i.test(file.name);
       files.items.add(heic ? new File([file], file.name, { type: "image/heic" }) : file);
     }
     return [...list].some((file, i) => files.files[i].type !== file.type) ? files.files : null;
