@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, OutputError
+from ..datasets.schema import as_text
+from ..errors import InputError, OutputError, printable
 from ..io.output_folder import output_folder, write_file
 from .blocks import Shard
 from .settings import BulkSettings
@@ -72,7 +73,7 @@ class ShardFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             difference = settings.difference(found)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder.") from error
         if difference:
             holds = "holds shards of" if any(self._data.glob("*.parquet")) else "holds no shards yet, but is for"
@@ -126,11 +127,16 @@ class ShardFolder:
         if not path.exists():
             return False
         try:
-            stored = (pq.read_schema(path).metadata or {}).get(_DIGEST)
+            found = pq.read_metadata(path)
+            schema = found.schema.to_arrow_schema()
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged; remove it and start again.") from error
+            raise _damaged(path) from error
+        stored = (schema.metadata or {}).get(_DIGEST)
         if stored != shard.digest.encode():
             raise OutputError(f"{path} holds other rows than the data set has now; choose another folder.")
+        rows = sum(len(block.rows) for block in shard.blocks)
+        if found.num_rows != rows or not schema.equals(features(self.settings.alpha).arrow_schema):
+            raise _damaged(path)
         return True
 
     def write(self, part: int, shard: Shard, rows: Sequence[dict[str, Any]]) -> None:
@@ -166,7 +172,7 @@ class ShardFolder:
         try:
             found = json.loads((self._state / f"part-{part:05d}.json").read_text(encoding="utf-8"))
             return int(found["shards"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     def shards(self) -> list[Path] | None:
@@ -215,9 +221,25 @@ class ShardFolder:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=["error"]):
                     rows, errors = rows + batch.num_rows, errors + batch.num_rows - batch.column(0).null_count
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged; remove it and start again.") from error
+        except (OSError, ValueError, IndexError) as error:
+            raise _damaged(path) from error
+        if rows != sum(_rows_of(shard) for shard in self.shards() or ()):
+            raise _damaged(path)
         return rows, errors
+
+
+def _damaged(path: Path) -> OutputError:
+    return OutputError(f"{path} is damaged; remove it and start again.")
+
+
+def _rows_of(shard: Path) -> int:
+    import pyarrow.parquet as pq
+
+    try:
+        rows: int = pq.read_metadata(shard).num_rows
+    except (OSError, ValueError) as error:
+        raise _damaged(shard) from error
+    return rows
 
 
 def features(alpha: bool) -> Features:
@@ -252,9 +274,13 @@ def _index_tables(shards: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Tabl
     import pyarrow.parquet as pq
 
     for path in shards:
-        table = pq.read_table(path, columns=[name for name in schema.names if name != "file"])
-        table = table.append_column("file", pa.array([f"data/{path.name}"] * table.num_rows, pa.string()))
-        yield table.select(schema.names).cast(schema)
+        try:
+            table = pq.read_table(path, columns=[name for name in schema.names if name != "file"])
+            table = table.append_column("file", pa.array([f"data/{path.name}"] * table.num_rows, pa.string()))
+            table = table.select(schema.names).cast(schema)
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(path) from error
+        yield table
 
 
 def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
@@ -262,7 +288,7 @@ def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
     from huggingface_hub import DatasetCardData
 
     metadata = DatasetCardData(
-        pretty_name=f"Masks of {Path(settings.dataset).name}",
+        pretty_name=f"Masks of {_in_card(Path(settings.dataset).name)}",
         task_categories=["image-segmentation"],
         tags=["object-co-segmentation", "macosnet"],
         configs=[
@@ -276,7 +302,7 @@ def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
         shown["dataset"] = settings.dataset
     lines = [
         f"---\n{metadata.to_yaml()}\n---\n",
-        f"# Masks of {shown['dataset']}\n",
+        f"# Masks of {_in_card(shown['dataset'])}\n",
         f"Made by `macosnet segment --dataset`: {counts['rows']} rows in {shards} shards, {counts['errors']} of them "
         "with an error instead of a mask. `index.parquet` holds the same rows without images.\n",
         "## Columns\n",
@@ -284,7 +310,12 @@ def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
         *(f"| `{name}` | {text} |" for name, text in _MEANINGS.items() if settings.alpha or name != "alpha"),
         "\n## Settings\n",
         "| setting | value |\n|---|---|",
-        *(f"| `{name}` | {value} |" for name, value in shown.items()),
+        *(f"| `{name}` | {_in_card(value)} |" for name, value in shown.items()),
         "",
     ]
     return "\n".join(lines)
+
+
+def _in_card(value: Any) -> str:
+    """A value in one line of a card, whatever a folder or column is called."""
+    return " ".join(printable(as_text(str(value))).split()).replace("|", "\\|").replace("<", "&lt;")

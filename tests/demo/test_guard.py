@@ -127,6 +127,18 @@ def test_bodies_that_are_none(served, no_traceback, route, body):
     assert answer.json()["detail"]
 
 
+@pytest.mark.parametrize("route", ["call/match", "queue/join", "reset", "component_server", "cancel"])
+@pytest.mark.parametrize("length", [True, False])
+def test_a_long_body_is_refused_before_it_is_read(served, no_traceback, route, length):
+    """Thirty megabytes of JSON took the server 0.8 GB. The length may be unknown: the body then comes in chunks."""
+    _, address, _ = served
+    body = b'{"data": [' + b"{}," * 400_000 + b"{}]}"
+    content = body if length else iter([body[:700_000], body[700_000:]])
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/gradio_api/{route}", content=content, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["detail"]) == (413, "The body of the request is too long.")
+
+
 def test_private_events_of_the_page_are_checked_as_well(served, no_traceback):
     demo, address, uploads = served
     wrong = {
