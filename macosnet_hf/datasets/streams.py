@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -125,14 +124,16 @@ def _check_files(files: Iterable[Any], folder: Path) -> None:
 def _check_unpacked(path: str) -> None:
     import pyarrow.parquet as pq
 
-    with contextlib.suppress(OSError, ValueError):  # damaged; whoever reads it says so
+    try:
         found = pq.read_metadata(path)
-        for number in range(found.num_row_groups):
-            group = found.row_group(number)
-            for column in map(group.column, range(group.num_columns)):
-                size = column.total_uncompressed_size
-                if size > max(_UNPACKED_BYTES, _UNPACKED_TIMES * column.total_compressed_size):
-                    raise DataError(f"{path} is refused: a part of it is {size / 1e6:.0f} MB, unpacked.")
+    except (OSError, ValueError):  # damaged; whoever reads it says so
+        return
+    for number in range(found.num_row_groups):
+        group = found.row_group(number)
+        for column in map(group.column, range(group.num_columns)):
+            size = column.total_uncompressed_size
+            if size > max(_UNPACKED_BYTES, _UNPACKED_TIMES * column.total_compressed_size):
+                raise DataError(f"{path} is refused: a part of it is {size / 1e6:.0f} MB, unpacked.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -147,7 +147,7 @@ def _load_part(part: nn.Module, path: Path, what: str) -> None:
             if name not in state
             or name not in wanted
             or state[name].shape != wanted[name].shape
-            or state[name].is_floating_point() != wanted[name].is_floating_point()
+            or state[name].is_floating_point() < wanted[name].is_floating_point()  # `pack` halves counters too
         ):
             raise ValueError(f"{unlike[0]} is another one, or missing")
         state = {name: value.to(wanted[name].dtype) for name, value in state.items()}

@@ -380,7 +380,7 @@ def test_a_time_zone_that_there_is_not_is_said_in_a_sentence(images, network, tm
     times = pa.array([0], pa.timestamp("us", tz="Nowhere/Bad"))
     rows = pa.table({"image": [(images / "cup" / "0.png").read_bytes()], "time": times})
     pq.write_table(rows, tmp_path / "rows" / "rows.parquet")
-    with pytest.raises(DataError, match="the split 'train' (is damaged|cannot be loaded).*Nowhere/Bad"):
+    with pytest.raises(DataError, match=r"the split 'train' (is damaged|cannot be loaded).*Nowhere/Bad"):
         segment_dataset(settings_of(tmp_path / "rows", group_column="time"), tmp_path / "out", **network)
 
 

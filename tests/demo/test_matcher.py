@@ -13,6 +13,7 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 from demo_server import CHEETAH, LION, ROOT, free_port, start_app  # noqa: E402
+from small_models import save_small_checkpoint  # noqa: E402
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
@@ -65,7 +66,10 @@ def test_visitors_do_not_see_where_the_folder_of_a_model_is(tmp_path):
     with pytest.raises(macosnet_hf.CheckpointError) as error:
         matcher.pair(CHEETAH, LION, "none", model="model (2)")
     assert str(error.value) == "There is no checkpoint folder 'model (2)'."
-    assert app.Matcher(str(save_small_checkpoint(tmp_path / "lite")), []).pair(CHEETAH, LION, "none").checkpoint == "./lite"
+    assert (
+        app.Matcher(str(save_small_checkpoint(tmp_path / "lite")), []).pair(CHEETAH, LION, "none").checkpoint
+        == "./lite"
+    )
 
 
 def test_each_model_is_loaded_when_it_is_asked_for_and_one_at_a_time(loads):
