@@ -26,7 +26,14 @@ from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
 from .hints import Hint, HintedCells, PlacedHint, Rectangle, place_hints
 from .instances import split_instances
-from .mask_sharing import LEAST_SIMILARITY, NetworkMasks, fix_hints, object_similarity, similar_cells
+from .mask_sharing import (
+    LEAST_SIMILARITY,
+    NetworkMasks,
+    fix_hints,
+    object_similarity,
+    similar_cells,
+    soft_masks,
+)
 from .matching import correlate
 from .orientation import facing_sides
 from .refinement import check_method
@@ -451,7 +458,7 @@ class Collection:
             partner_weights=None if weights is None else weights[seen[1:]].unsqueeze(0),
             projected=self._skips(number),
         )
-        return logits[0].float().sigmoid()
+        return soft_masks(logits[0])
 
     def _skips(self, number: int) -> tuple[Tensor, ...]:
         """Projected maps `(1, c, H/s, W/s)` of an image; made again where there was no room for them."""
@@ -466,7 +473,7 @@ class Collection:
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
         logits: Tensor = self.model.macosnet.decoder(own, correlation, index, self._skips(number))
-        return logits.float().sigmoid().mean(dim=0)
+        return soft_masks(logits).mean(dim=0)
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         pixels: Tensor = self.processor.preprocess_views(images, return_tensors="pt")["pixel_values"]

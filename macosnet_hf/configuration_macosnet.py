@@ -387,6 +387,8 @@ def _check_sizes(settings: Any, name: str = "backbone_config") -> None:
             _check_sizes(value, name)
     elif isinstance(settings, int | float):
         most = _MOST_LAYERS if "depth" in name or name.endswith("layers") else _MOST_IN_BACKBONE
+        if name.endswith(("eps", "epsilon")) and not 0 <= settings <= 1:
+            raise InputError(f"{name} takes numbers from 0 to 1; got {_shown(settings)}.")
         if not -most <= settings <= most:
             raise InputError(f"{name} takes numbers up to {most}; got {_shown(settings)}.")
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
-from collections.abc import Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 16
 # Parts of a Parquet file that are unpacked as a whole: larger ones must not be so many times as large as in the file.
 _UNPACKED_BYTES, _UNPACKED_TIMES = 256 << 20, 20
+# Readers of tables take a line as a whole, and ten times its length in memory.
+_LONGEST_LINE = 64_000_000
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def open_stream(data: str, split: str) -> IterableDataset:
@@ -117,11 +125,40 @@ def _check_files(files: Iterable[Any], folder: Path) -> None:
         place = os.path.realpath(path.split("::")[-1])
         if not any(os.path.commonpath([root, place]) == root for root in roots):
             raise DataError(f"{path} lies outside of the data set, or is a link out of it.")
-        if path.lower().endswith(".parquet"):
-            _check_unpacked(place)
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix == ".parquet":
+            _check_parquet(place)
+        elif suffix == ".zip":
+            _check_zip(place)
+        elif suffix in _COMPRESSED:
+            _check_lines(place, _COMPRESSED[suffix])
 
 
-def _check_unpacked(path: str) -> None:
+def _check_zip(path: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # as below
+        return
+    for member in members:
+        if member.file_size > max(_UNPACKED_BYTES, _UNPACKED_TIMES * member.compress_size):
+            raise DataError(f"{path} is refused: a file in it is {member.file_size / 1e6:.0f} MB, unpacked.")
+
+
+def _check_lines(path: str, opened: Callable[..., Any]) -> None:
+    """Refuses a compressed table with a line of which some hundred bytes of the file are gigabytes in memory."""
+    length = 0
+    try:
+        with opened(path, "rb") as file:
+            while length <= _LONGEST_LINE and (part := file.read(1 << 20)):
+                length = len(part) - part.rfind(b"\n") - 1 + (0 if b"\n" in part else length)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError):  # as below
+        return
+    if length > _LONGEST_LINE:
+        raise DataError(f"{path} is refused: a line of it has more than {_LONGEST_LINE / 1e6:.0f} MB, unpacked.")
+
+
+def _check_parquet(path: str) -> None:
     import pyarrow.parquet as pq
 
     try:

@@ -1,10 +1,14 @@
 """Bad input of `macosnet segment --dataset`: every kind ends in one typed sentence, and nothing half written."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import shutil
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -332,6 +336,35 @@ def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused(network, tmp_path):
     pq.write_table(rows, tmp_path / "rows" / "rows.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(DataError, match=r"rows\.parquet is refused: a part of it is 300 MB, unpacked"):
         segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".jsonl.bz2", ".csv.xz"])
+def test_a_compressed_table_whose_line_unpacks_to_gigabytes_is_refused(network, tmp_path, suffix):
+    (tmp_path / "rows").mkdir()
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[os.path.splitext(suffix)[1]]
+    with opened(tmp_path / "rows" / f"rows{suffix}", "wb") as file:
+        file.write(b"image\n")
+        for _ in range(65):
+            file.write(bytes(1_000_000))
+    with pytest.raises(DataError, match="is refused: a line of it has more than 64 MB, unpacked"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    with zipfile.ZipFile(tmp_path / "rows" / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.csv", bytes(270_000_000))
+    with pytest.raises(DataError, match=r"rows\.zip is refused: a file in it is 270 MB, unpacked"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+def test_a_compressed_table_is_read(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "good.png")
+    with gzip.open(tmp_path / "rows" / "rows.csv.gz", "wb") as file:
+        file.write(b"image,kind\ngood.png,cup\n")
+    segment_dataset(settings_of(tmp_path / "rows", group_column="kind"), tmp_path / "out", **network)
+    assert [(row["id"], row["error"]) for row in table(tmp_path / "out")] == [("good.png", None)]
 
 
 def test_very_long_names_of_rows_and_groups_are_shortened_and_stay_apart(images, network, tmp_path):

@@ -335,6 +335,6 @@ def test_allowed_hosts(monkeypatch, host, allowed, expected):
             return None, "address", None
 
     app.serve(Page(), host, allowed_hosts=allowed)
-    (middleware,) = seen["app_kwargs"]["middleware"]
+    middleware = seen["app_kwargs"]["middleware"][0]
     assert middleware.kwargs["allowed_hosts"] == expected
     assert App(**{**seen["app_kwargs"], "dependencies": []})  # gradio passes these on

@@ -85,6 +85,7 @@ BACKBONES = {
     "num_labels": {"model_type": "resnet", "num_labels": 10**9},
     "attn_implementation": {"model_type": "dinov2", "attn_implementation": "owner/kernel"},
     "return_dict": {"model_type": "resnet", "return_dict": False},
+    "layer_norm_eps": {"model_type": "dinov2", "layer_norm_eps": -1.0},
 }
 
 
