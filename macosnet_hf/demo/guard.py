@@ -33,6 +33,7 @@ _CLOSED = re.compile(
 _CALL = re.compile(r"/+gradio_api/+call/+(?P<named>v2/+)?(?P<name>[^/]+)/*")
 _RUN = re.compile(r"/+gradio_api/+(?:queue/+join|run/+(?P<run>[^/]+)|api/+(?P<api>[^/]+))/*")
 _COMPONENT = re.compile(r"/+gradio_api/+component_server/*")
+_LONGEST_SESSION = 128
 _UPLOAD = re.compile(r"/+gradio_api/+upload/*")  # which has a limit of its own
 
 Number = Annotated[FiniteFloat, Strict()]
@@ -159,6 +160,8 @@ async def _body(request: Request) -> dict[str, Any]:
         raise HTTPException(400, "The body of the request is nested too deeply.") from error
     if not isinstance(body, dict):
         raise HTTPException(400, "The body of the request must be an object.")
+    if len(str(body.get("session_hash"))) > _LONGEST_SESSION:  # which is remembered; the page's own has 11 characters
+        raise HTTPException(422, "The name of the session is too long.")
     return body
 
 

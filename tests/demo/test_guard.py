@@ -139,6 +139,13 @@ def test_a_long_body_is_refused_before_it_is_read(served, no_traceback, route, l
     assert (answer.status_code, answer.json()["detail"]) == (413, "The body of the request is too long.")
 
 
+def test_a_long_name_of_a_session_is_not_remembered(served, no_traceback):
+    _, address, (source, target) = served
+    body = {"data": [source, target, 0, "none"], "session_hash": "x" * 100_000}
+    answer = post(address, "call/match", body)
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The name of the session is too long.")
+
+
 def test_private_events_of_the_page_are_checked_as_well(served, no_traceback):
     demo, address, uploads = served
     wrong = {

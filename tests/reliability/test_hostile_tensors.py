@@ -209,8 +209,10 @@ def test_weights_whose_answers_are_no_numbers_give_no_masks(checkpoint):
     images = [Image.effect_noise((80, 60), 40).convert("RGB") for _ in range(2)]
     with pytest.raises(CheckpointError, match="answers are no finite numbers"):
         match_images(images, model=model, processor=processor)
+    collection = Collection(model, processor)
+    collection.add(images)
     with pytest.raises(CheckpointError, match="answers are no finite numbers"):
-        Collection(model, processor, images).segment(refine="none")
+        collection.segment(refine="none")
 
 
 def test_weights_of_half_precision_and_of_the_base_model_are_taken(checkpoint, tmp_path):
