@@ -33,6 +33,7 @@ from .mask_sharing import (
     fix_hints,
     object_means,
     similar_cells,
+    soft_masks,
 )
 from .matching import correlate
 from .neighbours import (
@@ -459,9 +460,9 @@ class Collection:
 
     def _show_something(self) -> Tensor:
         """`(N,)` bool, whether there is anything to see in an image."""
-        last = torch.stack([self._encoded[key].last for key in self.keys])
-        judged = MaCoSNetFeatures.from_map(last).on_grid(self.model.config.predictor_grid).last
-        return feature_structure(judged) >= LEAST_STRUCTURE
+        side = self.model.config.predictor_grid
+        parts = [MaCoSNetFeatures.from_map(part).on_grid(side).last for part in self.maps.split(16)]
+        return torch.cat([feature_structure(part) for part in parts]) >= LEAST_STRUCTURE
 
     @torch.inference_mode()
     def first_pass(
@@ -554,7 +555,7 @@ class Collection:
             partner_weights=None if weights is None else weights[seen[1:]].unsqueeze(0),
             projected=self._skips(number),
         )
-        return logits[0].float().sigmoid()
+        return soft_masks(logits[0])
 
     def _skips(self, number: int) -> tuple[Tensor, ...]:
         """Projected maps `(1, c, H/s, W/s)` of an image; made again where there was no room for them."""
@@ -570,7 +571,7 @@ class Collection:
         correlation = correlate(source, own.normalized.expand_as(source))
         index = torch.zeros(len(partners), dtype=torch.long, device=correlation.device)
         logits: Tensor = self.model.macosnet.decoder(own, correlation, index, self._skips(number))
-        return logits.float().sigmoid().mean(dim=0)
+        return soft_masks(logits).mean(dim=0)
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         pixels: Tensor = self.processor.preprocess_views(images, return_tensors="pt")["pixel_values"]

@@ -109,6 +109,7 @@ _CHOICES: dict[str, tuple[str | bool, ...]] = {
 }
 # The numbers of a backbone's own settings: widths up to the one, stages and layers up to the other.
 _MOST_IN_BACKBONE, _MOST_LAYERS = 65_536, 512
+_MOST_LABELS = 100_000  # transformers makes a name for each
 
 
 class MaCoSNetConfig(PretrainedConfig):
@@ -242,6 +243,7 @@ class MaCoSNetConfig(PretrainedConfig):
             # The installed package registers its pipelines. A list of those in the model's folder would make
             # `pipeline` ask for `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
+        _check_of_transformers(kwargs)
         try:
             super().__init__(**kwargs)
         except Exception as error:  # transformers and its strict dataclasses raise many kinds for their own settings
@@ -358,6 +360,7 @@ def _backbone(given: Any) -> PretrainedConfig:
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise InputError(f"backbone_config names an unknown model_type, {_shown(model_type)}.")
         _check_sizes(arguments)
+        _check_of_transformers(arguments, "backbone_config.")
         try:
             given = AutoConfig.for_model(model_type, **arguments)
         except Exception as error:  # each kind of backbone raises others
@@ -384,8 +387,30 @@ def _check_sizes(settings: Any, name: str = "backbone_config") -> None:
             _check_sizes(value, name)
     elif isinstance(settings, int | float):
         most = _MOST_LAYERS if "depth" in name or name.endswith("layers") else _MOST_IN_BACKBONE
+        if name.endswith(("eps", "epsilon")) and not 0 <= settings <= 1:
+            raise InputError(f"{name} takes numbers from 0 to 1; got {_shown(settings)}.")
         if not -most <= settings <= most:
             raise InputError(f"{name} takes numbers up to {most}; got {_shown(settings)}.")
+
+
+def _check_of_transformers(settings: dict[str, Any], lead: str = "") -> None:
+    """Refuses settings that transformers takes from any file, and that cost what they say or run code of others.
+
+    Raises:
+        InputError: with the name and what it takes.
+    """
+    labels = settings.get("num_labels")
+    if labels is not None and not _is_number(labels, int, 0, _MOST_LABELS):
+        raise InputError(f"{lead}num_labels takes a whole number from 0 to {_MOST_LABELS}; got {_shown(labels)}.")
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        chosen = settings.get(name)
+        for each in chosen.values() if isinstance(chosen, dict) else [chosen]:
+            # owner/name stands for a repository whose code runs, where the package `kernels` is installed.
+            if each is not None and not (isinstance(each, str) and re.fullmatch(r"\w*", each)):
+                raise InputError(f"{lead}{name} takes a plain name, such as 'sdpa' or 'eager'; got {_shown(each)}.")
+    for name, takes in (("return_dict", True), ("quantization_config", None)):
+        if settings.get(name, takes) is not takes:
+            raise InputError(f"{lead}{name} takes {takes} only; got {_shown(settings[name])}.")
 
 
 def _check_version(version: Any) -> None:

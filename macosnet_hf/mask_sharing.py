@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .common_object import centre_prior
 from .encoded_images import FeatureMaps, UnitCells
+from .errors import CheckpointError
 from .geometry import on_device, resize_masks
 from .hints import PlacedHint
 from .refinement import opencv, refine_mask
@@ -107,6 +108,18 @@ def similar_cells(features: Tensor | FeatureMaps, others: Tensor, least: float |
             logits = torch.cat((logits, logits.new_full((len(logits), 1), share)), dim=1)
         weights.append(logits.softmax(dim=1)[:, : best.values.shape[1]])
     return SimilarCells(torch.stack(indices), torch.stack(weights), (height, width))
+
+
+def soft_masks(logits: Tensor) -> Tensor:
+    """Soft masks of logits of any shape, float32.
+
+    Raises:
+        CheckpointError: if they are no numbers: of a model with hostile or damaged weights.
+    """
+    soft = logits.float().sigmoid()
+    if not soft.isfinite().all():
+        raise CheckpointError("The model's answers are no finite numbers: its weights or settings are damaged.")
+    return soft
 
 
 def object_means(features: Tensor | FeatureMaps, masks: Tensor) -> Tensor:

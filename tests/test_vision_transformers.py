@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import small_model, small_processor
 from transformers import AutoModel
 
@@ -95,6 +95,13 @@ def test_pretrained_weights_of_a_folder(kind, tmp_path):
     torch.testing.assert_close(found.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-4)
 
 
+def save_encoder(model, folder, weights=None):
+    """Writes an untrained encoder of the kind and size of a model's as a plain model of transformers."""
+    AutoModel.from_config(model.config.backbone_config).save_pretrained(folder)
+    if weights is not None:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path):
     other = small_model(
         MaCoSNetForKeypointMatching,
@@ -106,6 +113,17 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path):
         load_imagenet_encoder(model_of("dinov2"), str(tmp_path / "wide"))
     with pytest.raises(CheckpointError, match="nowhere/at-all, the encoder, could not be fetched"):
         load_imagenet_encoder(model_of("dinov3"), "nowhere/at-all")
+    model = model_of("dinov2")
+    weights = AutoModel.from_config(model.config.backbone_config).state_dict()
+    save_encoder(model, tmp_path / "pickle")
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pickle" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle, the encoder, could not be fetched: .*model\.safetensors"):
+        load_imagenet_encoder(model, str(tmp_path / "pickle"))
+    save_encoder(model, tmp_path / "nan", {name: value * float("nan") for name, value in weights.items()})
+    with pytest.raises(CheckpointError, match=r"nan, the encoder, are damaged: .* holds values that are not finite"):
+        load_imagenet_encoder(model, str(tmp_path / "nan"))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
     lite = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset("lite"))
     with pytest.raises(InputError, match="leave out the name of an encoder"):
         load_imagenet_encoder(lite, str(tmp_path / "wide"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..datasets.schema import as_text
 from ..datasets.streams import open_stream, rows_of
 from ..errors import DataError, ImageError, InputError
+from ..io.decoding_cost import MAX_DECODED_BYTES
 from .image_folder import ImageFile, find_image_files
 from .settings import BulkSettings
 
 if TYPE_CHECKING:
     from datasets import Features, IterableDataset
+
+_LONGEST_NAME = 4096  # characters; thousands of rows wait in memory
 
 
 class Row(NamedTuple):
@@ -37,8 +41,8 @@ class Row(NamedTuple):
         """Bytes that the row holds in memory, about."""
         return len(self.image) if isinstance(self.image, bytes) else 0
 
-    def read(self, settings: BulkSettings) -> bytes:
-        """The bytes of the image's file.
+    def source(self, settings: BulkSettings) -> bytes | str:
+        """The bytes of the image's file, or its path on this machine.
 
         Raises:
             DataError: if the Hub cannot be reached.
@@ -49,33 +53,31 @@ class Row(NamedTuple):
         if self.image is None:
             raise ImageError("The row has no image.")
         if os.path.isdir(settings.dataset):
-            return _read_inside(self.image, settings.dataset)
+            return _path_inside(self.image, settings.dataset)
         if f"hf://datasets/{settings.dataset}@" not in self.image:
             raise ImageError("The image's file lies outside of the data set.")
         import fsspec
 
         try:
             with fsspec.open(self.image, "rb") as file:
-                content: bytes = file.read()
+                content: bytes = file.read(MAX_DECODED_BYTES + 1)
         except FileNotFoundError as error:
             raise ImageError("The image's file is missing.") from error
         except OSError as error:
             raise DataError(f"{settings.dataset}: {self.id} cannot be fetched ({error}).") from error
+        if len(content) > MAX_DECODED_BYTES:
+            raise ImageError(f"The image's file has more than {MAX_DECODED_BYTES / 1e6:.0f} MB.")
         return content
 
 
-def _read_inside(path: str, folder: str) -> bytes:
+def _path_inside(path: str, folder: str) -> str:
     if "\0" in path:
         raise ImageError("The image's file has no name that a file can have.")
     root = os.path.realpath(folder)
     place = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, place]) != root:
         raise ImageError("The image's file lies outside of the data set, or is a link out of it.")
-    try:
-        with open(place, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ImageError(f"The image's file cannot be read ({error.strerror or error}).") from error
+    return place
 
 
 def check_dataset(dataset: str) -> None:
@@ -167,7 +169,7 @@ class RowSource:
         for number, (path, label) in enumerate(files[start:end]):
             name = path if self.settings.id_column is None or label is None else label
             group = None if self.settings.group_column is None or label is None else as_text(label)
-            yield Row(number, as_text(name), group, path)
+            yield Row(number, _name(name), group, path)
 
     def _group(self, row: dict[str, Any]) -> str | None:
         if self.settings.group_column is None:
@@ -176,18 +178,26 @@ class RowSource:
         if value is None or value != value:  # NaN
             return None
         if self._labels is not None and isinstance(value, int) and 0 <= value < len(self._labels):
-            return as_text(self._labels[value])
-        return as_text(str(value))
+            return _name(self._labels[value])
+        return _name(value)
 
     def _id(self, row: dict[str, Any], number: int, path: str | None, part: int) -> str:
         if self.settings.id_column is not None and row[self.settings.id_column] is not None:
-            return as_text(str(row[self.settings.id_column]))
+            return _name(row[self.settings.id_column])
         if path is None:
             return f"{part:05d}-{number:09d}" if self.settings.parts > 1 else f"{number:09d}"
         if "://" in path:  # hf://datasets/owner/name@revision/folder/file
-            return as_text(path.split("@", 1)[-1].split("/", 1)[-1])
+            return _name(path.split("@", 1)[-1].split("/", 1)[-1])
         folder = self.settings.dataset
-        return as_text(os.path.relpath(os.path.join(folder, path), folder) if os.path.isdir(folder) else path)
+        return _name(os.path.relpath(os.path.join(folder, path), folder) if os.path.isdir(folder) else path)
+
+
+def _name(value: Any) -> str:
+    """A value as the name of a row or a group. A very long one keeps its start, and its digest instead of the rest."""
+    text: str = as_text(str(value))
+    if len(text) <= _LONGEST_NAME:
+        return text
+    return f"{text[: _LONGEST_NAME - 20]}...{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _features_of_first_row(stream: IterableDataset, settings: BulkSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..datasets.schema import as_text
 from ..errors import ImageError
 from ..inference import COLLECTION_SIDE
 from ..inference.cutouts import alpha_matte
@@ -72,7 +73,7 @@ def segment_block(
             results = dict(zip(wanted, made, strict=True))
     return [
         {"id": row.id, "part": part, "row": row.number, "group": row.group}
-        | ({"error": str(copy), "partners": []} if place is None else results[place])
+        | ({"error": as_text(str(copy)), "partners": []} if place is None else results[place])
         for row, copy, place in zip(block.rows, found, places, strict=False)
     ]
 
@@ -80,9 +81,11 @@ def segment_block(
 def _open(row: Row, settings: BulkSettings) -> WorkingCopy | ImageError:
     """A working copy, or why there is none."""
     try:
-        return open_working_copy(row.id, row.id, COLLECTION_SIDE, fine=True, content=row.read(settings))
-    except ImageError as error:
-        return error
+        source = row.source(settings)
+        content, path = (source, row.id) if isinstance(source, bytes) else (None, source)
+        return open_working_copy(path, row.id, COLLECTION_SIDE, fine=True, content=content)
+    except ImageError as error:  # which has the row's name already, and is the same wherever the image is
+        return ImageError(str(error).replace(f"'{row.id}'", "the image"))
 
 
 def _result(collection: SegmentedCollection, number: int, ids: Sequence[str], settings: BulkSettings) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..errors import InputError, OutputError
+from ..datasets.schema import as_text
+from ..errors import InputError, OutputError, printable
 from ..io.output_folder import output_folder, write_file
 from ..io.system_files import parquet_files
 from .blocks import Shard
@@ -103,7 +104,7 @@ class ShardFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             difference = settings.difference(found)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} cannot be read; choose another folder.") from error
         if difference:
             holds = "holds shards of" if parquet_files(self._data) else "holds no shards yet, but is for"
@@ -157,11 +158,16 @@ class ShardFolder:
         if not path.exists():
             return False
         try:
-            stored = (pq.read_schema(path).metadata or {}).get(_DIGEST)
+            found = pq.read_metadata(path)
+            schema = found.schema.to_arrow_schema()
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged; remove it and start again.") from error
+            raise _damaged(path) from error
+        stored = (schema.metadata or {}).get(_DIGEST)
         if stored != shard.digest.encode():
             raise OutputError(f"{path} holds other rows than the data set has now; choose another folder.")
+        rows = sum(len(block.rows) for block in shard.blocks)
+        if found.num_rows != rows or not schema.equals(self.kind.features(self.settings).arrow_schema):
+            raise _damaged(path)
         return True
 
     def write(self, part: int, shard: Shard, rows: Sequence[dict[str, Any]]) -> None:
@@ -197,7 +203,7 @@ class ShardFolder:
         try:
             found = json.loads((self._state / f"part-{part:05d}.json").read_text(encoding="utf-8"))
             return int(found["shards"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     def shards(self) -> list[Path] | None:
@@ -253,9 +259,25 @@ class ShardFolder:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=["error"]):
                     rows, errors = rows + batch.num_rows, errors + batch.num_rows - batch.column(0).null_count
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged; remove it and start again.") from error
+        except (OSError, ValueError, IndexError) as error:
+            raise _damaged(path) from error
+        if rows != sum(_rows_of(shard) for shard in self.shards() or ()):
+            raise _damaged(path)
         return rows, errors
+
+
+def _damaged(path: Path) -> OutputError:
+    return OutputError(f"{path} is damaged; remove it and start again.")
+
+
+def _rows_of(shard: Path) -> int:
+    import pyarrow.parquet as pq
+
+    try:
+        rows: int = pq.read_metadata(shard).num_rows
+    except (OSError, ValueError) as error:
+        raise _damaged(shard) from error
+    return rows
 
 
 def features(settings: BulkSettings) -> Features:
@@ -283,9 +305,13 @@ def _index_tables(shards: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Tabl
     import pyarrow.parquet as pq
 
     for path in shards:
-        table = pq.read_table(path, columns=[name for name in schema.names if name != "file"])
-        table = table.append_column("file", pa.array([f"data/{path.name}"] * table.num_rows, pa.string()))
-        yield table.select(schema.names).cast(schema)
+        try:
+            table = pq.read_table(path, columns=[name for name in schema.names if name != "file"])
+            table = table.append_column("file", pa.array([f"data/{path.name}"] * table.num_rows, pa.string()))
+            table = table.select(schema.names).cast(schema)
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(path) from error
+        yield table
 
 
 def card_text(title: str, text: str, files: str, split: str, meanings: dict[str, str], settings: dict[str, Any]) -> str:
@@ -302,7 +328,7 @@ def card_text(title: str, text: str, files: str, split: str, meanings: dict[str,
     from huggingface_hub import DatasetCardData
 
     metadata = DatasetCardData(
-        pretty_name=title,
+        pretty_name=_in_card(title),
         task_categories=["image-segmentation"],
         tags=["object-co-segmentation", "macosnet"],
         configs=[
@@ -312,14 +338,14 @@ def card_text(title: str, text: str, files: str, split: str, meanings: dict[str,
     )
     lines = [
         f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {title}\n",
+        f"# {_in_card(title)}\n",
         f"{text} `index.parquet` holds the same rows without images.\n",
         "## Columns\n",
         "| column | meaning |\n|---|---|",
         *(f"| `{name}` | {meaning} |" for name, meaning in meanings.items()),
         "\n## Settings\n",
         "| setting | value |\n|---|---|",
-        *(f"| `{name}` | {value} |" for name, value in settings.items()),
+        *(f"| `{name}` | {_in_card(value)} |" for name, value in settings.items()),
         "",
     ]
     return "\n".join(lines)
@@ -343,3 +369,8 @@ def _card(settings: BulkSettings, counts: dict[str, int], shards: int) -> str:
 
 
 MASKS = ShardKind("masks", features, ("mask", "alpha"), _card)
+
+
+def _in_card(value: Any) -> str:
+    """A value in one line of a card, whatever a folder or column is called."""
+    return " ".join(printable(as_text(str(value))).split()).replace("|", "\\|").replace("<", "&lt;")

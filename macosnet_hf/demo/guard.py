@@ -15,6 +15,7 @@ from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, Field, FiniteFloat, Strict, TypeAdapter, ValidationError
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..inference import LARGEST_COLLECTION
 from . import limits
@@ -34,6 +35,8 @@ _CLOSED = re.compile(
 _CALL = re.compile(r"/+gradio_api/+call/+(?P<named>v2/+)?(?P<name>[^/]+)/*")
 _RUN = re.compile(r"/+gradio_api/+(?:queue/+join|run/+(?P<run>[^/]+)|api/+(?P<api>[^/]+))/*")
 _COMPONENT = re.compile(r"/+gradio_api/+component_server/*")
+_LONGEST_SESSION = 128
+_UPLOAD = re.compile(r"/+gradio_api/+upload/*")  # which has a limit of its own
 
 Number = Annotated[FiniteFloat, Strict()]
 Point = tuple[Number, Number]
@@ -113,7 +116,33 @@ def guard(allowed_hosts: Sequence[str]) -> dict[str, Any]:
             `TrustedHostMiddleware`. Otherwise a page of another site could lead its own name to this machine.
     """
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False)
-    return {"middleware": [trusted], "dependencies": [Depends(_check)]}
+    return {"middleware": [trusted, Middleware(_ShortBodies)], "dependencies": [Depends(_check)]}
+
+
+class _ShortBodies:
+    """Refuses bodies that are longer than any of the page, but uploads, before they are in memory.
+
+    As objects of Python they take twenty times their length.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _UPLOAD.fullmatch(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > limits.MAX_BODY_BYTES:
+                raise HTTPException(413, "The body of the request is too long.")
+            return message
+
+        await self.app(scope, counted, send)
 
 
 async def _check(request: Request) -> None:
@@ -149,6 +178,8 @@ async def _body(request: Request) -> dict[str, Any]:
         raise HTTPException(400, "The body of the request is nested too deeply.") from error
     if not isinstance(body, dict):
         raise HTTPException(400, "The body of the request must be an object.")
+    if len(str(body.get("session_hash"))) > _LONGEST_SESSION:  # which is remembered; the page's own has 11 characters
+        raise HTTPException(422, "The name of the session is too long.")
     return body
 
 

@@ -1,6 +1,7 @@
 """What one server allows and how long it stores what it was given. Read as `limits.NAME`, so that one place sets it."""
 
 MAX_FILE_MEGABYTES = 30
+MAX_BODY_BYTES = 1_000_000  # of a request that is no upload
 MAX_WAITING = 100  # requests in the queue
 MAX_POINTS = 1000  # of one request
 MAX_HINTS = 20  # points of a photo that say which object is meant

@@ -87,7 +87,10 @@ class Matcher:
         if name not in self._loaded:
             with self._lock:
                 if name not in self._loaded:
-                    model, processor = load_model_and_processor(self.checkpoints[name])
+                    try:
+                        model, processor = load_model_and_processor(self.checkpoints[name])
+                    except CheckpointError as error:  # visitors need not know where the folder is
+                        raise CheckpointError(str(error).replace(self.checkpoints[name], name)) from error
                     # The import belongs under the lock as well: two threads that import torch and transformers from
                     # different ends at the same time can meet a module that is only half there.
                     _files()
@@ -115,7 +118,7 @@ class Matcher:
             copies = _files().open_pair(source, target, read=self.reader.working_copy, roles=roles)
             with self._turns["pair"]:
                 pair = self._match(model, _bare(copies), refine, orientations, hints)
-                return replace(pair, copies=copies, checkpoint=self.checkpoints[model or self.default])
+                return replace(pair, copies=copies, checkpoint=self._shown(model))
 
     def hinted(self, pair: MatchedPair, hints: Mapping[str, Hint | PlacedHint]) -> MatchedPair:
         """A pair with these hints instead of earlier ones."""
@@ -142,7 +145,7 @@ class Matcher:
         self, collection: SegmentedCollection, hints: Mapping[int, PlacedHint], progress: Any
     ) -> SegmentedCollection:
         """A collection with these hints instead of earlier ones; the encoder sees the photos again."""
-        model = next(name for name, checkpoint in self.checkpoints.items() if checkpoint == collection.checkpoint)
+        model = next(name for name in self.checkpoints if self._shown(name) == collection.checkpoint)
         with self._working(model):
             return self._segmented(model, collection.copies, collection.refine, collection.searched, hints, progress)
 
@@ -161,7 +164,15 @@ class Matcher:
             collection = self._segment(model, _bare(copies), refine, orientations, hints, followed)
             if progress is not followed:
                 progress(1.0, "Segmented")
-            return replace(collection, copies=copies, checkpoint=self.checkpoints[model or self.default])
+            return replace(collection, copies=copies, checkpoint=self._shown(model))
+
+    def _shown(self, model: str | None) -> str:
+        """What results call a model: a folder of this server by its name alone."""
+        name = model or self.default
+        folder = self.checkpoints[name]
+        if folder in EMBEDDED.values() or not os.path.isabs(folder):
+            return folder
+        return name if name not in EMBEDDED else f"./{name}"
 
     def _match_copies(
         self,
@@ -214,11 +225,17 @@ def _named(checkpoints: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for checkpoint in checkpoints:
         folder = EMBEDDED.get(checkpoint, checkpoint)
+        if os.path.isdir(folder) and folder not in EMBEDDED.values():
+            folder = os.path.abspath(folder)
         if folder in found.values():
             continue
         short = {path: name for name, path in EMBEDDED.items()}.get(folder)
-        name = short or (os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else folder)
-        found[folder if name in found else name] = folder
+        plain = name = short or (os.path.basename(folder) if os.path.isabs(folder) else folder)
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{plain} ({number})"
+        found[name] = folder
     return found
 
 

@@ -28,6 +28,7 @@ from ..mask_sharing import (
     object_similarity,
     reduce_for_refinement,
     similar_cells,
+    soft_masks,
 )
 from ..refinement import check_method
 from . import VIEWS, start_of
@@ -401,7 +402,7 @@ def _find(
     """What the outputs for a pair, and hints by the number of the view, say."""
     points = processor.post_process_keypoint_matching(outputs, _sizes(images))[0]
     assert outputs.mask_logits is not None  # of a pair that was matched
-    soft = outputs.mask_logits[0].float().sigmoid()
+    soft = soft_masks(outputs.mask_logits[0])
     hinted = HintedCells.of(outputs.features[0], soft, placed) if placed else None
     if hinted is not None:
         soft = hinted.apply(soft, hinted.about(outputs.features[0]))

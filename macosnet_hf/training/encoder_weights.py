@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, InputError
+from ..io.checkpoints import fault_of_values
 from ..modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 # The weights the paper and this project use, by timm architecture: ImageNet-1k only.
@@ -116,9 +117,13 @@ def _load_backbone(backbone: Any, name_or_path: str | None) -> None:
         raise CheckpointError(f"No pretrained {kind} is known: name a model of transformers (--encoder_name_or_path).")
     try:
         config = copy.deepcopy(backbone.config)
-        loaded, report = type(backbone).from_pretrained(name_or_path, config=config, output_loading_info=True)
+        options = {"config": config, "use_safetensors": True, "output_loading_info": True}  # pickles are not read
+        loaded, report = type(backbone).from_pretrained(name_or_path, **options)
     except Exception as error:  # as for timm's
         raise CheckpointError(f"{name_or_path}, the encoder, could not be fetched: {error}") from error
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise CheckpointError(f"{name_or_path} has no fitting weights of this {kind}: {missing[0]} is missing.")
+    for name, value in loaded.state_dict().items():
+        if fault := fault_of_values(name, value):
+            raise CheckpointError(f"The weights of {name_or_path}, the encoder, are damaged: {name} {fault}.")
     backbone.load_state_dict(loaded.state_dict())

@@ -10,17 +10,21 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..configuration_macosnet import MaCoSNetConfig
 from ..datasets.benchmarks import Problems
 from ..datasets.benchmarks.pair_list import read_pair_list
 from ..errors import InputError
 from ..image_processing_macosnet import MaCoSNetImageProcessor
+from ..io.checkpoints import fault_of_values
 from ..io.image_files import load_image
 from ..modeling_macosnet import MaCoSNetForKeypointMatching
 from .encoder_weights import load_imagenet_encoder
@@ -28,6 +32,7 @@ from .images import TrainingImages
 
 HEADS = ("affine_head", "tps_head")
 _VALIDATION_QUALITY = 85
+_MOST_UNPACKED = 64 << 20  # bytes, beside four times the size of the archive
 
 
 def pack(
@@ -86,26 +91,72 @@ def unpack(folder: str | Path, preset: str, into: str | Path) -> dict[str, str]:
     """Arguments of `pretrain_synthetic.py` for what a packed folder holds, unpacked below another folder.
 
     Raises:
-        InputError: if the folder was not packed, or not for this preset.
+        InputError: if the folder was not packed, or not for this preset; for archives and weights that are damaged, or
+            that unpack to many times their size.
     """
     folder, into = Path(folder), Path(into)
     encoder = folder / f"{preset}.safetensors"
     if not (folder / "images.zip").is_file() or not encoder.is_file():
         raise InputError(f"{folder} holds no images.zip and {encoder.name}: make it with `training/packed.py pack`.")
     arguments = {"dataset_name": str(into / "images"), "model_name_or_path": str(into / "start")}
+    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset))
+    _load_part(model.macosnet.encoder, encoder, f"that encoder of the preset {preset}")
     for name in ("images", "validation"):
         if (folder / f"{name}.zip").is_file():
-            with zipfile.ZipFile(folder / f"{name}.zip") as archive:
-                archive.extractall(into / name)
+            _extract(folder / f"{name}.zip", into / name)
     if (into / "validation").is_dir():
-        arguments["validation_pairs"] = str(into / "validation" / "pairs.csv")
-    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset))
-    wanted = model.macosnet.encoder.state_dict()
-    state = {name: value.to(wanted[name].dtype) for name, value in load_file(encoder).items()}
-    model.macosnet.encoder.load_state_dict(state)
+        pairs = into / "validation" / "pairs.csv"
+        if not pairs.is_file():
+            raise InputError(f"{folder / 'validation.zip'} holds no pairs.csv.")
+        arguments["validation_pairs"] = str(pairs)
     model.save_pretrained(into / "start")
     MaCoSNetImageProcessor.from_preset(preset).save_pretrained(into / "start")
     return arguments
+
+
+def _extract(path: Path, into: Path) -> None:
+    """Unpacks an archive of [`pack`]; `zipfile` itself leaves out what would lead out of the folder.
+
+    Raises:
+        InputError: if it is damaged, or unpacks to much more than it is: images do not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _MOST_UNPACKED + 4 * path.stat().st_size:
+                raise InputError(f"{path} is refused: it is an archive of images, but unpacks to many times its size.")
+            archive.extractall(into)
+    # Each way of being damaged raises another kind, an encrypted member a RuntimeError.
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged and cannot be unpacked ({error}).") from error
+
+
+def _load_part(part: nn.Module, path: Path, what: str) -> None:
+    """Fills a part of a model with the weights in a file, in place.
+
+    Raises:
+        InputError: if they are not those of the part, or no finite numbers.
+    """
+    wanted = part.state_dict()
+    try:
+        state = load_file(path)
+        if unlike := sorted(
+            name
+            for name in {*state, *wanted}
+            if name not in state
+            or name not in wanted
+            or state[name].shape != wanted[name].shape
+            or state[name].is_floating_point() < wanted[name].is_floating_point()  # `pack` halves counters too
+        ):
+            raise ValueError(f"{unlike[0]} is another one, or missing")
+        state = {name: value.to(wanted[name].dtype) for name, value in state.items()}
+        for name, value in state.items():
+            if fault := fault_of_values(name, value):
+                raise ValueError(f"{name} {fault}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} does not hold {what} ({error}).") from error
+    part.load_state_dict(state)
 
 
 def write_results(trained: str | Path, folder: str | Path) -> None:
@@ -131,9 +182,6 @@ def join_results(results: str | Path, preset: str) -> tuple[MaCoSNetForKeypointM
     model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset(preset)).eval()
     load_imagenet_encoder(model)
     for head in HEADS:
-        path = Path(results) / f"{head}.safetensors"
-        try:
-            getattr(model.macosnet, head).load_state_dict(load_file(path))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path} does not hold that head of the preset {preset}.") from error
+        part = getattr(model.macosnet, head)
+        _load_part(part, Path(results) / f"{head}.safetensors", f"that head of the preset {preset}")
     return model, MaCoSNetImageProcessor.from_preset(preset)

@@ -1,11 +1,15 @@
 """Bad input of `macosnet segment --dataset`: every kind ends in one typed sentence, and nothing half written."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -335,3 +339,191 @@ def test_a_junk_index_is_named(whole, images, network, tmp_path):
     settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
     with pytest.raises(OutputError, match=r"index\.parquet is damaged; remove it and start again\."):
         segment_dataset(settings, tmp_path / "out", **network)
+
+
+def test_a_pipe_is_a_row_with_an_error_and_nothing_waits_for_it(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    os.mkfifo(tmp_path / "rows" / "pipe.png")
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "good.png")
+    (tmp_path / "rows" / "rows.csv").write_text("image\npipe.png\ngood.png\n")
+    segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+    assert [row["error"] for row in table(tmp_path / "out")] == ["the image is not a regular file.", None]
+
+
+def peak_of(work):
+    """What a piece of work adds to the memory of the process at its peak, in bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_a_file_with_gigabytes_behind_its_image_is_not_read_as_a_whole(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "large.png")
+    os.truncate(tmp_path / "rows" / "large.png", 2 << 30)
+    (tmp_path / "rows" / "rows.csv").write_text("image\nlarge.png\n")
+    settings = settings_of(tmp_path / "rows", group_column=None)
+    assert peak_of(lambda: segment_dataset(settings, tmp_path / "out", **network)) < 500e6
+    assert [row["error"] for row in table(tmp_path / "out")] == [None]
+
+
+def test_rows_that_all_have_one_large_value_are_not_all_in_memory(network, tmp_path):
+    """A file of half a kilobyte."""
+    (tmp_path / "rows").mkdir()
+    value = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([bytes(4_000_000)]))
+    pq.write_table(pa.table({"image": value}), tmp_path / "rows" / "rows.parquet", compression="zstd")
+    settings = settings_of(tmp_path / "rows", group_column=None)
+    assert peak_of(lambda: segment_dataset(settings, tmp_path / "out", **network)) < 500e6
+    assert [bool(row["error"]) for row in table(tmp_path / "out")] == [True] * 200
+
+
+def test_a_parquet_file_that_unpacks_to_gigabytes_is_refused(network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    rows = pa.table({"image": pa.array([bytes(300_000_000)])})
+    pq.write_table(rows, tmp_path / "rows" / "rows.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"rows\.parquet is refused: a part of it is 300 MB, unpacked"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".jsonl.bz2", ".csv.xz"])
+def test_a_compressed_table_whose_line_unpacks_to_gigabytes_is_refused(network, tmp_path, suffix):
+    (tmp_path / "rows").mkdir()
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[os.path.splitext(suffix)[1]]
+    with opened(tmp_path / "rows" / f"rows{suffix}", "wb") as file:
+        file.write(b"image\n")
+        for _ in range(65):
+            file.write(bytes(1_000_000))
+    with pytest.raises(DataError, match="is refused: a line of it has more than 64 MB, unpacked"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    with zipfile.ZipFile(tmp_path / "rows" / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.csv", bytes(270_000_000))
+    with pytest.raises(DataError, match=r"rows\.zip is refused: a file in it is 270 MB, unpacked"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column=None), tmp_path / "out", **network)
+
+
+def test_a_compressed_table_is_read(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(images / "cup" / "0.png", tmp_path / "rows" / "good.png")
+    with gzip.open(tmp_path / "rows" / "rows.csv.gz", "wb") as file:
+        file.write(b"image,kind\ngood.png,cup\n")
+    segment_dataset(settings_of(tmp_path / "rows", group_column="kind"), tmp_path / "out", **network)
+    assert [(row["id"], row["error"]) for row in table(tmp_path / "out")] == [("good.png", None)]
+
+
+def test_very_long_names_of_rows_and_groups_are_shortened_and_stay_apart(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    image = (images / "cup" / "0.png").read_bytes()
+    names = ["x" * 1_000_000 + end for end in "ab"]
+    pq.write_table(pa.table({"image": [image] * 2, "name": names}), tmp_path / "rows" / "rows.parquet")
+    settings = settings_of(tmp_path / "rows", group_column="name", id_column="name")
+    segment_dataset(settings, tmp_path / "out", **network)
+    found = table(tmp_path / "out")
+    assert all(len(row["id"]) == len(row["group"]) <= 4096 for row in found)
+    assert len({row["group"] for row in found}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("README.md", "---\nconfigs:\n- config_name: default\n  data_files: ../private/rows.csv\n---\n", "outside of"),
+        ("README.md", "---\nconfigs:\n- config_name: default\n  data_dir: ../private\n---\n", "outside of"),
+        ("README.md", "---\nconfigs:\n- data_files: http://127.0.0.1:1/rows.csv\n---\n", "outside of"),
+        (".huggingface.yaml", "configs:\n- data_files:\n  - path: /etc/*.csv\n", "outside of"),
+        ("README.md", "---\nx: !!python/object/apply:os.system ['true']\n---\n", "is damaged"),
+        ("README.md", "---\nconfigs: 3\n---\n", "cannot be loaded"),
+    ],
+)
+def test_a_card_cannot_name_files_outside_of_the_data_set(network, tmp_path, name, content, message):
+    for folder in ("private", "rows"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.csv").write_text("image,kind\na.png,secret\n")
+    (tmp_path / "rows" / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        segment_dataset(settings_of(tmp_path / "rows", group_column="kind"), tmp_path / "out", **network)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_a_table_outside_of_the_data_set_is_refused(network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "private.csv").write_text("image,kind\na.png,secret\n")
+    (tmp_path / "rows" / "rows.csv").symlink_to(tmp_path / "private.csv")
+    with pytest.raises(DataError, match=r"rows\.csv lies outside of the data set, or is a link out of it"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column="kind"), tmp_path / "out", **network)
+
+
+def test_a_time_zone_that_there_is_not_is_said_in_a_sentence(images, network, tmp_path):
+    (tmp_path / "rows").mkdir()
+    times = pa.array([0], pa.timestamp("us", tz="Nowhere/Bad"))
+    rows = pa.table({"image": [(images / "cup" / "0.png").read_bytes()], "time": times})
+    pq.write_table(rows, tmp_path / "rows" / "rows.parquet")
+    with pytest.raises(DataError, match=r"the split 'train' (is damaged|cannot be loaded).*Nowhere/Bad"):
+        segment_dataset(settings_of(tmp_path / "rows", group_column="time"), tmp_path / "out", **network)
+
+
+def rewritten(change, path="data/masks-00000-000000.parquet"):
+    """Replaces a table of results by what a function makes of it, with the same metadata of its schema."""
+
+    def rewrite(folder):
+        found = pq.read_table(folder / path)
+        changed = change(found)
+        pq.write_table(changed.replace_schema_metadata(found.schema.metadata), folder / path)
+
+    return rewrite
+
+
+TAMPERED = {
+    "a shard without columns": rewritten(lambda rows: rows.select(["id"])),
+    "a shard with rows of texts": rewritten(
+        lambda rows: rows.set_column(rows.schema.names.index("row"), "row", pa.array(["x"] * len(rows)))
+    ),
+    "a shard with more rows": rewritten(lambda rows: pa.concat_tables([rows] * 2)),
+    "an index without errors": rewritten(lambda rows: rows.select(["id"]), "index.parquet"),
+    "an index with fewer rows": rewritten(lambda rows: rows.slice(0, 1), "index.parquet"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_results_that_were_changed_are_named(whole, images, network, tmp_path, kind):
+    shutil.copytree(whole, tmp_path / "out")
+    TAMPERED[kind](tmp_path / "out")
+    settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
+    with pytest.raises(OutputError, match=r"\.parquet is damaged; remove it and start again\."):
+        segment_dataset(settings, tmp_path / "out", **network)
+
+
+def test_a_shard_of_another_process_that_is_damaged_is_named(whole, images, network, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "README.md").unlink()
+    (tmp_path / "out" / "data" / "masks-00000-000001.parquet").write_bytes(b"PAR1 junk PAR1")
+    settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
+    with pytest.raises(OutputError, match=r"masks-00000-000001\.parquet is damaged; remove it and start again\."):
+        segment_dataset(settings, tmp_path / "out", **network, rank=0, processes=2)
+
+
+def test_state_that_is_nested_too_deeply_is_read_as_none(whole, images, network, tmp_path):
+    settings = settings_of(images, model="small", weights=weights_digest(network["model"]))
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / ".bulk" / "part-00000.json").write_text("[" * 100_000)
+    assert segment_dataset(settings, tmp_path / "out", **network).complete == (13, 2)
+    (tmp_path / "out" / ".bulk" / "settings.json").write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=r"settings\.json cannot be read; choose another folder"):
+        segment_dataset(settings, tmp_path / "out", **network)
+
+
+def test_a_data_set_whose_name_is_no_text_has_a_card(images, network, tmp_path):
+    for number, name in enumerate((b"na\xffme", b"na|me\n\x1b[31m<b>")):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"a\xfe.png"), "wb") as file:
+            file.write((images / "cup" / "0.png").read_bytes())
+        settings = settings_of(os.fsdecode(folder), group_column=None)
+        assert segment_dataset(settings, tmp_path / f"out{number}", **network).complete == (1, 0)
+        card = (tmp_path / f"out{number}" / "README.md").read_text(encoding="utf-8")
+        assert [line for line in card.splitlines() if line.startswith("# Masks of na")]
+        assert "\x1b" not in card
+        assert "<b>" not in card.split("---\n")[-1]

@@ -133,6 +133,25 @@ def test_bodies_that_are_none(served, no_traceback, route, body):
     assert answer.json()["detail"]
 
 
+@pytest.mark.parametrize("route", ["call/match", "queue/join", "reset", "component_server", "cancel"])
+@pytest.mark.parametrize("length", [True, False])
+def test_a_long_body_is_refused_before_it_is_read(served, no_traceback, route, length):
+    """Thirty megabytes of JSON took the server 0.8 GB. The length may be unknown: the body then comes in chunks."""
+    _, address, _ = served
+    body = b'{"data": [' + b"{}," * 400_000 + b"{}]}"
+    content = body if length else iter([body[:700_000], body[700_000:]])
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/gradio_api/{route}", content=content, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["detail"]) == (413, "The body of the request is too long.")
+
+
+def test_a_long_name_of_a_session_is_not_remembered(served, no_traceback):
+    _, address, (source, target) = served
+    body = {"data": [source, target, 0, "none"], "session_hash": "x" * 100_000}
+    answer = post(address, "call/match", body)
+    assert (answer.status_code, answer.json()["detail"]) == (422, "The name of the session is too long.")
+
+
 def test_private_events_of_the_page_are_checked_as_well(served, no_traceback):
     demo, address, uploads = served
     wrong = {
@@ -361,6 +380,6 @@ def test_allowed_hosts(monkeypatch, host, allowed, expected):
             return None, "address", None
 
     app.serve(Page(), host, allowed_hosts=allowed)
-    (middleware,) = seen["app_kwargs"]["middleware"]
+    middleware = seen["app_kwargs"]["middleware"][0]
     assert middleware.kwargs["allowed_hosts"] == expected
     assert App(**{**seen["app_kwargs"], "dependencies": []})  # gradio passes these on

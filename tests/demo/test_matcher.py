@@ -13,6 +13,7 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 from demo_server import CHEETAH, LION, ROOT, free_port, start_app  # noqa: E402
+from small_models import save_small_checkpoint  # noqa: E402
 
 import app  # noqa: E402
 import macosnet_hf  # noqa: E402
@@ -50,8 +51,25 @@ def test_names_of_models_are_short_and_tell_them_apart(tmp_path):
     assert list(app.Matcher("base").checkpoints) == ["base", "lite"]
     assert list(app.Matcher(EMBEDDED["base"], ["me/my-model", "base"]).checkpoints) == ["base", "me/my-model"]
     both = app.Matcher("base", [str(own)]).checkpoints
-    assert both == {"base": EMBEDDED["base"], str(own): str(own)}
+    assert both == {"base": EMBEDDED["base"], "base (2)": str(own)}
     assert list(app.Matcher("lite", []).checkpoints) == ["lite"]
+
+
+def test_visitors_do_not_see_where_the_folder_of_a_model_is(tmp_path):
+    folders = [save_small_checkpoint(tmp_path / name / "model") for name in ("private", "other")]
+    matcher = app.Matcher(str(folders[0]), [str(folders[1])])
+    assert list(matcher.checkpoints) == ["model", "model (2)"]
+    pair = matcher.pair(CHEETAH, LION, "none")
+    assert pair.checkpoint == "model"
+    assert "checkpoint='model'" in pair_code(pair, 0.0, 40)
+    shutil.rmtree(folders[1])
+    with pytest.raises(macosnet_hf.CheckpointError) as error:
+        matcher.pair(CHEETAH, LION, "none", model="model (2)")
+    assert str(error.value) == "There is no checkpoint folder 'model (2)'."
+    assert (
+        app.Matcher(str(save_small_checkpoint(tmp_path / "lite")), []).pair(CHEETAH, LION, "none").checkpoint
+        == "./lite"
+    )
 
 
 def test_each_model_is_loaded_when_it_is_asked_for_and_one_at_a_time(loads):

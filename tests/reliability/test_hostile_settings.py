@@ -61,6 +61,15 @@ HOSTILE = [
     ("decoder_inputs", 0),
     ("config_version", "3"),
     ("config_version", -1),
+    # Of transformers itself: a name for each label took all memory, owner/name fetches code where `kernels` is.
+    ("num_labels", 10**9),
+    ("num_labels", -5),
+    ("attn_implementation", "owner/kernel"),
+    ("_attn_implementation", "owner/kernel:run"),
+    ("attn_implementation", {"backbone_config": "owner/kernel"}),
+    ("attn_implementation", 3),
+    ("return_dict", False),
+    ("quantization_config", {"quant_method": "fp8"}),
 ]
 BACKBONES = {
     "backbone": {"model_type": "timm_backbone", "backbone": "hf-hub:owner/name"},
@@ -73,6 +82,10 @@ BACKBONES = {
     "embedding_size": {"model_type": "resnet", "embedding_size": NAN},
     "layer_type": {"model_type": "resnet", "layer_type": "none"},
     "hidden_act": {"model_type": "resnet", "hidden_act": 3},
+    "num_labels": {"model_type": "resnet", "num_labels": 10**9},
+    "attn_implementation": {"model_type": "dinov2", "attn_implementation": "owner/kernel"},
+    "return_dict": {"model_type": "resnet", "return_dict": False},
+    "layer_norm_eps": {"model_type": "dinov2", "layer_norm_eps": -1.0},
 }
 
 

@@ -14,11 +14,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import save_small_checkpoint
 
 from macosnet_hf import CheckpointError, MaCoSNetConfig, MaCoSNetForKeypointMatching
+from macosnet_hf.collection import Collection
 from macosnet_hf.conversion.published import convert, original_state_dict
+from macosnet_hf.inference.pair import match_images
 from macosnet_hf.io.checkpoints import load_model_and_processor
 
 WEIGHT = "FeatureExtraction.model.0.weight"  # (64, 3, 7, 7)
@@ -204,6 +207,21 @@ def test_a_configuration_cannot_ask_for_more_memory_than_the_weights_have(checkp
         load_model_and_processor(checkpoint, "cpu")
     assert time.process_time() - began < 1
     assert _most_memory() - before < 200
+
+
+def test_weights_whose_answers_are_no_numbers_give_no_masks(checkpoint):
+    """Each value is finite; what the network makes of them is not, and would be an empty mask."""
+    weights = load_file(checkpoint / "model.safetensors")
+    large = {name: value * 1e30 if value.ndim > 1 else value for name, value in weights.items()}
+    save_file(large, checkpoint / "model.safetensors", {"format": "pt"})
+    model, processor = load_model_and_processor(checkpoint, "cpu")
+    images = [Image.effect_noise((80, 60), 40).convert("RGB") for _ in range(2)]
+    with pytest.raises(CheckpointError, match="answers are no finite numbers"):
+        match_images(images, model=model, processor=processor)
+    collection = Collection(model, processor)
+    collection.add(images)
+    with pytest.raises(CheckpointError, match="answers are no finite numbers"):
+        collection.segment(refine="none")
 
 
 def test_weights_of_half_precision_and_of_the_base_model_are_taken(checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """Images and encoders go out in a few files, heads come back."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -11,11 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import random_images
 
+from macosnet_hf.configuration_macosnet import MaCoSNetConfig
 from macosnet_hf.errors import DataError, InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
+from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching
 from macosnet_hf.training.encoder_weights import packaged_state_dict
 from macosnet_hf.training.images import TrainingImages
 from macosnet_hf.training.loop import steps_within
@@ -124,3 +127,83 @@ def test_what_cannot_be_packed_or_joined_is_named(folders, tmp_path):
     done = run("pack", "--output_dir", tmp_path, "--dataset_name", folders / "images", "--nonsense", 3)
     assert done.returncode == 2
     assert "--nonsense" in done.stderr
+
+
+def archive_of(path, members, change=lambda content: content):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def encrypted(content):
+    """The flag of encryption in both headers of the first member."""
+    changed, place = bytearray(content), content.rindex(b"PK\1\2")
+    changed[6] |= 1
+    changed[place + 8] |= 1
+    return bytes(changed)
+
+
+def with_other_sum(content):
+    changed = bytearray(content)
+    changed[content.rindex(b"PK\1\2") + 16] ^= 1
+    return bytes(changed)
+
+
+ARCHIVES = {
+    "no archive": ("images", {}, lambda content: b"PK junk", "damaged"),
+    "wrong check sum": ("images", {"a/0.webp": b"x"}, with_other_sum, "damaged"),
+    "encrypted": ("images", {"a/0.webp": b"x"}, encrypted, "damaged"),
+    "a file is a folder": ("images", {"a": b"x", "a/b": b"x"}, bytes, "damaged"),
+    "a long name": ("images", {"a" * 300: b"x"}, bytes, "damaged"),
+    "a bomb": ("images", {"a/0.webp": bytes(80_000_000)}, bytes, "many times its size"),
+    "no pairs": ("validation", {"a/0.webp": b"x"}, bytes, r"holds no pairs\.csv"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_a_hostile_archive_is_refused_by_name(folders, tmp_path, kind):
+    name, members, change, message = ARCHIVES[kind]
+    shutil.copytree(folders / "packed", tmp_path / "packed")
+    archive_of(tmp_path / "packed" / f"{name}.zip", members, change)
+    with pytest.raises(InputError, match=rf"{name}\.zip .*{message}"):
+        unpack(tmp_path / "packed", "lite", tmp_path / "into")
+    assert not (tmp_path / "into" / "start").exists()
+
+
+def test_names_that_lead_out_of_the_folder_do_not(folders, tmp_path):
+    shutil.copytree(folders / "packed", tmp_path / "packed")
+    archive_of(tmp_path / "packed" / "images.zip", {"../../out.webp": b"x", "/absolute.webp": b"x", "a\0b.webp": b"x"})
+    unpack(tmp_path / "packed", "lite", tmp_path / "into" / "deep")
+    assert sorted(path.name for path in (tmp_path / "into" / "deep" / "images").iterdir()) == [
+        "a",
+        "absolute.webp",
+        "out.webp",
+    ]
+    assert not list(tmp_path.rglob("../out.webp"))
+
+
+WEIGHTS = {
+    "more": lambda state: {**state, "more": torch.zeros(1)},
+    "fewer": lambda state: dict(list(state.items())[1:]),
+    "another shape": lambda state: {**state, next(iter(state)): torch.zeros(1)},
+    "whole numbers": lambda state: {**state, next(iter(state)): next(iter(state.values())).to(torch.int8)},
+    "not finite": lambda state: {**state, next(iter(state)): next(iter(state.values())).double() + 1e300},
+    "negative variances": lambda state: {name: value - 1e3 * ("_var" in name) for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("kind", [*WEIGHTS, "no weights"])
+def test_weights_that_are_none_are_refused_by_name(folders, tmp_path, kind):
+    model = MaCoSNetForKeypointMatching(MaCoSNetConfig.from_preset("lite"))
+    shutil.copytree(folders / "packed", tmp_path / "packed")
+    for name, part in (("lite", model.macosnet.encoder), ("affine_head", model.macosnet.affine_head)):
+        path = tmp_path / "packed" / f"{name}.safetensors"
+        if kind == "no weights":
+            torch.save({}, path)
+        else:
+            save_file({key: value.clone() for key, value in WEIGHTS[kind](part.state_dict()).items()}, path)
+    with pytest.raises(InputError, match=r"lite\.safetensors does not hold that encoder"):
+        unpack(tmp_path / "packed", "lite", tmp_path / "into")
+    with pytest.raises(InputError, match=r"affine_head\.safetensors does not hold that head"):
+        join_results(tmp_path / "packed", "lite")
