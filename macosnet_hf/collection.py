@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 # Bytes for the maps of the decoder's skip connections: 500 images with the lite model. Maps of further images are
 # computed again when they are needed, by another encoder pass. The crops of the second pass may take as much again
 # while it lasts.
-_SKIP_MEMORY = 1 << 29
+_SKIP_MEMORY = 1 << 30
 # Images that are segmented together where a collection is segmented in blocks; as in bulk runs.
 _BLOCK_SIZE = 32
 _ENLARGED_PIXELS = 4_000_000
@@ -562,7 +562,8 @@ class Collection:
         key = self.keys[number]
         skips = self.encoded[key].skips
         if skips is None:
-            skips = self.encoded.keep_skips(key, self._project(self.pixel_values([number]))[1][0])
+            skips = self._project(self.pixel_values([number]))[1][0]
+            self.encoded.keep_skips(key, skips)
         return tuple(skip.to(self.model.dtype).unsqueeze(0) for skip in skips)
 
     def mean_mask(self, number: int, partners: Sequence[int]) -> Tensor:

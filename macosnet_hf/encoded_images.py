@@ -78,7 +78,7 @@ class EncodedImage(NamedTuple):
     Attributes:
         last: its stride-16 map `(C, h, w)`; in half precision where it lies in a file.
         pooled: `(C,)` float64, the mean of that map.
-        skips: its projected maps `(c, H/s, W/s)` in half precision; None where memory is short.
+        skips: its projected maps `(c, H/s, W/s)`; None where memory is short.
     """
 
     last: Tensor
@@ -124,21 +124,12 @@ class EncodedImages:
         self._images[key] = EncodedImage(last, last.double().mean(dim=(1, 2)), None)
         self.keep_skips(key, skips)
 
-    def keep_skips(self, key: str, skips: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Keeps the projected maps of an image if there is room for them.
-
-        Returns:
-            the same in half precision, in any case, so that masks do not depend on the memory; as they are where they
-            exceed its range.
-        """
-        halves = tuple(skip.half() for skip in skips)
-        if all(torch.isfinite(half).all() for half in halves):
-            skips = halves
+    def keep_skips(self, key: str, skips: tuple[Tensor, ...]) -> None:
+        """Keeps the projected maps of an image if there is room for them."""
         size = sum(skip.numel() * skip.element_size() for skip in skips)
         if self._skip_bytes + size <= self._skip_memory:
             self._skip_bytes += size
             self._images[key] = self._images[key]._replace(skips=skips)
-        return skips
 
     def maps(self, keys: Sequence[str], dtype: torch.dtype, device: torch.device) -> FeatureMaps:
         """The stride-16 maps of images."""

@@ -42,11 +42,13 @@ class Shard(NamedTuple):
         number: from 0 on, in the order of the stream.
         blocks: the blocks.
         digest: of the ids and groups of all rows.
+        rows: how many there are.
     """
 
     number: int
     blocks: Sequence[Block]
     digest: str
+    rows: int
 
 
 @dataclass
@@ -99,14 +101,15 @@ def cut_blocks(rows: Iterable[Row], size: int) -> Iterator[Block]:
 def gather_shards(blocks: Iterable[Block], size: int) -> Iterator[Shard]:
     """Shards of as many blocks as have `size` rows together; the last one may have fewer."""
     held: list[Block] = []
-    number = 0
+    number = rows = 0
     for block in blocks:
         held.append(block)
-        if sum(len(each.rows) for each in held) >= size:
-            yield Shard(number, held, _digest(held))
-            held, number = [], number + 1
+        rows += len(block.rows)
+        if rows >= size:
+            yield Shard(number, held, _digest(held), rows)
+            held, rows, number = [], 0, number + 1
     if held:
-        yield Shard(number, held, _digest(held))
+        yield Shard(number, held, _digest(held), rows)
 
 
 def _digest(blocks: Sequence[Block]) -> str:

@@ -186,7 +186,7 @@ def match_list(
     written = found = count = 0
     some = [first, *islice(rows, settings.shard_size - 1)]
     while some:
-        shard = Shard(count, (), hashlib.sha256(repr(some).encode()).hexdigest()[:16])
+        shard = Shard(count, (), hashlib.sha256(repr(some).encode()).hexdigest()[:16], len(some))
         if count % processes == rank:
             if shards.has(0, shard):
                 found += len(some)

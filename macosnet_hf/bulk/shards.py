@@ -165,8 +165,7 @@ class ShardFolder:
         stored = (schema.metadata or {}).get(_DIGEST)
         if stored != shard.digest.encode():
             raise OutputError(f"{path} holds other rows than the data set has now; choose another folder.")
-        rows = sum(len(block.rows) for block in shard.blocks)
-        if found.num_rows != rows or not schema.equals(self.kind.features(self.settings).arrow_schema):
+        if found.num_rows != shard.rows or not schema.equals(self.kind.features(self.settings).arrow_schema):
             raise _damaged(path)
         return True
 
