@@ -9,9 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-# Before torch is loaded: threads that spin while they wait slow each other down wherever cores are shared.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from macosnet_hf import DEFAULT_CHECKPOINT, MaCoSNetError
 from macosnet_hf.demo.matcher import Matcher
 from macosnet_hf.demo.page import build_demo
@@ -19,6 +16,7 @@ from macosnet_hf.demo.server import serve
 from macosnet_hf.demo.texts import SUMMARY
 from macosnet_hf.demo.visitor_files import folder_of_a_run
 from macosnet_hf.io.memory import give_memory_back
+from macosnet_hf.io.threads import wait_briefly
 
 __all__ = ["Matcher", "build_demo", "main", "serve"]
 
@@ -54,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
     give_memory_back()
+    wait_briefly()
     with folder_of_a_run() as files:
         return run(options, files)
 

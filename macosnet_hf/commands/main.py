@@ -18,6 +18,7 @@ from ..errors import MaCoSNetError
 from ..io.ends import close_output, ended_by_signals, flush_output, open_streams
 from ..io.memory import no_collection_at_exit, ran_out_of_memory
 from ..io.package import VERSION
+from ..io.threads import wait_briefly
 
 # One module of this folder each, with `add_arguments(parser)` and `run(args)`; importing one loads nothing heavy.
 COMMANDS = {
@@ -39,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit code: 0 done, 2 bad input (one sentence on standard error), 128 + N ended by signal N: 130 by Ctrl+C,
         141 where what reads its output has ended before it.
     """
-    # Waiting threads sleep instead of spinning: with all cores busy, one forward pass takes 0.2 s instead of 4.7 s.
-    # OpenMP reads this once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     no_collection_at_exit()
     open_streams()
     with ended_by_signals() as ended:

@@ -739,10 +739,14 @@ def test_main_leaves_the_garbage_collector_on(run):
     assert gc.isenabled()
 
 
-def test_threads_wait_asleep(monkeypatch, run):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is that of GNU's OpenMP")
+def test_threads_do_not_spin_for_long(monkeypatch, run):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     assert run("match", "no.jpg", LION).code == 2
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # a choice of the user's stays
     assert run("match", "no.jpg", LION).code == 2
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in os.environ
