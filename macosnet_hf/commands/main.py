@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import errno
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
