@@ -189,6 +189,44 @@ def test_only_the_decoder_learns_and_it_learns_to_follow_the_partners():
         assert name.startswith("decoder.") or torch.equal(value, before[name]), name
 
 
+def test_the_encoder_learns_and_its_features_are_held():
+    """The weight of the distance holds them; the distance is that of a slow reference."""
+    images = Images()
+    groups = CompositeGroups(images, images.masks, length=50)
+    moved = {}
+    for weight in (0.0, 10.0):
+        model = small_common_model()
+        first = copy.deepcopy(model.encoder)
+        options = {"trained": ("encoder", "decoder"), "feature_weight": weight}
+        objective = CommonObjective(model, [0.5] * 3, [0.5] * 3, **options).train()
+        heads = copy.deepcopy(model.affine_head.state_dict())
+        statistics = [buffer.clone() for buffer in model.encoder.buffers()]
+        optimizer = torch.optim.AdamW(model.encoder.parameters(), lr=1e-3)
+        for step in range(8):
+            losses = objective(batch_of(groups, range(2 * step, 2 * step + 2)), torch.Generator().manual_seed(step))
+            assert ("moved" in losses) == bool(weight)
+            optimizer.zero_grad()
+            losses["total"].backward()
+            optimizer.step()
+        assert all(torch.equal(model.affine_head.state_dict()[name], value) for name, value in heads.items())
+        assert all(torch.equal(a, b) for a, b in zip(statistics, model.encoder.buffers(), strict=True))
+        pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            now, then = model.encoder(pixels), first(pixels)
+        cells = list(zip(now.last.double(), then.last.double(), strict=True))
+        cosines = [
+            float(a[:, y, x] @ b[:, y, x] / (a[:, y, x].norm() * b[:, y, x].norm()))
+            for a, b in cells
+            for y in range(a.shape[1])
+            for x in range(a.shape[2])
+        ]
+        moved[weight] = 1 - np.mean(cosines)
+        if weight:
+            assert float(objective._moved(now, pixels)) == pytest.approx(moved[weight], abs=1e-5)
+    assert moved[0.0] > 1e-5
+    assert moved[10.0] < 0.5 * moved[0.0]
+
+
 def test_members_that_do_not_belong_are_taught_an_empty_mask():
     images = Images()
     objective = CommonObjective(small_common_model(), [0.5] * 3, [0.5] * 3)

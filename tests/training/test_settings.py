@@ -177,6 +177,13 @@ def test_a_command_line_that_cannot_be_used_is_refused_in_one_sentence(words, se
         joint(*words)
 
 
+def test_features_are_held_only_where_the_encoder_learns():
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--feature_weight", "3"]
+    with pytest.raises(InputError, match="--feature_weight is of no use without --train_encoder"):
+        parse_settings(DecoderSettings, words)
+    assert parse_settings(DecoderSettings, [*words, "--train_encoder"]).feature_weight == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_help_is_grouped_and_names_every_setting_once(kind, capsys):
     with pytest.raises(SystemExit) as done:
