@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..io.working_copy import WorkingCopy, open_working_copy
 from ..refinement import check_method
 from .blocks import Shard
 from .run import BulkReport, Progress
+from .settings import SHARD_SIZE, ShardSettings
 from .shards import ShardFolder, ShardKind, card_text
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching
 
-SHARD_SIZE = 256
 _COLUMNS = ("source", "target", "points", "id")
 _HELD_IMAGES = 8  # lists often name an image in several pairs, one after another
 _MEANINGS = {
@@ -58,7 +58,7 @@ _MEANINGS = {
 
 
 @dataclass(frozen=True)
-class PairSettings:
+class PairSettings(ShardSettings):
     """What decides the rows of matches.
 
     Attributes:
@@ -91,23 +91,6 @@ class PairSettings:
         check_method(self.refine)
         if self.orientations is not None:
             check_orientations(self.orientations, ORIENTATIONS)
-
-    @property
-    def parts(self) -> int:
-        """A list is one part."""
-        return 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings by name."""
-        return asdict(self)
-
-    def difference(self, other: dict[str, Any]) -> list[str]:
-        """How these settings differ from older ones, a few words for each."""
-        return [
-            f"{field.name} {getattr(self, field.name)!r}, not {other.get(field.name)!r}"
-            for field in fields(self)
-            if getattr(self, field.name) != other.get(field.name)
-        ]
 
 
 class PairRow(NamedTuple):

@@ -18,7 +18,29 @@ SHARD_SIZE = 256
 
 
 @dataclass(frozen=True)
-class BulkSettings:
+class ShardSettings:
+    """What decides the rows of shards."""
+
+    @property
+    def parts(self) -> int:
+        """How many parts the rows come in, each read on its own."""
+        return 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name."""
+        return asdict(self)
+
+    def difference(self, other: dict[str, Any]) -> list[str]:
+        """How these settings differ from older ones, a few words for each: `block_size 16, not 32`."""
+        return [
+            f"{field.name} {getattr(self, field.name)!r}, not {other.get(field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != other.get(field.name)
+        ]
+
+
+@dataclass(frozen=True)
+class BulkSettings(ShardSettings):
     """What decides the rows of the results; the number of processes does not.
 
     Attributes:
@@ -69,15 +91,3 @@ class BulkSettings:
                 raise InputError(f"{name} must be a whole number of at least {least}; got {value!r}.")
         check_method(self.refine)
         check_orientations(self.orientations, COLLECTION_ORIENTATIONS)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings by name."""
-        return asdict(self)
-
-    def difference(self, other: dict[str, Any]) -> list[str]:
-        """How these settings differ from older ones, a few words for each: `block_size 16, not 32`."""
-        return [
-            f"{field.name} {getattr(self, field.name)!r}, not {other.get(field.name)!r}"
-            for field in fields(self)
-            if getattr(self, field.name) != other.get(field.name)
-        ]

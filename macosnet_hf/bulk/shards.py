@@ -15,14 +15,14 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..datasets.schema import as_text
 from ..errors import InputError, OutputError, printable
 from ..io.output_folder import output_folder, write_file
 from ..io.system_files import parquet_files
 from .blocks import Shard
-from .settings import BulkSettings
+from .settings import BulkSettings, ShardSettings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,20 +45,6 @@ _MEANINGS = {
     "error": "why there is no mask; else null",
 }
 _DIGEST = b"macosnet_rows"
-
-
-class ShardSettings(Protocol):
-    """What decides the rows of shards, such as [`BulkSettings`]."""
-
-    @property
-    def parts(self) -> int:
-        """How many parts the rows come in."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings by name."""
-
-    def difference(self, other: dict[str, Any]) -> list[str]:
-        """How these settings differ from older ones."""
 
 
 class ShardKind(NamedTuple):

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, printable
+from ..errors import DataError, InputError, printable
 from ..inference.cutouts import EDGES, FORMATS, CutoutStyle
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
 
 if TYPE_CHECKING:
+    from ..bulk.run import BulkReport
     from ..inference.files import Progress
 
 ORIENTATIONS_HELP = (
@@ -115,3 +116,33 @@ def place_among_processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(device % torch.cuda.device_count())
     return rank, processes
+
+
+def need_datasets(option: str) -> None:
+    """Raises `InputError` where the package `datasets` is missing, which an option needs."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{option} needs the package datasets; install macosnet-hf[train].") from error
+
+
+def print_report(
+    report: BulkReport, things: str, done: str, able: str, output_dir: str, rank: int = 0, processes: int = 1
+) -> None:
+    """Says what a process of a bulk run has done, and what the folder holds when all is there.
+
+    Args:
+        things, done, able: as in "12 images segmented" and "None of the 12 images could be read".
+
+    Raises:
+        DataError: if all rows of the folder are errors.
+    """
+    name = f"process {rank + 1} of {processes}: " if processes > 1 else ""
+    were = f", {report.found} were there already" if report.found else ""
+    print(one_line(f"{name}{report.written} {things} {done}{were}"))
+    if report.complete is not None:
+        rows, errors = report.complete
+        if rows == errors:
+            raise DataError(f"None of the {rows} {things} could be {able}: see the column error of {output_dir}.")
+        wrong = f", {errors} of them with an error" if errors else ""
+        print(one_line(f"{rows} rows{wrong}; see {os.path.join(output_dir, 'README.md')}"))

@@ -10,7 +10,7 @@ from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.weights import weights_digest
-from .arguments import load_network, one_line, place_among_processes
+from .arguments import load_network, need_datasets, place_among_processes, print_report, progress_bar
 
 _OF_ONE_PAIR = {
     "points": None,
@@ -74,16 +74,14 @@ def run_pairs(args: argparse.Namespace) -> int:
     if not os.path.isfile(args.pairs):
         raise DataError(f"There is no list {args.pairs}; a CSV file is needed.")
     check_checkpoint(args.model)
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise InputError("--pairs needs the package datasets; install macosnet-hf[train].") from error
+    need_datasets("--pairs")
     rank, processes = place_among_processes()
     give_memory_back()
 
     from tqdm import tqdm
 
-    from ..bulk.pairs import SHARD_SIZE, PairSettings, match_list, read_pairs
+    from ..bulk.pairs import PairSettings, match_list, read_pairs
+    from ..bulk.settings import SHARD_SIZE
 
     next(read_pairs(args.pairs), None)  # a wrong header is reported at once
 
@@ -99,7 +97,9 @@ def run_pairs(args: argparse.Namespace) -> int:
         )
 
     settings("")  # a wrong value is reported at once
-    network = load_network(args)
+    with progress_bar() as progress:
+        progress(0.0, "Loading the network")
+        network = load_network(args)
     with tqdm(unit=" pairs", disable=not sys.stderr.isatty() or rank > 0, leave=False) as bar:
         report = match_list(
             settings(weights_digest(network["model"])),
@@ -109,13 +109,5 @@ def run_pairs(args: argparse.Namespace) -> int:
             processes=processes,
             progress=bar.update,
         )
-    name = f"process {rank + 1} of {processes}: " if processes > 1 else ""
-    were = f", {report.found} were there already" if report.found else ""
-    print(one_line(f"{name}{report.written} pairs done{were}"))
-    if report.complete is not None:
-        rows, errors = report.complete
-        if rows == errors:
-            raise DataError(f"None of the {rows} pairs could be matched: see the column error of {args.output_dir}.")
-        wrong = f", {errors} of them with an error" if errors else ""
-        print(one_line(f"{rows} rows{wrong}; see {os.path.join(args.output_dir, 'README.md')}"))
+    print_report(report, "pairs", "done", "matched", args.output_dir, rank, processes)
     return 0

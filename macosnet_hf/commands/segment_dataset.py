@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bulk.settings import BLOCK_SIZE, SHARD_SIZE, BulkSettings
-from ..errors import DataError, InputError, OutputError
+from ..errors import InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.weights import weights_digest
-from .arguments import load_network, one_line, place_among_processes, progress_bar
+from .arguments import load_network, need_datasets, place_among_processes, print_report, progress_bar
 
 _DEFAULTS: dict[str, Any] = {
     "split": "train",
@@ -94,10 +94,7 @@ def run_dataset(args: argparse.Namespace) -> int:
     settings("")  # before anything heavy is imported
     check_dataset(args.dataset)
     check_checkpoint(args.model)
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise InputError("--dataset needs the package datasets; install macosnet-hf[train].") from error
+    need_datasets("--dataset")
     if os.path.isdir(args.dataset) and Path(os.path.realpath(args.output_dir)).is_relative_to(
         os.path.realpath(args.dataset)
     ):
@@ -121,13 +118,5 @@ def run_dataset(args: argparse.Namespace) -> int:
             processes=processes,
             progress=bar.update,
         )
-    name = f"process {rank + 1} of {processes}: " if processes > 1 else ""
-    were = f", {report.found} were there already" if report.found else ""
-    print(one_line(f"{name}{report.written} images segmented{were}"))
-    if report.complete is not None:
-        rows, errors = report.complete
-        if rows == errors:
-            raise DataError(f"None of the {rows} images could be read: see the column error of {args.output_dir}.")
-        wrong = f", {errors} of them with an error" if errors else ""
-        print(one_line(f"{rows} rows{wrong}; see {os.path.join(args.output_dir, 'README.md')}"))
+    print_report(report, "images", "segmented", "read", args.output_dir, rank, processes)
     return 0

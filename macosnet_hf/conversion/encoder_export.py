@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, OutputError
-from .export import need
+from .export import OPSET, need
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..image_processing_macosnet import MaCoSNetImageProcessor
     from ..modeling_macosnet import MaCoSNetForKeypointMatching
 
-_OPSET = 18
 _TOLERANCE = 1e-3  # of float32 maps, relative to their largest value
 _LEAST_COSINE = 0.9  # of int8 features beside float32 ones, mean over the positions of the calibration images
 LEAST_IMAGES, MOST_IMAGES = 8, 64
@@ -126,7 +125,7 @@ def _write_graph(model: MaCoSNetForKeypointMatching, path: Path, size: int) -> N
         (torch.zeros(2, 3, size, size),),
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         input_names=["pixel_values"],
-        opset_version=_OPSET,
+        opset_version=OPSET,
         verbose=False,
     )
     program.save(path, external_data=False)
@@ -165,10 +164,11 @@ def _describe(path: Path, model: MaCoSNetForKeypointMatching, precision: str) ->
     """Says in the graph's metadata whose it is."""
     import onnx
 
-    from ..io.encoder_graph import FINGERPRINT, PRECISION, encoder_fingerprint
+    from ..io.encoder_graph import FINGERPRINT, PRECISION
+    from ..io.weights import weights_digest
 
     graph = onnx.load(path)
-    facts = {FINGERPRINT: encoder_fingerprint(model.macosnet.encoder), PRECISION: precision}
+    facts = {FINGERPRINT: weights_digest(model.macosnet.encoder), PRECISION: precision}
     onnx.helper.set_model_props(graph, facts)
     onnx.save(graph, path)
 

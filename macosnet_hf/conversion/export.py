@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "pt2")
 OUTPUTS = ("affine", "tps", "mask_logits", "keypoints", "matching_scores")
-_OPSET = 18
+OPSET = 18
 _TOLERANCE = 1e-4
 _TIMED_RUNS = 5
 
@@ -145,7 +145,7 @@ def _write_onnx(network: torch.nn.Module, example: Tensor, path: Path, processor
         dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         input_names=["pixel_values"],
         output_names=list(OUTPUTS),
-        opset_version=_OPSET,
+        opset_version=OPSET,
         verbose=False,
     )
     program.model.metadata_props.update(

@@ -138,7 +138,7 @@ def _check_zip(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # as below
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # damaged; whoever reads it says so
         return
     for member in members:
         if member.file_size > max(_UNPACKED_BYTES, _UNPACKED_TIMES * member.compress_size):
@@ -152,7 +152,7 @@ def _check_lines(path: str, opened: Callable[..., Any]) -> None:
         with opened(path, "rb") as file:
             while length <= _LONGEST_LINE and (part := file.read(1 << 20)):
                 length = len(part) - part.rfind(b"\n") - 1 + (0 if b"\n" in part else length)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError):  # as below
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError):  # damaged, likewise
         return
     if length > _LONGEST_LINE:
         raise DataError(f"{path} is refused: a line of it has more than {_LONGEST_LINE / 1e6:.0f} MB, unpacked.")

@@ -8,16 +8,16 @@ half precision, in training), torch computes what it always did.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
+from .weights import weights_digest
 
 if TYPE_CHECKING:
     from ..modeling_macosnet import MaCoSNetModel
@@ -26,15 +26,6 @@ ENCODER_GRAPH = "encoder.onnx"
 # Of the metadata: the encoder whose graph it is, and the precision.
 FINGERPRINT, PRECISION = "encoder", "precision"
 _LARGEST_FILE = 2_000_000_000  # bytes; what protobuf can hold
-
-
-def encoder_fingerprint(encoder: nn.Module) -> str:
-    """Equal for encoders of equal weights only, whatever their device and precision."""
-    digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def use_encoder_graph(model: MaCoSNetModel, folder: str | Path) -> bool:
@@ -48,7 +39,7 @@ def use_encoder_graph(model: MaCoSNetModel, folder: str | Path) -> bool:
         return False
     session = open_graph(path)
     found = session.get_modelmeta().custom_metadata_map.get(FINGERPRINT)
-    if found != encoder_fingerprint(model.encoder):
+    if found != weights_digest(model.encoder):
         raise CheckpointError(
             f"{path} is not the graph of this model's encoder: make it again with `macosnet export --encoder`, "
             "or remove it."
@@ -107,6 +98,3 @@ class _GraphOrTorch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GraphOrTorch:
         return _GraphOrTorch(self.session, copy.deepcopy(self.plain, memo))
-
-
-__all__ = ["ENCODER_GRAPH", "FINGERPRINT", "PRECISION", "encoder_fingerprint", "open_graph", "use_encoder_graph"]
