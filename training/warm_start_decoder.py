@@ -19,6 +19,7 @@ from macosnet_hf.errors import InputError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, composable_classes
 from macosnet_hf.training.decoder_start import DecoderObjective, MaskedPairs, class_pairs, with_fresh_decoder
+from macosnet_hf.training.features import class_similarity
 from macosnet_hf.training.images import open_images
 from macosnet_hf.training.launch import make_accelerator, run_script, save_model
 from macosnet_hf.training.loop import ParameterGroup, check_enough, parameter_groups, train
@@ -52,7 +53,15 @@ def main(words: Sequence[str] | None = None) -> int:
     dataset: CompositeGroups | MaskedPairs
     objective: CommonObjective | DecoderObjective
     if common:
-        dataset = CompositeGroups(images, masks, group_size=settings.group_size, seed=settings.seed)
+        alike = class_similarity(model.macosnet, processor, images, masks) if settings.rival_share else None
+        dataset = CompositeGroups(
+            images,
+            masks,
+            group_size=settings.group_size,
+            seed=settings.seed,
+            alike=alike,
+            rival_share=settings.rival_share,
+        )
         objective = CommonObjective(
             model.macosnet,
             mean,
@@ -61,12 +70,15 @@ def main(words: Sequence[str] | None = None) -> int:
             draw_on_device=settings.on_device,
             trained=("decoder", "encoder") if settings.train_encoder else ("decoder",),
             feature_weight=settings.feature_weight,
+            freeze_fine_stages=settings.freeze_fine_stages,
         )
         rates = {"decoder": settings.learning_rate, "encoder": settings.encoder_learning_rate}
         groups = parameter_groups(objective, rates)
     else:
         if settings.train_encoder:
             raise InputError("--train_encoder goes with a decoder of the kind common.")
+        if len(settings.mask_teacher) > 1:
+            raise InputError("Several models as --mask_teacher go with a decoder of the kind common.")
         dataset = MaskedPairs(images, masks, pairs)
         objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
     trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate), groups=groups)

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common_object import centre_prior, object_weights
 from ..datasets.composites import compose, uniform
+from ..encoder import MaCoSNetEncoder
 from ..errors import DataError, InputError
 from ..geometry import Transform, identity_affine, warp
 from ..modeling_macosnet import MaCoSNetFeatures, MaCoSNetModel
@@ -29,6 +30,7 @@ _UNRELATED_SHARE = 0.15  # of the groups
 _ODD_SHARE = 0.15
 _DICE_WEIGHT = 0.4
 _SMALLEST_OBJECT = 60  # pixels at half the network's resolution; smaller ones have no overlap to speak of
+_RIVALS = 6  # classes that look most like a class
 _DROPPED_PARTNERS = 0.8  # at most so large is the share of partners that a group goes without
 
 
@@ -50,9 +52,14 @@ class CompositeGroups(TrainingData):
     A pure function of seed and number. Item: uint8 images `(2 n, 3, H, W)` and bool masks `(2 n, H, W)`, the n members
     first; bool `(n,)`, which members share their class with the group.
 
+    Args:
+        masks: bool `(N, H, W)`, the pseudo-masks.
+        alike: `(C, C)`, how much the classes look alike, in the order in which they first appear.
+        rival_share: of the images beside the members that are of one of the classes that look most like the group's.
+
     Raises:
         DataError: for fewer than two classes.
-        InputError: for groups of fewer than two images.
+        InputError: for groups of fewer than two images; rivals without `alike`.
     """
 
     fresh_epochs = True
@@ -65,11 +72,21 @@ class CompositeGroups(TrainingData):
         group_size: int = 4,
         length: int | None = None,
         seed: int = 0,
+        alike: Tensor | None = None,
+        rival_share: float = 0.0,
     ):
         self.images, self.masks, self.group_size, self.seed = images, masks, group_size, seed
-        self.members = composable_classes(images)
+        has_object = masks.flatten(1).any(dim=1).tolist()
+        members = composable_classes(images)
+        # An image without a pseudo-mask teaches nothing; a class of such images has to do.
+        self.members = [[row for row in rows if has_object[row]] or rows for rows in members]
         if group_size < 2:
             raise InputError(f"A group has two or more images; got {group_size}.")
+        if rival_share and alike is None:
+            raise InputError("To draw rivals, say how much the classes look alike.")
+        # Each class's others, the most alike first.
+        self.rivals = None if alike is None else _off_diagonal(alike).argsort(dim=1, descending=True)[:, :-1]
+        self.rival_share = rival_share
         self.length = length or len(images)
         # Between the same chance for each image and the same for each class.
         shares = np.sqrt([len(rows) for rows in self.members])
@@ -106,13 +123,28 @@ class CompositeGroups(TrainingData):
         for k in range(size):
             pool = [row for row in self.members[classes[k]] if row not in own] or self.members[classes[k]]
             own.append(int(draw.choice(pool)))
-        beside = [int(draw.choice(self.members[int(draw.choice(strangers))])) for _ in classes]
+        rivals = self._rivals_of(classes[0], strangers)
+        beside: list[int] = []
+        for _ in classes:
+            pool = rivals if rivals and draw.random() < self.rival_share else strangers
+            beside.append(int(draw.choice(self.members[int(draw.choice(pool))])))
         return own, beside, common
+
+    def _rivals_of(self, chosen: int, strangers: list[int]) -> list[int]:
+        """The classes among the strangers that look most like one, where rivals are wanted."""
+        if not self.rival_share or self.rivals is None:
+            return []
+        allowed = set(strangers)
+        return [k for k in self.rivals[chosen].tolist() if k in allowed][:_RIVALS]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         own, beside, common = self.rows(number)
         seen = [*own, *beside]
         return torch.stack([self.images[row] for row in seen]), self.masks[seen], torch.tensor(common)
+
+
+def _off_diagonal(alike: Tensor) -> Tensor:
+    return alike.masked_fill(torch.eye(len(alike), dtype=torch.bool), -torch.inf)
 
 
 class CommonObjective(Objective):
@@ -128,6 +160,7 @@ class CommonObjective(Objective):
         trained: `"decoder"`, and `"encoder"` where it learns too.
         feature_weight: of the distance, one minus the cosine, between the features of a position and those of the
             encoder as it was at the start, which matching was learnt with. Of use where the encoder learns.
+        freeze_fine_stages: where the encoder learns, what its stages of stride 8 and less are made of stays as it is.
     """
 
     first_encoder: Apart
@@ -143,12 +176,16 @@ class CommonObjective(Objective):
         draw_on_device: bool = False,
         trained: Sequence[str] = ("decoder",),
         feature_weight: float = 0.0,
+        freeze_fine_stages: bool = False,
     ):
         super().__init__(model, mean, std, trained)
         if model.config.decoder_inputs != "common":
             raise InputError("Composites teach a decoder with decoder_inputs='common'; this model has 'paper'.")
         self.composite_share, self.second_round_share = composite_share, second_round_share
         self.draw_on_device = draw_on_device
+        if freeze_fine_stages and "encoder" in trained:
+            for parameter in fine_parameters(model.encoder):
+                parameter.requires_grad_(False)
         self.feature_weight = feature_weight if "encoder" in trained else 0.0
         encoder = copy.deepcopy(model.encoder).eval().requires_grad_(False) if self.feature_weight else None
         self.first_encoder = Apart(encoder)
@@ -174,15 +211,16 @@ class CommonObjective(Objective):
         loss = F.binary_cross_entropy_with_logits(logits, labels) + _DICE_WEIGHT * dice_loss(logits, labels)
         losses = {"total": loss, "area": logits.detach().sigmoid().mean()}
         if self.feature_weight:
-            losses["moved"] = self._moved(features, pixels)
+            losses["moved"] = self._moved(features, pixels, every=batch[2].shape[1])
             losses["total"] = loss + self.feature_weight * losses["moved"]
         return losses
 
-    def _moved(self, features: MaCoSNetFeatures, pixels: Tensor) -> Tensor:
-        """How far the features have moved from those of the first encoder: the mean of one minus the cosine."""
+    def _moved(self, features: MaCoSNetFeatures, pixels: Tensor, every: int) -> Tensor:
+        """How far the features have moved from those of the first encoder: the mean of one minus the cosine, over one
+        image in `every`."""
         with torch.no_grad():
-            before = self.first_encoder.on(pixels.device)(pixels).normalized.float()
-        return 1 - (features.normalized.float() * before).sum(dim=1).mean()
+            before = self.first_encoder.on(pixels.device)(pixels[::every]).normalized.float()
+        return 1 - (features.normalized[::every].float() * before).sum(dim=1).mean()
 
     def make_images(self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`(B n, 3, S, S)` images in [0, 1], some of them composites, and the masks `(B n, S, S)` to be found."""
@@ -228,15 +266,32 @@ class CommonObjective(Objective):
         """Where objects are assumed: in the middle, or where the masks of the first round are."""
         if not self.second_round_share:
             return None, None
-        decoder, training = self.model.decoder, self.model.decoder.training
-        decoder.eval()
-        found = object_weights(self.model.predict_common_masks(features, partners, present=present).float().sigmoid())
-        decoder.train(training)
-        middle = centre_prior(*found.shape[-2:], device=found.device)
-        again = uniform(generator, groups, (0, 1), found.device) < self.second_round_share
-        rows = again.repeat_interleave(len(found) // groups)[:, None, None]
-        weights = torch.where(rows, found, middle)
+        count, device = len(partners), features.last.device
+        again = uniform(generator, groups, (0, 1), device) < self.second_round_share
+        rows = torch.nonzero(again.repeat_interleave(count // groups)).squeeze(1)
+        weights = centre_prior(*features.last.shape[-2:], device=device).repeat(count, 1, 1)
+        if len(rows):
+            decoder, training = self.model.decoder, self.model.decoder.training
+            decoder.eval()
+            logits = self.model.predict_common_masks(features, partners[rows], rows, present=present[rows])
+            decoder.train(training)
+            weights[rows] = object_weights(logits.float().sigmoid()).to(weights.dtype)
         return weights, weights[partners]
+
+
+def fine_parameters(encoder: MaCoSNetEncoder) -> list[nn.Parameter]:
+    """The parameters of an encoder that its maps of stride 8 and less, the decoder's skip connections, depend on."""
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    was_training = encoder.training
+    encoder.eval()  # its batch-norm statistics must not see this
+    with torch.enable_grad():
+        skips = encoder(torch.zeros(1, 3, 64, 64, device=parameters[0].device)).skips
+        total = torch.stack([skip.float().sum() for skip in skips]).sum() if skips else None
+    encoder.train(was_training)
+    if total is None:
+        return []
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [parameter for parameter, one in zip(parameters, found, strict=True) if one is not None]
 
 
 def _viewed(images: Tensor, masks: Tensor, affine: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -256,4 +311,4 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (has_object * (1 - (2 * both + 1) / (total + 1))).sum() / has_object.sum().clamp(min=1)
 
 
-__all__ = ["CommonObjective", "CompositeGroups", "composable_classes", "dice_loss"]
+__all__ = ["CommonObjective", "CompositeGroups", "composable_classes", "dice_loss", "fine_parameters"]

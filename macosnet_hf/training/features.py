@@ -49,3 +49,25 @@ def feature_statistics(
     mean = total / cells
     variance = (squares / cells - mean.square()).clamp(min=0)
     return mean.float(), variance.sqrt().float()
+
+
+@torch.no_grad()
+def class_similarity(
+    model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: TrainingImages, masks: Tensor
+) -> Tensor:
+    """How much the objects of the classes look alike: `(C, C)` in [-1, 1], classes in the order of their first images.
+
+    The cosine between the mean features of the objects of two classes, less those of all classes.
+
+    Args:
+        masks: `(N, H, W)`, of all images.
+    """
+    means: list[Tensor] = []
+    for features in _encoded(model, processor, images, range(len(images))):
+        maps = features.normalized.float()
+        rows = slice(len(means), len(means) + len(maps))
+        weights = F.interpolate(masks[rows].to(maps.device).float().unsqueeze(1), size=maps.shape[-2:], mode="area")
+        means.extend(F.normalize((maps * weights).sum(dim=(2, 3)), dim=1).cpu())
+    classes = torch.stack([torch.stack([means[row] for row in rows]).mean(0) for rows in images.classes().values()])
+    unit = F.normalize(classes - classes.mean(0), dim=1)
+    return unit @ unit.t()

@@ -80,7 +80,7 @@ class ParameterGroup:
 def parameter_groups(objective: Objective, rates: Mapping[str, float]) -> list[ParameterGroup]:
     """The parts that an objective trains, with a learning rate for each, in the order of `rates`."""
     return [
-        ParameterGroup(name, [p for part in objective.parts(name) for p in part.parameters()], rate)
+        ParameterGroup(name, [p for part in objective.parts(name) for p in part.parameters() if p.requires_grad], rate)
         for name, rate in rates.items()
         if name in objective.trained
     ]

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
     from .settings import DecoderSettings, JointSettings
 
+_LEAST_OVERLAP = 0.5  # of the masks of several teachers, intersection over union, for an image to teach anything
+_AREAS = (0.02, 0.9)  # share of the image that an object of several teachers has
+
 
 def centre_weight(side: int, sigma: float) -> Tensor:
     """`(side, side)` Gaussian around the middle, 1 at the middle; sigma in normalised coordinates."""
@@ -170,18 +173,20 @@ def pseudo_masks(images: Tensor, features: Tensor, class_names: Sequence[str], *
 
 
 def teacher_masks(
-    model: MaCoSNetForKeypointMatching,
-    processor: MaCoSNetImageProcessor,
+    teachers: Sequence[tuple[MaCoSNetForKeypointMatching, MaCoSNetImageProcessor]],
     images: Callable[[list[int]], Tensor],
     class_names: Sequence[str],
     *,
     quiet: bool = False,
 ) -> Tensor:
-    """Masks of images by a model that can segment already: each class is a collection, refined by GrabCut, see
+    """Masks of images by models that can segment already: each class is a collection, refined by GrabCut, see
     [`~macosnet_hf.collection.Collection.segment`].
 
+    Of several teachers it is the mean. The mask of an image on which they disagree, or whose object is nearly nothing
+    or nearly everything, is empty: it teaches more errors than it is worth.
+
     Args:
-        model: the teacher, in evaluation mode, and `processor` its image processor.
+        teachers: models in evaluation mode with their image processors.
         images: uint8 `(n, 3, S, S)` of the images with these n numbers.
         class_names: N names.
 
@@ -196,12 +201,28 @@ def teacher_masks(
     with tqdm(total=len(class_names), desc="teacher's masks", disable=quiet) as progress:
         for members in by_class(class_names).values():
             squares = images(members).cpu()
-            collection = Collection(model, processor)
-            collection.add([Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares])
-            found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
-            masks |= zip(members, resize_masks(found, squares.shape[-2:]) >= 0.5, strict=True)
+            pixels = [Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares]
+            answers = []
+            for model, processor in teachers:
+                collection = Collection(model, processor)
+                collection.add(pixels)
+                found = torch.from_numpy(collection.segment(refine="grabcut").probabilities)
+                answers.append(resize_masks(found, squares.shape[-2:]))
+            masks |= zip(members, _agreed(torch.stack(answers)), strict=True)
             progress.update(len(members))
     return torch.stack([masks[index] for index in range(len(class_names))])
+
+
+def _agreed(answers: Tensor) -> Tensor:
+    """Soft masks `(T, n, S, S)` of T teachers to bool `(n, S, S)`."""
+    mean = answers.mean(0) >= 0.5
+    if len(answers) == 1:
+        return mean
+    hard = answers >= 0.5
+    overlap = hard.all(0).sum(dim=(1, 2)) / hard.any(0).sum(dim=(1, 2)).clamp(min=1)
+    area = mean.float().mean(dim=(1, 2))
+    useful = (overlap >= _LEAST_OVERLAP) & (area >= _AREAS[0]) & (area <= _AREAS[1])
+    return mean & useful[:, None, None]
 
 
 def make_masks(model: MaCoSNetModel, processor: MaCoSNetImageProcessor, images: TrainingImages) -> Tensor:
@@ -237,11 +258,12 @@ def masks_of_run(
         made_before = settings.resume_from_checkpoint or not accelerator.is_main_process
         masks = load_masks(path, fingerprint) if made_before else None
         if masks is None:
-            if settings.mask_teacher is None:
+            if not settings.mask_teacher:
                 masks = make_masks(model.macosnet, processor, images)
             else:
-                teacher, its_processor = load_model_and_processor(settings.mask_teacher, accelerator.device)
-                masks = teacher_masks(teacher, its_processor, images.batch, images.class_names)
+                names = [settings.mask_teacher] if isinstance(settings.mask_teacher, str) else settings.mask_teacher
+                teachers = [load_model_and_processor(name, accelerator.device) for name in names]
+                masks = teacher_masks(teachers, images.batch, images.class_names)
             if accelerator.is_main_process:
                 save_masks(path, masks, fingerprint)
     return masks

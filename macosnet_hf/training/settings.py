@@ -160,13 +160,26 @@ class DecoderOptions:
     decoder_rounds: int = option("of the kind common", 2, choices=(1, 2))
     group_size: Count = option("with the kind common: images in a group", 4)
     composite_share: Share = option("with the kind common: share of images that are composites", 0.45)
+    rival_share: Share = option(
+        "with the kind common: share of the other objects in composites that are of a class that looks alike", 0.0
+    )
     train_encoder: bool = option(
         "with the kind common: the encoder learns too, its batch-norm statistics do not", False
     )
     encoder_learning_rate: Rate = option("of the encoder", 1e-4)
+    freeze_fine_stages: bool = option(
+        "with --train_encoder: what its stages of stride 8 and less are made of stays as it is, which saves time", False
+    )
     feature_weight: Weight = option("with --train_encoder: of how far its features move, which matching needs", 0.0)
     pseudo_masks: str | None = option("take the pseudo-masks from this pseudo_masks.npz", None, metavar="FILE")
-    mask_teacher: str | None = option("let this trained model make the pseudo-masks", None, metavar="MODEL")
+    mask_teacher: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "let this trained model make the pseudo-masks; several, with the kind common: their mean, without "
+            "the images on which they disagree",
+            "metavar": "MODEL",
+        },
+    )
     validation_masks: str | None = option("folder with images/<class> and masks/<class>", None, metavar="FOLDER")
     validation_per_class: Count = option("images of a class to validate on", 6)
 
@@ -283,10 +296,10 @@ class SyntheticSettings(TrainingSettings, SyntheticOptions, WarpRange):
             )
 
 
-def _check_pseudo_masks(file: str | None, teacher: str | None) -> None:
+def _check_pseudo_masks(file: str | None, teacher: str | Sequence[str] | None) -> None:
     if file is not None and not Path(file).is_file():
         raise InputError(f"There is no file {file} (--pseudo_masks).")
-    if file is not None and teacher is not None:
+    if file is not None and teacher:
         raise InputError("--mask_teacher makes pseudo-masks, and does not go with --pseudo_masks.")
 
 
@@ -300,6 +313,8 @@ class DecoderSettings(TrainingSettings, DecoderOptions):
             raise InputError("--group_size must be at least 2.")
         if self.feature_weight and not self.train_encoder:
             raise InputError("--feature_weight is of no use without --train_encoder.")
+        if self.freeze_fine_stages and not self.train_encoder:
+            raise InputError("--freeze_fine_stages is of no use without --train_encoder.")
         _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
 
 

@@ -197,7 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
             (begin / str(number)).write_bytes(data)
         options = [f"-max_total_time={args.seconds}", "-timeout=10", "-rss_limit_mb=2500", "-print_final_stats=1"]
         words = [sys.argv[0], *options, "-max_len=100000", str(stored), str(begin)]
-        atheris.Setup(words, target, custom_mutator=_mutator(args.target, atheris.Mutate))
+        # atheris puts its function in place when it starts: one taken from the module now only says so.
+        mutator = _mutator(args.target, lambda data, longest: atheris.Mutate(data, longest))
+        atheris.Setup(words, target, custom_mutator=mutator)
         atheris.Fuzz()  # ends the process
     return 0
 

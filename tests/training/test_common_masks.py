@@ -1,15 +1,20 @@
 """Composites, groups of images, and the objective that teaches the decoder what they have in common."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import small_model
 
 from macosnet_hf import DataError, InputError, MaCoSNetModel
 from macosnet_hf.datasets.composites import compose, in_a_row, object_boxes, pasted, scattered, side_by_side
 from macosnet_hf.training.common_masks import CommonObjective, CompositeGroups, dice_loss
+from macosnet_hf.training.features import class_similarity
+from macosnet_hf.training.loop import parameter_groups
 
 COLOURS = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1), "cyan": (1, 2)}  # channels
 
@@ -222,9 +227,118 @@ def test_the_encoder_learns_and_its_features_are_held():
         ]
         moved[weight] = 1 - np.mean(cosines)
         if weight:
-            assert float(objective._moved(now, pixels)) == pytest.approx(moved[weight], abs=1e-5)
+            assert float(objective._moved(now, pixels, every=1)) == pytest.approx(moved[weight], abs=1e-5)
+            first_image = 1 - np.mean(cosines[: len(cosines) // 2])
+            assert float(objective._moved(now, pixels, every=2)) == pytest.approx(first_image, abs=1e-5)
     assert moved[0.0] > 1e-5
     assert moved[10.0] < 0.5 * moved[0.0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fine_stages_can_stay(training):
+    """What the skip connections depend on keeps its weights, the rest of the encoder learns."""
+    images = Images()
+    groups = CompositeGroups(images, images.masks, length=50)
+    model = small_common_model().train(training)
+    before = copy.deepcopy(model.encoder.state_dict())
+    objective = CommonObjective(
+        model, [0.5] * 3, [0.5] * 3, trained=("encoder", "decoder"), freeze_fine_stages=True
+    ).train()
+    assert all(torch.equal(before[name], value) for name, value in model.encoder.state_dict().items())
+    (group,) = parameter_groups(objective, {"encoder": 1e-3})
+    assert 0 < len(group.parameters) < len(list(model.encoder.parameters()))
+    optimizer = torch.optim.AdamW(group.parameters, lr=1e-3)
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        then = model.encoder(pixels)
+    objective(batch_of(groups, range(2)), torch.Generator().manual_seed(0))["total"].backward()
+    optimizer.step()
+    with torch.no_grad():
+        now = model.encoder(pixels)
+    assert then.skips
+    assert all(torch.equal(a, b) for a, b in zip(then.skips, now.skips, strict=True))
+    assert not torch.equal(then.last, now.last)
+
+
+def test_the_others_look_alike_where_rivals_are_wanted():
+    images = Images()
+    draw = torch.Generator().manual_seed(2)
+    alike = torch.rand(5, 5, generator=draw)
+    alike = alike + alike.t()
+    classes = list(images.classes().values())
+    number_of = {row: number for number, rows in enumerate(classes) for row in rows}
+    met = {share: [] for share in (0.0, 1.0)}
+    for share, found in met.items():
+        groups = CompositeGroups(images, images.masks, length=60, alike=alike, rival_share=share)
+        groups_again = CompositeGroups(images, images.masks, length=60, alike=alike, rival_share=share)
+        for number in range(60):
+            own, beside, common = groups.rows(number)
+            assert (own, beside, common) == groups_again.rows(number)
+            if all(common):
+                chosen = number_of[own[0]]
+                ranks = sorted((k for k in range(5) if k != chosen), key=lambda k: -float(alike[chosen, k]))
+                assert groups.rivals[chosen].tolist() == ranks
+                found.extend(ranks.index(number_of[row]) for row in beside)
+    assert set(met[0.0]) == {0, 1, 2, 3}
+    with pytest.raises(InputError, match="how much the classes look alike"):
+        CompositeGroups(images, images.masks, rival_share=0.5)
+
+
+def test_rivals_are_the_most_alike_of_many():
+    images = Images(per_class=2)
+    images.names = [f"class {k // 2}" for k in range(20)]
+    images.pixels, images.masks = images.pixels * 2, images.masks.repeat(2, 1, 1)
+    alike = -(torch.arange(10)[:, None] - torch.arange(10)).abs().float()  # neighbours by number
+    groups = CompositeGroups(images, images.masks, length=200, alike=alike, rival_share=1.0)
+    for number in range(200):
+        own, beside, common = groups.rows(number)
+        if all(common):
+            assert all(abs(row // 2 - own[0] // 2) <= 6 for row in beside)
+    far = CompositeGroups(images, images.masks, length=200, alike=alike, rival_share=0.0)
+    assert any(abs(row // 2 - far.rows(k)[0][0] // 2) > 6 for k in range(200) for row in far.rows(k)[1])
+
+
+def test_images_without_a_pseudo_mask_are_left_out():
+    images = Images()
+    masks = images.masks.clone()
+    empty = [0, 3, 7]
+    masks[empty] = False
+    masks[10:15] = False  # a whole class
+    groups = CompositeGroups(images, masks, length=200)
+    drawn = {row for number in range(200) for part in groups.rows(number)[:2] for row in part}
+    assert drawn == set(range(25)) - set(empty)
+
+
+def test_similarity_of_classes_is_that_of_their_objects():
+    """Against loops in float64 over cells, images and classes."""
+    images = Images()
+    images.batch = lambda rows: torch.stack([images[row] for row in rows])
+    model = small_common_model().eval()
+    size = model.config.image_size
+    processor = SimpleNamespace(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
+    found = class_similarity(model, processor, images, images.masks)
+    means = []
+    for row in range(len(images)):
+        pixels = F.interpolate(images[row][None].float() / 255, size=(size, size), mode="bilinear", align_corners=False)
+        pixels = (pixels - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+            1, 3, 1, 1
+        )
+        with torch.no_grad():
+            maps = model.encoder(pixels).normalized[0].double().numpy()
+        side = maps.shape[-1]
+        step = images.size / side
+        total = np.zeros(len(maps))
+        for y in range(side):
+            for x in range(side):
+                rows, columns = (slice(math.floor(k * step), math.ceil((k + 1) * step)) for k in (y, x))
+                total += maps[:, y, x] * images.masks[row][rows, columns].double().mean().item()
+        means.append(total / np.linalg.norm(total))
+    classes = [np.mean([means[row] for row in rows], axis=0) for rows in images.classes().values()]
+    middle = np.mean(classes, axis=0)
+    for i, one in enumerate(classes):
+        for j, other in enumerate(classes):
+            a, b = one - middle, other - middle
+            assert float(found[i, j]) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3)
 
 
 def test_members_that_do_not_belong_are_taught_an_empty_mask():

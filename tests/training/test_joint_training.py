@@ -110,7 +110,7 @@ def test_a_teacher_s_masks_are_stored_beside_the_run(runs, start_model):
     teacher = load_model_and_processor(str(start_model), "cpu")
     members = squares.class_names
     expected = teacher_masks(
-        *teacher, lambda numbers: torch.stack([squares[number] for number in numbers]), members, quiet=True
+        [teacher], lambda numbers: torch.stack([squares[number] for number in numbers]), members, quiet=True
     )
     assert found.shape == expected.shape == (12, 96, 96)
     assert (found == expected).float().mean() > 0.98  # a run computes on other threads

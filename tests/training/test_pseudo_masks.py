@@ -12,6 +12,7 @@ from macosnet_hf.collection import Collection
 from macosnet_hf.errors import DataError
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.training.pseudo_masks import (
+    _agreed,
     border_contrast,
     centre_weight,
     discriminants,
@@ -183,7 +184,32 @@ def read(names, side=256):
 
 
 def masks_of(teacher, images, names):
-    return teacher_masks(*teacher, lambda numbers: images[numbers], names, quiet=True)
+    return teacher_masks([teacher], lambda numbers: images[numbers], names, quiet=True)
+
+
+def test_teachers_that_disagree_teach_nothing():
+    """Of several teachers the mean counts; a mask on which they overlap by less than half, of nearly nothing or of
+    nearly everything is empty."""
+    draw = torch.Generator().manual_seed(4)
+    soft = torch.rand(3, 40, 12, 12, generator=draw)
+    blobs = torch.zeros(40, 12, 12)
+    for k in range(40):
+        blobs[k, : 1 + k % 12, : 2 + k // 4] = 1
+    answers = (0.6 * blobs + soft * (torch.arange(40) / 40).view(-1, 1, 1)).clamp(0, 1)
+    kept = 0
+    for row, mask in enumerate(_agreed(answers)):
+        one = [answers[t, row].double().numpy() for t in range(3)]
+        every = np.minimum.reduce([m >= 0.5 for m in one]).sum()
+        some = max(np.maximum.reduce([m >= 0.5 for m in one]).sum(), 1)
+        mean = sum(one) / 3 >= 0.5
+        if every / some < 0.5 or not 0.02 <= mean.mean() <= 0.9:
+            assert not mask.any()
+        else:
+            kept += 1
+            assert np.array_equal(mask.numpy(), mean)
+    assert 5 < kept < 38
+    alone = answers[:1]
+    assert torch.equal(_agreed(alone), alone[0] >= 0.5)
 
 
 def test_a_teacher_s_masks_are_those_of_a_collection(teacher):
