@@ -150,6 +150,7 @@ class CollectionTab:
         ]
         cutouts = [small_cutout(collection, number) for number in range(len(copies))]
         key = key or self.sessions.collections.add(collection, request.session_hash)
+        self.sessions.place(request, "collection").hints = collection.hints
         return (
             key,
             collection_verdict(collection),
@@ -173,8 +174,10 @@ class CollectionTab:
         request: gr.Request,
         progress: Any = components.PROGRESS,
     ) -> tuple[Any, ...]:
+        hints = self.sessions.place(request, "collection").marks_on(paths)
+
         def work(report: Report) -> SegmentedCollection:
-            return self.sessions.matcher.collection(paths or [], refine, report, model, orientations)
+            return self.sessions.matcher.collection(paths or [], refine, report, model, orientations, hints)
 
         with errors_for_visitors():
             return self._show_if_chosen(paths, work, request, progress)

@@ -105,7 +105,7 @@ class Matcher:
         orientations: str | None = None,
         model: str | None = None,
         roles: tuple[str, str] = ROLES,
-        hints: Mapping[str, Hint] | None = None,
+        hints: Mapping[str, Hint | PlacedHint] | None = None,
     ) -> MatchedPair:
         """Matches the photos in two files. Who waits until large photos are read does not hold up others.
 
@@ -133,7 +133,7 @@ class Matcher:
         progress: Any,
         model: str | None = None,
         orientations: str = "none",
-        hints: Mapping[int, Hint] | None = None,
+        hints: Mapping[int, Hint | PlacedHint] | None = None,
     ) -> SegmentedCollection:
         """Segments the photos in some files; `refine`, `progress`, `orientations`, `hints` as in `segment_files`."""
         with self._working(model):
@@ -180,7 +180,7 @@ class Matcher:
         copies: Sequence[WorkingCopy],
         refine: str,
         orientations: str | None,
-        hints: Mapping[str, Hint] | None,
+        hints: Mapping[str, Hint | PlacedHint] | None,
     ) -> MatchedPair:
         options = {"refine": refine, "orientations": orientations, "hints": hints}
         return _files().match_copies(tuple(copies), **options, **self.load(model))

@@ -156,6 +156,7 @@ class PairTab:
             again: whether a reload of the page shows it again.
         """
         key = key or self.sessions.pairs.add(pair, request.session_hash)
+        self.sessions.place(request, "pair").hints = pair.hints
         result = pair.result
         names = (pair.copies[0].name, pair.copies[1].name)
         return (
@@ -184,7 +185,10 @@ class PairTab:
     ) -> tuple[Any, ...]:
         with errors_for_visitors():
             photos = components.checked_pair(source, target)
-            work = partial(self.sessions.matcher.pair, *photos, refine, orientations, model, roles=PHOTOS)
+            marked_before = self.sessions.place(request, "pair").marks_on(photos)
+            hints = {VIEWS[view]: hint for view, hint in marked_before.items()}
+            matcher = self.sessions.matcher
+            work = partial(matcher.pair, *photos, refine, orientations, model, roles=PHOTOS, hints=hints)
             return self._show_if_chosen(photos, work, threshold, count, request)
 
     def _show_if_chosen(

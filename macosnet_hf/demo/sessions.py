@@ -6,9 +6,9 @@ import contextlib
 import html
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from cachetools import LRUCache
@@ -19,6 +19,9 @@ from .examples import COLLECTION_EXAMPLE, EXAMPLES
 from .matcher import Matcher
 from .result_store import ResultStore
 from .texts import missing_models
+
+if TYPE_CHECKING:
+    from ..hints import PlacedHint
 
 logger = logging.getLogger("macosnet_hf.demo")
 
@@ -37,6 +40,7 @@ class Place:
         shown: the paths that the result is of; None where there is no result.
         files: what the files for download are made of; None once that is no longer what is shown.
         last_key: the key of the result that a reload of the page shows again; empty for the example of a new page.
+        hints: the visitor's marks on what is shown, by number of the photo.
     """
 
     photos: Any = None
@@ -44,6 +48,11 @@ class Place:
     shown: Any = None
     files: Any = None
     last_key: str = ""
+    hints: Mapping[int, PlacedHint] = field(default_factory=dict)
+
+    def marks_on(self, photos: Any) -> Mapping[int, PlacedHint]:
+        """The marks that a new run of these photos starts with: those on what is shown, if it is of them."""
+        return self.hints if self.shown is not None and self.shown == photos else {}
 
     def changed(self, photos: Any) -> bool:
         """Notes what is chosen now; returns whether what is shown is of something else, and no run is of this."""

@@ -878,6 +878,16 @@ def test_a_click_says_which_object_is_meant(page, matcher, tmp_path):
     assert page.get_by_role("button", name="Clear marks").is_disabled()
     assert matcher.pairs == before
 
+    click_on_photo(page, 0, 0.3, 0.5)
+    wait_until(page, lambda: layers() == one)
+    _, marked = download(page, "pair", tmp_path)
+    page.locator("#match").click()
+    wait_until(page, lambda: matcher.pairs == before + 1)
+    page.locator("#verdict .mark").wait_for(timeout=60_000)
+    _, document = download(page, "pair", tmp_path)
+    assert document == marked, "a new run of the same photos starts with the marks"
+    wait_until(page, lambda: hint.count() == 1 and layers() == one)
+
 
 def test_marks_go_with_their_photo_and_where_they_cannot_be_used(page, address, matcher, tmp_path, monkeypatch):
     show(page, "Cutout")

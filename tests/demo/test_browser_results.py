@@ -148,6 +148,14 @@ def test_a_click_in_one_photo_of_a_collection_changes_the_masks_of_all(page, mat
     assert min(changed[:2]) > 0.02, "those with marks"
     assert masks(page) == two
 
+    page.locator("#segment").click()
+    wait_until(page, lambda: matcher.collections == before + 1)
+    page.locator("#agreement .agreement").wait_for(timeout=240_000)
+    _, document = download(page, "collection", tmp_path)
+    assert [photo["object_share"] for photo in document["photos"]] == shares, "a new run starts with the marks"
+    page.locator("#collection-results").get_by_role("tab", name="Masks").click()
+    wait_until(page, lambda: marks.count() == 2 and masks(page) == two)
+
     click_mask(page, 1, 0.8, 0.6)  # on the mark
     wait_until(page, lambda: masks(page) == one)
     page.locator(".photo-unhint").click()
