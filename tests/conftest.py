@@ -60,11 +60,21 @@ def large_lion(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def pair(network, large_lion) -> Any:
-    """Two image files, matched: neither square nor of the same size, and one processed as a smaller copy."""
-    from real_photos import TOWER
+@pytest.fixture(scope="session")
+def tall_cheetah(tmp_path_factory) -> str:
+    """The path of an image that is taller than wide."""
+    from PIL import Image
+    from real_photos import CHEETAH
 
+    path = tmp_path_factory.mktemp("photos") / "tall cheetah.jpg"
+    with Image.open(CHEETAH) as photo:
+        photo.convert("RGB").resize((377, 600)).save(path, quality=95)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pair(network, tall_cheetah, large_lion) -> Any:
+    """Two image files, matched: neither square nor of the same size, and one processed as a smaller copy."""
     from macosnet_hf.inference.files import match_files
 
-    return match_files(TOWER, large_lion, **network, refine="none")
+    return match_files(tall_cheetah, large_lion, **network, refine="none")

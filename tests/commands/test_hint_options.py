@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
-from real_photos import CHEETAH, LION
+from PIL import Image, ImageOps
+from real_photos import LION
 
 from macosnet_hf import InputError
 from macosnet_hf.commands.hint_options import add_hint_arguments, read_hints
@@ -97,9 +97,9 @@ def test_match_follows_hints(tmp_path):
 
 @pytest.mark.slow
 def test_match_says_which_objects_match(tmp_path, capsys):
-    """The larger of two heads is not the one that the target shows."""
-    two, lion = Image.new("RGB", (700, 400), "white"), Image.open(LION)
-    two.paste(Image.open(CHEETAH).resize((240, 240)), (40, 80))
+    """Of two lions it is the one that faces as the target does."""
+    two, lion = Image.new("RGB", (700, 400), "white"), Image.open(LION).convert("RGB")
+    two.paste(ImageOps.mirror(lion).resize((260, 260)), (40, 80))
     two.paste(lion.resize((300, 300)), (340, 50))
     two.save(tmp_path / "two.png")
     lion.crop((12, 10, 244, 246)).save(tmp_path / "lion.png")

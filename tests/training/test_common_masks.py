@@ -260,7 +260,7 @@ def test_fine_stages_can_stay(training):
     assert not torch.equal(then.last, now.last)
 
 
-def test_the_others_look_alike_where_rivals_are_wanted():
+def test_the_others_are_rivals_where_they_are_wanted():
     images = Images()
     draw = torch.Generator().manual_seed(2)
     alike = torch.rand(5, 5, generator=draw)
@@ -284,7 +284,7 @@ def test_the_others_look_alike_where_rivals_are_wanted():
         CompositeGroups(images, images.masks, rival_share=0.5)
 
 
-def test_rivals_are_the_most_alike_of_many():
+def test_rivals_are_the_nearest_classes_of_many():
     images = Images(per_class=2)
     images.names = [f"class {k // 2}" for k in range(20)]
     images.pixels, images.masks = images.pixels * 2, images.masks.repeat(2, 1, 1)
