@@ -191,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         stored.mkdir(exist_ok=True)
         importlib.import_module("transformers")  # outside: its own lines are not to guide the search
         with atheris.instrument_imports(include=list(TARGETS[args.target])):
+            importlib.import_module("macosnet_hf")
+            # The package puts a finder of its own first, which would load the configuration without atheris.
+            sys.meta_path.sort(key=lambda finder: not type(finder).__module__.startswith("atheris"))
             target = make_target(args.target, scratch)
         known = sorted((CORPUS / args.target).glob("*"))
         for number, data in enumerate([*sound_inputs(args.target), *(path.read_bytes() for path in known)]):
