@@ -85,7 +85,8 @@ class CompositeGroups(TrainingData):
         if rival_share and alike is None:
             raise InputError("To draw rivals, say how much the classes look alike.")
         # Each class's others, the most alike first.
-        self.rivals = None if alike is None else _off_diagonal(alike).argsort(dim=1, descending=True)[:, :-1]
+        itself = torch.eye(len(self.members), dtype=torch.bool)
+        self.rivals = None if alike is None else alike.masked_fill(itself, -torch.inf).argsort(descending=True)[:, :-1]
         self.rival_share = rival_share
         self.length = length or len(images)
         # Between the same chance for each image and the same for each class.
@@ -141,10 +142,6 @@ class CompositeGroups(TrainingData):
         own, beside, common = self.rows(number)
         seen = [*own, *beside]
         return torch.stack([self.images[row] for row in seen]), self.masks[seen], torch.tensor(common)
-
-
-def _off_diagonal(alike: Tensor) -> Tensor:
-    return alike.masked_fill(torch.eye(len(alike), dtype=torch.bool), -torch.inf)
 
 
 class CommonObjective(Objective):
@@ -281,15 +278,15 @@ class CommonObjective(Objective):
 
 def fine_parameters(encoder: MaCoSNetEncoder) -> list[nn.Parameter]:
     """The parameters of an encoder that its maps of stride 8 and less, the decoder's skip connections, depend on."""
+    if not encoder.skip_channels:
+        return []
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     was_training = encoder.training
     encoder.eval()  # its batch-norm statistics must not see this
     with torch.enable_grad():
         skips = encoder(torch.zeros(1, 3, 64, 64, device=parameters[0].device)).skips
-        total = torch.stack([skip.float().sum() for skip in skips]).sum() if skips else None
+        total = torch.stack([skip.float().sum() for skip in skips]).sum()
     encoder.train(was_training)
-    if total is None:
-        return []
     found = torch.autograd.grad(total, parameters, allow_unused=True)
     return [parameter for parameter, one in zip(parameters, found, strict=True) if one is not None]
 
