@@ -76,7 +76,7 @@ def nothing_stands_there(page, words="Press Match when both photos are there."):
     """No result, and what to do."""
     tab = "collection" if "above" in words else "pair"
     verdict = page.locator("#collection-verdict" if tab == "collection" else "#verdict")
-    wait_until(page, lambda: words in verdict.inner_text().splitlines(), 30)
+    wait_until(page, lambda: words in verdict.inner_text().splitlines())
     page.locator(f"#{tab}-results").wait_for(state="hidden")
 
 

@@ -371,7 +371,7 @@ def test_tabs_do_not_disturb_each_other(page, address):
     clear(page, "target")
     nothing_stands_there(page)
     page.get_by_role("tab", name="Collection").click()
-    assert "cup.jpg does not seem to belong" in page.locator("#collection-verdict").inner_text()
+    page.locator("#collection-verdict").get_by_text("cup.jpg does not seem to belong").wait_for()
     assert page.locator("#collection-results").is_visible()
     assert "matching points" in other.locator("#verdict").inner_text()
     assert other.locator("#pair-results").is_visible()

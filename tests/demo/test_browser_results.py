@@ -58,10 +58,13 @@ def test_a_photo_that_was_cut_off_is_refused_at_once(page, matcher, tmp_path, pl
     assert matcher.pairs == before
 
 
-def test_a_photo_that_is_damaged_later_is_called_as_on_the_page(page, tmp_path):
+def test_a_photo_that_is_damaged_later_is_called_as_on_the_page(page, matcher, tmp_path, monkeypatch):
     """Its file is cut off on the server between upload and Match."""
+    for_browser, checked = matcher.reader.for_browser, []
+    monkeypatch.setattr(matcher.reader, "for_browser", lambda *asked: [for_browser(*asked), checked.append(asked)][0])
     clear(page, "target")
     choose(page, "target", save_large(LION, (300, 200), tmp_path / "sound.jpg"))
+    wait_until(page, lambda: checked)
     stored = Path(page.locator("#target img").get_attribute("src").split("file=")[1])
     stored.write_bytes(stored.read_bytes()[:4000])
     page.locator("#match").click()
