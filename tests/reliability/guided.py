@@ -21,8 +21,9 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -172,6 +173,23 @@ def _mutator(name: str, mutate: Callable[[bytes, int], bytes]) -> Callable[[byte
     return change
 
 
+def _functions_loaded(names: Sequence[str]) -> list[FunctionType]:
+    """The functions of these modules and packages, and of their classes, which are in memory already: what somebody
+    else has loaded is not loaded again while atheris looks on."""
+    modules = [
+        sys.modules[name] for name in sorted(sys.modules) if f"{name}.".startswith(tuple(f"{n}." for n in names))
+    ]
+    found: dict[int, FunctionType] = {}
+    for module in modules:
+        for value in list(vars(module).values()):
+            members = list(vars(value).values()) if isinstance(value, type) else [value]
+            for member in members:
+                member = getattr(member, "__func__", member)
+                if isinstance(member, FunctionType) and member.__module__ == module.__name__:
+                    found[id(member)] = member
+    return list(found.values())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
@@ -190,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         begin.mkdir()
         stored.mkdir(exist_ok=True)
         importlib.import_module("transformers")  # outside: its own lines are not to guide the search
+        for function in _functions_loaded(TARGETS[args.target]):
+            atheris.instrument_func(function)
         with atheris.instrument_imports(include=list(TARGETS[args.target])):
             importlib.import_module("macosnet_hf")
             # The package puts a finder of its own first, which would load the configuration without atheris.

@@ -67,3 +67,14 @@ def test_a_single_input_again(capsys):
 def _most_memory() -> float:
     """Megabytes that this process has held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_what_others_have_loaded_guides_the_search_too():
+    """`transformers` loads yaml and PIL before atheris can."""
+    import yaml
+    from PIL import Image
+
+    found = guided._functions_loaded(("yaml", "PIL"))
+    assert {yaml.scanner.Scanner.fetch_more_tokens, yaml.safe_load, Image.open, Image.Image.convert} <= set(found)
+    assert {function.__module__.partition(".")[0] for function in found} == {"yaml", "PIL"}
+    assert not guided._functions_loaded(("yam",))
