@@ -44,7 +44,8 @@ def l2_normalize(tensor: Tensor, dim: int = 1) -> Tensor:
 def correlate(source: Tensor, target: Tensor) -> Tensor:
     """Correlation map S_AB of unit-length features.
 
-    Inner products of all positions, ReLU, then unit length over the positions of A.
+    Inner products of all positions, ReLU, then unit length over the positions of A: S_AB of the paper's section 3.2,
+    normalised as by Rocco et al., "Convolutional neural network architecture for geometric matching" (2017).
 
     Args:
         source: f_A, `(B, C, h, w)`.

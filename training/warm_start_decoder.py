@@ -39,6 +39,10 @@ def main(words: Sequence[str] | None = None) -> int:
     common = model.config.decoder_inputs == "common"
     if common:
         composable_classes(images)
+    elif settings.train_encoder:
+        raise InputError("--train_encoder goes with a decoder of the kind common.")
+    elif len(settings.mask_teacher) > 1:
+        raise InputError("Several models as --mask_teacher go with a decoder of the kind common.")
     pairs = [] if common else class_pairs(images, settings.partners, settings.seed)
     check_enough(len(images) if common else len(pairs), settings, accelerator, "groups" if common else "pairs")
     validate = None
@@ -75,10 +79,6 @@ def main(words: Sequence[str] | None = None) -> int:
         rates = {"decoder": settings.learning_rate, "encoder": settings.encoder_learning_rate}
         groups = parameter_groups(objective, rates)
     else:
-        if settings.train_encoder:
-            raise InputError("--train_encoder goes with a decoder of the kind common.")
-        if len(settings.mask_teacher) > 1:
-            raise InputError("Several models as --mask_teacher go with a decoder of the kind common.")
         dataset = MaskedPairs(images, masks, pairs)
         objective = DecoderObjective(model.macosnet, mean, std, paste_share=settings.paste_share)
     trained = train(accelerator, objective, dataset, settings, Reports(accelerator, settings, validate), groups=groups)

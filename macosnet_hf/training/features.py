@@ -57,7 +57,8 @@ def class_similarity(
 ) -> Tensor:
     """How much the objects of the classes look alike: `(C, C)` in [-1, 1], classes in the order of their first images.
 
-    The cosine between the mean features of the objects of two classes, less those of all classes.
+    The cosine between the mean features of the objects of two classes, less those of all classes. Images without a mask
+    do not count.
 
     Args:
         masks: `(N, H, W)`, of all images.
@@ -68,6 +69,9 @@ def class_similarity(
         rows = slice(len(means), len(means) + len(maps))
         weights = F.interpolate(masks[rows].to(maps.device).float().unsqueeze(1), size=maps.shape[-2:], mode="area")
         means.extend(F.normalize((maps * weights).sum(dim=(2, 3)), dim=1).cpu())
-    classes = torch.stack([torch.stack([means[row] for row in rows]).mean(0) for rows in images.classes().values()])
+    of_images, counted = torch.stack(means), masks.flatten(1).any(dim=1).float().cpu()
+    classes = torch.stack(
+        [of_images[rows].sum(dim=0) / counted[rows].sum().clamp(min=1) for rows in images.classes().values()]
+    )
     unit = F.normalize(classes - classes.mean(0), dim=1)
     return unit @ unit.t()

@@ -258,11 +258,10 @@ def masks_of_run(
         made_before = settings.resume_from_checkpoint or not accelerator.is_main_process
         masks = load_masks(path, fingerprint) if made_before else None
         if masks is None:
-            if not settings.mask_teacher:
+            if not settings.teachers:
                 masks = make_masks(model.macosnet, processor, images)
             else:
-                names = [settings.mask_teacher] if isinstance(settings.mask_teacher, str) else settings.mask_teacher
-                teachers = [load_model_and_processor(name, accelerator.device) for name in names]
+                teachers = [load_model_and_processor(name, accelerator.device) for name in settings.teachers]
                 masks = teacher_masks(teachers, images.batch, images.class_names)
             if accelerator.is_main_process:
                 save_masks(path, masks, fingerprint)

@@ -296,10 +296,10 @@ class SyntheticSettings(TrainingSettings, SyntheticOptions, WarpRange):
             )
 
 
-def _check_pseudo_masks(file: str | None, teacher: str | Sequence[str] | None) -> None:
+def _check_pseudo_masks(file: str | None, teachers: Sequence[str]) -> None:
     if file is not None and not Path(file).is_file():
         raise InputError(f"There is no file {file} (--pseudo_masks).")
-    if file is not None and teacher:
+    if file is not None and teachers:
         raise InputError("--mask_teacher makes pseudo-masks, and does not go with --pseudo_masks.")
 
 
@@ -315,7 +315,12 @@ class DecoderSettings(TrainingSettings, DecoderOptions):
             raise InputError("--feature_weight is of no use without --train_encoder.")
         if self.freeze_fine_stages and not self.train_encoder:
             raise InputError("--freeze_fine_stages is of no use without --train_encoder.")
-        _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
+        _check_pseudo_masks(self.pseudo_masks, self.teachers)
+
+    @property
+    def teachers(self) -> Sequence[str]:
+        """The trained models that make the pseudo-masks."""
+        return self.mask_teacher
 
 
 @dataclass(kw_only=True)
@@ -336,8 +341,13 @@ class JointSettings(TrainingSettings, GroupOptions, LossOptions, PartOptions, Va
             raise InputError("--pseudo_masks is of no use without --prior_weight.")
         if self.mask_teacher is not None and not self.prior_weight:
             raise InputError("--mask_teacher makes the masks of --prior_weight, and is of no use without it.")
-        _check_pseudo_masks(self.pseudo_masks, self.mask_teacher)
+        _check_pseudo_masks(self.pseudo_masks, self.teachers)
         self.loss_weights()
+
+    @property
+    def teachers(self) -> Sequence[str]:
+        """The trained models that make the pseudo-masks: one or none."""
+        return [self.mask_teacher] if self.mask_teacher else []
 
     def loss_weights(self) -> MaCoSNetLossWeights:
         """The benchmark's weights with the `--lambda_` that are given in their places.
@@ -476,6 +486,13 @@ class _FlatLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # yaml's own, of a value that is not what its tag says: `!!int ""`, `!!bool maybe`, `!!timestamp soon`.
+            raise yaml.MarkedYAMLError(problem="the value cannot be read", problem_mark=node.start_mark) from error
 
     def construct_yaml_int(self, node: Any) -> int:
         value = super().construct_yaml_int(node)

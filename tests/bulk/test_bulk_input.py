@@ -436,6 +436,7 @@ def test_very_long_names_of_rows_and_groups_are_shortened_and_stay_apart(images,
         (".huggingface.yaml", "configs:\n- data_files:\n  - path: /etc/*.csv\n", "outside of"),
         ("README.md", "---\nx: !!python/object/apply:os.system ['true']\n---\n", "is damaged"),
         ("README.md", "---\nconfigs: 3\n---\n", "cannot be loaded"),
+        ("README.md", '---\nconfigs: !!int ""\n---\n', "cannot be loaded"),
     ],
 )
 def test_a_card_cannot_name_files_outside_of_the_data_set(network, tmp_path, name, content, message):

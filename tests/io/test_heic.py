@@ -11,7 +11,7 @@ import pytest
 from image_bytes import display_p3, encoded
 from PIL import Image
 from real_photos import PHOTOS
-from test_image_io import UPRIGHT, difference, png
+from test_image_files import UPRIGHT, difference, png
 
 import macosnet_hf
 from macosnet_hf import ImageError, MaCoSNetImageProcessor

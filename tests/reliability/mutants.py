@@ -362,14 +362,14 @@ MUTANTS = (
         "io.image_files:upright_size",
         "_stored_orientation($image) >= 5",
         "_stored_orientation($image) > 8",
-        tests=("tests/io/test_image_io.py",),
+        tests=("tests/io/test_image_files.py",),
     ),
     Mutant(
         "an image's size looked at after it was decoded",
         "io.image_files:_check_size",
         "$width * $height > max_pixels",
         "$width > max_pixels",
-        tests=("tests/io/test_image_io.py",),
+        tests=("tests/io/test_image_files.py",),
     ),
     Mutant(
         "channels of a published checkpoint not reordered",

@@ -79,6 +79,9 @@ def runs(tmp_path_factory, start_model) -> Runs:
     teacher = ("--mask_teacher", root / "common", "--output_dir", root / "taught", "--max_train_steps", 1)
     runs.add("taught", "decoder", *common, *teacher)
     runs.add("both-masks", "decoder", *common, *masks, "--mask_teacher", root / "common", "--output_dir", root / "both")
+    two = ("--mask_teacher", "lite", "base", "--output_dir", root / "two-teachers")
+    runs.add("two-teachers", "decoder", *base, *two)
+    runs.add("no-common-decoder", "decoder", *base, "--train_encoder", "--output_dir", root / "no-common-decoder")
     runs.add("group-of-one", "decoder", *common, "--group_size", 1, "--output_dir", root / "one")
 
     runs.add("nan", "pretrain", *base, "--learning_rate", 1e30, "--output_dir", root / "nan", "--max_train_steps", 9)
@@ -229,6 +232,8 @@ def test_a_decoder_for_what_images_have_in_common_is_trained_and_resumed_exactly
 def test_masks_from_two_sources_and_groups_of_one_are_refused(runs):
     runs.refused("both-masks", "--mask_teacher", "--pseudo_masks")
     runs.refused("group-of-one", "--group_size")
+    runs.refused("two-teachers", "--mask_teacher", "of the kind common")
+    runs.refused("no-common-decoder", "--train_encoder", "of the kind common")
 
 
 def test_only_the_decoder_changes_in_the_second_stage(runs, start_model):
