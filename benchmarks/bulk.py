@@ -41,7 +41,7 @@ sys.exit(code)
 
 def sources(folder: Path) -> list[Path]:
     """All images of a folder of class folders, without that of backgrounds."""
-    return [path for path in sorted(folder.glob("*/*.jpg")) if not path.parent.name.startswith("BACKGROUND")]
+    return [path for path in sorted(folder.glob("*/[!.]*.jpg")) if not path.parent.name.startswith("BACKGROUND")]
 
 
 def variants(paths: list[Path], count: int) -> Iterator[tuple[str, Image.Image | Path]]:

@@ -23,7 +23,7 @@ _AT_ONCE = 256  # images that are added before they are saved
 
 def choose(folder: Path, count: int) -> list[Path]:
     """So many images of a folder."""
-    paths = sorted(folder.rglob("*.jpg"))
+    paths = sorted(folder.rglob("[!.]*.jpg"))
     return [paths[number * len(paths) // count] for number in range(min(count, len(paths)))]
 
 

@@ -126,7 +126,7 @@ def _classes(folder: Path, half: int) -> dict[str, list[Path]]:
     found = {}
     for each in sorted(folder.iterdir()):
         if each.is_dir():
-            found[each.name] = sorted(each.glob("*.jpg"))[half::2]
+            found[each.name] = sorted(each.glob("[!.]*.jpg"))[half::2]
     if not found:
         raise SystemExit(f"{folder} holds no classes")
     return found

@@ -25,6 +25,7 @@ from .encoder import MaCoSNetFeatures
 from .errors import InputError
 from .geometry import SYMMETRIES, resize_masks
 from .hints import Hint, HintedCells, PlacedHint, Rectangle, place_hints
+from .images import as_upright_rgb
 from .instances import split_instances
 from .mask_sharing import (
     LEAST_SIMILARITY,
@@ -193,13 +194,12 @@ class Collection:
         """Adds images and returns their numbers.
 
         Args:
-            images: upright RGB images. The network works at its own resolution, so copies a few times larger than that
-                serve as well as the originals.
+            images: of any mode, also with EXIF. Copies a few times larger than the network's input serve as well.
             progress: called with (done, total) after each batch.
         """
         numbers = list(range(len(self), len(self) + len(images)))
         for start in range(0, len(images), self._batch_size):
-            some = list(images[start : start + self._batch_size])
+            some = [as_upright_rgb(image) for image in images[start : start + self._batch_size]]
             pixels = self._pixels(some)
             keys = [content_key(image) for image in pixels]
             new = {key: row for row, key in enumerate(keys) if key not in self.encoded}
@@ -215,8 +215,7 @@ class Collection:
         """Replaces the images, if there are any, by images in files and what the encoder says of them.
 
         Args:
-            images, keys, encoded: of the same images in the same order, if there are any; `keys` as of
-                [`content_key`].
+            images, keys, encoded: of the same images in one order, if there are any; `keys` as of [`content_key`].
         """
         self.images, self.keys = ImageList(images), list(keys)
         self.encoded = self.encoded.replaced(dict(zip(keys, encoded, strict=True)))
@@ -615,7 +614,7 @@ def segment_collection(
     """Soft masks of the object that N images have in common: a [`Collection`] in one call.
 
     Args:
-        images: two or more upright RGB images.
+        images: two or more, as in [`Collection.add`].
         partners, refine, second_pass, progress, hints, instances: as in [`Collection.segment`].
         batch_size, skip_memory, orientations: as in [`Collection`].
 
@@ -623,6 +622,7 @@ def segment_collection(
         InputError: for fewer than two images, or options that cannot be used.
     """
     check_options(len(images), partners, refine)
+    images = [as_upright_rgb(image) for image in images]
     place_hints(hints or {}, [image.size for image in images])
     collection = Collection(model, processor, batch_size=batch_size, skip_memory=skip_memory, orientations=orientations)
     collection.add(images)

@@ -156,6 +156,7 @@ class MaCoSNetImageProcessor(PilBackend):
         if not do_rescale or not rescale_factor:
             return _on_three_channels(array, 1.0)
         white = _white_level(array)
+        _check_alpha(array, white)
         array = _on_three_channels(array.clip(0, white), white)
         return array / np.float32(rescale_factor) if white == 1 else array
 
@@ -523,6 +524,23 @@ def _white_level(array: np.ndarray) -> float:
             "uint8, or scaled to 0..1 before normalisation, or as it is with do_rescale=False."
         )
     return white
+
+
+def _check_alpha(array: np.ndarray, white: float) -> None:
+    """Refuses colours and an alpha of different ranges, which one white level would turn black or white.
+
+    Raises:
+        InputError: for such an array `(H, W, 4)`.
+    """
+    if array.shape[2] != 4 or white == 1:
+        return
+    colours, alpha = array[:, :, :3], array[:, :, 3]
+    fine = 0 < colours.max() <= 1.25 and bool((colours != np.rint(colours)).any())
+    if fine or 0 < alpha.max() <= 1.25:
+        raise InputError(
+            f"A floating-point image holds colours up to {colours.max():g} and an alpha up to {alpha.max():g}; give "
+            "both as 0..1 or both as 0..255."
+        )
 
 
 def _on_three_channels(array: np.ndarray, white: float) -> np.ndarray:

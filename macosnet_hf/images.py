@@ -21,6 +21,7 @@ COMMON_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 FURTHER_FORMATS = ("AVIF", "HEIF", "JPEG2000", "ICO", "PSD", "SGI")  # HEIF where pillow-heif is installed
 MAX_PIXELS = 100_000_000  # an image with more is refused before it is decoded
 _OVERSHOOT = 0.25
+_TWELVE_BITS = 4095
 _BAND_PIXELS = 1 << 20  # of a large image that are converted at once
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,8 +96,9 @@ def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Ima
 
     Colours of an ICC profile, such as a phone's Display P3, are converted to sRGB; a broken profile is ignored.
     Transparency is laid on white. 16-bit greyscale is scaled from 0..65535 to 0..255, not clipped. 32-bit integers are
-    taken as 8-bit (values a quarter beyond are clipped) or 16-bit where they fit, floating-point images as 0..1 or
-    0..255 (see [`white_level`]); other images are stretched from their smallest to their largest value.
+    taken as 8-bit (values a quarter beyond are clipped) or, with more than 12 bits, as 16-bit where they fit,
+    floating-point images as 0..1 or 0..255 (see [`white_level`]); other images are stretched from their smallest to
+    their largest value.
 
     Large images are converted in bands, which takes little memory beside the image and the new one.
 
@@ -160,6 +162,14 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
 def _in_srgb(image: Image.Image) -> Image.Image:
     """An image with its colours in sRGB; the image itself where they are, or its profile cannot be used."""
     transparent = image.has_transparency_data and image.mode != "RGBA"  # as one colour, or of a palette
+    if transparent and image.mode in ("L", "LA"):
+        grey = image.convert("L")
+        grey.info = {"icc_profile": image.info.get("icc_profile")}
+        of_grey = _to_srgb(grey)
+        if of_grey is not None:
+            coloured = of_grey.apply(grey)
+            coloured.putalpha(image.convert("RGBA").getchannel("A"))
+            return coloured
     if image.info.get("icc_profile") and (transparent or image.mode not in _PROFILED_MODES):
         image = image.convert("RGBA" if transparent else "RGB")
     transform = _to_srgb(image)
@@ -244,22 +254,31 @@ def _eight_bits(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     if mode == "F":
         white = _white_level(low, high, lambda: all(_is_whole(_finite(band)) for _, band in _bands(image)))
     else:
-        wide = mode != "I" or high > 255 * (1 + _OVERSHOOT)
-        white = 65535.0 if wide else 255.0
-        fits = low >= 0 and high <= white if wide else low >= -_OVERSHOOT * white
+        eight = mode == "I" and high <= 255 * (1 + _OVERSHOOT)
+        sixteen = not eight and (mode != "I" or high > _TWELVE_BITS)  # less would be black in the range of 16 bits
+        white = 255.0 if eight else 65535.0
+        fits = low >= -_OVERSHOOT * white if eight else sixteen and low >= 0 and high <= white
         white = white if fits else None
     offset, scale = (0.0, 255.0 / white) if white is not None else (low, 255.0 / max(high - low, 1e-12))
     halved = high - low > float(np.finfo(np.float32).max)  # found by hypothesis: the difference has no place in 32 bits
     if halved:
         offset, scale = offset / 2, scale * 2
 
+    clear = image.info.get("transparency")  # a grey, of a PNG
+    profile = image.info.get("icc_profile")
+    to_srgb = _profile_to_srgb(profile, "L") if isinstance(profile, bytes) else None
+
     def convert(band: Image.Image) -> Image.Image:
-        values = np.asarray(band)
+        stored = values = np.asarray(band)
         if mode == "F":
             values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low)
         values = values / 2 if halved else values
         levels = (values.astype(np.float32) - np.float32(offset)) * np.float32(scale) + 0.5
-        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB")
+        grey = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+        shown = grey.convert("RGB") if to_srgb is None else to_srgb.apply(grey)
+        if isinstance(clear, int):
+            shown.paste((255, 255, 255), mask=Image.fromarray(stored == clear))
+        return shown
 
     return convert
 

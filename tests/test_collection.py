@@ -19,6 +19,7 @@ from macosnet_hf.collection import (
     spread_ranks,
 )
 from macosnet_hf.crops import crop_to_box, object_boxes, paste_masks
+from macosnet_hf.hints import Hint
 from macosnet_hf.io.checkpoints import load_model_and_processor
 from macosnet_hf.mask_sharing import drop_small_components, propagate_masks, refine_masks, similar_cells
 from macosnet_hf.refinement import refine_mask
@@ -51,6 +52,28 @@ def soft_mask_of_pair(network, first, second):
     pixels = network["processor"]([first, second], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         return network["model"](pixels).mask_logits[0, 0].sigmoid().numpy()
+
+
+@pytest.mark.parametrize("kind", ["turned", "upside down", "transparent", "print"])
+def test_images_of_every_kind_have_the_masks_of_their_upright_pixels(network, photos, tmp_path, kind):
+    """Also where images are cut out sharply, cropped, and pointed at."""
+    upright = [photo.resize((120, 80)) for photo in photos[:3]]
+    given = []
+    for photo in upright:
+        if kind in ("turned", "upside down"):
+            exif = Image.Exif()
+            exif[0x0112] = 6 if kind == "turned" else 3
+            stored = photo.transpose(Image.Transpose.ROTATE_90 if kind == "turned" else Image.Transpose.ROTATE_180)
+            stored.save(tmp_path / "stored.png", exif=exif)
+            given.append(Image.open(tmp_path / "stored.png"))
+            given[-1].load()
+        else:
+            given.append(photo.convert("RGBA" if kind == "transparent" else "CMYK"))
+    if kind == "print":
+        upright = [load_image(image) for image in given]
+    hints = {0: Hint(include=[(100, 20)])}
+    found, expected = (segment_collection(each, refine="grabcut", hints=hints, **network) for each in (given, upright))
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

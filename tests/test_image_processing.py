@@ -215,6 +215,24 @@ def test_floating_point_ranges_are_not_guessed(processor):
     np.testing.assert_allclose(processor.preprocess_views(dark)["pixel_values"], expected, atol=1e-6)
 
 
+def test_colours_and_an_alpha_of_different_ranges_are_refused(processor):
+    colours = np.random.default_rng(0).random((20, 30, 3)).astype(np.float32)
+    colours[0, 0, 0] = 1
+    alpha = np.ones((20, 30, 1), np.float32)
+    expected = processor.preprocess_views(colours)["pixel_values"]
+    for scale in (1, 255):
+        whole = np.concatenate((colours, alpha), axis=2) * np.float32(scale)
+        np.testing.assert_allclose(processor.preprocess_views(whole)["pixel_values"], expected, atol=1e-5)
+    for scales in ((1, 255), (255, 1)):
+        mixed = np.concatenate((colours * np.float32(scales[0]), alpha * np.float32(scales[1])), axis=2)
+        with pytest.raises(InputError, match=r"give both as 0\.\.1 or both as 0\.\.255"):
+            processor.preprocess_views(mixed)
+    black = np.concatenate((np.zeros_like(colours), alpha * 255), axis=2)
+    np.testing.assert_allclose(
+        processor.preprocess_views(black)["pixel_values"], processor.preprocess_views(0 * colours)["pixel_values"]
+    )
+
+
 def green_is_red() -> bytes:
     """An ICC profile."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -16,6 +16,7 @@ from ..inference.result_files import COLLECTION_ARCHIVE, collection_file_names, 
 from ..io.image_files import is_image_file
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
+from ..io.system_files import is_of_system
 from ..io.working_copy import WorkingCopy, distinct_names, open_working_copy
 from .arguments import (
     add_cutout_arguments,
@@ -178,10 +179,11 @@ def _image_paths(arguments: Sequence[str]) -> tuple[list[Path], bool]:
         if os.path.isdir(argument):
             raise InputError(f"{argument} is a folder; pass one folder alone, or images.")
     named: dict[str, Path] = {}
-    for argument in arguments:
+    chosen = [argument for argument in arguments if not is_of_system(Path(argument))]  # of a pattern such as *.*
+    for argument in chosen or arguments:
         named.setdefault(os.path.realpath(argument), Path(argument))
     paths = list(named.values())
-    if len(paths) < len(arguments) and len(paths) == 1:
+    if len(paths) < len(chosen) and len(paths) == 1:
         raise InputError("Co-segmentation needs two or more different images, or a folder of them.")
     return paths, False
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import DataError, ImageError
 from ..io import image_files
+from ..io.system_files import is_of_system
 
 
 def image_name(image: Any) -> str:
@@ -73,9 +74,12 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
         raise DataError(f"{folder} is not a folder.")
     if (root / "images").is_dir():
         root = root / "images"
-    # A hidden folder holds what a system or a program left behind, such as thumbnails.
-    found = (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    paths = sorted(filter(image_files.is_image_file, found))
+
+    def left_behind(path: Path) -> bool:
+        """Whether a system or a program left it there, in a hidden folder perhaps, such as thumbnails."""
+        return any(part.startswith(".") or is_of_system(Path(part)) for part in path.relative_to(root).parts)
+
+    paths = sorted(path for path in root.rglob("*") if image_files.is_image_file(path) and not left_behind(path))
     if not paths:
         raise DataError(f"{folder} holds no images.")
     return paths, [path.parent.name for path in paths]

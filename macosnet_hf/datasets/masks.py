@@ -1,10 +1,12 @@
 """What a mask file means: the only reader of masks of the repository.
 
-* An image with an alpha channel that is not opaque everywhere, such as a cutout: object where alpha is 128 or more.
+* An image with an alpha channel that is below 128 somewhere, such as a cutout: object where alpha is 128 or more. Of a
+  label map with a transparent colour, 255 is void as well.
 * Two values (1-bit, grey, palette or colour): object where the image is brighter. A palette image of a label and 255,
   which is not white, is a label map.
 * A label map (palette, or grey with at most 32 whole numbers): object where the label is neither 0 nor 255; 255 is
-  *void*, the border that PASCAL VOC leaves out of its measures.
+  *void*, the border that PASCAL VOC leaves out of its measures. A grey one has a background, and greys above 32 are
+  no labels where most of it is void: they are edges.
 * One value: no object where it is black, else object everywhere.
 
 Anything else is refused. Nothing is concluded from the largest value.
@@ -81,8 +83,8 @@ def _meaning(image: Image.Image) -> ObjectMask:
     """The object and the void of a decoded image; raises `ValueError` with the reason for what is no mask."""
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if alpha.min() < 255:
-            return ObjectMask(alpha >= 128)
+        if alpha.min() < 128:
+            return _cut_out(image, alpha >= 128)
     # `shown` is how bright a pixel looks: of two values the brighter one is the object, whatever their numbers are.
     if image.mode == "P":
         values, shown = np.asarray(image), np.asarray(image.convert("L"))
@@ -114,7 +116,21 @@ def _meaning(image: Image.Image) -> ObjectMask:
         raise ValueError(f"some of its {len(found)} values {fault}; {_ADVICE}")
     void = values == VOID
     labelled = (values != 0) & ~void
-    # A two-valued mask at half its size has three greys at its edges and more white than grey.
-    if image.mode != "P" and len(found) > 4 and void.sum() > labelled.sum():
-        raise ValueError(f"it is a label map that is mostly void ({VOID}), or a mask with grey edges; {_ADVICE}")
+    if image.mode != "P":
+        if found[0] != 0:
+            raise ValueError(f"it is a label map of {len(found)} labels without a background (0); {_ADVICE}")
+        # A two-valued mask at half its size has greys at its edges, and more white than grey.
+        edges = len(found) > 4 or found[found != VOID].max() > MOST_LABELS
+        if edges and void.sum() > labelled.sum():
+            raise ValueError(f"it is a label map that is mostly void ({VOID}), or a mask with grey edges; {_ADVICE}")
     return ObjectMask(labelled, ~void if void.any() else None)
+
+
+def _cut_out(image: Image.Image, opaque: np.ndarray) -> ObjectMask:
+    """What is opaque; the void of a label map is not counted even there."""
+    if image.mode == "P":
+        values = np.asarray(image)
+        void = opaque & (values == VOID)
+        if void.any() and 2 < len(np.unique(values)) <= MOST_LABELS:
+            return ObjectMask(opaque & ~void, ~void)
+    return ObjectMask(opaque)

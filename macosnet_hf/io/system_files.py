@@ -5,7 +5,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-_NAMES = ("._*", ".DS_Store", ".localized", "Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX")
+_NAMES = (
+    *("._*", ".DS_Store", ".localized", "Icon\r", "__MACOSX"),  # macOS
+    *("Thumbs.db", "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),  # Windows
+    *("@eaDir", "#recycle", "lost+found"),  # network storage, Linux
+)
 
 
 def is_of_system(path: Path) -> bool:

@@ -207,11 +207,12 @@ def leave_what_systems_leave(root) -> None:
     for folder in [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]:
         for path in [path for path in folder.iterdir() if path.is_file()]:
             (folder / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07" + bytes(78))
-        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r"):
             (folder / name).write_bytes(b"\x00\x00\x00\x01Bud1")
-        for name in (".hidden", "__MACOSX"):
+        for name in (".hidden", "__MACOSX", "@eaDir"):
             (folder / name).mkdir()
             (folder / name / "._photo.jpg").write_bytes(b"\x00\x05\x16\x07" + bytes(78))
+        (folder / "@eaDir" / "SYNOPHOTO_THUMB_S.jpg").write_bytes(b"a small one")
 
 
 @pytest.mark.parametrize(

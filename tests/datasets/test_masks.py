@@ -54,6 +54,15 @@ def soft_alpha() -> np.ndarray:
     return np.clip(np.where(OBJECT, 128, 127) + ((30 - DISTANCE) * 40).astype(int), 0, 255).astype(np.uint8)
 
 
+def nearly_opaque() -> Image.Image:
+    """A mask that an editor saved with an alpha channel."""
+    alpha = np.full((100, 120), 255, np.uint8)
+    alpha[3, 4] = 254
+    image = Image.fromarray(OBJECT.astype(np.uint8) * 255).convert("RGB")
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
 MASKS = {
     "grey 0 and 255": lambda: Image.fromarray(OBJECT.astype(np.uint8) * 255),
     "grey 0 and 1": lambda: Image.fromarray(OBJECT.astype(np.uint8)),
@@ -69,6 +78,7 @@ MASKS = {
     "cutout with a soft edge": lambda: coloured(soft_alpha(), 255),
     "grey cutout": lambda: coloured(OBJECT.astype(np.uint8) * 255, 200).convert("LA"),
     "opaque": lambda: Image.fromarray(OBJECT.astype(np.uint8) * 255).convert("RGBA"),
+    "nearly opaque": lambda: nearly_opaque(),
     "white on white with a transparent colour": lambda: coloured(OBJECT.astype(np.uint8) * 255, 9).quantize(),
 }
 LABEL_MAPS = {
@@ -101,6 +111,14 @@ def test_label_maps_leave_their_void_out(name):
     np.testing.assert_array_equal(mask.object, OBJECT)
     np.testing.assert_array_equal(mask.counted, ~RING)
     np.testing.assert_array_equal(mask_from_image(LABEL_MAPS[name](), "here"), OBJECT)
+
+
+def test_the_void_of_a_map_with_a_transparent_background_is_left_out():
+    stream = io.BytesIO()
+    palette(labels(), voc_palette()).save(stream, "PNG", transparency=0)
+    mask = read_mask({"bytes": stream.getvalue(), "path": None}, "here")
+    np.testing.assert_array_equal(mask.object, OBJECT)
+    np.testing.assert_array_equal(mask.counted, ~RING)
 
 
 def test_all_labels_of_a_map_are_object():
@@ -141,6 +159,9 @@ def smooth(values: np.ndarray) -> Image.Image:
         (lambda: jpeg(OBJECT.astype(np.uint8) * 255), "grey values"),
         (lambda: Image.fromarray((DISTANCE * 3).clip(0, 255).astype(np.uint8)), "grey values"),
         (lambda: smooth(OBJECT.astype(np.uint8) * 255), "grey edges"),
+        (lambda: Image.fromarray(np.where(OBJECT, 255, np.where(RING, 128, 0)).astype(np.uint8)), "grey edges"),
+        (lambda: Image.fromarray(OBJECT.astype(np.uint8) * 255).resize((60, 100), Image.Resampling.BOX), "grey edges"),
+        (lambda: Image.fromarray(np.where(OBJECT, 1, np.where(RING, 3, 2)).astype(np.uint8)), "without a background"),
         (lambda: palette(labels(), voc_palette()).convert("RGB"), "3 colours"),
         (lambda: palette(OBJECT.astype(np.uint8), [9, 9, 9, 9, 9, 9]), "look the same"),
         (lambda: Image.fromarray(np.where(OBJECT, np.nan, 1).astype(np.float32)), "finite"),

@@ -179,6 +179,9 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
         ([0, 25700, 65535], [0, 100, 255]),  # 16-bit values
         ([0, 100, 256], [0, 100, 255]),  # a value too high turned an image black
         ([-5, 100, 300], [0, 100, 255]),  # a cubic filter's overshoot
+        ([0, 500, 1000], [0, 128, 255]),  # more than 8 bits, and black in the range of 16
+        ([0, 2048, 4095], [0, 128, 255]),
+        ([0, 2570, 5140], [0, 10, 20]),  # 16 bits, dark
         ([-1000, 0, 1000], [0, 128, 255]),  # anything else is stretched
         ([0, 10_000_000, 20_000_000], [0, 128, 255]),
     ],
@@ -565,6 +568,30 @@ def test_a_transparent_colour_stays_transparent():
 def test_profiles_of_grey_images_are_used():
     loaded = load_image(encoded(Image.new("L", (9, 9), 128), "PNG", icc_profile=linear_grey()))
     assert np.abs(np.asarray(loaded, dtype=int) - 188).max() <= 1  # half of the light
+
+
+def test_profiles_of_greys_with_transparency_and_of_16_bits_are_used():
+    grey, profile = Image.new("L", (9, 9), 55), linear_grey()
+    plain = load_image(encoded(grey, "PNG", icc_profile=profile)).getpixel((4, 4))
+    assert plain[0] > 120
+    clear = grey.convert("LA")
+    clear.putpixel((0, 0), (55, 0))
+    one = grey.copy()
+    one.putpixel((0, 0), 7)
+    wide = Image.fromarray(np.full((9, 9), 55 * 257, np.uint16))
+    files = [(clear, {}), (one, {"transparency": 7}), (wide, {})]
+    for image, options in files:
+        loaded = load_image(encoded(image, "PNG", icc_profile=profile, **options))
+        assert np.abs(np.subtract(loaded.getpixel((4, 4)), plain)).max() <= 1
+        assert options or image.mode != "LA" or loaded.getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(one, "PNG", icc_profile=profile, transparency=7)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+    values = np.full((4, 5), 30_000, np.uint16)
+    values[0, 0], values[0, 1] = 1234, 1235
+    loaded = load_image(encoded(Image.fromarray(values), "PNG", transparency=1234))
+    assert [loaded.getpixel((column, 0)) for column in range(3)] == [(255,) * 3, (5,) * 3, (117,) * 3]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "CMYK"])

@@ -65,7 +65,7 @@ def test_a_stream_gives_the_same_images(tmp_path):
 def test_hidden_files_and_folders_are_no_training_images(tmp_path):
     for name in ("cats/a.png", "cats/b.png", "cats/.thumbnails/a.png", ".trash/old.png"):
         write_image(tmp_path / name)
-    for name in ("cats/._a.png", "cats/.DS_Store", "cats/Thumbs.db", "__MACOSX/cats/._a.png"):
+    for name in ("cats/._a.png", "cats/.DS_Store", "cats/Thumbs.db", "__MACOSX/cats/._a.png", "cats/@eaDir/a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
     paths, classes = find_images(tmp_path)

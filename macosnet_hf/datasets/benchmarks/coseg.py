@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ...io.image_files import IMAGE_SUFFIXES
+from ...io.system_files import is_of_system
 from ..schema import Record, make_record
 from .common import (
     Benchmark,
@@ -80,7 +81,7 @@ def _other_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and path.suffix.lower() not in known and not path.name.startswith(".")
+        if path.is_file() and path.suffix.lower() not in known and not (path.name.startswith(".") or is_of_system(path))
     )
 
 
