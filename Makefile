@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 7860
-# Test processes; each computes on one thread, so that they do not fight for cores. A file's tests stay in one of them:
-# what several tests share (training runs, an installed wheel, a server) would be made in each.
-JOBS ?= 2
+# Test processes, one more than two cores, since many tests wait for a server or a browser; each computes on one thread,
+# so that they do not fight for cores. A file's tests stay in one of them: what several tests share (training runs, an
+# installed wheel, a server) would be made in each.
+JOBS ?= 3
 PYTEST_ARGS ?=
 # Those that need neither data nor a browser; the others say in their --help what they take.
 BENCHMARKS ?= collection_speed pair_cost training_speed

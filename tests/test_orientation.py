@@ -26,6 +26,7 @@ from macosnet_hf.commands.main import main
 from macosnet_hf.errors import InputError
 from macosnet_hf.geometry import SYMMETRIES, denormalize_points, inverse_symmetry, make_grid, seen_through
 from macosnet_hf.inference.pair import match_pair
+from macosnet_hf.inference.verdict import REASONS
 from macosnet_hf.modeling_macosnet import MaCoSNetForKeypointMatching, MaCoSNetModel
 
 NAMES = list(SYMMETRIES)
@@ -232,12 +233,19 @@ def test_the_demo_and_the_pipeline_say_it_too(mirror_always, tmp_path):
     from macosnet_hf.demo.texts import pair_verdict
 
     result = SimpleNamespace(quality="good", reason="Good.", common=True, matches=[1, 2], orientation="mirror")
-    pair = SimpleNamespace(same_image=False, result=result)
+    pair = SimpleNamespace(same_image=False, result=result, orientations="all")
     assert pair_verdict(pair).endswith("2 matching points on the object, matched as a mirror image.")
     result.orientation = "turn_90"
     assert pair_verdict(pair).endswith("2 matching points on the object, matched turned by 90 degrees.")
     result.orientation = "identity"
     assert pair_verdict(pair).endswith("2 matching points on the object.")
+    # Where nobody has looked for a mirror image, a result that is not good says that one may.
+    hint = "If they face opposite ways, say under Options that photo B may be mirrored."
+    for quality, reason in REASONS.items():
+        result.reason, result.quality = reason, quality if quality in ("good", "fair") else "poor"
+        for pair.orientations in ("none", None, "mirror", "all"):
+            said = hint in pair_verdict(pair)
+            assert said == (quality in ("fair", "poor", "turned") and pair.orientations in ("none", None))
     small_model(MaCoSNetForKeypointMatching, match_mask_threshold=0.0).save_pretrained(tmp_path)
     small_processor().save_pretrained(tmp_path)
     matcher = pipeline("keypoint-matching", model=str(tmp_path))

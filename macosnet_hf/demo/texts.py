@@ -14,6 +14,7 @@ import numpy as np
 
 from ..directions import orientation_in_words
 from ..errors import MaCoSNetError
+from ..inference.verdict import REASONS
 from . import limits
 from .viewer import data_address, reduced
 
@@ -35,6 +36,7 @@ GONE = (
     f"Your last result is no longer on the server: results stay for {limits.RESULT_SECONDS // 60} minutes. "
     "Choose photos or an example."
 )
+MIRRORED = "If they face opposite ways, say under Options that photo B may be mirrored."
 TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
@@ -72,13 +74,19 @@ def pair_verdict(pair: MatchedPair) -> str:
     """One sentence: how far a pair can be trusted, why, and how it was matched. A poor one says what to try."""
     reason, count = pair.result.reason, len(pair.result.matches)
     alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
+    may_face_away = reason in map(REASONS.get, ("fair", "poor", "turned")) and pair.orientations not in (
+        "mirror",
+        "all",
+    )
+    facing = f" {MIRRORED}" if may_face_away else ""
     if pair.result.quality == "poor":
-        return f"{reason} {TRY}{alone}"  # a number of matches would contradict it
+        return f"{reason} {TRY}{facing}{alone}"  # a number of matches would contradict it
     if pair.same_image:
         return "This is the same photo twice, so every point should find itself."
     words = f"{reason[:-1]}: {count} matching {'point' if count == 1 else 'points'} on the object"
     turned = orientation_in_words(pair.result.orientation)
-    return words + (f", {turned}" if turned else "") + "." + alone
+    words += (f", {turned}" if turned else "") + "."
+    return words + facing + alone
 
 
 def collection_verdict(collection: SegmentedCollection) -> str:
