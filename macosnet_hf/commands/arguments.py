@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InputError, printable
 from ..inference.cutouts import EDGES, FORMATS, CutoutStyle
+from ..io.hub import check_name, create_repository, push
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -116,6 +117,33 @@ def place_among_processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(device % torch.cuda.device_count())
     return rank, processes
+
+
+def add_push_argument(add: Callable[..., Any]) -> None:
+    """Adds `--push_to_hub` by the method of a parser or of one of its groups."""
+    add("--push_to_hub", metavar="ID", help="upload the folder to this data set repository once all of it is there")
+
+
+def prepare_push(args: argparse.Namespace, rank: int) -> None:
+    """Makes the repository of `--push_to_hub`, on the first process: a missing log-in is found before a long run.
+
+    Raises:
+        InputError, OutputError: as [`~macosnet_hf.io.hub.create_repository`].
+    """
+    if args.push_to_hub is not None:
+        check_name(args.push_to_hub)
+        if rank == 0:
+            create_repository("dataset", args.push_to_hub)
+
+
+def push_report(args: argparse.Namespace, report: BulkReport) -> None:
+    """Uploads the folder of a bulk run, if asked for, from the process that found all of it there.
+
+    Raises:
+        InputError, OutputError: as [`~macosnet_hf.io.hub.push`].
+    """
+    if args.push_to_hub is not None and report.complete is not None:
+        print(push("dataset", args.output_dir, args.push_to_hub))
 
 
 def need_datasets(option: str) -> None:

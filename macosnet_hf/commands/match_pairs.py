@@ -10,7 +10,16 @@ from ..errors import DataError, InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.weights import weights_digest
-from .arguments import load_network, need_datasets, place_among_processes, print_report, progress_bar
+from .arguments import (
+    add_push_argument,
+    load_network,
+    need_datasets,
+    place_among_processes,
+    prepare_push,
+    print_report,
+    progress_bar,
+    push_report,
+)
 
 _OF_ONE_PAIR = {
     "points": None,
@@ -40,6 +49,7 @@ def add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--pairs", metavar="CSV", help=columns)
     add("--shard_size", type=int, metavar="N", help="pairs of a shard (default: 256)")
+    add_push_argument(add)
 
 
 def check_pairs_combination(args: argparse.Namespace) -> None:
@@ -53,6 +63,8 @@ def check_pairs_combination(args: argparse.Namespace) -> None:
             raise InputError("Name two images, or a list of pairs with --pairs.")
         if args.shard_size is not None:
             raise InputError("--shard_size needs --pairs.")
+        if args.push_to_hub is not None:
+            raise InputError("--push_to_hub needs --pairs.")
         return
     if args.source is not None:
         raise InputError("Name either two images or --pairs, not both.")
@@ -76,6 +88,7 @@ def run_pairs(args: argparse.Namespace) -> int:
     check_checkpoint(args.model)
     need_datasets("--pairs")
     rank, processes = place_among_processes()
+    prepare_push(args, rank)
     give_memory_back()
 
     from tqdm import tqdm
@@ -110,4 +123,5 @@ def run_pairs(args: argparse.Namespace) -> int:
             progress=bar.update,
         )
     print_report(report, "pairs", "done", "matched", args.output_dir, rank, processes)
+    push_report(args, report)
     return 0

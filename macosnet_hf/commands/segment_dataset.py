@@ -13,7 +13,16 @@ from ..errors import InputError, OutputError
 from ..io.memory import give_memory_back
 from ..io.package import checkpoint_name
 from ..io.weights import weights_digest
-from .arguments import load_network, need_datasets, place_among_processes, print_report, progress_bar
+from .arguments import (
+    add_push_argument,
+    load_network,
+    need_datasets,
+    place_among_processes,
+    prepare_push,
+    print_report,
+    progress_bar,
+    push_report,
+)
 
 _DEFAULTS: dict[str, Any] = {
     "split": "train",
@@ -49,6 +58,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parts = "parts of the data set's files that processes read on their own; each reads all of them with 1 (default: 1)"
     add("--parts", type=int, default=_DEFAULTS["parts"], metavar="N", help=parts)
     add("--alpha", action="store_true", help="also the soft alpha of each object")
+    add_push_argument(add)
 
 
 def check_combination(args: argparse.Namespace) -> None:
@@ -63,6 +73,8 @@ def check_combination(args: argparse.Namespace) -> None:
         mixed = [name for name, value in _DEFAULTS.items() if getattr(args, name) != value]
         if mixed:
             raise InputError(f"--{mixed[0]} needs --dataset.")
+        if args.push_to_hub is not None:
+            raise InputError("--push_to_hub needs --dataset.")
         return
     if args.photos:
         raise InputError("Name either images or --dataset, not both.")
@@ -100,6 +112,7 @@ def run_dataset(args: argparse.Namespace) -> int:
     ):
         raise InputError("The output folder lies in that of the data set; a second run would take masks for images.")
     rank, processes = place_among_processes()
+    prepare_push(args, rank)
     give_memory_back()
     with progress_bar() as progress:
         progress(0.0, "Loading the network")
@@ -119,4 +132,5 @@ def run_dataset(args: argparse.Namespace) -> int:
             progress=bar.update,
         )
     print_report(report, "images", "segmented", "read", args.output_dir, rank, processes)
+    push_report(args, report)
     return 0

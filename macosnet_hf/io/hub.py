@@ -58,7 +58,7 @@ def plan(kind: str, folder: str | os.PathLike[str]) -> list[Upload]:
 
     Args:
         kind: `"model"` (a folder for `from_pretrained`, such as a training run's output), `"dataset"` (made by
-            `macosnet prepare`) or `"space"` (a checkout with app.py).
+            `macosnet prepare` or a bulk run) or `"space"` (a checkout with app.py).
         folder: the folder.
 
     Raises:

@@ -236,6 +236,53 @@ def test_data_set_goes_up_and_comes_down(hub, prepared, tmp_path):
     assert python(hub, tmp_path, code).splitlines() == ["4 ['cat', 'dog']"] * 2
 
 
+def test_the_results_of_a_bulk_run_go_up_once_all_are_there(hub, checkpoint, prepared, tmp_path):
+    """Masks of a data set that comes from the Hub as a stream go back to it."""
+    assert macosnet(hub, tmp_path, "push", "dataset", prepared, "me/images").returncode == 0
+    words = ["segment", "--dataset", "me/images", "--image_column", "source_image", "--group_column", "class_name"]
+    words += ["--model", checkpoint, "--refine", "none", "--output_dir", "masks"]
+    done = macosnet(hub, tmp_path, *words, "--push_to_hub", "me/masks", HF_TOKEN="")
+    assert (done.returncode, (tmp_path / "masks").exists()) == (2, False)
+    assert "Nobody is logged in to the Hub" in done.stderr
+    done = macosnet(hub, tmp_path, *words, "--push_to_hub", "me/masks")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/datasets/me/masks"
+    code = """
+        from datasets import load_dataset
+        rows = list(load_dataset("me/masks", split="train", streaming=True))
+        print(len(rows), {row["error"] for row in rows}, {row["mask"].mode for row in rows})
+        print(len(load_dataset("me/masks", "index", split="train")))
+    """
+    assert python(hub, tmp_path, code).splitlines() == ["4 {None} {'L'}", "4"]
+
+
+def test_ten_steps_of_training_from_a_stream(hub, checkpoint, prepared, tmp_path):
+    """From archive to `macosnet prepare --push-to-hub`, to a training on the stream with two workers."""
+    for package in ("accelerate", "yaml"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
+    photos = prepared.parent / "photos"
+    done = macosnet(hub, tmp_path, "prepare", "coseg", photos, tmp_path / "again", "--push-to-hub", "me/streamed")
+    assert done.returncode == 0, done.stderr
+    command = [
+        sys.executable,
+        ROOT / "training" / "pretrain_synthetic.py",
+        "--dataset_name",
+        "me/streamed",
+        "--streaming",
+    ]
+    command += ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out", "--max_train_steps", 10]
+    command += ["--per_device_train_batch_size", 2, "--photo_size", 96, "--dataloader_num_workers", 2]
+    command += ["--logging_steps", 1]
+    variables = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment(hub, tmp_path, **variables), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 10
+    MaCoSNetForKeypointMatching.from_pretrained(tmp_path / "out")
+
+
 def test_a_training_script_pushes_its_model_and_no_checkpoint(hub, checkpoint, tmp_path):
     for package in ("accelerate", "yaml"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra `train`)")
