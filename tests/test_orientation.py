@@ -240,7 +240,7 @@ def test_the_demo_and_the_pipeline_say_it_too(mirror_always, tmp_path):
     result.orientation = "identity"
     assert pair_verdict(pair).endswith("2 matching points on the object.")
     # Where nobody has looked for a mirror image, a result that is not good says that one may.
-    hint = "If they face opposite ways, say under Options that photo B may be mirrored."
+    hint = "If they face opposite ways, say so under Options."
     for quality, reason in REASONS.items():
         result.reason, result.quality = reason, quality if quality in ("good", "fair") else "poor"
         for pair.orientations in ("none", None, "mirror", "all"):

@@ -129,15 +129,16 @@ def no_result(words: str = "") -> tuple[Any, ...]:
     return None, marked("new photos", "new", words) if words else "", gr.Column(visible=False)
 
 
-def run_on(event: Callable[..., Any], blank: list[Any], **run: Any) -> Any:
+def run_on(event: Callable[..., Any], blank: list[Any], words: str = "", **run: Any) -> Any:
     """Runs at an event, such as the click of a button. The old result goes first, and if the run fails.
 
     Args:
         blank: key, verdict and column of results.
+        words: what to do after a run that failed.
         run: of the event that runs.
     """
     done = event(no_result, outputs=blank, **INSTANT).then(**run)
-    done.failure(no_result, outputs=blank, **INSTANT)
+    done.failure(functools.partial(no_result, words), outputs=blank, **INSTANT)
     return done
 
 

@@ -113,7 +113,7 @@ class PairTab:
         starts += [(setting.input, again) for setting in (self.orientations, self.model)]
         for event, run in starts:
             # Once more at the end: its answer may overtake that of a change.
-            components.run_on(event, blank, **run).then(**changed)
+            components.run_on(event, blank, PRESS_MATCH, **run).then(**changed)
         self.settings.keep()
         for place in self.uploads:
             place.change(**changed)

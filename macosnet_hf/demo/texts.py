@@ -36,7 +36,7 @@ GONE = (
     f"Your last result is no longer on the server: results stay for {limits.RESULT_SECONDS // 60} minutes. "
     "Choose photos or an example."
 )
-MIRRORED = "If they face opposite ways, say under Options that photo B may be mirrored."
+OPPOSITE = "If they face opposite ways, say so under Options."
 TRY = "Try photos that show the same kind of thing from a similar side, each with one main object."
 PRESS_FIND = "Press the button above to find what these photos have in common."
 PHOTOS = ("Photo A", "Photo B")  # source and target
@@ -74,11 +74,9 @@ def pair_verdict(pair: MatchedPair) -> str:
     """One sentence: how far a pair can be trusted, why, and how it was matched. A poor one says what to try."""
     reason, count = pair.result.reason, len(pair.result.matches)
     alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
-    may_face_away = reason in map(REASONS.get, ("fair", "poor", "turned")) and pair.orientations not in (
-        "mirror",
-        "all",
-    )
-    facing = f" {MIRRORED}" if may_face_away else ""
+    unsure = pair.result.common and reason in map(REASONS.get, ("fair", "poor", "turned"))
+    may_face_away = unsure and pair.orientations not in ("mirror", "all")
+    facing = f" {OPPOSITE}" if may_face_away else ""
     if pair.result.quality == "poor":
         return f"{reason} {TRY}{facing}{alone}"  # a number of matches would contradict it
     if pair.same_image:

@@ -47,8 +47,9 @@ def part_colors(result: PairResult, side: int = 256) -> tuple[np.ndarray, np.nda
     """Colours `(h, w, 3)` in [0, 1] of source and target that stand for parts of the object: places of equal colour
     have similar features.
 
-    They are the first three principal components of the features of both images within their masks. Each component
-    points to where it is larger in the middle of the objects, so that colours do not depend on the eigenvectors' signs.
+    They are the first three principal components of the features within the masks, less the mean of each image's
+    object: what tells a dog from a cat is no part of either. Each component points to where it is larger in the middle
+    of the objects, so that colours do not depend on the eigenvectors' signs.
     """
     maps = _features(result)
     weights = F.adaptive_avg_pool2d(
@@ -57,10 +58,11 @@ def part_colors(result: PairResult, side: int = 256) -> tuple[np.ndarray, np.nda
     cells = maps.permute(0, 2, 3, 1)
     on_object = weights >= 0.5
     chosen = on_object if on_object.sum() >= _LEAST_CELLS else torch.ones_like(on_object)
-    values = cells[chosen]
-    mean = values.mean(0)
-    _, _, axes = torch.linalg.svd(values - mean, full_matrices=False)
-    components = (cells - mean) @ axes[:_PARTS].T  # (2, h, w, 3)
+    counts = chosen.sum(dim=(1, 2)).clamp(min=1)
+    means = torch.einsum("nhwc,nhw->nc", cells, chosen.float()) / counts[:, None]
+    cells = cells - means[:, None, None]
+    _, _, axes = torch.linalg.svd(cells[chosen], full_matrices=False)
+    components = cells @ axes[:_PARTS].T  # (2, h, w, 3)
     inside = components[chosen]
     sign = torch.where((inside**3).sum(0) < 0, -1.0, 1.0)
     components = sign * components / (_SPREAD * inside.std(0)).clamp(min=1e-6)

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from real_photos import LION
+from small_models import seeded
 
 from macosnet_hf.errors import InputError
 from macosnet_hf.images import as_upright_rgb
@@ -53,6 +55,16 @@ def test_equal_places_have_equal_colors(twins):
     ]
     assert np.abs(sampled[0] - sampled[1]).mean() < 0.1
     assert np.abs(sampled[0] - sampled[1][::-1]).mean() > 0.1
+
+
+def test_what_tells_two_objects_apart_is_no_part(twins):
+    """All features of one image are moved into one direction."""
+    outputs = twins._found.outputs
+    moved = outputs.features.clone()
+    moved[0, 1] += 0.5 * torch.nn.functional.normalize(torch.randn(moved.shape[2], 1, 1, generator=seeded()), dim=0)
+    other = replace(twins, _found=replace(twins._found, outputs=type(outputs)(**{**outputs, "features": moved})))
+    for colors, expected in zip(part_colors(other, side=60), part_colors(twins, side=60), strict=True):
+        np.testing.assert_allclose(colors, expected, atol=1e-3)
 
 
 def test_parts_of_no_object_are_those_of_the_images(twins):
