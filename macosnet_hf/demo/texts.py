@@ -14,7 +14,6 @@ import numpy as np
 
 from ..directions import orientation_in_words
 from ..errors import MaCoSNetError
-from ..inference.verdict import REASONS
 from . import limits
 from .viewer import data_address, reduced
 
@@ -72,6 +71,8 @@ def without_detail(sentence: str) -> str:
 
 def pair_verdict(pair: MatchedPair) -> str:
     """One sentence: how far a pair can be trusted, why, and how it was matched. A poor one says what to try."""
+    from ..inference.verdict import REASONS  # it imports torch, which the page does without until it has a result
+
     reason, count = pair.result.reason, len(pair.result.matches)
     alone = "" if pair.result.common else " Each mask is what stands out in its photo, not what both show."
     unsure = pair.result.common and reason in map(REASONS.get, ("fair", "poor", "turned"))
