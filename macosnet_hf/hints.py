@@ -237,6 +237,8 @@ class HintedCells(NamedTuple):
             number: (sample_cells(unit[number], hint.include, side), sample_cells(unit[number], hint.exclude, side))
             for number, hint in hints.items()
         }
+        for number, hint in hints.items():
+            seeds[number] = _without_another_object(hint, seeds[number], unit[number], masks[number])
         known = cls(hints, seeds, masks.new_zeros(0), masks.new_zeros(0), side)
         changes = []
         for number, hint in hints.items():
@@ -304,6 +306,34 @@ class HintedCells(NamedTuple):
         # The cells are the network's own map, as in `propagate_masks`.
         large = F.interpolate(evidence[:, None], size=masks.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
         return add_evidence(masks, large, weights)
+
+
+def _without_another_object(
+    hint: PlacedHint, seeds: tuple[Tensor, Tensor], cells: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Included and excluded features of a hint.
+
+    Where all included points lie outside of the network's mask, and what it shows is of another kind, that is excluded
+    too: whoever points at the dog beside a cup does not mean both.
+
+    Args:
+        seeds: of the hint.
+        cells: `(C, h, w)` unit-length features of its image.
+        mask: `(S, S)` the network's own soft mask.
+    """
+    include, exclude = seeds
+    if not len(include) or len(exclude) or hint.box is not None:
+        return seeds
+    small = F.interpolate(mask[None, None].float(), size=cells.shape[-2:], mode="area")[0, 0]
+    shown = small * (small >= 0.5)
+    mean = F.normalize((cells * shown).sum(dim=(1, 2)), dim=0)
+    rows, columns = (
+        (torch.tensor(shares, device=mask.device) * len(mask)).long().clamp(max=len(mask) - 1)
+        for shares in zip(*((y, x) for x, y in hint.include), strict=True)
+    )
+    if not shown.any() or (mask[rows, columns] >= 0.5).any() or float((include @ mean).max()) >= _LEAST_SIMILARITY:
+        return seeds
+    return include, mean[None]
 
 
 def add_evidence(masks: Tensor, evidence: Tensor, weight: Tensor | float) -> Tensor:

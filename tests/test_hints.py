@@ -57,11 +57,29 @@ def slow_places(count, side):
     return centres, [0, *((one + two) / 2 for one, two in zip(centres[1:], centres, strict=False)), 1]
 
 
-def slow_own(cells, hint, side):
+def slow_other(cells, mask, hint, include):
+    """The mean of what the mask shows, where the points say that something else is meant; else nothing."""
+    side, count = len(mask), cells.shape[1]
+    block = side // count
+    if not include or hint.exclude or hint.box is not None:
+        return []
+    if any(mask[int(y * side), int(x * side)] >= 0.5 for x, y in hint.include):
+        return []
+    total = np.zeros(len(cells))
+    for row in range(count):
+        for column in range(count):
+            share = mask[row * block : (row + 1) * block, column * block : (column + 1) * block].mean()
+            total += share * cells[:, row, column] if share >= 0.5 else 0
+    if not total.any() or any(point @ unit(total) >= 0.35 for point in include):
+        return []
+    return [unit(total)]
+
+
+def slow_own(cells, hint, side, mask):
     count = cells.shape[1]
     centres, edges = slow_places(count, side)
     include = [slow_sample(cells, point, side) for point in hint.include]
-    exclude = [slow_sample(cells, point, side) for point in hint.exclude]
+    exclude = [slow_sample(cells, point, side) for point in hint.exclude] + slow_other(cells, mask, hint, include)
     found = np.zeros((count, count))
     for row in range(count):
         for column in range(count):
@@ -91,7 +109,7 @@ def slow_evidence(features, masks, hints):
     cells = features / np.linalg.norm(features, axis=1, keepdims=True)
     count = cells.shape[-1]
     block = side // count
-    own = {number: slow_own(cells[number], hint, side) for number, hint in hints.items()}
+    own = {number: slow_own(cells[number], hint, side, masks[number]) for number, hint in hints.items()}
     references, changes = [], []
     for number in hints:
         for row in range(count):
@@ -120,6 +138,8 @@ def slow_evidence(features, masks, hints):
     "hints",
     [
         {0: PlacedHint(((0.3, 0.4),), (), None)},
+        {0: PlacedHint(((0.12, 0.42), (0.02, 0.9)), (), None), 2: PlacedHint(((0.7, 0.7),), (), None)},
+        {0: PlacedHint(((0.32, 0.97),), (), None), 1: PlacedHint(((0.57, 0.52),), (), None)},
         {1: PlacedHint(((0.3, 0.4), (0.9, 0.05)), ((0.5, 0.6),), None)},
         {2: PlacedHint((), ((0.5, 0.6),), None), 0: PlacedHint((), (), (0.1, 0.25, 0.7, 0.8))},
         {2: PlacedHint(((0.5, 0.5),), (), (0.2, 0.3, 0.9, 1.0))},
@@ -133,6 +153,19 @@ def test_evidence_is_that_of_the_slow_reference(hints):
     expected = slow_evidence(features.double().numpy(), masks.double().numpy(), hints)
     assert np.abs(found.numpy() - expected).max() < 1e-4
     assert np.abs(expected[[number for number in range(3) if number not in hints]]).max() > 0.01
+
+
+def test_whoever_points_at_the_dog_beside_a_cup_does_not_mean_both(network):
+    """The partner shows a cup, so the mask was that of the cup."""
+    beside, cup = load_image("examples/company/dog-and-cup.jpg"), load_image("examples/cup.jpg")
+    plain = match_pair(beside, cup, **network)
+    half = beside.width // 2
+    assert plain.source_mask[:, half:].mean() > 0.5 > 0.1 > plain.source_mask[:, :half].mean()
+    asked = match_pair(
+        beside, cup, **network, hints={"source": Hint(include=[(0.25 * beside.width, 0.45 * beside.height)])}
+    )
+    assert asked.source_mask[:, :half].mean() > 0.15 > 0.03 > asked.source_mask[:, half:].mean()
+    assert asked.quality == "poor", "there is no dog beside the other cup"
 
 
 def test_a_hint_that_confirms_the_masks_changes_no_other_image():
