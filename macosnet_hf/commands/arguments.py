@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InputError, printable
 from ..inference.cutouts import EDGES, FORMATS, CutoutStyle
-from ..io.hub import check_name, create_repository, push
+from ..io.hub import create_repository, push
 from ..io.memory import collector_paused
 from ..io.package import DEFAULT_CHECKPOINT
 from ..refinement import REFINEMENT_METHODS
@@ -130,10 +130,8 @@ def prepare_push(args: argparse.Namespace, rank: int) -> None:
     Raises:
         InputError, OutputError: as [`~macosnet_hf.io.hub.create_repository`].
     """
-    if args.push_to_hub is not None:
-        check_name(args.push_to_hub)
-        if rank == 0:
-            create_repository("dataset", args.push_to_hub)
+    if args.push_to_hub is not None and rank == 0:
+        create_repository("dataset", args.push_to_hub)
 
 
 def push_report(args: argparse.Namespace, report: BulkReport) -> None:
